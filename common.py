@@ -1,0 +1,1335 @@
+"""What two or more of the paper scripts share, in small pieces that can be read alone.
+
+Sections: command line . audio . manifests . scenes and the demo corpus . log-mel . transformer
+block . HTS-AT . text encoder . sparsemax . metrics . embedding files . training helpers .
+checkpoints and weight files.
+
+Letters: B clips or pairs in a batch, S waveform samples, T audio steps after the encoder, T_mel
+spectrogram frames, M mel bins, L text tokens, C channels (or classes, in a metric), D joint
+dimension, K codewords, N clips and Q captions in an evaluation.
+Similarity matrices have audio in rows and text in columns, everywhere.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import struct
+import typing
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def cli(config_class, presets: dict, doc: str, argv: list[str] | None = None):
+    """Build a Config from --dash-flags; the trailing comment of each field is its help text.
+
+    Args
+        presets: {("size", "tiny"): {field: value}}, see `configure`.
+        doc: module docstring; its first line heads the help.
+    """
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(config_class), re.M))
+    parser = argparse.ArgumentParser(
+        description=doc.strip().splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
+        empty = field.default is dataclasses.MISSING
+        default = "required" if empty and field.default_factory is dataclasses.MISSING else (
+            field.default_factory() if empty else field.default)
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(kind) is typing.Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), help=text)
+        elif typing.get_origin(kind) is list:
+            parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    given = vars(parser.parse_args(argv))
+    if "data" in hints and "data" not in given and not given.get("resume"):
+        parser.error("--data is missing: give a manifest, a folder that holds manifest.jsonl, or the word demo")
+    try:
+        return configure(config_class, presets, **given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def configure(config_class, presets: dict, **given):
+    """Config from explicitly given fields, over the presets they select, over the defaults.
+
+    `data=["demo"]` selects size "tiny"; `resume=True` starts from the settings stored in
+    runs/<name>/last.pt instead of the defaults.
+    """
+    if given.get("resume"):
+        if not given.get("name"):
+            raise ValueError("--resume needs --name, the folder under runs/ to continue")
+        path = Path(given.get("runs", "runs")) / given["name"] / "last.pt"
+        return config_class(**{**read_checkpoint(path)["config"], **given})
+    if given.get("data") == ["demo"]:
+        given.setdefault("size", "tiny")
+    values = {}
+    for (field, choice), overrides in presets.items():
+        if given.get(field) == choice:
+            values.update(overrides)
+    return config_class(**{**values, **given})
+
+
+def run_entry(main, parse):
+    """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1."""
+    try:
+        main(parse())
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, FloatingPointError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Audio
+# ------------------------------------------------------------------------------------------------
+
+
+class AudioError(ValueError):
+    """One audio file that cannot be used; the message names the file and the reason."""
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(from_hz: int, to_hz: int):
+    return torchaudio.transforms.Resample(from_hz, to_hz)
+
+
+def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """(S,) float32 at from_hz -> (S',) float32 at to_hz (torchaudio's windowed sinc)."""
+    if from_hz == to_hz:
+        return waveform
+    return _resampler(from_hz, to_hz)(torch.from_numpy(waveform)[None])[0].numpy()
+
+
+def _ogg_is_cut(path) -> bool:
+    """True if the last Ogg page promises more bytes than the file holds: a broken download."""
+    with open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        start = f.seek(max(0, size - 2 ** 17))
+        tail = f.read()
+    page = tail.rfind(b"OggS")
+    if page < 0 or len(tail) < page + 27 or len(tail) < page + 27 + tail[page + 26]:
+        return True
+    segments = tail[page + 26]
+    return start + page + 27 + segments + sum(tail[page + 27:page + 27 + segments]) > size
+
+
+def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=None,
+               expected_s: float | None = None) -> np.ndarray:
+    """Read a file, or one crop of it by seeking, as mono float32 at `sample_rate`.
+
+    Args
+        length_s: seconds to read; None reads all of it. A shorter file comes back whole, unpadded.
+        crop_rng: numpy Generator that draws where the crop starts; None starts at 0.
+        expected_s: duration the manifest gives; a file 10 % shorter is reported as truncated.
+    Returns
+        waveform (S,) float32, channels averaged.
+    Raises
+        AudioError: missing, unreadable, empty, truncated, non-finite or silent file.
+    """
+    if not os.path.isfile(path):
+        raise AudioError(f"{path}: file not found")
+    try:
+        with sf.SoundFile(path) as f:
+            native_hz, total = f.samplerate, len(f)
+            if total <= 0:
+                raise AudioError(f"{path}: holds no samples")
+            if (expected_s and total / native_hz < 0.9 * expected_s - 0.1) or (
+                    f.format == "OGG" and _ogg_is_cut(path)):
+                raise AudioError(f"{path}: truncated, only {total / native_hz:.2f} s can be read"
+                                 + (f" of {expected_s:.2f} s" if expected_s else ""))
+            wanted = total if length_s is None else min(total, math.ceil(length_s * native_hz))
+            start = int(crop_rng.integers(0, total - wanted + 1)) if crop_rng is not None else 0
+            f.seek(start)
+            waveform = f.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+            if len(waveform) < wanted:
+                raise AudioError(f"{path}: truncated, {len(waveform)} of {wanted} samples decoded")
+            if not waveform.any():
+                f.seek(0)  # a silent crop of a file with sound in it is a legitimate draw
+                if not f.read(dtype="float32").any():
+                    raise AudioError(f"{path}: silent, every sample is 0")
+    except (sf.SoundFileRuntimeError, OSError) as error:
+        raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
+    if not np.isfinite(waveform).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    waveform = resample(waveform, native_hz, sample_rate)
+    return waveform if length_s is None else waveform[:round(length_s * sample_rate)]
+
+
+def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
+    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) float32, n_samples (B)."""
+    n_samples = torch.tensor([len(w) for w in waveforms])
+    batch = torch.zeros(len(waveforms), length or int(n_samples.max()))
+    for row, waveform in zip(batch, waveforms):
+        row[:len(waveform)] = torch.from_numpy(waveform)
+    return batch, n_samples
+
+
+def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor, window: int):
+    """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule).
+
+    Args: waveform (B, S); n_samples (B,) valid samples, what lies behind them is ignored.
+    Returns: windows (W, window); owner (W,) clip of each window; seconds-weight (W,), which sums
+        to 1 over a clip's windows, so that a 10.02 s clip is not half decided by its last 0.02 s.
+    """
+    windows, owner, weight = [], [], []
+    for clip, n in enumerate(n_samples.tolist()):
+        if n <= 0:
+            raise ValueError(f"clip {clip} of the batch has n_samples = {n}; at least 1 is needed")
+        for start in range(0, n, window):
+            piece = waveform[clip, start:min(start + window, n)]
+            windows.append(F.pad(piece, (0, window - len(piece))))
+            owner.append(clip)
+            weight.append(len(piece) / n)
+    return torch.stack(windows), torch.tensor(owner), torch.tensor(weight, device=waveform.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Manifests
+# ------------------------------------------------------------------------------------------------
+
+MANIFEST_KEYS = {
+    "audio": str, "duration": (int, float), "captions": list, "negatives": list, "labels": list,
+    "events": list, "phrases": list, "id": (str, int), "image": str, "split": str,
+    "fold": (int, str), "qa": list, "swapped_audio": str}
+
+
+def read_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None = None) -> list[dict]:
+    """Read manifests (JSON Lines) into one list of rows, with audio paths made absolute.
+
+    Args
+        data: manifests, folders that hold a manifest.jsonl, or the word "demo".
+        need: keys every returned row must have.
+        split: keep rows of this split; a row without a "split" belongs to every split.
+    Raises
+        FileNotFoundError, ValueError: naming file, line and key.
+    """
+    rows = []
+    for item in [data] if isinstance(data, str) else data:
+        path = manifest_path(item)
+        found = 0
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                row = _parse_row(line, f"{path}:{number}")
+                found += 1
+                if split and row.get("split", split) != split:
+                    continue
+                require([row], *need)
+                for key in ("audio", "image", "swapped_audio"):
+                    if key in row:
+                        row[key] = str(path.parent / row[key])
+                rows.append(row)
+        if not found:
+            raise ValueError(f"{path}: the manifest is empty; expected one JSON object a line")
+    return rows
+
+
+def require(rows: list[dict], *keys: str) -> None:
+    """ValueError naming file, line and key where a row lacks one of `keys`."""
+    for row in rows:
+        for key in keys:
+            if row.get(key) in (None, []):
+                raise ValueError(f"{row['where']}: has no '{key}', which this run needs "
+                                 f"(keys there: {', '.join(k for k in row if k != 'where')})")
+
+
+def manifest_path(item) -> Path:
+    """A manifest given as a file, as a folder that holds manifest.jsonl, or as "demo"."""
+    path = build_demo() if str(item) == "demo" else Path(item)
+    if path.is_dir():
+        path = path / "manifest.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such manifest; expected a .jsonl file, a folder that holds "
+                                "manifest.jsonl, or the word demo (prepare.py makes manifests)")
+    return path
+
+
+def _parse_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for key, value in row.items():
+        near = difflib.get_close_matches(key, MANIFEST_KEYS, 1, 0.8)
+        if key not in MANIFEST_KEYS and near:
+            raise ValueError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
+        if key in MANIFEST_KEYS and not isinstance(value, MANIFEST_KEYS[key]):
+            raise ValueError(f"{where}: '{key}' has the wrong type {type(value).__name__}")
+    if not row.get("audio"):
+        raise ValueError(f"{where}: no key 'audio' (keys there: {', '.join(row) or 'none'}); "
+                         "it must name the sound file")
+    for number, caption in enumerate(row.get("captions", []), 1):
+        if not isinstance(caption, str) or not re.search(r"\w", caption):
+            raise ValueError(f"{where}: caption {number} is empty ({caption!r}); write one or remove it")
+    for event in row.get("events", []):
+        if not isinstance(event, dict) or not {"label", "onset", "offset"} <= set(event):
+            raise ValueError(f"{where}: an event needs label, onset and offset, found {event!r}")
+    row["where"] = where
+    return row
+
+
+def read_classes(data: list[str], rows: list[dict]) -> list[str]:
+    """Class list: classes.txt beside the first manifest (order kept), else all labels, sorted."""
+    path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
+    if path.is_file():
+        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        twice = sorted({c for c in classes if classes.count(c) > 1})
+        if twice:
+            raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
+        return classes
+    labels = {label for row in rows for label in row.get("labels", [])}
+    return sorted(labels | {event["label"] for row in rows for event in row.get("events", [])})
+
+
+def split_train_val(rows: list[dict], seed: int = 0, most: int = 1000) -> tuple[list[dict], list[dict]]:
+    """Rows for training (split "train" or none) and validation (split "val", else 5 % held out).
+
+    Held-out clips are drawn by the file's name, so several captions of a clip stay together.
+    """
+    train = [row for row in rows if row.get("split", "train") == "train"]
+    val = [row for row in rows if row.get("split") == "val"]
+    if not val and len(train) > 3:
+        audio = sorted({row["audio"] for row in train})
+        held = np.random.default_rng(seed).permutation(len(audio))[:min(most, max(2, len(audio) // 20))]
+        held = {audio[i] for i in held}
+        val = [row for row in train if row["audio"] in held]
+        train = [row for row in train if row["audio"] not in held]
+    if not train:
+        raise ValueError("no row of the manifest is for training; expected split 'train' or no split at all")
+    return train, val
+
+
+# ------------------------------------------------------------------------------------------------
+# Scenes and the demo corpus
+# ------------------------------------------------------------------------------------------------
+
+DEMO_HZ = 32000
+ONE = ["{0}", "the sound of {0}", "{0} can be heard"]
+TWO = ["{0} followed by {1}", "{0}, then {1}", "{0} before {1}", "{1} after {0}"]
+THREE = ["{0} followed by {1}, then {2}", "{0}, then {1}, then {2}"]
+TOGETHER = ["{0} while {1} is heard", "{0} and {1} at the same time"]
+
+
+def _fade(sound: np.ndarray, rate: int) -> np.ndarray:
+    n = min(len(sound) // 2, rate // 100)
+    ramp = np.linspace(0, 1, n, dtype=np.float32)
+    sound = sound.copy()
+    sound[:n] *= ramp
+    sound[len(sound) - n:] *= ramp[::-1]
+    return sound
+
+
+def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
+    """One to three different sounds in a noisy scene, with captions, events, phrases and order.
+
+    Args
+        rng: numpy Generator; every choice comes from it.
+        draw_sound: rng -> (label, phrase, waveform (S,) float32 at `rate`).
+    Returns
+        waveform (S,), row (manifest fields), swapped (S,) or None: the same sounds in reverse
+        order with the same gaps, for scenes whose sounds do not overlap.
+    """
+    n, sounds = int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2])), []
+    for _ in range(200):  # a folder with one class gives scenes of one sound
+        label, phrase, sound = draw_sound(rng)
+        if label not in [s[0] for s in sounds]:
+            longest = int(0.85 * scene_s / n * rate)
+            start = int(rng.integers(0, max(1, len(sound) - longest + 1)))
+            sound = _fade(sound[start:start + longest], rate)
+            level = 10 ** (-rng.uniform(16, 26) / 20)  # RMS between -16 and -26 dB of full scale
+            sounds.append((label, phrase, sound * level / (np.sqrt(np.mean(sound ** 2)) + 1e-9)))
+        if len(sounds) == n:
+            break
+    n, size = len(sounds), int(scene_s * rate)
+    lengths = np.array([len(s[2]) for s in sounds])
+    together = n == 2 and rng.random() < 0.3
+    if together:  # the second starts inside the first half of the first
+        first = int(rng.integers(0, size - lengths[0] + 1))
+        second = min(first + int(rng.integers(0, lengths[0] // 2 + 1)), size - lengths[1])
+        onsets, swapped = [first, second], None
+    else:  # the free time is cut at random into gaps before, between and after
+        gaps = np.diff(np.sort(rng.integers(0, size - lengths.sum() + 1, n)), prepend=0)
+        onsets = np.cumsum(gaps) + np.cumsum(lengths) - lengths
+        back = np.cumsum(gaps) + np.cumsum(lengths[::-1]) - lengths[::-1]
+        swapped = np.zeros(size, np.float32) if n > 1 else None
+    noise = np.cumsum(rng.standard_normal(size).astype(np.float32))  # brown, then high-passed
+    noise = np.diff(noise, prepend=0) + 0.02 * (noise - np.convolve(noise, np.ones(64) / 64, "same"))
+    noise *= 10 ** (-rng.uniform(42, 52) / 20) / np.sqrt(np.mean(noise ** 2))
+    waveform = noise.astype(np.float32)
+    for (_, _, sound), onset in zip(sounds, onsets):
+        waveform[onset:onset + len(sound)] += sound
+    if swapped is not None:
+        swapped += noise
+        for (_, _, sound), onset in zip(sounds[::-1], back):
+            swapped[onset:onset + len(sound)] += sound
+
+    templates = TOGETHER if together else {1: ONE, 2: TWO, 3: THREE}[n]
+    chosen = [templates[i] for i in rng.permutation(len(templates))[:2]]
+    phrases = [s[1] for s in sounds]
+    ordered = n > 1 and not together
+    times = [[round(o / rate, 3), round((o + length) / rate, 3)] for o, length in zip(onsets, lengths)]
+    row = {
+        "duration": scene_s, "captions": [t.format(*phrases) for t in chosen],
+        "negatives": [t.format(*phrases[::-1]) if ordered else None for t in chosen],
+        "labels": [s[0] for s in sounds],
+        "events": [{"label": s[0], "onset": on, "offset": off} for s, (on, off) in zip(sounds, times)],
+        "phrases": [{"phrase": p, "segments": [t]} for p, t in zip(phrases, times)]}
+    return np.clip(waveform, -1, 1), row, None if swapped is None else np.clip(swapped, -1, 1)
+
+
+def write_scene(folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str) -> dict:
+    """Make one scene, write `name`.flac (and, for test scenes, `name`_swapped.flac) -> its row."""
+    waveform, row, swapped = make_scene(np.random.default_rng(seed), draw_sound, rate)
+    sf.write(folder / f"{name}.flac", waveform, rate, subtype="PCM_16")
+    row = {"audio": f"{folder.name}/{name}.flac", **row, "split": split}
+    if split == "test" and swapped is not None:
+        sf.write(folder / f"{name}_swapped.flac", swapped, rate, subtype="PCM_16")
+        row["swapped_audio"] = f"{folder.name}/{name}_swapped.flac"
+    return row
+
+
+def write_lines(path: Path, lines) -> None:
+    """Write text lines under a temporary name, then rename: never half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def demo_sound(rng, rate: int = DEMO_HZ):
+    """One of twelve synthetic sound classes -> label, phrase, waveform (S,) float32."""
+    seconds = rng.uniform(0.8, 3.0)
+    t = np.arange(int(seconds * rate)) / rate
+    white = rng.standard_normal(len(t))
+    pitch = 2 ** rng.uniform(-0.3, 0.3)
+    pulses = lambda per_s, width_s: (t * per_s * pitch % 1) < width_s * per_s * pitch  # noqa: E731
+    tone = lambda hz: np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hz * pitch, t.shape)) / rate)  # noqa: E731
+    smooth = lambda x, n: np.convolve(x, np.ones(n) / n, "same")  # noqa: E731
+    sounds = {
+        "rising_chirp": ("a rising chirp", lambda: tone(400 * 8 ** (t / seconds))),
+        "falling_chirp": ("a falling chirp", lambda: tone(3200 * 8 ** (-t / seconds))),
+        "low_hum": ("a low hum", lambda: tone(90) + 0.5 * tone(180) + 0.3 * tone(270)),
+        "beeps": ("rapid beeps", lambda: tone(1500) * pulses(5, 0.1)),
+        "alarm": ("a two-tone alarm", lambda: tone(np.where(t * 2 % 1 < 0.5, 700, 1100))),
+        "siren": ("a wailing siren", lambda: tone(900 + 400 * np.sin(2 * np.pi * 0.8 * t))),
+        "bell": ("a bell ringing", lambda: sum(
+            tone(600 * r) * np.exp(-t * (1 + r)) for r in (1, 2.76, 5.4, 8.9))),
+        "clicks": ("steady clicking", lambda: white * pulses(4, 0.008)),
+        "rumble": ("a deep rumble", lambda: smooth(white, 200)),
+        "hiss": ("a loud hiss", lambda: white - smooth(white, 5)),
+        "gusts": ("gusts of wind", lambda: smooth(white, 30) * (1 + np.sin(2 * np.pi * 0.9 * t))),
+        "warble": ("a warbling whistle", lambda: tone(2200) * (1 + np.sin(2 * np.pi * 9 * t)))}
+    label = sorted(sounds)[int(rng.integers(len(sounds)))]
+    phrase, make = sounds[label]
+    return label, phrase, make().astype(np.float32)
+
+
+def build_demo(folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val", 60), ("test", 60))) -> Path:
+    """The built-in corpus: synthetic 10 s scenes, equal on every machine; built on first use."""
+    folder = Path(folder)
+    if (folder / "manifest.jsonl").is_file():
+        return folder
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    jobs = [(split, i) for split, count in sizes for i in range(count)]
+    rows = [write_scene(folder / "audio", f"{split}_{i:04d}", (seed, len(split), i), demo_sound, DEMO_HZ, split)
+            for split, i in tqdm(jobs, desc=f"building the demo corpus in {folder}", unit="clip")]
+    write_lines(folder / "classes.txt", sorted({label for row in rows for label in row["labels"]}))
+    write_lines(folder / "manifest.jsonl", [json.dumps(row) for row in rows])
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# Log-mel
+# ------------------------------------------------------------------------------------------------
+
+
+class LogMel(nn.Module):
+    """Waveform (B, S) in [-1, 1] -> log-mel (B, T_mel, M) in dB, always in fp32.
+
+    Hann window of n_fft samples, centred, reflect padding, power spectrum, Slaney filters,
+    10 log10(max(x, 1e-10)) without a top_db. Source: HTS-AT's torchlibrosa settings.
+    """
+
+    def __init__(self, sample_rate=32000, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000):
+        super().__init__()
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate, n_fft, n_fft, hop, fmin_hz, fmax_hz, n_mels=n_mels, norm="slaney", mel_scale="slaney")
+        for name, buffer in list(self.mel.named_buffers()):  # constants: they stay out of checkpoints
+            module, _, leaf = name.rpartition(".")
+            self.mel.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+
+    def forward(self, waveform):
+        with torch.autocast(waveform.device.type, enabled=False):
+            # on a CPU a few clips at a time stay in cache: 3 times faster than the batch at once
+            parts = waveform.float().split(len(waveform) if waveform.is_cuda else 4)
+            power = torch.cat([self.mel(part) for part in parts])  # (B, M, T_mel)
+            return 10 * torch.log10(power.clamp(min=1e-10)).transpose(1, 2)
+
+
+def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
+    """Zero `stripes` random stripes a clip along time and along mel. x (B, T_mel, M).
+
+    Widths are uniform in [0, width), positions uniform where the stripe fits (SpecAugment as in
+    torchlibrosa). Drawn on x's device without synchronisation.
+    """
+    for dim, width in ((1, time_width), (2, mel_width)):
+        size = x.shape[dim]
+        widths = (torch.rand(len(x), stripes, device=x.device) * width).floor()
+        starts = (torch.rand(len(x), stripes, device=x.device) * (size - widths)).floor()
+        position = torch.arange(size, device=x.device)
+        hit = ((position >= starts[..., None]) & (position < (starts + widths)[..., None])).any(1)  # (B, size)
+        x = x.masked_fill(hit[:, :, None] if dim == 1 else hit[:, None, :], 0.0)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------
+# Transformer block
+# ------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection. x (N, L, C) -> (N, L, C)."""
+
+    def __init__(self, dim, heads, qkv_bias=True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, bias=None):
+        N, L, C = x.shape
+        q, k, v = self.qkv(x).view(N, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (N, heads, L, C / heads)
+        return self.proj(x.transpose(1, 2).reshape(N, L, C))
+
+    def values(self, x):
+        """proj(V(x)): every position keeps its own value, nothing is mixed over positions."""
+        C = x.shape[-1]
+        bias = None if self.qkv.bias is None else self.qkv.bias[2 * C:]
+        return self.proj(F.linear(x, self.qkv.weight[2 * C:], bias))
+
+
+def drop_path(x, probability: float, training: bool, parts: int = 1):
+    """Drop the whole residual branch of a clip, scaling the others by 1 / (1 - p).
+
+    `parts`: consecutive rows of x (N, L, C) that belong to one clip (the windows of Swin) and
+    therefore share one draw.
+    """
+    if not training or probability == 0:
+        return x
+    keep = torch.rand(len(x) // parts, 1, 1, device=x.device) >= probability
+    return x * (keep.to(x.dtype) / (1 - probability)).repeat_interleave(parts, 0)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with `locality`, MGA-CLAP's locality-aware block.
+
+    locality: "" ordinary attention; "paper" the projected values replace attention, all else
+    unchanged (MGA-CLAP Eq. 4-6); "official" as its released code: the FFN is left out too and the
+    second LayerNorm's output is added directly.
+    """
+
+    def __init__(self, dim, heads, mlp_ratio=4, drop_path=0.0, qkv_bias=True, eps=1e-5, locality=""):
+        super().__init__()
+        self.drop_path, self.locality = drop_path, locality
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, mlp_ratio * dim), "fc2": nn.Linear(mlp_ratio * dim, dim)})
+        if locality == "official":
+            self.mlp.requires_grad_(False)  # unused, kept so that the authors' weights load
+
+    def feed_forward(self, x):
+        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))
+
+    def forward(self, x, bias=None, parts=1):
+        """x (N, L, C); bias broadcastable to (N, heads, L, L), added to the attention logits."""
+        drop = lambda branch: drop_path(branch, self.drop_path, self.training, parts)  # noqa: E731
+        if self.locality:
+            values = self.attn.values(self.norm1(x))  # MGA-CLAP Eq. (4), MGA-CLAP Eq. (5)
+            x = x + drop(values)
+            if self.locality == "official":
+                return x + drop(self.norm2(x))
+            return x + drop(self.feed_forward(self.norm2(x)))  # MGA-CLAP Eq. (6)
+        x = x + drop(self.attn(self.norm1(x), bias))
+        return x + drop(self.feed_forward(self.norm2(x)))
+
+
+# ------------------------------------------------------------------------------------------------
+# HTS-AT
+# ------------------------------------------------------------------------------------------------
+
+
+def to_windows(x, window: int, shift: int):
+    """(B, G, G, C) grid, rolled back by `shift` -> (B * nW, window * window, C)."""
+    B, G, _, C = x.shape
+    if shift:
+        x = torch.roll(x, (-shift, -shift), (1, 2))
+    n = G // window
+    return x.view(B, n, window, n, window, C).transpose(2, 3).reshape(-1, window * window, C)
+
+
+def from_windows(x, window: int, shift: int, grid: int):
+    """Inverse of `to_windows`."""
+    n = grid // window
+    x = x.view(-1, n, n, window, window, x.shape[-1]).transpose(2, 3).reshape(-1, grid, grid, x.shape[-1])
+    return torch.roll(x, (shift, shift), (1, 2)) if shift else x
+
+
+class SwinStage(nn.Module):
+    """Blocks on one grid size, then a 2 x 2 patch merging (absent in the last stage)."""
+
+    def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
+        super().__init__()
+        self.grid, self.window = grid, min(window, grid)
+        self.shift = self.window // 2 if grid > self.window else 0  # one window: nothing to shift
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities))
+        self.bias_tables = nn.ParameterList(
+            nn.init.trunc_normal_(nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads)), std=0.02)
+            for _ in self.blocks)
+        for block, table in zip(self.blocks, self.bias_tables):
+            table.requires_grad_(not block.locality)
+        self.downsample = nn.ModuleDict(
+            {"norm": nn.LayerNorm(4 * dim), "reduction": nn.Linear(4 * dim, 2 * dim, bias=False)}) if merge else None
+
+        side = torch.arange(self.window)
+        row, column = torch.cartesian_prod(side, side).T  # (L,) each
+        offset = lambda i: i[:, None] - i[None, :] + self.window - 1  # noqa: E731
+        index = offset(row) * (2 * self.window - 1) + offset(column)
+        self.register_buffer("bias_index", index.flatten(), persistent=False)  # (L * L,)
+        if self.shift:  # cells that the roll brought together from opposite edges must not attend
+            edge = torch.zeros(grid, dtype=torch.long)
+            edge[-self.window:], edge[-self.shift:] = 1, 2
+            region = to_windows((3 * edge[:, None] + edge)[None, :, :, None], self.window, 0)[..., 0]  # (nW, L)
+            mask = (region[:, :, None] != region[:, None, :]) * -100.0  # (nW, L, L)
+            self.register_buffer("shift_mask", mask, persistent=False)
+
+    def attention_bias(self, i: int, clips: int):
+        L = self.window ** 2
+        bias = F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1).permute(0, 3, 1, 2)
+        if i % 2 and self.shift:
+            bias = (bias + self.shift_mask[:, None]).repeat(clips, 1, 1, 1)  # (B * nW, heads, L, L)
+        return bias
+
+    def forward(self, x):
+        """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
+        parts = (self.grid // self.window) ** 2
+        for i, block in enumerate(self.blocks):
+            shift = self.shift if i % 2 else 0
+            bias = None if block.locality else self.attention_bias(i, len(x))
+            windows = block(to_windows(x, self.window, shift), bias, parts)
+            x = from_windows(windows, self.window, shift, self.grid)
+        if self.downsample is not None:
+            x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+            x = self.downsample["reduction"](self.downsample["norm"](x))
+        return x
+
+
+class HTSAT(nn.Module):
+    """HTS-AT audio encoder (Swin on a folded spectrogram), without its tagging heads.
+
+    Source: Chen et al., ICASSP 2022; official htsat.py. The spectrogram is stretched to
+    spec_size * chunks frames, cut into `chunks` pieces of time that are stacked along frequency,
+    and the square image goes through Swin stages. For the paper's size the output grid is 8 x 8:
+    4 chunks x 2 frequency halves by 8 columns, so 32 steps of 0.32 s of (stretched) time.
+
+    Args
+        dim, depths, heads: channels of stage 1, blocks and heads a stage ("tiny" in HTS-AT's words;
+            LAION's "base" is dim 128, depths 2 2 12 2).
+        locality_blocks: how many of the last stage's last blocks are locality-aware.
+        locality: "paper" or "official", see `Block`.
+    """
+
+    def __init__(self, dim=96, depths=(2, 2, 6, 2), heads=(4, 8, 16, 32), patch=4, window=8, spec_size=256,
+                 n_mels=64, drop_path=0.1, locality_blocks=0, locality="paper"):
+        super().__init__()
+        if not 0 <= locality_blocks <= depths[-1]:
+            raise ValueError(f"locality_blocks = {locality_blocks}: the last stage has {depths[-1]} blocks")
+        self.spec_size, self.chunks = spec_size, spec_size // n_mels
+        self.out_dim = dim * 2 ** (len(depths) - 1)
+        self.n_frames = self.chunks * (spec_size // patch >> (len(depths) - 1))
+        self.bn0 = nn.BatchNorm1d(n_mels)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, patch, patch), "norm": nn.LayerNorm(dim)})
+        drops = torch.linspace(0, drop_path, sum(depths)).tolist()
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            last = i == len(depths) - 1
+            kinds = ["" if not last or j < depth - locality_blocks else locality for j in range(depth)]
+            self.layers.append(SwinStage(dim << i, spec_size // patch >> i, heads[i], window,
+                                         [drops.pop(0) for _ in range(depth)], kinds, merge=not last))
+        self.norm = nn.LayerNorm(self.out_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, log_mel):
+        """log_mel (B, T_mel, M) in dB, T_mel <= spec_size * chunks -> frame_feats (B, T, out_dim)."""
+        B, T_mel, M = log_mel.shape
+        x = self.bn0(log_mel.transpose(1, 2)).transpose(1, 2)
+        if self.training:  # after bn0, so that 0 is each bin's mean
+            x = spec_augment(x, time_width=64, mel_width=8)
+        length = self.spec_size * self.chunks
+        if T_mel > length:
+            raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {length}")
+        x = F.interpolate(x[:, None], (length, M), mode="bicubic", align_corners=True)
+        x = x.view(B, self.chunks, self.spec_size, M).transpose(2, 3)  # row = chunk * M + mel, column = time
+        x = self.patch_embed["proj"](x.reshape(B, 1, self.spec_size, self.spec_size))
+        x = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, G, G, C)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        _, G, _, C = x.shape
+        x = x.view(B, self.chunks, G // self.chunks, G, C).mean(2)  # mean over frequency
+        return x.reshape(B, self.n_frames, C)
+
+
+def htsat_state(weights: dict) -> dict:
+    """Rename HTS-AT weights of any published file to ours; keys that are none of ours are dropped by name.
+
+    Takes the state dict of the authors' AudioSet file (prefix "sed_model."), of MGA-CLAP and LAION
+    files with their prefix already removed, and of transformers' ClapModel or ClapAudioModel.
+    """
+    state, qkv = {}, {}
+    unused = re.compile(r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|^(spectrogram|logmel)_extractor\.|"
+                        r"^(audio_feats_extractor|mel_trans)\.|position_ids$|patch_embed\.mel_conv2d\.")
+    for key, value in weights.items():
+        key = re.sub(r"^(sed_model\.|(audio_model\.)?audio_encoder\.)", "", key)
+        if unused.search(key):
+            continue
+        for theirs, ours in (("batch_norm.", "bn0."), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+                             ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"),
+                             ("output.dense", "mlp.fc2"), ("attention.self.relative", "attn.relative")):
+            key = key.replace(theirs, ours)
+        table = re.match(r"(layers\.\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", key)
+        part = re.match(r"(.*)\.attention\.self\.(query|key|value)\.(weight|bias)$", key)
+        if table:
+            state[f"{table[1]}.bias_tables.{table[2]}"] = value
+        elif part:
+            qkv.setdefault(f"{part[1]}.attn.qkv.{part[3]}", {})[part[2]] = value
+        else:
+            state[key] = value
+    for key, parts in qkv.items():
+        if len(parts) == 3:
+            state[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    return state
+
+
+def load_htsat(encoder: HTSAT, path: str) -> None:
+    """Start an HTS-AT from HTSAT_AudioSet*.ckpt, a transformers CLAP folder, or a saved state dict."""
+    folder = Path(path)
+    if folder.is_dir() or not folder.suffix:  # a folder, or a hub id
+        weights = transformers_weights(path)
+        weights = {k: v for k, v in weights.items() if k.startswith(("audio_model.audio_encoder.", "audio_encoder."))}
+    else:
+        weights = read_weights(path)
+        weights = weights.get("state_dict", weights)
+        if any(key.startswith("sed_model.") for key in weights):
+            weights = {k: v for k, v in weights.items() if k.startswith("sed_model.")}
+    load_strict(encoder, htsat_state(weights), path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text encoder
+# ------------------------------------------------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    """A transformers text encoder and its tokenizer, in one module that a checkpoint can rebuild.
+
+    Args
+        model: transformers encoder; tokenizer: its fast tokenizer; max_tokens: captions are cut
+        there, special tokens included.
+    """
+
+    def __init__(self, model, tokenizer, max_tokens: int):
+        super().__init__()
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # no paper here uses it; an unused layer would stop DDP
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.out_dim = model.config.hidden_size
+
+    def tokenize(self, texts: list[str]) -> dict:
+        """-> input_ids (B, L), attention_mask (B, L), word_mask (B, L) bool, True = a real word piece."""
+        tokens = self.tokenizer(texts, padding="longest", truncation=True, max_length=self.max_tokens,
+                                return_special_tokens_mask=True, return_tensors="pt")
+        word_mask = tokens["special_tokens_mask"] == 0
+        if not word_mask.any(1).all():
+            empty = texts[int((~word_mask.any(1)).nonzero()[0, 0])]
+            raise ValueError(f"the text {empty!r} has no token to embed; every text needs at least one word")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], "word_mask": word_mask}
+
+    def forward(self, input_ids, attention_mask):
+        """-> last hidden state (B, L, out_dim)."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def description(self) -> dict:
+        """What `text_encoder_from_description` needs, as plain strings."""
+        special = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        return {"config": json.dumps(self.model.config.to_dict()), "special_tokens": json.dumps(special),
+                "tokenizer": self.tokenizer.backend_tokenizer.to_str()}
+
+
+def _quiet_transformers():
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def text_encoder_from_pretrained(name: str, max_tokens: int) -> TextEncoder:
+    """From a hub id or a local folder, e.g. "bert-base-uncased"."""
+    transformers = _quiet_transformers()
+    try:
+        model = transformers.AutoModel.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--text-model {name}: not a local folder and not to be had from the hub ({reason}); "
+                         "give a folder that holds config.json, weights and tokenizer, or connect to a network") from None
+    return TextEncoder(model, tokenizer, max_tokens)
+
+
+def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads: int, max_tokens: int,
+                              vocabulary: int = 4000) -> TextEncoder:
+    """A small random BERT whose WordPiece vocabulary is learnt from the training captions."""
+    transformers = _quiet_transformers()
+    tokenizer = transformers.BertTokenizer().train_new_from_iterator(
+        [sorted(set(captions))], vocab_size=vocabulary, show_progress=False)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * dim, max_position_embeddings=max(64, max_tokens), pad_token_id=tokenizer.pad_token_id)
+    return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens)
+
+
+def text_encoder_from_description(description: dict, max_tokens: int) -> TextEncoder:
+    """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a network."""
+    transformers = _quiet_transformers()
+    from tokenizers import Tokenizer
+    config = json.loads(description["config"])
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(description["tokenizer"]), **json.loads(description["special_tokens"]))
+    return TextEncoder(model, tokenizer, max_tokens)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sparsemax
+# ------------------------------------------------------------------------------------------------
+
+
+class _Sparsemax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        z_sorted = z.sort(-1, descending=True).values
+        rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+        excess = z_sorted.cumsum(-1) - 1
+        size = (rank * z_sorted > excess).sum(-1, keepdim=True)  # of the support
+        p = (z - excess.gather(-1, size - 1) / size).clamp(min=0)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        support = p > 0
+        grad = grad * support
+        return (grad - grad.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)) * support
+
+
+def sparsemax(z):
+    """Euclidean projection of z (..., K) onto the simplex, in fp32 (or fp64): many exact zeros.
+
+    Source: Martins & Astudillo, ICML 2016. Exact, by sorting.
+    """
+    return _Sparsemax.apply((z if z.dtype == torch.float64 else z.float()) - z.detach().amax(-1, keepdim=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics
+# ------------------------------------------------------------------------------------------------
+
+
+def retrieval_ranks(sim: np.ndarray, owner: np.ndarray) -> dict:
+    """Ranks (0 = best) in both directions; a tie counts against the right answer.
+
+    Args: sim (N, Q) cosine, audio in rows; owner (Q,) the clip each caption belongs to, any number
+        of captions a clip, in any order.
+    Returns
+        t2a (Q,): rank of the right clip among N, one query a caption.
+        a2t (N,): rank of the best of the clip's own captions among all Q.
+        a2t_ap10 (N,): sum over own captions found in the top 10, the i-th of them at rank r_i, of
+            i / (r_i + 1), divided by the number of own captions.
+    Clips without a caption are only distractors for t2a and are left out of a2t.
+    """
+    N, Q = sim.shape
+    own = sim[owner, np.arange(Q)]
+    t2a = (sim >= own[None]).sum(0) - 1
+    a2t, ap10 = [], []
+    for clip in np.unique(owner):
+        mine = owner == clip
+        scores = -np.sort(-sim[clip, mine])
+        others = np.sort(sim[clip, ~mine])
+        above = len(others) - np.searchsorted(others, scores, side="left")  # other captions >= mine
+        ranks = above + np.arange(len(scores))
+        a2t.append(ranks[0])
+        ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(scores))
+    return {"t2a": t2a, "a2t": np.array(a2t), "a2t_ap10": np.array(ap10)}
+
+
+def retrieval_scores(ranks: dict) -> dict:
+    """R@1, R@5, R@10, mAP@10, MRR and median rank (from 1) of `retrieval_ranks`, both directions."""
+    scores = {}
+    for way in ("t2a", "a2t"):
+        r = ranks[way]
+        for k in (1, 5, 10):
+            scores[f"{way}_R@{k}"] = float((r < k).mean())
+        scores[f"{way}_mAP@10"] = float(
+            np.where(r < 10, 1 / (r + 1), 0).mean() if way == "t2a" else ranks["a2t_ap10"].mean())
+        scores[f"{way}_MRR"] = float((1 / (r + 1)).mean())
+        scores[f"{way}_median_rank"] = float(np.median(r) + 1)
+    return scores
+
+
+def retrieval_chance(owner: np.ndarray, n_clips: int) -> dict:
+    """What random scores would get, for the metrics of `retrieval_scores`."""
+    Q, chance = len(owner), {}
+    per_clip = np.bincount(owner, minlength=n_clips)
+    per_clip = per_clip[per_clip > 0]
+    harmonic = lambda n: float((1 / np.arange(1, n + 1)).sum())  # noqa: E731
+    # P(best own caption has rank >= r) = C(Q - m, r) / C(Q, r), for m own captions
+    survival = {m: np.concatenate([[1.0], np.cumprod([max(0, Q - m - r) / (Q - r) for r in range(Q)])])
+                for m in set(per_clip.tolist())}
+    for k in (1, 5, 10):
+        chance[f"t2a_R@{k}"] = min(1.0, k / n_clips)
+        chance[f"a2t_R@{k}"] = float(np.mean([1 - survival[m][min(k, Q)] for m in per_clip]))
+    chance["t2a_mAP@10"] = harmonic(min(10, n_clips)) / n_clips
+    # E[i / (r + 1)] summed over own captions: each lies at rank r with probability 1 / Q
+    chance["a2t_mAP@10"] = float(np.mean([np.mean([
+        (1 + r * (m - 1) / max(1, Q - 1)) / (r + 1) for r in range(min(10, Q))]) * min(10, Q) / Q for m in per_clip]))
+    chance["t2a_MRR"] = harmonic(n_clips) / n_clips
+    chance["a2t_MRR"] = float(np.mean([(-np.diff(survival[m]) / np.arange(1, Q + 1)).sum() for m in per_clip]))
+    chance["t2a_median_rank"] = (n_clips + 1) / 2
+    chance["a2t_median_rank"] = float(np.median([np.argmax(survival[m] <= 0.5) for m in per_clip]))
+    return chance
+
+
+def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
+    """Area under the precision-recall steps; equal scores form one threshold (as scikit-learn).
+
+    scores (N,), targets (N,) bool with at least one True. NaN where there is no positive.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], np.cumsum(targets[order])
+    if not len(hits) or hits[-1] == 0:
+        return float("nan")
+    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # last index of each threshold
+    gained = np.diff(hits[ends], prepend=0)
+    return float((gained / hits[-1] * hits[ends] / (ends + 1)).sum())
+
+
+def class_average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(N, C) scores and bool targets -> (C,) AP, NaN for a class without a positive."""
+    return np.array([average_precision(s, t) for s, t in zip(scores.T, targets.T)])
+
+
+def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
+    """(N, C) bool: is the class among a row's labels or events? Labels outside `classes` do not count."""
+    index = {c: i for i, c in enumerate(classes)}
+    targets = np.zeros((len(rows), len(classes)), bool)
+    for n, row in enumerate(rows):
+        found = [*row.get("labels", []), *(event["label"] for event in row.get("events", []))]
+        targets[n, [index[label] for label in found if label in index]] = True
+    if not targets.any():
+        raise ValueError(f"none of the manifest's labels is among the {len(classes)} classes ({', '.join(classes[:3])}, ...); "
+                         "is classes.txt beside the manifest the right list?")
+    return targets
+
+
+def frame_targets(row: dict, classes: list[str], n_frames: int, frame_s: float) -> np.ndarray:
+    """(n_frames, C) bool: True where an event of the class covers the frame's centre."""
+    targets = np.zeros((n_frames, len(classes)), bool)
+    centre_s = (np.arange(n_frames) + 0.5) * frame_s
+    for event in row.get("events", []):
+        if event["label"] in classes:
+            targets[(centre_s >= event["onset"]) & (centre_s < event["offset"]), classes.index(event["label"])] = True
+    return targets
+
+
+def frame_average_precisions(frame_embeds, class_embeds, rows, classes, frame_s: float, centred: bool):
+    """Frame-level AP of each class over all frames of all clips.
+
+    Args
+        frame_embeds: list of (T_i, D); class_embeds (C, D), both normalised.
+        centred: take each frame's mean over classes out of its scores. Raw cosines (the papers'
+            protocol) also compare frames by how much they resemble any class at all.
+    Returns: AP (C,), NaN for a class without a frame; chance level (mean prevalence).
+    """
+    scores = np.concatenate(frame_embeds) @ class_embeds.T  # (frames, C)
+    if centred:
+        scores = scores - scores.mean(1, keepdims=True)
+    targets = np.concatenate([frame_targets(row, classes, len(f), frame_s) for row, f in zip(rows, frame_embeds)])
+    return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
+
+
+def print_scores(title: str, scores: dict, chance: dict) -> None:
+    """A table of scores, each beside its chance level."""
+    print(f"\n{title}\n  {'score':<22}{'value':>9}{'chance':>9}")
+    for key, value in scores.items():
+        print(f"  {key:<22}{value:>9.3f}{chance[key]:>9.3f}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Embedding files
+# ------------------------------------------------------------------------------------------------
+
+
+class AudioFiles(torch.utils.data.Dataset):
+    """Whole files (or their first `length_s`) for evaluation; an unusable one comes back as its error."""
+
+    def __init__(self, rows, sample_rate, length_s=None):
+        self.rows, self.sample_rate, self.length_s = rows, sample_rate, length_s
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        try:
+            return i, read_audio(row["audio"], self.sample_rate, self.length_s, expected_s=row.get("duration"))
+        except AudioError as error:
+            return i, error
+
+
+def collate_audio(items):
+    """[(index, waveform or AudioError)] -> indices, waveform (B, S), n_samples (B), [(index, error text)]."""
+    good = [(i, w) for i, w in items if not isinstance(w, AudioError)]
+    bad = [(i, str(w)) for i, w in items if isinstance(w, AudioError)]
+    waveform, n_samples = pad_batch([w for _, w in good]) if good else (None, None)
+    return [i for i, _ in good], waveform, n_samples, bad
+
+
+@torch.no_grad()
+def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", frames=False, desc="embedding audio",
+                quiet=False):
+    """Embed every readable file of `rows`.
+
+    Args: crop "all": every consecutive window; "first": the first window only.
+    Returns
+        kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
+        frames cut off, or None; bad: error texts of the files left out.
+    """
+    length_s = model.window_s if crop == "first" else None
+    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_size,
+                                         num_workers=workers, collate_fn=collate_audio)
+    kept, embeds, frame_embeds, bad = [], [], [], []
+    device = next(model.parameters()).device
+    for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=quiet):
+        bad += [text for _, text in errors]
+        if not indices:
+            continue
+        kept += indices
+        embeds.append(model.embed_audio(waveform.to(device), n_samples).cpu().numpy())
+        if frames:
+            for clip, n in zip(model.embed_frames(waveform.to(device), n_samples).cpu().numpy(), n_samples.tolist()):
+                frame_embeds.append(clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)])
+    if not kept:
+        raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[0] if bad else 'no rows'}")
+    return kept, np.concatenate(embeds), frame_embeds if frames else None, bad
+
+
+def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
+    """(Q, D) float32; equal texts are embedded once, so their scores tie exactly."""
+    unique, inverse = np.unique(texts, return_inverse=True)
+    parts = [model.embed_text(unique[i:i + batch_size].tolist()).cpu().numpy()
+             for i in range(0, len(unique), batch_size)]
+    return np.concatenate(parts)[inverse]
+
+
+# ------------------------------------------------------------------------------------------------
+# Training helpers
+# ------------------------------------------------------------------------------------------------
+
+
+def start_device(name: str) -> torch.device:
+    """Join torchrun's process group where there is one; pick the device ("auto", "cpu", "cuda")."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Make every draw of a step (dropout, masks) a function of (seed, step, rank).
+
+    So a resumed run needs no stored generator state to repeat the uninterrupted one.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        rank, world = rank_and_world()
+        sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
+        dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+        sizes = torch.cat(sizes).tolist()  # a rank with an unreadable clip holds fewer rows
+        padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - len(x))).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded)
+        ctx.start, ctx.size, ctx.world = sum(sizes[:rank]), len(x), world
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Every process computes the same full loss, so its own rows' gradient is complete;
+        # times world, because DistributedDataParallel divides by it.
+        return grad[ctx.start:ctx.start + ctx.size] * ctx.world
+
+
+def gather_with_grad(x):
+    """Rows of every process in rank order, (B, ...) -> (sum of B, ...), identity when alone.
+
+    For losses that every process computes in full: with DistributedDataParallel's averaging the
+    gradients equal those of one process with the joint batch.
+    """
+    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=(5, 10, 15, 20, 25, 30)):
+    """Indices of one epoch as batches of clips of similar length, in random order.
+
+    Clips left over in their bucket form mixed batches; what does not fill the last one waits for
+    another epoch, so an epoch always has floor(N / batch_size) batches (one, if N is smaller).
+    Source: MGA-CLAP's seven buckets; its code drops every bucket's remainder.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    bucket = np.digitize(durations, edges_s)
+    batches, left = [], []
+    for b in np.unique(bucket):
+        members = rng.permutation(np.flatnonzero(bucket == b))
+        full = len(members) // batch_size * batch_size
+        batches += list(members[:full].reshape(-1, batch_size))
+        left.append(members[full:])
+    left = np.concatenate(left)
+    full = len(left) // batch_size * batch_size
+    batches += list(left[:full].reshape(-1, batch_size)) if full else []
+    return [batches[i] for i in rng.permutation(len(batches))] if batches else [left]
+
+
+def training_batches(durations, batch_size, seed, start_step, total_steps):
+    """Yield [(epoch, index), ...] for every step from start_step on: this process's share of the batch."""
+    rank, world = rank_and_world()
+    steps_per_epoch = max(1, len(durations) // batch_size)
+    for epoch in range(start_step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
+        batches = bucketed_batches(durations, batch_size, seed, epoch)
+        for step, batch in enumerate(batches, epoch * steps_per_epoch):
+            if start_step <= step < total_steps:
+                yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Factor of the peak learning rate: linear from 0, then half a cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def check_resume(cfg, stored: dict) -> None:
+    """A flag given beside --resume that contradicts the stored settings is an error, not ignored."""
+    free = {"resume", "name", "runs", "workers", "device", "log_steps", "save_steps", "eval_epochs", "max_bad", "data"}
+    for key, value in stored.items():
+        if key not in free and getattr(cfg, key) != value:
+            raise ValueError(f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was started with {value}; "
+                             "leave the flag out or start a new --name")
+
+
+def check_finite(previous, run) -> None:
+    """Stop on a non-finite loss of an earlier step: (step, loss, file names) or None."""
+    if previous is not None and not torch.isfinite(previous[1]):
+        path = run.path / "nonfinite_batch.txt"
+        write_lines(path, previous[2])
+        raise FloatingPointError(f"the loss of step {previous[0]} is {previous[1].item()}; the batch's files are listed in "
+                                 f"{path}, the last checkpoint is from before; try a smaller --lr or --precision fp32")
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Inside, dropout, masking and batch statistics are off; the training flag comes back after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class RunFolder:
+    """runs/<name>: log.jsonl, skipped.txt, checkpoints. Only the first process writes.
+
+    Args
+        resume: continue what is there; otherwise an existing run is an error, never overwritten.
+        max_bad: largest share of `n_clips` that may be unreadable before the run stops.
+    """
+
+    def __init__(self, runs: str, name: str, method: str, resume: bool, n_clips: int, max_bad: float):
+        number = 1
+        while not name and (Path(runs) / f"{method}-{number}").exists():
+            number += 1
+        self.path, self.name = Path(runs) / (name or f"{method}-{number}"), name or f"{method}-{number}"
+        self.n_clips, self.max_bad, self.writes = n_clips, max_bad, rank_and_world()[0] == 0
+        if not resume and (self.path / "last.pt").exists():
+            raise FileExistsError(f"{self.path} already holds a run; continue it with --resume or choose another --name")
+        if self.writes:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                (self.path / "log.jsonl").touch()
+            except OSError as error:
+                raise PermissionError(f"--runs {runs}: cannot write to {self.path} ({error.strerror})") from None
+        skipped = self.path / "skipped.txt"
+        self.skipped = set(skipped.read_text(encoding="utf-8").splitlines()) if resume and skipped.exists() else set()
+
+    def drop_log_after(self, step: int) -> None:
+        """Forget log lines written after the checkpoint that a killed run resumes from."""
+        if self.writes:
+            lines = (self.path / "log.jsonl").read_text().splitlines()
+            write_lines(self.path / "log.jsonl", [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step])
+
+    def log(self, line: dict) -> None:
+        if self.writes:
+            with open(self.path / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def skip(self, errors: list[str]) -> None:
+        """Count and list unreadable clips; stop past max_bad."""
+        new = sorted(set(errors) - self.skipped)
+        if not new:
+            return
+        self.skipped.update(new)
+        with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
+            f.writelines(text + "\n" for text in new)
+        if len(self.skipped) > self.max_bad * self.n_clips:
+            raise ValueError(f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than --max-bad "
+                             f"{self.max_bad:.0%}; first: {new[0]} (all in {self.path / 'skipped.txt'})")
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints and weight files
+# ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Write under a temporary name, then rename: a kill leaves the previous checkpoint whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(payload, temporary)
+    os.replace(temporary, path)
+
+
+def versions() -> dict:
+    import transformers
+    return {"torch": str(torch.__version__), "torchaudio": str(torchaudio.__version__),
+            "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def read_weights(path) -> dict:
+    """torch.load without executing anything in the file.
+
+    argparse.Namespace and numpy scalars, which published checkpoints carry beside their weights,
+    are allowed.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such weight file")
+    from numpy._core.multiarray import scalar
+    allowed = [argparse.Namespace, scalar, np.dtype] + [type(np.dtype(t)) for t in "fdil"]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, struct.error) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a torch weight file that can be read safely ({reason})") from None
+    except Exception as error:  # pickle.UnpicklingError: the file asks for something not on the list
+        raise ValueError(f"{path}: not a weight file that can be read safely "
+                         f"({str(error).strip().splitlines()[0][:160]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dictionary of weights, found {type(content).__name__}")
+    return content
+
+
+def read_checkpoint(path, method: str | None = None) -> dict:
+    """One of this project's checkpoints; `method` checks whose it is."""
+    content = read_weights(path)
+    if "method" not in content or "config" not in content:
+        raise ValueError(f"{path}: not a checkpoint of this project (keys: {', '.join(map(str, list(content)[:5]))})")
+    if method and content["method"] != method:
+        raise ValueError(f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py")
+    return content
+
+
+def load_strict(module: nn.Module, state: dict, source) -> None:
+    """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
+    listed = lambda names: f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"  # noqa: E731
+    problems = [f"{text} {listed(names)}" for text, names in
+                (("missing keys:", missing), ("unexpected keys:", extra), ("wrong shapes:", sorted(shapes))) if names]
+    if problems:
+        raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
+    module.load_state_dict(state)
+
+
+def transformers_weights(name: str) -> dict:
+    """State dict of a transformers CLAP folder or hub id."""
+    transformers = _quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[config.model_type]
+        return kind.from_pretrained(name).state_dict()
+    except KeyError:
+        raise ValueError(f"{name}: a transformers model of type '{config.model_type}'; expected CLAP") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: not a transformers CLAP folder or reachable hub id "
+                         f"({str(error).strip().splitlines()[0]})") from None

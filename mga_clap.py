@@ -1,0 +1,560 @@
+"""MGA-CLAP: CLAP whose clip and caption vectors are sparse mixtures of one codebook shared by both.
+
+Li, Guo, Wang, Liu: "Advancing Multi-grained Alignment for Contrastive Language-Audio Pre-training",
+ACM Multimedia 2024, arXiv:2408.07919v1. Official code: github.com/Ming-er/MGA-CLAP (HTS-AT only).
+
+The idea: plain CLAP pools frames and words into one vector each and only aligns those, so single
+frames need not agree with single words. Here (1) every frame and every word votes for codewords of
+one shared codebook, the maximal vote of a clip becomes sparse weights, and the embedding is that
+mixture of codewords; (2) the encoder's last block mixes nothing over time, so a frame stays local;
+(3) negatives that look like the positive count more. Frames then match words without frame labels.
+
+Equations (paper) -> code
+  Eq. (1)  symmetric contrastive loss (plain CLAP)      clap_loss
+  Eq. (2)  codeword affinity: max over frames or words  codebook_weights
+  Eq. (3)  sparse mixture of codewords                  Model.aggregate
+  Eq. (4)  locality-aware block: values only            common.Block.forward
+  Eq. (5)  its residual                                 common.Block.forward
+  Eq. (6)  its feed-forward                             common.Block.forward
+  Eq. (7)  hard-negative guided loss                    hard_negative_loss
+  Eq. (8)  its weights                                  hard_negative_loss
+
+Letters: B pairs, S samples, T frames (32 of 0.3125 s in 10 s) [T], L words [N], D joint dimension
+[d] 1024, K codewords [M] 4096. gamma [gamma] 0.15, temperature [tau], eta [eta] affinity divisor.
+
+Deviations from the paper (and what --variant official does)
+  D1  The loss is a mean over the batch, not a sum: comparable with ln B, and Adam does not care.
+  D2  Eta is not printed: sqrt(D) * 1000 as in the code; with 256 codewords sqrt(D) * 10 (README).
+  D3  Padding and [SEP] never win the maximum of Eq. (2). Official: they score 0.
+  D4  Two captions of one clip in a batch are neither positive nor negative of each other (the paper
+      has one positive a row). Official: soft targets over all of them.
+  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where S_j is by mistake the sum of row j, not i,
+      positives' weight 1, 1e-7 inside the log.
+  D6  Official: the locality-aware block has no feed-forward (common.Block).
+  D7  Official: + mean|A| / ||A|| + mean|T| / ||T|| on the batch's embeddings.
+  D8  Official: clips are padded to the longest of the batch, and HTS-AT stretches them to 10 s.
+      The paper, and we: padded to 10 s.
+  D9  Official: 10 epochs (paper 15). The schedule (warm-up of 2 epochs, cosine) is the code's; the
+      paper names none.
+  D10 bf16 autocast (code: fp16 with loss scaling). Bucket leftovers are not dropped
+      (common.bucketed_batches).
+  D11 Checkpoint choice on the validation split, as in the paper; the code chooses on the test sets.
+  D12 Captions are cut at 30 tokens, as in the code; the paper says 30 words.
+
+Run:  python mga_clap.py --data demo                              (two CPU cores, under 4 minutes)
+      python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl --audio-weights HTSAT.ckpt
+      torchrun --nproc-per-node 8 mga_clap.py --data ...           (one node, 8 GPUs)
+      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
+The loss starts near ln B (4.85 at B = 128); flat for more than an epoch: see README, "Is my loss normal?".
+"""
+import dataclasses
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import common
+
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # data
+    data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
+    size: Literal["paper", "tiny"] = "paper"  # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
+    variant: Literal["paper", "official"] = "paper"  # official: do as the released code where it differs (D3-D9)
+    audio_weights: str = "HTSAT.ckpt"  # start of the audio encoder: HTS-AT's AudioSet file (Sec. 4.1), a transformers CLAP folder, or none
+    text_model: str = "bert-base-uncased"  # start of the text encoder: hub id or folder (Sec. 4.1), or none
+    max_tokens: int = 30  # captions are cut there, [CLS] and [SEP] included (official code, D12)
+    # model
+    aggregator: Literal["codebook", "mean"] = "codebook"  # mean: plain CLAP (Table 4)
+    affinity: Literal["max", "mean"] = "max"  # how frames or words vote for a codeword (Table 5)
+    sparsity: Literal["sparsemax", "softmax"] = "sparsemax"  # affinities to weights (Table 5)
+    codewords: int = 4096  # size of the shared codebook (Fig. 4)
+    affinity_scale: float = 1000.0  # eta of Eq. (2) divided by sqrt(joint_dim) (official code, D2)
+    locality_blocks: int = 1  # last blocks that are locality-aware (Fig. 6); plain CLAP: 0
+    joint_dim: int = 1024  # dimension shared by audio and text (official code)
+    audio_dim: int = 96  # HTS-AT channels in stage 1
+    audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # HTS-AT blocks a stage
+    audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # HTS-AT heads a stage
+    audio_patch: int = 4  # HTS-AT patch, in mel bins and frames
+    text_dim: int = 768  # text encoder width, read only when --text-model none
+    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    # loss
+    hard_negatives: bool = True  # Eq. (7)-(8); off: Eq. (1)
+    gamma: float = 0.15  # sharpness of the hard-negative weights (Fig. 5)
+    init_temperature: float = 0.07  # start of the learnt divisor tau (official code)
+    # optimisation
+    epochs: int = 15  # Sec. 4.1
+    batch_size: int = 128  # pairs over all processes (Sec. 4.1)
+    lr: float = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
+    warmup_epochs: float = 2.0  # linear warm-up, then cosine to 0 (official code, D9)
+    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (official code)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D10)
+    seed: int = 0  # of weights, order, crops, masks
+    # run
+    name: str = ""  # folder under --runs; empty: mga_clap-1, mga_clap-2, ...
+    runs: str = "runs"  # where run folders go
+    resume: bool = False  # continue runs/NAME/last.pt with its stored settings
+    eval_epochs: int = 1  # epochs between validations (each may write best.pt)
+    save_steps: int = 500  # steps between writes of last.pt
+    log_steps: int = 10  # steps between lines of log.jsonl
+    workers: int = 4  # processes that read audio
+    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
+    device: str = "auto"  # auto, cpu or cuda
+
+
+# A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
+TINY = dict(audio_weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[2, 2],
+            audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=10.0,
+            epochs=18, batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=6, save_steps=100,
+            workers=1)
+OFFICIAL = dict(epochs=10)  # D9
+PRESETS = {("variant", "official"): OFFICIAL, ("size", "tiny"): TINY}
+WINDOW_S = 10.0  # training crop and evaluation window (Sec. 4.1)
+
+
+def clean_caption(text: str) -> str:
+    """Captions (not class names) before tokenising: lower case, punctuation to spaces. Source: code."""
+    text = re.sub(r"\s([,.!?;:|*\"](?:\s|$))", r"\1", text.lower())
+    return re.sub(r"[(,.!?;:|*\")]", " ", text).replace("  ", " ").strip()
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+def codebook_weights(feats, codebook, eta: float, valid_mask=None, affinity="max", sparsity="sparsemax",
+                     masked_score=float("-inf")):
+    """Weights of the codewords for each clip or caption.
+
+    Args
+        feats (B, T, D) projected frames or words, not normalised; codebook (K, D).
+        valid_mask (B, T) bool, True = a real frame or word; None = all are.
+        masked_score: affinity of masked positions; -inf, or 0 in the official code (D3).
+    Returns
+        weights (B, K) fp32, non-negative, each row sums to 1.
+    """
+    score = feats @ codebook.T  # (B, T, D) x (D, K) -> (B, T, K)
+    if affinity == "mean":
+        valid = torch.ones_like(score[..., :1]) if valid_mask is None else valid_mask[..., None].to(score.dtype)
+        votes = (score * valid).sum(1) / valid.sum(1)
+    else:
+        if valid_mask is not None:
+            score = score.masked_fill(~valid_mask[..., None], masked_score)  # D3
+        votes = score.amax(1)  # (B, K)
+    votes = votes.float() / eta  # Eq. (2)
+    return common.sparsemax(votes) if sparsity == "sparsemax" else votes.softmax(-1)
+
+
+class Model(nn.Module):
+    """HTS-AT and BERT, joined by a codebook (or, with aggregator "mean", plain CLAP).
+
+    Args: cfg; text_encoder: a common.TextEncoder (kept in checkpoints with its tokenizer).
+    """
+
+    sample_rate = 32000
+    window_s = WINDOW_S
+    clean_caption = staticmethod(clean_caption)
+
+    def __init__(self, cfg: Config, text_encoder: common.TextEncoder):
+        super().__init__()
+        self.cfg = cfg
+        self.log_mel = common.LogMel(self.sample_rate, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000)
+        self.audio_encoder = common.HTSAT(
+            cfg.audio_dim, cfg.audio_depths, cfg.audio_heads, cfg.audio_patch, drop_path=cfg.drop_path,
+            locality_blocks=cfg.locality_blocks, locality=cfg.variant)
+        self.text_encoder = text_encoder
+        self.frame_s = WINDOW_S / self.audio_encoder.n_frames
+        two_layers = lambda dim: nn.Sequential(  # noqa: E731
+            nn.LayerNorm(dim), nn.Linear(dim, cfg.joint_dim), nn.GELU(),
+            nn.LayerNorm(cfg.joint_dim), nn.Linear(cfg.joint_dim, cfg.joint_dim))
+        self.frame_proj = two_layers(self.audio_encoder.out_dim)
+        self.word_proj = two_layers(text_encoder.out_dim)
+        self.temperature = nn.Parameter(torch.tensor(cfg.init_temperature))
+        self.eta = cfg.affinity_scale * math.sqrt(cfg.joint_dim)  # D2
+        if cfg.aggregator == "codebook":
+            self.codebook = nn.Parameter(torch.randn(cfg.codewords, cfg.joint_dim))
+
+    def aggregate(self, feats, valid_mask=None):
+        """Frames or words (B, T, D) -> normalised embeds (B, D), mean number of active codewords."""
+        if self.cfg.aggregator == "mean":  # plain CLAP
+            valid = torch.ones_like(feats[..., :1]) if valid_mask is None else valid_mask[..., None]
+            pooled = (feats.float() * valid).sum(1) / valid.sum(1)
+            return F.normalize(pooled, dim=-1), pooled.new_zeros(())
+        weights = codebook_weights(feats, self.codebook, self.eta, valid_mask, self.cfg.affinity, self.cfg.sparsity,
+                                   0.0 if self.cfg.variant == "official" else float("-inf"))
+        with torch.autocast(weights.device.type, enabled=False):
+            mixture = weights @ self.codebook  # Eq. (3)
+        return F.normalize(mixture, dim=-1), (weights > 0).sum(1).float().mean()
+
+    def frame_feats(self, waveform):
+        """waveform (B, S) of at most one window -> projected frames (B, T, D)."""
+        return self.frame_proj(self.audio_encoder(self.log_mel(waveform)))
+
+    def word_feats(self, input_ids, attention_mask):
+        """Token ids (B, L) -> projected words (B, L - 1, D), without [CLS]."""
+        return self.word_proj(self.text_encoder(input_ids, attention_mask)[:, 1:])
+
+    def forward(self, waveform, input_ids, attention_mask, word_mask):
+        """One training batch -> audio_embeds (B, D), text_embeds (B, D), temperature, active codewords."""
+        audio_embeds, audio_active = self.aggregate(self.frame_feats(waveform))
+        text_embeds, text_active = self.aggregate(self.word_feats(input_ids, attention_mask), word_mask[:, 1:])
+        return audio_embeds, text_embeds, self.temperature, (audio_active + text_active).detach() / 2
+
+    @torch.no_grad()
+    def embed_audio(self, waveform, n_samples=None):
+        """waveform (B, S) in [-1, 1] at 32 kHz, n_samples (B,) valid ones -> (B, D), normalised.
+
+        Never random: consecutive 10 s windows, the last zero-padded, averaged by their seconds.
+        """
+        with common.evaluating(self):
+            windows, owner, weight = self._windows(waveform, n_samples)
+            embeds = self.aggregate(self.frame_feats(windows))[0] * weight[:, None]
+            total = embeds.new_zeros(len(waveform), embeds.shape[1])
+            return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
+
+    @torch.no_grad()
+    def embed_frames(self, waveform, n_samples=None):
+        """As embed_audio -> frames (B, T, D), normalised, every `frame_s` seconds; zeros behind a clip's last window.
+
+        Projected frames before the codebook, as the paper scores sound events.
+        """
+        with common.evaluating(self):
+            windows, owner, _ = self._windows(waveform, n_samples)
+            frames = F.normalize(self.frame_feats(windows).float(), dim=-1)
+            return nn.utils.rnn.pad_sequence([frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True)
+
+    def _windows(self, waveform, n_samples):
+        n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
+        return common.cut_windows(waveform, n_samples, int(WINDOW_S * self.sample_rate))
+
+    @torch.no_grad()
+    def embed_text(self, texts: list[str]):
+        """-> (B, D), normalised. Captions go through `clean_caption` first, class names do not."""
+        with common.evaluating(self):
+            tokens = {k: v.to(self.temperature.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            words = self.word_feats(tokens["input_ids"], tokens["attention_mask"])
+            return self.aggregate(words, tokens["word_mask"][:, 1:])[0]
+
+    @classmethod
+    def from_checkpoint(cls, path, text_model="bert-base-uncased"):
+        """A run's last.pt or best.pt, or the authors' model.pt (then with `text_model`'s tokenizer)."""
+        content = common.read_weights(path)
+        if "codebook" in content.get("model", {}) and "method" not in content:
+            model = cls(Config(data=[], variant="official"), common.text_encoder_from_pretrained(text_model, 30))
+            common.load_strict(model, official_state(content["model"]), path)
+        else:
+            content = common.read_checkpoint(path, "mga_clap")
+            cfg = Config(**content["config"])
+            model = cls(cfg, common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens))
+            common.load_strict(model, content["model"], path)
+        return model.eval()
+
+
+def official_state(weights: dict) -> dict:
+    """The authors' model.pt names -> ours. Unknown names stay, so that strict loading lists them."""
+    prefix = "audio_encoder.audio_enc."
+    audio = common.htsat_state({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
+    for key, value in weights.items():
+        if not key.startswith(prefix) and not key.endswith("embeddings.position_ids"):
+            key = key.replace("text_encoder.text_encoder.", "text_encoder.model.")
+            state["temperature" if key == "temp" else key] = value
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss: sim (B, B) cosine, audio in rows; same_clip (B, B) bool, True on the diagonal and between
+# captions of one clip
+# ------------------------------------------------------------------------------------------------
+
+
+def clap_loss(sim, temperature, same_clip):
+    """Mean over both directions of the cross-entropy of the right partner."""
+    diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    logits = (sim / temperature).masked_fill(same_clip & ~diagonal, float("-inf"))  # D4
+    target = torch.arange(len(sim), device=sim.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2  # Eq. (1)
+
+
+def hard_negative_loss(sim, temperature, gamma: float, same_clip):
+    """Cross-entropy in which each negative counts alpha times, more the closer it is; gamma 0 = clap_loss."""
+    diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    twin = same_clip & ~diagonal  # D4
+
+    def one_way(logits, twin):
+        hardness = (gamma * logits).masked_fill(twin, float("-inf"))
+        candidates = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
+        log_alpha = candidates.log() + hardness - hardness.logsumexp(1, keepdim=True)  # Eq. (8)
+        log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive counts once
+        return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
+
+    logits = sim / temperature
+    return (one_way(logits, twin) + one_way(logits.T, twin.T)) / 2
+
+
+def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: bool = True):
+    """What the released code computes: D4, D5."""
+    targets = same_clip / same_clip.sum(1, keepdim=True)
+
+    def one_way(logits, targets):
+        logits = logits - logits.amax(1, keepdim=True).detach()
+        hard = torch.exp(gamma * logits)
+        weight = (len(sim) - 1) * hard / (hard.sum(1) - hard)  # no keepdim: column j is divided by row j's sum
+        weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
+        log_prob = logits - torch.log((weight * logits.exp()).sum(1, keepdim=True) + 1e-7)
+        return -(targets * log_prob).sum(1).mean()
+
+    logits = sim / temperature
+    return (one_way(logits, targets) + one_way(logits.T, targets.T)) / 2
+
+
+def embedding_regulariser(embeds):
+    """D7. embeds (B, D), normalised, so the Frobenius norm is sqrt(B)."""
+    return embeds.abs().mean() / embeds.norm()
+
+
+def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids):
+    """Embeddings of the whole batch (all processes) -> loss, sim (B, B)."""
+    sim = audio_embeds @ text_embeds.T  # (B, B)
+    same_clip = clip_ids[:, None] == clip_ids[None, :]
+    if cfg.variant == "official":
+        loss = official_loss(sim, temperature, cfg.gamma, same_clip, cfg.hard_negatives)
+        return loss + embedding_regulariser(audio_embeds) + embedding_regulariser(text_embeds), sim
+    if cfg.hard_negatives:
+        return hard_negative_loss(sim, temperature, cfg.gamma, same_clip), sim
+    return clap_loss(sim, temperature, same_clip), sim
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+class Pairs(Dataset):
+    """One item a (clip, caption) pair. Items are asked for as (epoch, index), which seeds the crop."""
+
+    def __init__(self, rows: list[dict], cfg: Config, tokenize):
+        self.pairs = [(clip, row, caption) for clip, row in enumerate(rows) for caption in row["captions"]]
+        self.durations = [row.get("duration", WINDOW_S) for _, row, _ in self.pairs]
+        self.cfg, self.tokenize = cfg, tokenize
+
+    def __getitem__(self, key):
+        epoch, index = key
+        clip, row, caption = self.pairs[index]
+        rng = np.random.default_rng((self.cfg.seed, epoch, index))
+        try:
+            waveform = common.read_audio(row["audio"], Model.sample_rate, WINDOW_S, rng, row.get("duration"))
+        except common.AudioError as error:
+            return error
+        return waveform, clean_caption(caption), clip, row["audio"]
+
+    def collate(self, items):
+        """-> dict of tensors for Model.forward, clip ids (B,), file names, error texts."""
+        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
+        good = [item for item in items if not isinstance(item, common.AudioError)]
+        if not good:
+            raise ValueError(f"no clip of a batch of {len(items)} could be read; first: {bad[0]}")
+        waveforms, captions, clips, names = zip(*good)
+        padded = None if self.cfg.variant == "official" else int(WINDOW_S * Model.sample_rate)  # D8
+        batch = {"waveform": common.pad_batch(waveforms, padded)[0], **self.tokenize(list(captions))}
+        return batch, torch.tensor(clips), names, bad
+
+
+# ------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------
+
+
+def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> tuple[dict, dict]:
+    """Scores on `rows` and what chance would give: retrieval; tagging and frame-level mAP with labels."""
+    frames = bool(classes) and any(row.get("events") for row in rows)
+    kept, audio_embeds, frame_embeds, bad = common.embed_files(
+        model, rows, frames=frames, desc="validation", quiet=quiet)
+    for text in bad:
+        tqdm.write(f"validation: left out {text}")
+    rows = [rows[i] for i in kept]
+    captions = [(i, clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
+    owner = np.array([i for i, _ in captions])
+    sim = audio_embeds @ common.embed_texts(model, [c for _, c in captions]).T
+    scores = common.retrieval_scores(common.retrieval_ranks(sim, owner))
+    chance = common.retrieval_chance(owner, len(rows))
+    if classes and any(row.get("labels") for row in rows):
+        class_embeds = common.embed_texts(model, [c.replace("_", " ") for c in classes])
+        targets = common.label_targets(rows, classes)
+        scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(audio_embeds @ class_embeds.T, targets)))
+        chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
+        if frames:
+            for name, centred in (("frame_mAP_raw", False), ("frame_mAP_centred", True)):
+                per_class, chance[name] = common.frame_average_precisions(
+                    frame_embeds, class_embeds, rows, classes, model.frame_s, centred)
+                scores[name] = float(np.nanmean(per_class))
+    return scores, chance
+
+
+def main(cfg: Config) -> dict:
+    device = common.start_device(cfg.device)
+    rank, world = common.rank_and_world()
+    say = tqdm.write if rank == 0 else (lambda text: None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
+        cfg.precision == "auto" and device.type == "cuda"))
+    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
+        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+
+    # Data
+    rows = common.read_manifest(cfg.data)
+    train_rows, val_rows = common.split_train_val(rows, cfg.seed)
+    common.require(train_rows + val_rows, "captions")
+    classes = common.read_classes(cfg.data, val_rows)
+    if cfg.batch_size < 2 * world:
+        raise ValueError(f"--batch-size {cfg.batch_size} on {world} process(es): a contrastive loss needs at least 2 pairs each")
+
+    # Model
+    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "mga_clap") if cfg.resume else None
+    torch.manual_seed(cfg.seed)
+    if checkpoint:
+        common.check_resume(cfg, checkpoint["config"])
+        text_encoder = common.text_encoder_from_description(checkpoint["text_encoder"], cfg.max_tokens)
+    elif cfg.text_model == "none":
+        captions = [clean_caption(c) for row in train_rows for c in row["captions"]]
+        text_encoder = common.text_encoder_from_scratch(
+            captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), cfg.max_tokens)
+    else:
+        text_encoder = common.text_encoder_from_pretrained(cfg.text_model, cfg.max_tokens)
+    model = Model(cfg, text_encoder)
+    if not checkpoint and cfg.audio_weights != "none":
+        common.load_htsat(model.audio_encoder, cfg.audio_weights)
+    if checkpoint:
+        common.load_strict(model, checkpoint["model"], "last.pt")
+    model.to(device)
+    wrapped = model
+    if world > 1:
+        wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+        wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
+                                 fused=device.type == "cuda")
+
+    # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
+    dataset = Pairs(train_rows, cfg, text_encoder.tokenize)
+    if len(dataset.pairs) < 2:
+        raise ValueError(f"{len(dataset.pairs)} training pair(s) found; a contrastive loss needs at least 2")
+    batch_size = min(cfg.batch_size, len(dataset.pairs))
+    steps_per_epoch = len(dataset.pairs) // batch_size
+    total_steps, warmup_steps = cfg.epochs * steps_per_epoch, int(cfg.warmup_epochs * steps_per_epoch)
+    step, best = 0, {"score": -1.0, "step": 0}
+    run = common.RunFolder(cfg.runs, cfg.name, "mga_clap", cfg.resume, len(train_rows), cfg.max_bad)
+    if checkpoint:
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        step, best = checkpoint["step"], checkpoint["best"]
+        run.drop_log_after(step)
+    say(f"mga_clap: {len(train_rows)} clips, {len(dataset.pairs)} pairs for training, {len(val_rows)} clips for validation; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {total_steps} steps of {batch_size} pairs on "
+        f"{world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}")
+
+    def save(name):
+        common.save_checkpoint(run.path / name, {
+            "method": "mga_clap", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
+            "best": best, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "text_encoder": text_encoder.description(), "versions": common.versions()})
+
+    # Loop
+    loader = DataLoader(dataset, batch_sampler=common.training_batches(
+        dataset.durations, batch_size, cfg.seed, step, total_steps), num_workers=cfg.workers, collate_fn=dataset.collate,
+        pin_memory=device.type == "cuda")
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    previous, clock, pairs_seen = None, time.perf_counter(), 0
+    model.train()
+    for batch, clip_ids, names, bad in loader:
+        common.seed_step(cfg.seed, step, rank)
+        run.skip(bad)
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        for group in optimiser.param_groups:
+            group["lr"] = cfg.lr * common.warmup_cosine(step, warmup_steps, total_steps)
+
+        with autocast:
+            audio_embeds, text_embeds, temperature, active = wrapped(**batch)
+        audio_embeds = common.gather_with_grad(audio_embeds.float())
+        text_embeds = common.gather_with_grad(text_embeds.float())
+        clip_ids = common.gather_with_grad(clip_ids.to(device))
+        loss, sim = training_loss(cfg, audio_embeds, text_embeds, temperature.float(), clip_ids)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+
+        # The finite check looks one step back, so that a GPU never waits for it
+        common.check_finite(previous, run)
+        previous = (step, loss.detach(), names)
+        step += 1
+        pairs_seen += len(sim)
+        bar.update()
+        if step % cfg.log_steps == 0 or step == total_steps:
+            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "ln_B": math.log(len(sim)),
+                    "batch_R@1": r1, "temperature": temperature.item(), "active_codewords": active.item(),
+                    "lr": optimiser.param_groups[0]["lr"], "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            run.log(line)
+            bar.set_postfix_str(f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} "
+                                f"active {line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s")
+            pairs_seen = 0
+        epoch_ends = step % (cfg.eval_epochs * steps_per_epoch) == 0
+        if epoch_ends or step % cfg.save_steps == 0 or step == total_steps:
+            common.check_finite(previous, run)
+            if (epoch_ends or step == total_steps) and rank == 0:
+                score = selection_score(model, val_rows, say, step)
+                if score > best["score"]:
+                    best = {"score": score, "step": step}
+                    save("best.pt")
+                model.train()
+            if rank == 0:
+                save("last.pt")
+            common.barrier()
+            clock, pairs_seen = time.perf_counter(), 0
+    bar.close()
+
+    # Result: the best checkpoint on the validation split
+    common.barrier()
+    if rank > 0 or not val_rows:
+        return {}
+    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    scores, chance = validate(model, val_rows, classes, quiet=False)
+    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
+    common.print_scores(f"mga_clap on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+          f"  python mga_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --aggregator mean --locality-blocks 0 "
+          "--no-hard-negatives     (plain CLAP, to compare)")
+    return result
+
+
+def selection_score(model, val_rows, say, step) -> float:
+    """R@1 + R@5, both directions, on the validation split (D11); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows, [])
+    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5")))
+    return sum(scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Entry point
+# ------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))

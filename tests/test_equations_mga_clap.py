@@ -1,0 +1,232 @@
+"""Every equation of MGA-CLAP against hand-computed values or a slow loop written from the paper."""
+import math
+
+import entmax
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import mga_clap
+
+
+def random_batch(B=5, D=6, seed=0, twins=False):
+    g = torch.Generator().manual_seed(seed)
+    a, t = (F.normalize(torch.randn(B, D, generator=g, dtype=torch.float64), dim=-1) for _ in range(2))
+    ids = torch.tensor([0, 1, 0, 3, 1][:B]) if twins else torch.arange(B)
+    return (a @ t.T).requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True), ids[:, None] == ids[None]
+
+
+# Eq. (1)
+def test_clap_loss_by_hand():
+    sim = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+    same = torch.eye(2, dtype=torch.bool)
+    # tau 0.5: logits 1.6 0.4 / 0.8 1.2; rows ln(1+e^-1.2), ln(1+e^-0.4); columns ln(1+e^-0.8), ln(1+e^-0.8)
+    rows = (math.log(1 + math.exp(-1.2)) + math.log(1 + math.exp(-0.4))) / 2
+    columns = math.log(1 + math.exp(-0.8))
+    assert mga_clap.clap_loss(sim, 0.5, same).item() == pytest.approx((rows + columns) / 2, abs=1e-6)
+
+
+def test_uninformative_similarity_gives_ln_b():
+    same = torch.eye(7, dtype=torch.bool)
+    for loss in (mga_clap.clap_loss(torch.zeros(7, 7), 0.07, same),
+                 mga_clap.hard_negative_loss(torch.zeros(7, 7), 0.07, 0.15, same),
+                 mga_clap.official_loss(torch.zeros(7, 7), 0.07, 0.15, same)):
+        assert loss.item() == pytest.approx(math.log(7), abs=1e-5)
+
+
+# Eq. (2)
+def test_codeword_affinity_by_hand():
+    feats = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
+    codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    valid = torch.tensor([[True, True, False]])
+    # affinities max over the two valid frames: 1, 2, -1; eta 2: 0.5, 1, -0.5; sparsemax: 0.25, 0.75, 0
+    assert mga_clap.codebook_weights(feats, codebook, 2.0, valid)[0].tolist() == pytest.approx([0.25, 0.75, 0.0])
+    # mean over valid frames: 0.5, 1, -1.5 -> /2: 0.25, 0.5, -0.75 -> tau = -0.125
+    assert mga_clap.codebook_weights(feats, codebook, 2.0, valid, "mean")[0].tolist() == pytest.approx([0.375, 0.625, 0])
+    soft = torch.softmax(torch.tensor([0.5, 1.0, -0.5]), 0)
+    assert torch.allclose(mga_clap.codebook_weights(feats, codebook, 2.0, valid, sparsity="softmax")[0], soft)
+    # official: masked positions score 0 instead of never winning, so the third affinity is 0, not -1
+    assert torch.allclose(mga_clap.codebook_weights(feats, codebook, 2.0, valid, sparsity="softmax", masked_score=0.0)[0],
+                          torch.softmax(torch.tensor([0.5, 1.0, 0.0]), 0))
+
+
+# Eq. (3)
+def test_aggregate_is_the_normalised_mixture_of_codewords():
+    model = tiny_model()
+    feats = torch.randn(3, 4, 16)
+    embeds, active = model.aggregate(feats)
+    slow, counts = [], []
+    for clip in feats:
+        affinity = [max(float(f @ z) for f in clip) / model.eta for z in model.codebook]
+        weights = entmax.sparsemax(torch.tensor(affinity)[None])[0]
+        counts.append(int((weights > 0).sum()))
+        mixture = sum(w * z for w, z in zip(weights, model.codebook))
+        slow.append(mixture / mixture.norm())
+    assert torch.allclose(embeds, torch.stack(slow), atol=1e-5)
+    assert active.item() == pytest.approx(sum(counts) / 3)
+
+
+def test_mean_aggregator_ignores_padding():
+    model = tiny_model(aggregator="mean")
+    feats = torch.randn(2, 5, 16)
+    valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    expected = F.normalize(feats[0, :3].mean(0), dim=0)
+    assert torch.allclose(model.aggregate(feats, valid)[0][0], expected, atol=1e-6)
+
+
+# Eq. (4)-(6)
+@pytest.mark.parametrize("locality", ["paper", "official"])
+def test_locality_aware_block_by_hand(locality):
+    torch.manual_seed(0)
+    block = common.Block(8, 2, locality=locality).double().eval()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    w, b = block.attn.qkv.weight, block.attn.qkv.bias
+    for n in range(2):
+        for i in range(5):
+            h = F.layer_norm(x[n, i], (8,), block.norm1.weight, block.norm1.bias)
+            value = w[16:] @ h + b[16:]  # the third part of qkv is V
+            y = x[n, i] + block.attn.proj.weight @ value + block.attn.proj.bias
+            h = F.layer_norm(y, (8,), block.norm2.weight, block.norm2.bias)
+            if locality == "paper":
+                h = F.gelu(block.mlp["fc1"].weight @ h + block.mlp["fc1"].bias)
+                h = block.mlp["fc2"].weight @ h + block.mlp["fc2"].bias
+            assert torch.allclose(block(x)[n, i], y + h)
+    other = x.clone()
+    other[:, 3] += 1  # a position never sees another
+    assert torch.equal(block(other)[:, :3], block(x)[:, :3])
+
+
+# Eq. (7), (8)
+def slow_hard_negative(sim, tau, gamma, same):
+    """Loops over the printed sums; same-clip pairs other than the pair itself are left out (D4)."""
+    B, total = len(sim), 0
+    for s, same_way in ((sim, same), (sim.T, same.T)):
+        for i in range(B):
+            others = [j for j in range(B) if j == i or not same_way[i, j]]
+            norm = sum(torch.exp(gamma * s[i, k] / tau) for k in others)
+            denominator = torch.exp(s[i, i] / tau)
+            for j in others:
+                if j != i:
+                    alpha = len(others) * torch.exp(gamma * s[i, j] / tau) / norm
+                    denominator = denominator + alpha * torch.exp(s[i, j] / tau)
+            total = total - torch.log(torch.exp(s[i, i] / tau) / denominator)
+    return total / (2 * B)
+
+
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("gamma", [0.0, 0.15, 1.0])
+def test_hard_negative_loss_and_gradients_equal_the_slow_loop(twins, gamma):
+    sim, tau, same = random_batch(twins=twins)
+    fast = mga_clap.hard_negative_loss(sim, tau, gamma, same)
+    slow = slow_hard_negative(sim, tau, gamma, same)
+    assert fast.item() == pytest.approx(slow.item(), abs=1e-12)
+    for a, b in zip(torch.autograd.grad(fast, (sim, tau)), torch.autograd.grad(slow, (sim, tau))):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_hard_negative_loss_by_hand():
+    sim = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+    e = math.exp
+    # tau 0.5, gamma 0.5: halves of the logits are 0.8 0.2 / 0.4 0.6
+    r0 = math.log(1 + 2 * e(0.2) / (e(0.8) + e(0.2)) * e(-1.2))
+    r1 = math.log(1 + 2 * e(0.4) / (e(0.4) + e(0.6)) * e(-0.4))
+    c0 = math.log(1 + 2 * e(0.4) / (e(0.8) + e(0.4)) * e(-0.8))
+    c1 = math.log(1 + 2 * e(0.2) / (e(0.2) + e(0.6)) * e(-0.8))
+    got = mga_clap.hard_negative_loss(sim, 0.5, 0.5, torch.eye(2, dtype=torch.bool)).item()
+    assert got == pytest.approx((r0 + r1 + c0 + c1) / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_gamma_zero_is_plain_clap(twins):
+    sim, tau, same = random_batch(twins=twins)
+    assert mga_clap.hard_negative_loss(sim, tau, 0.0, same).item() == pytest.approx(
+        mga_clap.clap_loss(sim, tau, same).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e3])
+def test_losses_survive_extreme_temperatures(tau):
+    sim, _, same = random_batch(twins=True)
+    sim = sim.detach().float().requires_grad_()
+    for loss in (mga_clap.hard_negative_loss(sim, tau, 0.15, same), mga_clap.clap_loss(sim, tau, same)):
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, sim)[0]).all()
+
+
+def test_losses_do_not_depend_on_the_order_of_the_batch():
+    sim, tau, same = random_batch(twins=True)
+    p = torch.tensor([3, 0, 4, 1, 2])
+    for f in (lambda s, m: mga_clap.hard_negative_loss(s, tau, 0.15, m), lambda s, m: mga_clap.clap_loss(s, tau, m)):
+        assert f(sim, same).item() == pytest.approx(f(sim[p][:, p], same[p][:, p]).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_official_loss_equals_a_loop_over_the_released_formula(twins):
+    sim, tau, same = random_batch(twins=twins)
+    B, gamma, total = len(sim), 0.15, 0
+    for s in (sim, sim.T):
+        logits = s / tau
+        shifted = logits - logits.max(1, keepdim=True).values.detach()
+        hard = torch.exp(gamma * shifted)
+        for i in range(B):
+            denominator = 1e-7
+            for j in range(B):
+                row_sum_of_j = hard[j].sum()  # the released broadcast: the sum of row j, not of row i
+                weight = 1.0 if same[i, j] else (B - 1) * hard[i, j] / (row_sum_of_j - hard[i, j])
+                denominator = denominator + weight * torch.exp(shifted[i, j])
+            for j in range(B):
+                total = total - same[i, j] / same[i].sum() * (shifted[i, j] - torch.log(denominator))
+    fast = mga_clap.official_loss(sim, tau, gamma, same)
+    assert fast.item() == pytest.approx(total.item() / (2 * B), abs=1e-12)
+    for a, b in zip(torch.autograd.grad(fast, (sim, tau)), torch.autograd.grad(total / (2 * B), (sim, tau))):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_embedding_regulariser_by_hand():
+    assert mga_clap.embedding_regulariser(torch.tensor([[0.6, -0.8], [1.0, 0.0]])).item() == pytest.approx(
+        0.6 / math.sqrt(2), abs=1e-6)
+
+
+# Sparsemax
+@pytest.mark.parametrize("scale", [1e-4, 0.1, 1.0, 30.0])
+def test_sparsemax_equals_entmax_and_a_bisection(scale):
+    z = (torch.randn(6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * scale).requires_grad_()
+    g = torch.randn(6, 40, dtype=torch.float64)
+    p = common.sparsemax(z)
+    theirs = entmax.sparsemax(z)
+    assert torch.allclose(p, theirs, atol=1e-10)
+    assert torch.allclose(torch.autograd.grad(p, z, g)[0], torch.autograd.grad(theirs, z, g)[0], atol=1e-10)
+    for row, ours in zip(z.detach().numpy(), p.detach().numpy()):
+        low, high = row.min() - 1, row.max()
+        for _ in range(200):
+            tau = (low + high) / 2
+            low, high = (tau, high) if np.maximum(row - tau, 0).sum() > 1 else (low, tau)
+        assert np.abs(np.maximum(row - tau, 0) - ours).max() < 1e-9
+
+
+def test_sparsemax_gradcheck_ties_shift_and_half_precision():
+    z = torch.tensor([[0.3, 0.3, -2.0, 0.1], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(common.sparsemax, z)
+    assert torch.allclose(common.sparsemax(z + 1000), common.sparsemax(z), atol=1e-9)
+    assert common.sparsemax(z[1:])[0].tolist() == pytest.approx([0.25] * 4)
+    half = common.sparsemax(torch.randn(3, 4096).to(torch.bfloat16))
+    assert half.dtype == torch.float32 and torch.allclose(half.sum(1), torch.ones(3), atol=1e-5)
+
+
+def tiny_model(**overrides):
+    torch.manual_seed(0)
+    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, **{**dict(
+        data=["x"], size="tiny", audio_dim=16, audio_depths=[1, 2], text_dim=64, text_layers=1, joint_dim=16, codewords=12),
+        **overrides})
+    return mga_clap.Model(cfg, common.text_encoder_from_scratch(["a dog barks", "rain falls"], 64, 1, 1, 30)).eval()
+
+
+def test_paper_size_has_the_paper_dimensions():
+    cfg = mga_clap.Config(data=["x"])
+    with torch.device("meta"):
+        model = mga_clap.Model(cfg, common.text_encoder_from_scratch(["a dog"], 768, 1, 12, 30))
+    assert model.codebook.shape == (4096, 1024) and model.frame_s == 0.3125 and model.eta == 32000
+    assert (cfg.batch_size, cfg.lr, cfg.epochs, cfg.gamma) == (128, 5e-5, 15, 0.15)
+    encoder = sum(p.numel() for p in model.audio_encoder.parameters())
+    assert 27e6 < encoder < 28.5e6  # HTS-AT without its tagging heads
+    assert model.audio_encoder.n_frames == 32 and model.audio_encoder.out_dim == 768
