@@ -301,7 +301,7 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
     def one_way(logits, twin):
         hardness = (gamma * logits).masked_fill(twin, float("-inf"))
         candidates = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
-        log_alpha = candidates.log() + hardness - hardness.logsumexp(1, keepdim=True)  # Eq. (8)
+        log_alpha = candidates.to(logits.dtype).log() + hardness - hardness.logsumexp(1, keepdim=True)  # Eq. (8)
         log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive counts once
         return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
 

@@ -59,7 +59,7 @@ def test_aggregate_is_the_normalised_mixture_of_codewords():
     embeds, active = model.aggregate(feats)
     slow, counts = [], []
     for clip in feats:
-        affinity = [max(float(f @ z) for f in clip) / model.eta for z in model.codebook]
+        affinity = [max((f @ z).item() for f in clip) / model.eta for z in model.codebook]
         weights = entmax.sparsemax(torch.tensor(affinity)[None])[0]
         counts.append(int((weights > 0).sum()))
         mixture = sum(w * z for w, z in zip(weights, model.codebook))
@@ -223,8 +223,7 @@ def tiny_model(**overrides):
 
 def test_paper_size_has_the_paper_dimensions():
     cfg = mga_clap.Config(data=["x"])
-    with torch.device("meta"):
-        model = mga_clap.Model(cfg, common.text_encoder_from_scratch(["a dog"], 768, 1, 12, 30))
+    model = mga_clap.Model(cfg, common.text_encoder_from_scratch(["a dog"], 768, 1, 12, 30))
     assert model.codebook.shape == (4096, 1024) and model.frame_s == 0.3125 and model.eta == 32000
     assert (cfg.batch_size, cfg.lr, cfg.epochs, cfg.gamma) == (128, 5e-5, 15, 0.15)
     encoder = sum(p.numel() for p in model.audio_encoder.parameters())

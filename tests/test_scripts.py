@@ -1,0 +1,407 @@
+"""mga_clap.py as its users run it: training, resume, two processes, embeddings, weights, bad input."""
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import common
+import mga_clap
+from conftest import ROOT, SMALL
+
+PYTHON = [sys.executable]
+
+
+def config(corpus, runs, **overrides):
+    return common.configure(mga_clap.Config, mga_clap.PRESETS, data=[str(corpus)], runs=str(runs), **{**SMALL, **overrides})
+
+
+def run_cli(*args, script="mga_clap.py"):
+    return subprocess.run([*PYTHON, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+# Training
+def test_a_run_writes_its_log_checkpoints_and_scores(mga_run):
+    folder, result = mga_run
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == list(range(1, 9))  # 12 clips x 2 captions / 6 x 2 epochs
+    assert {"loss", "ln_B", "batch_R@1", "temperature", "active_codewords", "lr", "pairs_per_s", "skipped"} <= set(lines[0])
+    assert lines[0]["ln_B"] == pytest.approx(math.log(6)) and 1 <= lines[-1]["active_codewords"] <= 48
+    assert json.loads((folder / "eval.json").read_text()) == result
+    assert set(result["scores"]) == set(result["chance"]) and "frame_mAP_centred" in result["scores"]
+    stored = torch.load(folder / "best.pt", weights_only=True)
+    assert {"method", "config", "model", "optimiser", "step", "versions", "text_encoder"} <= set(stored)
+
+
+@pytest.mark.parametrize("overrides", [
+    dict(), dict(aggregator="mean", locality_blocks=0, hard_negatives=False), dict(variant="official")],
+    ids=["paper", "clap", "official"])
+def test_overfits_eight_pairs(tmp_path, corpus, overrides):
+    rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()][:8]
+    unique = [f"sound number {w}" for w in "one two three four five six seven eight".split()]
+    for row, caption in zip(rows, unique):
+        row.update(captions=[caption], negatives=[None], audio=str(corpus / row["audio"]))
+        row.pop("split")
+    common.write_lines(tmp_path / "eight.jsonl", [json.dumps(r) for r in [*rows, {**rows[0], "split": "val"}]])
+    cfg = config(tmp_path / "eight.jsonl", tmp_path / "runs", batch_size=8, epochs=80, eval_epochs=80, lr=3e-3,
+                 warmup_epochs=5.0, name="o", **overrides)
+    mga_clap.main(cfg)
+    lines = [json.loads(x) for x in (tmp_path / "runs/o/log.jsonl").read_text().splitlines()]
+    extra = 2 / math.sqrt(8 * 32) if overrides.get("variant") else 0  # D7 has a floor
+    assert lines[-1]["loss"] < 0.35 + extra < lines[0]["loss"] and lines[-1]["batch_R@1"] == 1.0
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_bf16_autocast_trains_on_finite_losses_close_to_fp32(corpus, tmp_path, mga_run, precision):
+    mga_clap.main(config(corpus, tmp_path, name="b", precision=precision))
+    read = lambda folder: [json.loads(x)["loss"] for x in (folder / "log.jsonl").read_text().splitlines()]  # noqa: E731
+    assert read(tmp_path / "b") == pytest.approx(read(mga_run[0]), abs=0.15)
+
+
+@pytest.mark.parametrize("overrides", [
+    dict(affinity="mean"), dict(sparsity="softmax"), dict(locality_blocks=2), dict(gamma=0.5), dict(codewords=20),
+    dict(audio_patch=8, audio_depths=[1, 1, 1], audio_heads=[1, 2, 4])], ids=str)
+def test_every_ablation_trains_and_reloads(corpus, tmp_path, overrides):
+    result = mga_clap.main(config(corpus, tmp_path, name="x", epochs=1, **overrides))
+    assert np.isfinite(result["scores"]["t2a_R@1"])
+    model = mga_clap.Model.from_checkpoint(tmp_path / "x" / "last.pt")
+    for key, value in overrides.items():
+        assert getattr(model.cfg, key) == value
+
+
+def strip(path):
+    content = torch.load(path, weights_only=True)
+    return {**content["model"], **{f"opt{i}.{k}": v for i, s in content["optimiser"]["state"].items() for k, v in s.items()}}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, monkeypatch, mga_run, workers):
+    class Killed(Exception):
+        pass
+
+    seed_step = common.seed_step
+
+    def killer(seed, step, rank=0):
+        if step == 5:  # after the write of last.pt at step 4 (end of the epoch)
+            raise Killed
+        seed_step(seed, step, rank)
+
+    monkeypatch.setattr(common, "seed_step", killer)
+    with pytest.raises(Killed):
+        mga_clap.main(config(corpus, tmp_path, name="a", workers=workers))
+    monkeypatch.setattr(common, "seed_step", seed_step)
+    resumed = common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="a", runs=str(tmp_path))
+    assert resumed.codewords == SMALL["codewords"] and resumed.resume
+    result = mga_clap.main(resumed)
+    whole = strip(mga_run[0] / "last.pt")
+    for key, value in strip(tmp_path / "a/last.pt").items():
+        assert torch.equal(value, whole[key]), key
+    assert result["scores"] == mga_run[1]["scores"]
+    drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "pairs_per_s"}  # noqa: E731
+    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", mga_run[0])]
+    assert logs[0] == logs[1]
+    with pytest.raises(ValueError, match="--resume: --codewords is 7 but the run was started with 48"):
+        mga_clap.main(common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="a", runs=str(tmp_path), codewords=7))
+    with pytest.raises(FileExistsError, match="already holds a run; continue it with --resume"):
+        mga_clap.main(config(corpus, tmp_path, name="a"))
+
+
+def test_runs_without_a_name_are_numbered(corpus, tmp_path):
+    for number in (1, 2):
+        mga_clap.main(config(corpus, tmp_path, epochs=1))
+        assert (tmp_path / f"mga_clap-{number}" / "best.pt").exists()
+
+
+TWO_PROCESSES = """
+import sys; sys.path.insert(0, {root!r})
+import torch, common, mga_clap
+# DESIGN: SyncBatchNorm does not run on a CPU, so batch norm stays on running statistics, and masks
+# are off, since every process draws its own
+train = mga_clap.Model.train
+mga_clap.Model.train = lambda self, mode=True: train(self, False)
+mga_clap.main(common.cli(mga_clap.Config, mga_clap.PRESETS, "x"))
+"""
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["all readable", "one unreadable"])
+def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, bad):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    if bad:
+        (data / "audio/train4.flac").write_text("broken")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
+    flags = ["--data", str(data), "--runs", str(tmp_path), "--max-bad", "0.5", "--precision", "fp32"]
+    for key, value in SMALL.items():
+        flags += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*PYTHON, script, *flags, "--name", "one"], check=True, env=env, capture_output=True, timeout=300)
+    two = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags,
+                          "--name", "two"], env=env, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr[-2000:]
+    one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], abs=2e-5)
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "two"))
+    for key in a:
+        if a[key].is_floating_point():
+            # Adam turns a gradient that is rounding noise into a step of +-lr: those few entries may differ
+            different = ((a[key] - b[key]).abs() > 1e-5).float().mean()
+            assert different < 0.01, key
+    skipped = (tmp_path / "two/skipped.txt").read_text().splitlines() if bad else []
+    assert len(skipped) == bad
+
+
+def test_gradients_of_two_processes_equal_one(tmp_path):
+    """The sharp version: gather + DDP averaging give the joint batch's gradient within 1e-5."""
+    script = tmp_path / "g.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist, common, mga_clap
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.tau = nn.Linear(5, 4), nn.Linear(5, 4), nn.Parameter(torch.tensor(0.1))
+    def forward(self, x, y):
+        return F.normalize(self.a(x), dim=-1), F.normalize(self.b(y), dim=-1), self.tau
+torch.manual_seed(0); m = M(); x, y = torch.randn(7, 5), torch.randn(7, 5); ids = torch.tensor([0, 1, 2, 0, 4, 5, 6])
+def grads(model, rows):
+    a, t, tau = model(x[rows], y[rows])
+    a, t, i = (common.gather_with_grad(v) for v in (a, t, ids[rows]))
+    loss = mga_clap.hard_negative_loss(a @ t.T, tau, 0.15, i[:, None] == i[None]); loss.backward()
+    return [p.grad.clone() for p in m.parameters()]
+one = grads(m, slice(None)); m.zero_grad()
+common.start_device("cpu"); rank = dist.get_rank()
+two = grads(nn.parallel.DistributedDataParallel(m), slice(0, 4) if rank == 0 else slice(4, 7))
+worst = max((a - b).abs().max().item() for a, b in zip(one, two))
+assert worst < 1e-5, worst
+print("EQUAL", worst)
+""")
+    out = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+                         capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.stdout.count("EQUAL") == 2, out.stderr[-2000:]
+
+
+# Embeddings
+def test_embeddings_repeat_bit_for_bit_and_ignore_padding_and_neighbours(mga_run):
+    model = mga_clap.Model.from_checkpoint(mga_run[0] / "best.pt")
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 400000, generator=g) * 0.1
+    n = torch.tensor([400000, 90000, 1])
+    alone = [model.embed_audio(x[i:i + 1, :n[i]], n[i:i + 1]) for i in range(3)]
+    together = model.embed_audio(x, n)
+    assert torch.equal(together, model.embed_audio(x, n))
+    assert (torch.cat(alone) - together).abs().max() < 1e-5
+    assert torch.allclose(together.norm(dim=1), torch.ones(3), atol=1e-5)
+    model.train()  # a user who forgets eval() gets the same, and stays in training mode
+    assert torch.equal(together, model.embed_audio(x, n)) and model.training
+    model.eval()
+    texts = ["a bell", "a low hum followed by rapid beeps, then a loud hiss", "clicking"]
+    together = model.embed_text(texts)
+    assert torch.equal(together, model.embed_text(texts))
+    assert (torch.cat([model.embed_text([t]) for t in texts]) - together).abs().max() < 1e-5
+    frames = model.embed_frames(x, n)
+    assert frames.shape[:2] == (3, 64) and (frames[1, 32:] == 0).all()
+    assert (model.embed_frames(x[1:2, :90000], n[1:2])[0] - frames[1, :32]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="'' has no token to embed"):
+        model.embed_text(["a dog", ""])
+
+
+def test_longer_audio_is_the_weighted_mean_of_its_windows(mga_run):
+    model = mga_clap.Model.from_checkpoint(mga_run[0] / "best.pt")
+    x = torch.randn(1, 480000, generator=torch.Generator().manual_seed(1)) * 0.1
+    first, second = model.embed_audio(x[:, :320000]), model.embed_audio(x[:, 320000:])
+    expected = torch.nn.functional.normalize(2 * first + second, dim=-1)
+    assert (model.embed_audio(x) - expected).abs().max() < 1e-5
+
+
+def test_clean_caption_by_hand():
+    assert mga_clap.clean_caption("A Dog barks , loudly (twice); then: silence!") == "a dog barks loudly twice then silence"
+
+
+def test_official_variant_pads_to_the_batch_and_paper_to_ten_seconds(corpus):
+    items = [(np.zeros(n, np.float32) + 0.1, "a dog", 0, "x.wav") for n in (32000, 64000)]
+    rows = [{"audio": "x.wav", "captions": ["a dog"], "where": "x"}]
+    tokenize = lambda texts: {"input_ids": torch.zeros(len(texts), 2)}  # noqa: E731
+    for variant, samples in (("paper", 320000), ("official", 64000)):
+        batch, *_ = mga_clap.Pairs(rows, mga_clap.Config(data=[], variant=variant), tokenize).collate(items)
+        assert batch["waveform"].shape == (2, samples)
+
+
+def test_crops_of_long_files_move_with_the_epoch(tmp_path):
+    sf.write(tmp_path / "long.wav", np.random.default_rng(0).normal(size=32000 * 12) * 0.1, 32000)
+    rows = [{"audio": str(tmp_path / "long.wav"), "captions": ["x"], "where": "x", "duration": 12.0}]
+    pairs = mga_clap.Pairs(rows, mga_clap.Config(data=[]), None)
+    assert len(pairs[0, 0][0]) == 320000
+    assert np.array_equal(pairs[0, 0][0], pairs[0, 0][0]) and not np.array_equal(pairs[0, 0][0], pairs[1, 0][0])
+
+
+# Published weights
+def official_names(model: mga_clap.Model) -> dict:
+    """Our state dict under the names of the released model.pt, with the leftovers it carries."""
+    theirs = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("audio_encoder.", "audio_encoder.audio_enc.").replace("text_encoder.model.", "text_encoder.text_encoder.")
+        if ".bias_tables." in key:
+            layer, _, block = key.rpartition(".bias_tables.")
+            key = f"{layer}.blocks.{block}.attn.relative_position_bias_table"
+            theirs[key.replace("_bias_table", "_index")] = torch.zeros(64, 64, dtype=torch.long)
+        theirs["temp" if key == "temperature" else key] = value
+    enc = "audio_encoder.audio_enc."
+    theirs[enc + "layers.0.blocks.1.attn_mask"] = torch.zeros(64, 64, 64)
+    theirs[enc + "audio_feats_extractor.mel_trans.stft.conv_real.weight"] = torch.zeros(513, 1, 1024)
+    theirs[enc + "audio_feats_extractor.mel_trans.log_trans.melW"] = torch.zeros(513, 64)
+    theirs[enc + "tscam_conv.weight"], theirs[enc + "tscam_conv.bias"] = torch.zeros(527, 768, 2, 3), torch.zeros(527)
+    theirs[enc + "head.weight"], theirs[enc + "head.bias"] = torch.zeros(527, 527), torch.zeros(527)
+    theirs["text_encoder.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
+    return theirs
+
+
+def test_released_model_file_loads_by_its_names_and_shapes(tmp_path):
+    """Paper size: names and shapes as the fact sheet lists them."""
+    import transformers
+    tokenizer = common.text_encoder_from_scratch(["a dog barks"], 64, 1, 1, 30).tokenizer
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=30522), add_pooling_layer=False)
+    bert.save_pretrained(tmp_path / "bert"), tokenizer.save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    model = mga_clap.Model(mga_clap.Config(data=[], variant="official"), common.text_encoder_from_pretrained(tmp_path / "bert", 30))
+    theirs = official_names(model)
+    shapes = {k: tuple(v.shape) for k, v in theirs.items()}
+    expected = {
+        "codebook": (4096, 1024), "temp": (), "frame_proj.0.weight": (768,), "frame_proj.1.weight": (1024, 768),
+        "frame_proj.3.weight": (1024,), "word_proj.4.weight": (1024, 1024),
+        "audio_encoder.audio_enc.bn0.running_var": (64,), "audio_encoder.audio_enc.patch_embed.proj.weight": (96, 1, 4, 4),
+        "audio_encoder.audio_enc.layers.2.blocks.5.attn.relative_position_bias_table": (225, 16),
+        "audio_encoder.audio_enc.layers.3.blocks.1.attn.qkv.weight": (2304, 768),
+        "audio_encoder.audio_enc.layers.0.downsample.reduction.weight": (192, 384),
+        "audio_encoder.audio_enc.layers.1.blocks.0.mlp.fc1.weight": (768, 192), "audio_encoder.audio_enc.norm.weight": (768,),
+        "text_encoder.text_encoder.encoder.layer.11.output.dense.weight": (768, 3072)}
+    assert {k: shapes[k] for k in expected} == expected
+    torch.save({"model": theirs, "epoch": 9, "config": {"lr": 5e-5}, "optimizer": {}}, tmp_path / "model.pt")
+    loaded = mga_clap.Model.from_checkpoint(tmp_path / "model.pt", text_model=str(tmp_path / "bert"))
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    assert loaded.cfg.variant == "official" and loaded.audio_encoder.layers[-1].blocks[-1].locality == "official"
+    theirs.pop("codebook"), theirs.update({"codebook": torch.zeros(4096, 512), "extra": torch.zeros(1)})
+    theirs.pop("frame_proj.1.bias")
+    torch.save({"model": theirs}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"missing keys: 1 \(frame_proj.1.bias\); unexpected keys: 1 \(extra\); wrong shapes: 1 \(codebook"):
+        mga_clap.Model.from_checkpoint(tmp_path / "bad.pt", text_model=str(tmp_path / "bert"))
+
+
+def small_encoder():
+    torch.manual_seed(3)
+    return common.HTSAT(16, (1, 2), (2, 4), 16)
+
+
+def test_audio_start_from_the_audioset_file_and_from_a_transformers_folder(tmp_path, corpus):
+    encoder = small_encoder()
+    lightning = {"sed_model." + k: v for k, v in encoder.state_dict().items()}
+    for key in [k for k in lightning if ".bias_tables." in k]:
+        layer, _, block = key.rpartition(".bias_tables.")
+        lightning[f"{layer}.blocks.{block}.attn.relative_position_bias_table"] = lightning.pop(key)
+    lightning |= {"sed_model.tscam_conv.weight": torch.zeros(527, 32, 2, 3), "sed_model.head.weight": torch.zeros(527, 527),
+                  "sed_model.spectrogram_extractor.stft.conv_real.weight": torch.zeros(513, 1, 1024),
+                  "sed_model.logmel_extractor.melW": torch.zeros(513, 64), "other.weight": torch.zeros(1)}
+    torch.save({"state_dict": lightning, "epoch": 1}, tmp_path / "HTSAT.ckpt")
+    torch.save(encoder.state_dict(), tmp_path / "ours.pt")
+    from transformers import ClapConfig, ClapModel
+    audio = dict(patch_embeds_hidden_size=16, depths=[1, 2], num_attention_heads=[2, 4], patch_size=16, patch_stride=[16, 16],
+                 hidden_size=32)
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    clap = ClapModel(ClapConfig(audio_config=audio, text_config=text, projection_dim=16))
+    clap.save_pretrained(tmp_path / "clap")
+    expected = {"HTSAT.ckpt": encoder.state_dict(), "ours.pt": encoder.state_dict(),
+                "clap": common.htsat_state({k: v for k, v in clap.state_dict().items() if k.startswith("audio_model.")})}
+    for name, state in expected.items():
+        fresh = common.HTSAT(16, (1, 2), (2, 4), 16)
+        common.load_htsat(fresh, str(tmp_path / name))
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(value, state[key]), (name, key)
+    result = mga_clap.main(config(corpus, tmp_path / "runs", audio_weights=str(tmp_path / "HTSAT.ckpt"), epochs=1, name="w"))
+    assert np.isfinite(result["scores"]["tagging_mAP"])
+    lightning.pop("sed_model.norm.weight")
+    torch.save({"state_dict": lightning}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad.ckpt: .*missing keys: 1 \(norm.weight\)"):
+        common.load_htsat(common.HTSAT(16, (1, 2), (2, 4), 16), str(tmp_path / "bad.ckpt"))
+
+
+# Bad input
+def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(corpus, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    (data / "audio/train0.flac").write_text("not sound")
+    (data / "audio/train1.flac").unlink()
+    sf.write(data / "audio/val0.flac", np.zeros(16000), 16000)
+    result = mga_clap.main(config(data, tmp_path / "runs", name="s", max_bad=0.2))
+    skipped = (tmp_path / "runs/s/skipped.txt").read_text().splitlines()
+    assert len(skipped) == 2 and "train0.flac: cannot be read as audio" in skipped[0] and "file not found" in skipped[1]
+    assert np.isfinite(result["scores"]["t2a_R@1"])
+    with pytest.raises(ValueError, match=r"of 12 clips could not be used, more than --max-bad 5%; first: .*train"):
+        mga_clap.main(config(data, tmp_path / "runs", name="t"))
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, monkeypatch):
+    loss = mga_clap.hard_negative_loss
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(mga_clap, "hard_negative_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; the batch's files are listed in"):
+        mga_clap.main(config(corpus, tmp_path, name="n"))
+    assert len((tmp_path / "n/nonfinite_batch.txt").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such manifest"),
+    (["--data", "demo", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    (["--epochs", "1"], "--data is missing"),
+    (["--resume", "--data", "demo"], "--resume needs --name"),
+    (["--data", "CORPUS", "--size", "tiny", "--batch-size", "1"], "a contrastive loss needs at least 2 pairs"),
+    (["--data", "CORPUS", "--size", "tiny", "--runs", "/proc/nothing"], "cannot write to /proc/nothing"),
+    (["--data", "CORPUS", "--size", "tiny", "--text-model", "no/model"], "--text-model no/model: not a local folder"),
+    (["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"], "none.ckpt: no such weight file"),
+    (["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"], "locality_blocks = 5: the last stage has 2 blocks"),
+    (["--data", "CORPUS", "--size", "tiny", "--device", "cuda"], "--device cuda: torch sees no GPU")])
+def test_bad_flags_are_one_clear_sentence(corpus, tmp_path, flags, message):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    done = run_cli(*[str(corpus) if f == "CORPUS" else f for f in flags],
+                   *([] if "--runs" in flags or "--epochs" in flags else ["--runs", tmp_path]))
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert message in done.stderr.strip().splitlines()[-1], done.stderr
+
+
+def test_help_needs_no_network_and_shows_every_default():
+    done = run_cli("--help")
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "--no-hard-negatives" in text and "[5e-05]" in text and "(Sec. 4.1)" in text
+
+
+def test_one_pair_is_an_error(corpus, tmp_path):
+    row = json.loads((corpus / "manifest.jsonl").read_text().splitlines()[0])
+    row.update(captions=["one"], audio=str(corpus / row["audio"]))
+    common.write_lines(tmp_path / "one.jsonl", [json.dumps(row)])
+    with pytest.raises(ValueError, match="1 training pair"):
+        mga_clap.main(config(tmp_path / "one.jsonl", tmp_path, name="one"))
+
+
+def test_model_state_is_deterministic_from_the_seed(corpus):
+    cfg = config(corpus, "x")
+    states = []
+    for _ in range(2):
+        torch.manual_seed(cfg.seed)
+        text = common.text_encoder_from_scratch(["a dog"], 64, 1, 1, 30)
+        states.append(copy.deepcopy(mga_clap.Model(cfg, text).state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+    assert Path(ROOT / "mga_clap.py").is_file()
