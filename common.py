@@ -404,13 +404,13 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
 
 
 def write_scene(folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str) -> dict:
-    """Make one scene, write `name`.flac (and, for test scenes, `name`_swapped.flac) -> its row."""
+    """Make one scene, write `name`.wav (and, for test scenes, `name`_swapped.wav) -> its row."""
     waveform, row, swapped = make_scene(np.random.default_rng(seed), draw_sound, rate)
-    sf.write(folder / f"{name}.flac", waveform, rate, subtype="PCM_16")
-    row = {"audio": f"{folder.name}/{name}.flac", **row, "split": split}
+    sf.write(folder / f"{name}.wav", waveform, rate, subtype="PCM_16")
+    row = {"audio": f"{folder.name}/{name}.wav", **row, "split": split}
     if split == "test" and swapped is not None:
-        sf.write(folder / f"{name}_swapped.flac", swapped, rate, subtype="PCM_16")
-        row["swapped_audio"] = f"{folder.name}/{name}_swapped.flac"
+        sf.write(folder / f"{name}_swapped.wav", swapped, rate, subtype="PCM_16")
+        row["swapped_audio"] = f"{folder.name}/{name}_swapped.wav"
     return row
 
 

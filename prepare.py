@@ -130,7 +130,7 @@ def scenes(args) -> dict:
         raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
     _scene_job.pools = pools
     jobs = [(split, i, args.seed, args.out, args.rate) for split, n in counts.items() for i in range(n)]
-    print(f"{len(jobs)} scenes of 10 s at {args.rate} Hz, about {len(jobs) * args.rate * 10 * 1.2 / 1e9:.1f} GB of FLAC")
+    print(f"{len(jobs)} scenes of 10 s at {args.rate} Hz, about {len(jobs) * args.rate * 10 * 2.1 / 1e9:.1f} GB of 16-bit WAV")
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:
         rows = list(tqdm(pool.imap(_scene_job, jobs, chunksize=8), total=len(jobs), desc="scenes", unit="scene"))
     # Every class that test scenes can hold; classes that only occur in training are vocabulary

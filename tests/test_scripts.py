@@ -136,7 +136,7 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, bad
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     if bad:
-        (data / "audio/train4.flac").write_text("broken")
+        (data / "audio/train4.wav").write_text("broken")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
     flags = ["--data", str(data), "--runs", str(tmp_path), "--max-bad", "0.5", "--precision", "fp32"]
@@ -337,12 +337,12 @@ def test_audio_start_from_the_audioset_file_and_from_a_transformers_folder(tmp_p
 def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(corpus, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
-    (data / "audio/train0.flac").write_text("not sound")
-    (data / "audio/train1.flac").unlink()
-    sf.write(data / "audio/val0.flac", np.zeros(16000), 16000)
+    (data / "audio/train0.wav").write_text("not sound")
+    (data / "audio/train1.wav").unlink()
+    sf.write(data / "audio/val0.wav", np.zeros(16000), 16000)
     result = mga_clap.main(config(data, tmp_path / "runs", name="s", max_bad=0.2))
     skipped = (tmp_path / "runs/s/skipped.txt").read_text().splitlines()
-    assert len(skipped) == 2 and "train0.flac: cannot be read as audio" in skipped[0] and "file not found" in skipped[1]
+    assert len(skipped) == 2 and "train0.wav: cannot be read as audio" in skipped[0] and "file not found" in skipped[1]
     assert np.isfinite(result["scores"]["t2a_R@1"])
     with pytest.raises(ValueError, match=r"of 12 clips could not be used, more than --max-bad 5%; first: .*train"):
         mga_clap.main(config(data, tmp_path / "runs", name="t"))

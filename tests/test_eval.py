@@ -1,0 +1,178 @@
+"""eval.py: protocols against brute force and scikit-learn, independence of order and batch size, messages."""
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import soundfile as sf
+import torch
+
+import common
+import eval as evaluate
+from conftest import ROOT
+
+
+def run(checkpoint, data, *flags):
+    return evaluate.main(evaluate.parse([str(checkpoint), "--data", str(data), "--device", "cpu", *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def results(mga_run, corpus, tmp_path_factory):
+    path = tmp_path_factory.mktemp("json") / "scores.json"
+    out = run(mga_run[0] / "best.pt", corpus, "--protocol", "all", "--json", path, "--bootstrap", 20)
+    assert json.loads(path.read_text()) == out
+    return {r["protocol"]: r for r in out}
+
+
+def embeddings(mga_run, corpus):
+    model = evaluate.load_model(mga_run[0] / "best.pt")
+    rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "test"]
+    waveforms = [torch.from_numpy(common.read_audio(r["audio"], 32000))[None] for r in rows]
+    audio = torch.cat([model.embed_audio(w) for w in waveforms]).numpy()
+    frames = [model.embed_frames(w)[0].numpy()[:int(np.ceil(w.shape[1] / 32000 / 0.3125 - 1e-6))] for w in waveforms]
+    classes = (corpus / "classes.txt").read_text().split()
+    return model, rows, audio, frames, classes, model.embed_text([c.replace("_", " ") for c in classes]).numpy()
+
+
+def test_results_follow_the_contract(results):
+    assert set(results) == {"retrieval", "classification", "tagging", "frames"}
+    for r in results.values():
+        assert {"protocol", "settings", "n_clips", "n_captions", "n_classes", "scores"} <= set(r)
+        for s in r["scores"].values():
+            assert set(s) == {"value", "low", "high"}
+        assert "zero-padded to 10 s; all consecutive windows" in r["settings"]["crop"] and r["settings"]["split"] == "test"
+        assert set(r["chance"]) == set(r["scores"])
+
+
+def test_scores_equal_a_slow_computation(results, mga_run, corpus):
+    model, rows, audio, frames, classes, class_embeds = embeddings(mga_run, corpus)
+    captions = [(i, model.clean_caption(c)) for i, r in enumerate(rows) for c in r["captions"]]
+    text = {c: model.embed_text([c]).numpy()[0] for _, c in captions}
+    found = [sum(a @ text[c] >= audio[i] @ text[c] - 1e-6 for j, a in enumerate(audio) if j != i) == 0 for i, c in captions]
+    assert results["retrieval"]["scores"]["t2a_R@1"]["value"] == pytest.approx(np.mean(found))
+    assert results["retrieval"]["n_clips"] == 6 and results["retrieval"]["n_captions"] == 12
+
+    targets = np.array([[c in r["labels"] for c in classes] for r in rows])
+    ap = [sklearn.metrics.average_precision_score(t, s) for t, s in zip(targets.T, (audio @ class_embeds.T).T) if t.any()]
+    assert results["tagging"]["scores"]["mAP"]["value"] == pytest.approx(np.mean(ap), abs=1e-6)
+    assert results["tagging"]["n_classes"] == targets.any(0).sum()
+
+    single = [i for i, r in enumerate(rows) if len(set(r["labels"])) == 1]
+    right = [classes[int((audio[i] @ class_embeds.T).argmax())] == rows[i]["labels"][0] for i in single]
+    assert results["classification"]["scores"]["accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert results["classification"]["n_clips"] == len(single)
+    assert results["classification"]["chance"]["accuracy"] == 1 / len(classes)
+
+    for name, centred in (("mAP_raw", False), ("mAP_centred", True)):
+        scores, truth = [], []
+        for row, clip in zip(rows, frames):
+            for t, frame in enumerate(clip):
+                s = np.array([frame @ c for c in class_embeds])
+                scores.append(s - s.mean() if centred else s)
+                centre = (t + 0.5) * 0.3125
+                truth.append([any(e["label"] == c and e["onset"] <= centre < e["offset"] for e in row["events"]) for c in classes])
+        scores, truth = np.array(scores), np.array(truth)
+        ap = [sklearn.metrics.average_precision_score(t, s) for t, s in zip(truth.T, scores.T) if t.any()]
+        assert results["frames"]["scores"][name]["value"] == pytest.approx(np.mean(ap), abs=1e-4)
+
+
+def test_order_of_files_batch_size_and_workers_never_change_a_score(results, mga_run, corpus, tmp_path):
+    lines = (corpus / "manifest.jsonl").read_text().splitlines()
+    rows = [json.loads(x) for x in lines][::-1]
+    for row in rows:
+        row["audio"] = str(corpus / row["audio"])
+    shutil.copy(corpus / "classes.txt", tmp_path)
+    common.write_lines(tmp_path / "manifest.jsonl", [json.dumps(r) for r in rows])
+    for r in run(mga_run[0] / "best.pt", tmp_path, "--batch-size", 4, "--workers", 2, "--bootstrap", 0):
+        for name, s in r["scores"].items():
+            assert s["value"] == pytest.approx(results[r["protocol"]]["scores"][name]["value"], abs=1e-6), name
+            assert s["low"] is None
+
+
+def test_crop_first_uses_the_first_window_only(mga_run, tmp_path, corpus):
+    row = json.loads((corpus / "manifest.jsonl").read_text().splitlines()[-1])
+    x, rate = sf.read(corpus / row["audio"], dtype="float32", always_2d=True)
+    first, noise = x[:, 0], np.random.default_rng(0).normal(size=len(x)).astype(np.float32) * 0.1
+    sf.write(tmp_path / "short.wav", np.resize(first, 10 * rate), rate, subtype="FLOAT")
+    sf.write(tmp_path / "long.wav", np.concatenate([np.resize(first, 10 * rate), noise]), rate, subtype="FLOAT")
+    model = evaluate.load_model(mga_run[0] / "best.pt")
+    embed = lambda name, crop: common.embed_files(  # noqa: E731
+        model, [{"audio": str(tmp_path / name)}], crop=crop, quiet=True)[1]
+    assert np.abs(embed("long.wav", "first") - embed("short.wav", "all")).max() < 1e-3
+    assert np.abs(embed("long.wav", "all") - embed("short.wav", "all")).max() > 1e-3
+
+
+def test_prompt_reaches_the_text_encoder(results, mga_run, corpus):
+    out, = run(mga_run[0] / "best.pt", corpus, "--protocol", "tagging", "--prompt", "{} followed by a bell", "--bootstrap", 0)
+    assert out["settings"]["prompt"] == "{} followed by a bell"
+    assert out["scores"]["mAP"]["value"] != results["tagging"]["scores"]["mAP"]["value"]
+
+
+def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
+    class Args:
+        bootstrap, crop, split, window_s, checkpoint, data = 100, "all", "test", 10.0, "x", ["y"]
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        hits = rng.random(80) < 0.3
+        s = evaluate.result("x", lambda chosen: {"a": float(hits[chosen].mean())}, 80, {"a": 0}, Args)["scores"]["a"]
+        covered += s["low"] <= 0.3 <= s["high"]
+    assert 178 <= covered <= 200
+
+
+def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
+    class Model:
+        @staticmethod
+        def embed_text(texts):
+            return torch.eye(3)[[int(t) for t in texts]]
+    class Args:
+        bootstrap, crop, split, window_s, checkpoint, data, prompt = 0, "all", "test", 10.0, "x", ["y"], "{}"
+    rows = [{"labels": [x], "where": "x"} for x in "012"] + [{"labels": ["0", "1"], "where": "x"}]
+    audio = np.array([[1, 0, 0], [0.5, 0.5, 0], [0, 0.1, 0.9], [1, 1, 0]], np.float32)
+    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio}, ["0", "1", "2"], Args)
+    assert out["scores"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["settings"]["left_out"].startswith("1 clip")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["CKPT", "--data", "nowhere"], "nowhere: no such manifest"), (["none.pt", "--data", "CORPUS"], "none.pt: no such weight file"),
+    (["TEXT", "--data", "CORPUS"], "not a .*safely"), (["OTHER", "--data", "CORPUS"], "not a checkpoint this evaluator knows"),
+    (["CKPT", "--data", "CORPUS", "--prompt", "a sound"], "must hold {} where the class name goes"),
+    (["CKPT", "--data", "CORPUS", "--split", "dev"], "--split dev: no row"), (["CKPT", "--data", "CORPUS", "--json", "/no/x.json"], "--json /no/x.json"),
+    (["CKPT", "--data", "PLAIN", "--protocol", "tagging"], "--protocol tagging needs 'labels'")])
+def test_bad_input_is_one_clear_sentence(flags, message, mga_run, corpus, tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"method": "other", "config": {}}, tmp_path / "other.pt")
+    common.write_lines(tmp_path / "plain.jsonl", [json.dumps({"audio": "a.wav", "captions": ["x"]})])
+    names = {"CKPT": mga_run[0] / "best.pt", "CORPUS": corpus, "TEXT": tmp_path / "text.pt", "OTHER": tmp_path / "other.pt",
+             "PLAIN": tmp_path / "plain.jsonl"}
+    with pytest.raises((ValueError, FileNotFoundError, PermissionError), match=message) as error:
+        evaluate.main(evaluate.parse([str(names.get(f, f)) for f in flags]))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read_are_left_out_and_past_the_limit_stop(mga_run, corpus, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    (data / "audio/test0.wav").write_text("broken")
+    out = run(mga_run[0] / "best.pt", data, "--protocol", "retrieval", "--max-bad", 0.5, "--bootstrap", 0)
+    assert out[0]["n_clips"] == 5 and "left out: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 of 6 files could not be used"):
+        run(mga_run[0] / "best.pt", data)
+
+
+def test_the_command_prints_protocol_and_chance(mga_run, corpus):
+    done = subprocess.run([sys.executable, ROOT / "eval.py", mga_run[0] / "best.pt", "--data", corpus, "--bootstrap", "5"],
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for expected in ("retrieval: 6 clips, 12 captions", "tie_rule", "prompt: '{}'", "chance", "mAP_centred"):
+        assert expected in done.stdout
+
+
+def test_every_protocol_docstring_names_its_source():
+    for name, (function, _) in evaluate.PROTOCOLS.items():
+        text = function.__doc__
+        assert name == function.__name__ and ("Source:" in text or "papers" in text)
+    assert list(itertools.islice(evaluate.PROTOCOLS, 1)) == ["retrieval"]

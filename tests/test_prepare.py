@@ -1,0 +1,114 @@
+"""prepare.py: scenes without leaks, from both layouts; check finds what is wrong."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+import common
+import prepare
+from conftest import ROOT
+
+REAL = ROOT.parent / "shared" / "data" / "esc50_part"
+
+
+def tone(path, hz, seconds=1.0, rate=22050, lead=0.5):
+    t = np.arange(int(rate * seconds)) / rate
+    sf.write(path, np.concatenate([np.zeros(int(lead * rate)), 0.3 * np.sin(2 * np.pi * hz * t)]), rate)
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for k, label in enumerate(["dog_bark", "bell", "siren"]):
+        (tmp_path / "sounds" / label).mkdir(parents=True)
+        for i in range(10):
+            tone(tmp_path / "sounds" / label / f"{i}.wav", 300 + 200 * k + 5 * i)
+    return tmp_path / "sounds"
+
+
+def build(*flags):
+    return prepare.scenes(prepare.parse(["scenes", *map(str, flags)]))
+
+
+def test_one_folder_per_class(class_folders, tmp_path, capsys):
+    (class_folders / "bell" / "0.wav").write_text("broken")
+    flags = ["--sounds", class_folders, "--train", 12, "--val", 4, "--test", 12, "--rate", 16000]
+    out = build(*flags, "--out", tmp_path / "a", "--workers", 2)
+    assert len(out["left_out"]) == 1 and "left out: " in capsys.readouterr().out
+    rows = common.read_manifest([str(tmp_path / "a")], need=("captions", "events", "phrases", "labels"))
+    assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [12, 4, 12]
+    assert (tmp_path / "a/classes.txt").read_text().split() == ["bell", "dog_bark", "siren"]
+    text = json.dumps([r["captions"] for r in rows])
+    assert "dog bark" in text and "dog_bark" not in text
+    # a swapped scene holds the same sounds, the reverse order: energies agree, onsets are mirrored in order
+    row = next(r for r in rows if r.get("swapped_audio"))
+    x, y = (sf.read(row[k])[0] for k in ("audio", "swapped_audio"))
+    assert len(x) == len(y) and (x ** 2).sum() == pytest.approx((y ** 2).sum(), rel=0.05) and not np.array_equal(x, y)
+    build(*flags, "--out", tmp_path / "b", "--workers", 1)  # the number of workers changes nothing
+    for name in ("manifest.jsonl", "audio/train_00003.wav"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a manifest"):
+        build(*flags, "--out", tmp_path / "a")
+
+
+def test_no_recording_is_in_two_splits():
+    sounds = [{"audio": f"{label}{i}{take}", "label": label, "recording": f"{label}{i}", "fold": 1 + i % 5}
+              for label in "abc" for i in range(20) for take in "AB"]
+    for folds in (True, False):
+        given = [{**s, "fold": s["fold"] if folds else None} for s in sounds]
+        splits = prepare.split_sounds(given, [1, 2, 3], [5], 0.2, seed=0)
+        owned = {k: {s["recording"] for s in v} for k, v in splits.items()}
+        assert not owned["train"] & owned["val"] and not owned["train"] & owned["test"] and not owned["val"] & owned["test"]
+        assert all(len({s["label"] for s in v}) == 3 for v in splits.values())
+        if folds:
+            assert {s["fold"] for s in splits["test"]} == {5} and {s["fold"] for s in splits["train"] + splits["val"]} == {1, 2, 3}
+
+
+def test_active_part_trims_silence():
+    x = np.concatenate([np.zeros(8000), np.ones(4000), np.zeros(4000)]).astype(np.float32)
+    assert len(prepare.active_part(x, 16000)) == pytest.approx(4000, abs=640)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real sounds (../shared/data/esc50_part) are not here")
+def test_esc50_layout_on_real_sounds(tmp_path):
+    build("--sounds", REAL, "--out", tmp_path / "s", "--train", 20, "--val", 4, "--test", 10, "--rate", 16000)
+    rows = common.read_manifest([str(tmp_path / "s")])
+    assert len((tmp_path / "s/classes.txt").read_text().split()) == 10
+    assert len(rows) == 34
+    report = prepare.check(prepare.parse(["check", str(tmp_path / "s")]))
+    assert report["unreadable"] == [] and report["shared"] == [] and report["splits"]["test"]["clips"] == 10
+    sounds = prepare.list_sounds(REAL)
+    assert len(sounds) == 560 and len({s["label"] for s in sounds}) == 50
+
+
+def test_check_reports_leaks_rates_and_broken_files(tmp_path, capsys):
+    for name, rate in (("1-100-A-0.wav", 8000), ("1-100-B-0.wav", 16000), ("b.wav", 16000)):
+        tone(tmp_path / name, 440, rate=rate)
+    (tmp_path / "c.wav").write_text("no sound")
+    rows = [{"audio": "1-100-A-0.wav", "split": "train", "labels": ["dog"]}, {"audio": "1-100-B-0.wav", "split": "test"},
+            {"audio": "b.wav", "split": "test", "duration": 9.0}, {"audio": "c.wav", "split": "train"}]
+    common.write_lines(tmp_path / "m.jsonl", [json.dumps(r) for r in rows])
+    report = prepare.check(prepare.parse(["check", str(tmp_path / "m.jsonl"), "--workers", "1"]))
+    assert report["shared"] == ["100"] and report["clips"] == 4
+    assert sorted(os.path.basename(t.split(":")[0]) for t in report["unreadable"]) == ["b.wav", "c.wav"]
+    out = capsys.readouterr().out
+    assert "rates {8000: 1}" in out and "recordings shared between splits: 1 ['100']" in out and "1 classes: dog 1" in out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["scenes", "--sounds", "nowhere", "--out", "OUT"], "--sounds nowhere: no such folder"),
+    (["scenes", "--sounds", "EMPTY", "--out", "OUT"], "found neither meta/esc50.csv nor folders"),
+    (["scenes", "--sounds", "ONE", "--out", "OUT"], "no recording is left for the"),
+    (["check", "nowhere"], "nowhere: no such manifest")])
+def test_bad_input_is_one_clear_sentence(tmp_path, flags, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one" / "bell").mkdir(parents=True)
+    tone(tmp_path / "one" / "bell" / "x.wav", 300)
+    names = {"OUT": tmp_path / "out", "EMPTY": tmp_path / "empty", "ONE": tmp_path / "one"}
+    done = subprocess.run([sys.executable, ROOT / "prepare.py", *[str(names.get(f, f)) for f in flags]], capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert Path(ROOT / "prepare.py").is_file()

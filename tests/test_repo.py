@@ -1,0 +1,142 @@
+"""The repository keeps its own rules: lint, imports, equation map, README commands, sizes."""
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import common
+from conftest import ROOT
+
+SCRIPTS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "eval", "prepare")]
+RUN_TIME = {"torch", "torchaudio", "transformers", "tokenizers", "numpy", "soundfile", "tqdm"}
+README = (ROOT / "README.md").read_text()
+
+
+def tracked():
+    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if out.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in out.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_pyflakes_finds_nothing():
+    files = [str(p) for p in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]]
+    out = subprocess.run([sys.executable, "-m", "pyflakes", *files], capture_output=True, text=True)
+    assert out.stdout == ""
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", ["common", "eval", "prepare", *SCRIPTS])
+def test_imports_point_downward_only(name):
+    """common: packages; a script: common; eval and prepare: both."""
+    outside = set(imports(ROOT / f"{name}.py")) - set(sys.stdlib_module_names) - RUN_TIME
+    allowed = {"common": set(), "eval": {"common"}, "prepare": {"common"}}.get(name, {"common"})
+    assert outside <= allowed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_equation_map_and_tags_agree(name):
+    source, shared = (ROOT / f"{name}.py").read_text(), (ROOT / "common.py").read_text()
+    doc = ast.get_docstring(ast.parse(source))
+    mapped = re.findall(r"^  Eq\. \((\d+)\) .* (\S+)$", doc, re.M)
+    own = re.findall(r"#.*?Eq\. \((\d+)\)", source.replace(doc, ""))
+    there = re.findall(rf"# {name.upper().replace('_', '-')} Eq\. \((\d+)\)", shared)
+    assert sorted(own + there) == sorted(n for n, _ in mapped)  # each in one map line and one tagged line
+    module = importlib.import_module(name)
+    for number, function in mapped:
+        owner, path = (common, function[7:]) if function.startswith("common.") else (module, function)
+        for part in path.split("."):
+            owner = getattr(owner, part)
+        text = ast.unparse(ast.parse("0")) and __import__("inspect").getsource(owner)
+        assert f"Eq. ({number})" in text, f"Eq. ({number}) is not in {function}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_deviations_are_numbered_without_gaps_and_config_fields_have_help(name):
+    module = importlib.import_module(name)
+    numbers = [int(n) for n in re.findall(r"^  D(\d+) ", module.__doc__, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    used = {int(n) for n in re.findall(r"D(\d+)", (ROOT / f"{name}.py").read_text().replace(module.__doc__, ""))}
+    assert used <= set(numbers)
+    fields = {f.name for f in dataclasses.fields(module.Config)}
+    for preset in module.PRESETS.values():
+        assert set(preset) <= fields
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sections_stand_in_the_house_order(name):
+    banners = re.findall(r"^# -{90,}\n# (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
+    assert banners == ["Config", "Model", "Loss", "Data", "Train", "Entry"]
+
+
+def readme_commands():
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.split("  #")[0].strip()
+            if line:
+                yield from (part.strip() for part in line.split("&&"))
+
+
+def parsed(command):
+    """argv of a python command of ours, or None."""
+    words = shlex.split(command)
+    words = words[words.index("run") + 1:] if words[:2] == ["uv", "run"] else words
+    words = words[1:] if words[0] in ("python", "torchrun") else words
+    scripts = [i for i, w in enumerate(words) if w.endswith(".py")]
+    return words[scripts[0]:] if scripts else None
+
+
+def test_every_readme_command_of_ours_parses():
+    seen = set()
+    for command in readme_commands():
+        words = parsed(command)
+        if words is None or words[0].startswith("tests/"):
+            continue
+        name = words[0][:-3]
+        seen.add(name)
+        module = importlib.import_module(name)
+        if name in SCRIPTS:
+            if "--resume" not in words:
+                common.cli(module.Config, module.PRESETS, module.__doc__, words[1:])
+        else:
+            module.parse(words[1:])
+    assert {"mga_clap", "eval", "prepare"} <= seen
+
+
+def test_the_first_readme_command_and_ci_are_what_they_say():
+    commands = list(readme_commands())
+    assert any("mga_clap.py --data demo" in c for c in commands)
+    test = next(c for c in commands if "pytest" in c)
+    assert test in (ROOT / ".ci/run").read_text()
+
+
+def test_measured_tables_agree_with_results():
+    """Every number in the README's table of claims is in results/, to the last digit printed."""
+    rows = re.findall(r"^\| ([\w@ ,()-]+) \| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|", README, re.M)
+    path = ROOT / "results" / "claims_mga_clap.json"
+    claims = {c["metric"]: c for c in json.loads(path.read_text())}
+    assert len(rows) == len(claims)
+    for metric, *numbers in rows:
+        c = claims[metric]
+        stored = [c["baseline_mean"], c["baseline_std"], c["method_mean"], c["method_std"]]
+        assert [f"{x:.3f}" for x in stored] == numbers, metric
+
+
+def test_no_large_files_and_no_machine_paths():
+    for path in tracked():
+        assert path.stat().st_size < 1_000_000, path
+        if path.suffix in (".py", ".md", ".toml", ".json") and path.name != "test_repo.py":
+            assert not re.search(r"(?<![\w.])/(work|root|farm)/", path.read_text()), path
