@@ -10,6 +10,7 @@ dimension, K codewords, N clips and Q captions in an evaluation.
 Similarity matrices have audio in rows and text in columns, everywhere.
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -819,10 +820,21 @@ def text_encoder_from_pretrained(name: str, max_tokens: int) -> TextEncoder:
 
 def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads: int, max_tokens: int,
                               vocabulary: int = 4000) -> TextEncoder:
-    """A small random BERT whose WordPiece vocabulary is learnt from the training captions."""
+    """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
+
+    The most frequent words, plus single characters for all others. tokenizers' own WordPiece trainer
+    breaks ties at random, so two runs of one seed would differ.
+    """
     transformers = _quiet_transformers()
-    tokenizer = transformers.BertTokenizer().train_new_from_iterator(
-        [sorted(set(captions))], vocab_size=vocabulary, show_progress=False)
+    backend = transformers.BertTokenizer().backend_tokenizer
+    words = collections.Counter(
+        word for caption in captions
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption)))
+    characters = sorted({character for word in words for character in word})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *("##" + c for c in characters)]
+    frequent = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
+    pieces += frequent[:max(0, vocabulary - len(pieces))]
+    tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
     config = transformers.BertConfig(
         vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=4 * dim, max_position_embeddings=max(64, max_tokens), pad_token_id=tokenizer.pad_token_id)
@@ -851,7 +863,7 @@ class _Sparsemax(torch.autograd.Function):
         z_sorted = z.sort(-1, descending=True).values
         rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
         excess = z_sorted.cumsum(-1) - 1
-        size = (rank * z_sorted > excess).sum(-1, keepdim=True)  # of the support
+        size = (rank * z_sorted > excess).sum(-1, keepdim=True).clamp(min=1)  # of the support; 0 only with NaN
         p = (z - excess.gather(-1, size - 1) / size).clamp(min=0)
         ctx.save_for_backward(p)
         return p

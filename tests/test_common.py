@@ -232,6 +232,10 @@ def test_tiny_text_encoder_round_trip_and_masks():
     encoder = common.text_encoder_from_scratch(["a dog barks loudly", "rain, then thunder"], 64, 2, 1, 12).eval()
     tokens = encoder.tokenize(["a dog", "a dog barks loudly"])
     assert tokens["word_mask"][0].tolist() == [False, True, True, False, False, False]
+    twin = common.text_encoder_from_scratch(["a dog barks loudly", "rain, then thunder"], 64, 2, 1, 12)
+    assert twin.tokenizer.get_vocab() == encoder.tokenizer.get_vocab()  # the same on every call
+    spelt = encoder.tokenizer.tokenize("Dog, bark rob")
+    assert spelt == ["dog", ",", "b", "##a", "##r", "##k", "r", "##o", "##b"]
     again = common.text_encoder_from_description(encoder.description(), 12).eval()
     again.load_state_dict(encoder.state_dict())
     for key, value in again.tokenize(["rain, then a dog!"]).items():
