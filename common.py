@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import fractions
 import functools
 import inspect
 import json
@@ -83,7 +84,10 @@ def configure(config_class, presets: dict, **given):
         if not given.get("name"):
             raise ValueError("--resume needs --name, the folder under runs/ to continue")
         path = Path(given.get("runs", "runs")) / given["name"] / "last.pt"
-        return config_class(**{**read_checkpoint(path)["config"], **given})
+        stored = read_checkpoint(path)
+        if set(stored["config"]) != {field.name for field in dataclasses.fields(config_class)}:
+            raise ValueError(f"--resume: {path} holds a run of {stored['method']}; continue it with {stored['method']}.py")
+        return config_class(**{**stored["config"], "runs": given.get("runs", "runs"), **given})
     if given.get("data") == ["demo"]:
         given.setdefault("size", "tiny")
     values = {}
@@ -114,7 +118,9 @@ class AudioError(ValueError):
 
 @functools.lru_cache(maxsize=16)
 def _resampler(from_hz: int, to_hz: int):
-    return torchaudio.transforms.Resample(from_hz, to_hz)
+    # a ratio like 44101 : 32000 would need a filter of gigabytes; within 1e-6, no standard rate is affected
+    ratio = fractions.Fraction(to_hz, from_hz).limit_denominator(1000)
+    return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
 
 def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
@@ -282,6 +288,8 @@ def _parse_row(line: str, where: str) -> dict:
             raise ValueError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
         if key in MANIFEST_KEYS and not isinstance(value, MANIFEST_KEYS[key]):
             raise ValueError(f"{where}: '{key}' has the wrong type {type(value).__name__}")
+    if row.get("split", "train") not in ("train", "val", "test"):
+        raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
     if not row.get("audio"):
         raise ValueError(f"{where}: no key 'audio' (keys there: {', '.join(row) or 'none'}); "
                          "it must name the sound file")
@@ -809,7 +817,7 @@ def text_encoder_from_pretrained(name: str, max_tokens: int) -> TextEncoder:
     """From a hub id or a local folder, e.g. "bert-base-uncased"."""
     transformers = _quiet_transformers()
     try:
-        model = transformers.AutoModel.from_pretrained(name)
+        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -846,7 +854,7 @@ def text_encoder_from_description(description: dict, max_tokens: int) -> TextEnc
     transformers = _quiet_transformers()
     from tokenizers import Tokenizer
     config = json.loads(description["config"])
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).float()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(description["tokenizer"]), **json.loads(description["special_tokens"]))
     return TextEncoder(model, tokenizer, max_tokens)
@@ -901,6 +909,8 @@ def retrieval_ranks(sim: np.ndarray, owner: np.ndarray) -> dict:
             i / (r_i + 1), divided by the number of own captions.
     Clips without a caption are only distractors for t2a and are left out of a2t.
     """
+    if not np.isfinite(sim).all():
+        raise FloatingPointError("some similarities are NaN or infinite; the model's weights are broken")
     N, Q = sim.shape
     own = sim[owner, np.arange(Q)]
     t2a = (sim >= own[None]).sum(0) - 1
@@ -1059,22 +1069,30 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
         frames cut off, or None; bad: error texts of the files left out.
     """
     length_s = model.window_s if crop == "first" else None
-    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_size,
+    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
+    batches = [[]]
+    for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
+        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
+            batches.append([])
+        batches[-1].append(i)
+    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=batches,
                                          num_workers=workers, collate_fn=collate_audio)
-    kept, embeds, frame_embeds, bad = [], [], [], []
+    found, bad = {}, {}
     device = next(model.parameters()).device
     for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=quiet):
-        bad += [text for _, text in errors]
+        bad.update(errors)
         if not indices:
             continue
-        kept += indices
-        embeds.append(model.embed_audio(waveform.to(device), n_samples).cpu().numpy())
-        if frames:
-            for clip, n in zip(model.embed_frames(waveform.to(device), n_samples).cpu().numpy(), n_samples.tolist()):
-                frame_embeds.append(clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)])
-    if not kept:
-        raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[0] if bad else 'no rows'}")
-    return kept, np.concatenate(embeds), frame_embeds if frames else None, bad
+        waveform = waveform.to(device)
+        embeds = model.embed_audio(waveform, n_samples).cpu().numpy()
+        clips = model.embed_frames(waveform, n_samples).cpu().numpy() if frames else [None] * len(indices)
+        for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
+            found[i] = embed, clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if frames else None
+    if not found:
+        raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[min(bad)] if bad else 'no rows'}")
+    kept = sorted(found)
+    return (kept, np.stack([found[i][0] for i in kept]), [found[i][1] for i in kept] if frames else None,
+            [bad[i] for i in sorted(bad)])
 
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
@@ -1161,6 +1179,7 @@ def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=
         batches += list(members[:full].reshape(-1, batch_size))
         left.append(members[full:])
     left = np.concatenate(left)
+    left = np.roll(left, np.random.default_rng((seed, epoch, 1)).integers(max(1, len(left))))  # else always the longest wait
     full = len(left) // batch_size * batch_size
     batches += list(left[:full].reshape(-1, batch_size)) if full else []
     return [batches[i] for i in rng.permutation(len(batches))] if batches else [left]
@@ -1189,6 +1208,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def check_counts(cfg, *names: str) -> None:
+    """ValueError for a setting that must be at least 1."""
+    for name in names:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+
+
 def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not ignored."""
     free = {"resume", "name", "runs", "workers", "device", "log_steps", "save_steps", "eval_epochs", "max_bad", "data"}
@@ -1198,13 +1224,21 @@ def check_resume(cfg, stored: dict) -> None:
                              "leave the flag out or start a new --name")
 
 
-def check_finite(previous, run) -> None:
-    """Stop on a non-finite loss of an earlier step: (step, loss, file names) or None."""
-    if previous is not None and not torch.isfinite(previous[1]):
-        path = run.path / "nonfinite_batch.txt"
-        write_lines(path, previous[2])
-        raise FloatingPointError(f"the loss of step {previous[0]} is {previous[1].item()}; the batch's files are listed in "
-                                 f"{path}, the last checkpoint is from before; try a smaller --lr or --precision fp32")
+def check_finite(recent: list, run, model=None) -> None:
+    """Stop on a non-finite loss among `recent` [(step, loss, file names)], or on broken weights; empties `recent`.
+
+    Called at log and save steps only, so that a GPU is not made to wait in between.
+    """
+    for step, loss, names in recent:
+        if not torch.isfinite(loss):
+            path = run.path / "nonfinite_batch.txt"
+            write_lines(path, names)
+            raise FloatingPointError(f"the loss of step {step} is {loss.item()}; the batch's files are listed in {path}, the "
+                                     "last checkpoint is from before; try a smaller --lr or --precision fp32")
+    recent.clear()
+    if model is not None and not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise FloatingPointError("a weight became NaN or infinite though the loss did not; nothing was saved, the last checkpoint "
+                                 "is from before; try a smaller --lr or --precision fp32")
 
 
 @contextlib.contextmanager
@@ -1230,14 +1264,18 @@ class RunFolder:
         number = 1
         while not name and (Path(runs) / f"{method}-{number}").exists():
             number += 1
-        self.path, self.name = Path(runs) / (name or f"{method}-{number}"), name or f"{method}-{number}"
+        shared = [name or f"{method}-{number}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(shared)  # processes that look later would see the first one's folder
+        self.path, self.name = Path(runs) / shared[0], shared[0]
         self.n_clips, self.max_bad, self.writes = n_clips, max_bad, rank_and_world()[0] == 0
         if not resume and (self.path / "last.pt").exists():
             raise FileExistsError(f"{self.path} already holds a run; continue it with --resume or choose another --name")
         if self.writes:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / "log.jsonl").touch()
+                for name in () if resume else ("log.jsonl", "skipped.txt"):
+                    (self.path / name).write_text("")
             except OSError as error:
                 raise PermissionError(f"--runs {runs}: cannot write to {self.path} ({error.strerror})") from None
         skipped = self.path / "skipped.txt"
@@ -1254,17 +1292,19 @@ class RunFolder:
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def skip(self, errors: list[str]) -> None:
-        """Count and list unreadable clips; stop past max_bad."""
-        new = sorted(set(errors) - self.skipped)
-        if not new:
-            return
+    def settle_skipped(self, errors: list[str]) -> None:
+        """Count and list the unreadable clips of all processes; stop past max_bad. A collective call."""
+        everyone = [errors] * rank_and_world()[1]
+        if dist.is_initialized():
+            dist.all_gather_object(everyone, errors)
+        new = sorted({text for part in everyone for text in part} - self.skipped)
         self.skipped.update(new)
-        with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
-            f.writelines(text + "\n" for text in new)
+        if new and self.writes:
+            with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
+                f.writelines(text + "\n" for text in new)
         if len(self.skipped) > self.max_bad * self.n_clips:
             raise ValueError(f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than --max-bad "
-                             f"{self.max_bad:.0%}; first: {new[0]} (all in {self.path / 'skipped.txt'})")
+                             f"{self.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in {self.path / 'skipped.txt'})")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1285,18 +1325,19 @@ def versions() -> dict:
             "transformers": transformers.__version__, "numpy": np.__version__}
 
 
-def read_weights(path) -> dict:
-    """torch.load without executing anything in the file.
+def allowed_globals() -> list:
+    """What published checkpoints carry beside their weights; nothing else in a file is ever built."""
+    from numpy._core.multiarray import scalar
+    allowed = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]  # numpy 2's and 1's name
+    return allowed + [type(np.dtype(t)) for t in "fdil"]
 
-    argparse.Namespace and numpy scalars, which published checkpoints carry beside their weights,
-    are allowed.
-    """
+
+def read_weights(path) -> dict:
+    """torch.load without executing anything in the file (see `allowed_globals`)."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such weight file")
-    from numpy._core.multiarray import scalar
-    allowed = [argparse.Namespace, scalar, np.dtype] + [type(np.dtype(t)) for t in "fdil"]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, struct.error) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

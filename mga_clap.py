@@ -224,8 +224,8 @@ class Model(nn.Module):
         Never random: consecutive 10 s windows, the last zero-padded, averaged by their seconds.
         """
         with common.evaluating(self):
-            windows, owner, weight = self._windows(waveform, n_samples)
-            embeds = self.aggregate(self.frame_feats(windows))[0] * weight[:, None]
+            frame_feats, owner, weight = self._window_feats(waveform, n_samples)
+            embeds = self.aggregate(frame_feats)[0] * weight[:, None]
             total = embeds.new_zeros(len(waveform), embeds.shape[1])
             return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
 
@@ -236,13 +236,14 @@ class Model(nn.Module):
         Projected frames before the codebook, as the paper scores sound events.
         """
         with common.evaluating(self):
-            windows, owner, _ = self._windows(waveform, n_samples)
-            frames = F.normalize(self.frame_feats(windows).float(), dim=-1)
+            frame_feats, owner, _ = self._window_feats(waveform, n_samples)
+            frames = F.normalize(frame_feats.float(), dim=-1)
             return nn.utils.rnn.pad_sequence([frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True)
 
-    def _windows(self, waveform, n_samples):
+    def _window_feats(self, waveform, n_samples):
         n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
-        return common.cut_windows(waveform, n_samples, int(WINDOW_S * self.sample_rate))
+        windows, owner, weight = common.cut_windows(waveform, n_samples, int(WINDOW_S * self.sample_rate))
+        return torch.cat([self.frame_feats(part) for part in windows.split(32)]), owner, weight  # bounded memory
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
@@ -316,7 +317,8 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
     def one_way(logits, targets):
         logits = logits - logits.amax(1, keepdim=True).detach()
         hard = torch.exp(gamma * logits)
-        weight = (len(sim) - 1) * hard / (hard.sum(1) - hard)  # no keepdim: column j is divided by row j's sum
+        others = (hard.sum(1) - hard).clamp(min=1e-30)  # no keepdim: column j gets row j's sum; 0 for a single pair
+        weight = (len(sim) - 1) * hard / others
         weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
         log_prob = logits - torch.log((weight * logits.exp()).sum(1, keepdim=True) + 1e-7)
         return -(targets * log_prob).sum(1).mean()
@@ -351,7 +353,8 @@ class Pairs(Dataset):
     """One item a (clip, caption) pair. Items are asked for as (epoch, index), which seeds the crop."""
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
-        self.pairs = [(clip, row, caption) for clip, row in enumerate(rows) for caption in row["captions"]]
+        clips = {audio: i for i, audio in enumerate(dict.fromkeys(row["audio"] for row in rows))}
+        self.pairs = [(clips[row["audio"]], row, caption) for row in rows for caption in row["captions"]]
         self.durations = [row.get("duration", WINDOW_S) for _, row, _ in self.pairs]
         self.cfg, self.tokenize = cfg, tokenize
 
@@ -372,7 +375,8 @@ class Pairs(Dataset):
         if not good:
             raise ValueError(f"no clip of a batch of {len(items)} could be read; first: {bad[0]}")
         waveforms, captions, clips, names = zip(*good)
-        padded = None if self.cfg.variant == "official" else int(WINDOW_S * Model.sample_rate)  # D8
+        longest = max(1024, *(len(w) for w in waveforms))  # at least one frame of the spectrogram
+        padded = longest if self.cfg.variant == "official" else int(WINDOW_S * Model.sample_rate)  # D8
         batch = {"waveform": common.pad_batch(waveforms, padded)[0], **self.tokenize(list(captions))}
         return batch, torch.tensor(clips), names, bad
 
@@ -395,7 +399,7 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     sim = audio_embeds @ common.embed_texts(model, [c for _, c in captions]).T
     scores = common.retrieval_scores(common.retrieval_ranks(sim, owner))
     chance = common.retrieval_chance(owner, len(rows))
-    if classes and any(row.get("labels") for row in rows):
+    if classes and any(row.get("labels") or row.get("events") for row in rows):
         class_embeds = common.embed_texts(model, [c.replace("_", " ") for c in classes])
         targets = common.label_targets(rows, classes)
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(audio_embeds @ class_embeds.T, targets)))
@@ -422,8 +426,9 @@ def main(cfg: Config) -> dict:
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     common.require(train_rows + val_rows, "captions")
     classes = common.read_classes(cfg.data, val_rows)
-    if cfg.batch_size < 2 * world:
-        raise ValueError(f"--batch-size {cfg.batch_size} on {world} process(es): a contrastive loss needs at least 2 pairs each")
+    if classes and any(row.get("labels") or row.get("events") for row in val_rows):
+        common.label_targets(val_rows, classes)  # a wrong class list is said now, not after the training
+    common.check_counts(cfg, "epochs", "eval_epochs", "save_steps", "log_steps")
 
     # Model
     checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "mga_clap") if cfg.resume else None
@@ -452,9 +457,10 @@ def main(cfg: Config) -> dict:
 
     # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
     dataset = Pairs(train_rows, cfg, text_encoder.tokenize)
-    if len(dataset.pairs) < 2:
-        raise ValueError(f"{len(dataset.pairs)} training pair(s) found; a contrastive loss needs at least 2")
     batch_size = min(cfg.batch_size, len(dataset.pairs))
+    if batch_size < 2 * world:
+        raise ValueError(f"--batch-size {cfg.batch_size} with {len(dataset.pairs)} training pair(s) on {world} process(es): "
+                         "a contrastive loss needs at least 2 pairs in each")
     steps_per_epoch = len(dataset.pairs) // batch_size
     total_steps, warmup_steps = cfg.epochs * steps_per_epoch, int(cfg.warmup_epochs * steps_per_epoch)
     step, best = 0, {"score": -1.0, "step": 0}
@@ -478,11 +484,11 @@ def main(cfg: Config) -> dict:
         dataset.durations, batch_size, cfg.seed, step, total_steps), num_workers=cfg.workers, collate_fn=dataset.collate,
         pin_memory=device.type == "cuda")
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    previous, clock, pairs_seen = None, time.perf_counter(), 0
+    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
     for batch, clip_ids, names, bad in loader:
         common.seed_step(cfg.seed, step, rank)
-        run.skip(bad)
+        unreadable += bad
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(step, warmup_steps, total_steps)
@@ -497,13 +503,15 @@ def main(cfg: Config) -> dict:
         loss.backward()
         optimiser.step()
 
-        # The finite check looks one step back, so that a GPU never waits for it
-        common.check_finite(previous, run)
-        previous = (step, loss.detach(), names)
+        # Log: the only place, with saving, where a GPU is waited for
+        recent.append((step, loss.detach(), names))
         step += 1
         pairs_seen += len(sim)
         bar.update()
         if step % cfg.log_steps == 0 or step == total_steps:
+            common.check_finite(recent, run)
+            run.settle_skipped(unreadable)
+            unreadable.clear()
             r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "ln_B": math.log(len(sim)),
@@ -515,7 +523,7 @@ def main(cfg: Config) -> dict:
             pairs_seen = 0
         epoch_ends = step % (cfg.eval_epochs * steps_per_epoch) == 0
         if epoch_ends or step % cfg.save_steps == 0 or step == total_steps:
-            common.check_finite(previous, run)
+            common.check_finite(recent, run, model)
             if (epoch_ends or step == total_steps) and rank == 0:
                 score = selection_score(model, val_rows, say, step)
                 if score > best["score"]:

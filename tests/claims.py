@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import bench  # noqa: E402
 import common  # noqa: E402
 import mga_clap  # noqa: E402
 
 # Same encoder, start (random, by seed), data, steps and learning rate; only the method differs.
 CLAP = dict(aggregator="mean", locality_blocks=0, hard_negatives=False)
-MGA_BUDGET = dict(size="tiny", epochs=8, eval_epochs=4)
+MGA_BUDGET = dict(size="tiny", epochs=6, eval_epochs=3)
 MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean, baseline mean)
     ("frame_mAP_raw", "frame-level mAP (raw cosine) at least twice CLAP's", lambda m, b: m >= 2 * b),
     ("frame_mAP_centred", "frame-level mAP (class-centred) above CLAP's", lambda m, b: m > b),
@@ -60,7 +61,7 @@ def run_mga_clap(settings: dict, data: list[str]) -> dict:
         log = [json.loads(line) for line in (Path(runs) / "claim" / "log.jsonl").read_text().splitlines()]
     rows = [row for row in common.read_manifest(data) if row.get("split") == "test"]
     scores, chance = mga_clap.validate(model, rows, common.read_classes(data, rows))
-    return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": len(rows), "machine": __import__("bench").machine(),
+    return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": len(rows), "machine": bench.machine(),
             "final_loss": log[-1]["loss"], "active_codewords": log[-1]["active_codewords"]}
 
 

@@ -65,6 +65,14 @@ def test_unusable_files_are_named_with_the_reason(tmp_path):
         assert len(common.read_audio(tmp_path / good, 44100, expected_s=5.0)) == 5 * 44100
 
 
+def test_odd_sample_rates_resample_quickly_and_keep_the_pitch(tmp_path):
+    for rate in (22254, 44101):
+        sf.write(tmp_path / "o.wav", 0.5 * np.sin(2 * np.pi * 1000 * np.arange(rate) / rate), rate, subtype="FLOAT")
+        got = common.read_audio(tmp_path / "o.wav", 32000)
+        expected = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(len(got)) / 32000)
+        assert abs(len(got) - 32000) <= 2 and np.abs(got - expected)[500:-500].max() < 0.02
+
+
 def test_silent_crop_of_a_sounding_file_is_kept(tmp_path):
     x = np.concatenate([np.zeros(32000), np.ones(3200)]).astype(np.float32)
     sf.write(tmp_path / "late.wav", x, 32000)
@@ -103,6 +111,7 @@ def manifest(tmp_path, *lines):
     ({"audio": "a.wav", "captions": "x"}, r":2: 'captions' has the wrong type str"),
     ({"audio": "a.wav", "captions": ["x", " . "]}, r":2: caption 2 is empty"),
     ({"audio": "a.wav", "captions": ["x"], "events": [{"label": "x"}]}, r":2: an event needs label, onset and offset"),
+    ({"audio": "a.wav", "split": "validation"}, r":2: split 'validation'; expected train, val or test"),
     ({"audio": "a.wav"}, r":2: has no 'captions', which this run needs"),
     ([1], r":2: expected a JSON object, found list")])
 def test_manifest_errors_name_file_and_line(tmp_path, line, message):
@@ -298,6 +307,11 @@ def test_retrieval_scores_by_hand():
     assert scores["a2t_median_rank"] == 2.0
 
 
+def test_broken_similarities_are_an_error_not_a_score():
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        common.retrieval_ranks(np.full((3, 3), np.nan), np.arange(3))
+
+
 def test_a_collapsed_model_scores_nothing():
     scores = common.retrieval_scores(common.retrieval_ranks(np.ones((50, 50)), np.arange(50)))
     assert scores["t2a_R@10"] == scores["a2t_R@10"] == 0
@@ -353,6 +367,9 @@ def test_bucketed_batches_use_every_clip_once_and_keep_lengths_together():
     assert all((a == b).all() for a, b in zip(batches, again))
     assert not all((a == b).all() for a, b in zip(batches, common.bucketed_batches(durations, 16, 0, 4)))
     assert len(common.bucketed_batches([1.0] * 3, 16, 0, 0)) == 1
+    few_long = np.array([12.0] * 100 + [40.0] * 3)  # what does not fill a batch is not always the same
+    seen = {int(i) for epoch in range(30) for b in common.bucketed_batches(few_long, 48, 0, epoch) for i in b}
+    assert seen == set(range(103))
 
 
 def test_training_batches_continue_where_they_stopped():
@@ -378,6 +395,12 @@ def test_read_weights_never_runs_what_a_file_asks_for(tmp_path):
     assert not (tmp_path / "written").exists()
     torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1), "loss": np.float64(2)}, tmp_path / "ok.pt")
     assert common.read_weights(tmp_path / "ok.pt")["args"].lr == 1
+    import pickle
+    numpy_1 = pickle.dumps({"best": np.float64(2)}, protocol=2).replace(b"numpy._core", b"numpy.core")  # what numpy 1 wrote
+    unpickler = torch._weights_only_unpickler
+    with torch.serialization.safe_globals(common.allowed_globals()):
+        import io
+        assert unpickler.Unpickler(io.BytesIO(numpy_1), encoding="utf-8").load()["best"] == 2
     (tmp_path / "text.pt").write_text("hello")
     for name in ("text.pt", "none.pt"):
         with pytest.raises((ValueError, FileNotFoundError), match=name):

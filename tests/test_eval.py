@@ -136,6 +136,19 @@ def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
     assert out["scores"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["settings"]["left_out"].startswith("1 clip")
 
 
+def test_folds_are_averaged_when_they_are_unequal():
+    class Model:
+        @staticmethod
+        def embed_text(texts):
+            return torch.eye(2)[[int(t) for t in texts]]
+    class Args:
+        bootstrap, crop, split, window_s, checkpoint, data, prompt = 0, "all", "test", 10.0, "x", ["y"], "{}"
+    rows = [{"labels": ["0"], "fold": f, "where": "x"} for f in (1, 1, 1, 2)]
+    audio = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
+    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio}, ["0", "1"], Args)
+    assert out["scores"]["accuracy"]["value"] == 0.75 and out["scores"]["mean_of_folds"]["value"] == pytest.approx((2 / 3 + 1) / 2)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["CKPT", "--data", "nowhere"], "nowhere: no such manifest"), (["none.pt", "--data", "CORPUS"], "none.pt: no such weight file"),
     (["TEXT", "--data", "CORPUS"], "not a .*safely"), (["OTHER", "--data", "CORPUS"], "not a checkpoint this evaluator knows"),

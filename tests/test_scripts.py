@@ -230,6 +230,12 @@ def test_clean_caption_by_hand():
         "a dog barks loudly twice  then silence")  # the source collapses double spaces in one pass
 
 
+def test_an_official_batch_left_with_one_pair_has_finite_gradients():
+    sim = torch.ones(1, 1, requires_grad=True)
+    mga_clap.official_loss(sim, 0.07, 0.15, torch.ones(1, 1, dtype=torch.bool)).backward()
+    assert torch.isfinite(sim.grad).all()
+
+
 def test_official_variant_pads_to_the_batch_and_paper_to_ten_seconds(corpus):
     items = [(np.zeros(n, np.float32) + 0.1, "a dog", 0, "x.wav") for n in (32000, 64000)]
     rows = [{"audio": "x.wav", "captions": ["a dog"], "where": "x"}]
@@ -364,6 +370,18 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; the batch's files are listed in"):
         mga_clap.main(config(corpus, tmp_path, name="n"))
     assert len((tmp_path / "n/nonfinite_batch.txt").read_text().splitlines()) == 6
+    assert not (tmp_path / "n/last.pt").exists()  # broken weights are never saved
+    monkeypatch.setattr(mga_clap, "hard_negative_loss", loss)
+    step = torch.optim.Adam.step
+
+    def breaks(self, *args):
+        step(self, *args)
+        self.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", breaks)
+    with pytest.raises((FloatingPointError), match="a weight became NaN|the loss of step"):
+        mga_clap.main(config(corpus, tmp_path, name="m", log_steps=50, save_steps=1))
+    assert not (tmp_path / "m/last.pt").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -376,6 +394,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
     (["--data", "CORPUS", "--size", "tiny", "--text-model", "no/model"], "--text-model no/model: not a local folder"),
     (["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"], "none.ckpt: no such weight file"),
     (["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"], "locality_blocks = 5: the last stage has 2 blocks"),
+    (["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"], "--log-steps 0: must be at least 1"),
+    (["--resume", "--name", "nothing"], "nothing/last.pt: no such weight file"),
     (["--data", "CORPUS", "--size", "tiny", "--device", "cuda"], "--device cuda: torch sees no GPU")])
 def test_bad_flags_are_one_clear_sentence(corpus, tmp_path, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
@@ -396,8 +416,20 @@ def test_one_pair_is_an_error(corpus, tmp_path):
     row = json.loads((corpus / "manifest.jsonl").read_text().splitlines()[0])
     row.update(captions=["one"], audio=str(corpus / row["audio"]))
     common.write_lines(tmp_path / "one.jsonl", [json.dumps(row)])
-    with pytest.raises(ValueError, match="1 training pair"):
+    with pytest.raises(ValueError, match=r"with 1 training pair\(s\) on 1 process"):
         mga_clap.main(config(tmp_path / "one.jsonl", tmp_path, name="one"))
+
+
+def test_a_run_of_another_method_cannot_be_resumed_here(tmp_path):
+    (tmp_path / "x").mkdir()
+    torch.save({"method": "other", "config": {"data": []}}, tmp_path / "x/last.pt")
+    with pytest.raises(ValueError, match="holds a run of other; continue it with other.py"):
+        common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path))
+
+
+def test_clips_listed_in_several_rows_are_one_clip():
+    rows = [{"audio": a, "captions": ["x"], "where": "m"} for a in ("a.wav", "b.wav", "a.wav")]
+    assert [clip for clip, _, _ in mga_clap.Pairs(rows, mga_clap.Config(data=[]), None).pairs] == [0, 1, 0]
 
 
 def test_model_state_is_deterministic_from_the_seed(corpus):
