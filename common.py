@@ -105,6 +105,8 @@ def run_entry(main, parse):
         if os.environ.get("TRACEBACK"):
             raise
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; a training run continues with --resume --name NAME from its last.pt") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -387,7 +389,8 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
         onsets = np.cumsum(gaps) + np.cumsum(lengths) - lengths
         back = np.cumsum(gaps) + np.cumsum(lengths[::-1]) - lengths[::-1]
         swapped = np.zeros(size, np.float32) if n > 1 else None
-    noise = np.cumsum(rng.standard_normal(size).astype(np.float32))  # brown, then high-passed
+    # background: white noise with some more energy at low frequencies
+    noise = np.cumsum(rng.standard_normal(size).astype(np.float32))
     noise = np.diff(noise, prepend=0) + 0.02 * (noise - np.convolve(noise, np.ones(64) / 64, "same"))
     noise *= 10 ** (-rng.uniform(42, 52) / 20) / np.sqrt(np.mean(noise ** 2))
     waveform = noise.astype(np.float32)
@@ -461,14 +464,18 @@ def demo_sound(rng, rate: int = DEMO_HZ):
 def build_demo(folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val", 60), ("test", 60))) -> Path:
     """The built-in corpus: synthetic 10 s scenes, equal on every machine; built on first use."""
     folder = Path(folder)
-    if (folder / "manifest.jsonl").is_file():
-        return folder
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
-    jobs = [(split, i) for split, count in sizes for i in range(count)]
-    rows = [write_scene(folder / "audio", f"{split}_{i:04d}", (seed, len(split), i), demo_sound, DEMO_HZ, split)
-            for split, i in tqdm(jobs, desc=f"building the demo corpus in {folder}", unit="clip")]
-    write_lines(folder / "classes.txt", sorted({label for row in rows for label in row["labels"]}))
-    write_lines(folder / "manifest.jsonl", [json.dumps(row) for row in rows])
+    if not (folder / "manifest.jsonl").is_file() and rank_and_world()[0] == 0:
+        try:
+            (folder / "audio").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(f"{folder}: the demo corpus cannot be written here ({error.strerror}); "
+                                  "run from a folder that you may write to") from None
+        jobs = [(split, i) for split, count in sizes for i in range(count)]
+        rows = [write_scene(folder / "audio", f"{split}_{i:04d}", (seed, len(split), i), demo_sound, DEMO_HZ, split)
+                for split, i in tqdm(jobs, desc=f"building the demo corpus in {folder}", unit="clip")]
+        write_lines(folder / "classes.txt", sorted({label for row in rows for label in row["labels"]}))
+        write_lines(folder / "manifest.jsonl", [json.dumps(row) for row in rows])
+    barrier()
     return folder
 
 
@@ -533,6 +540,7 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         N, L, C = x.shape
         q, k, v = self.qkv(x).view(N, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        bias = None if bias is None else bias.to(q.dtype)  # under autocast q is bf16, a bias table fp32
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (N, heads, L, C / heads)
         return self.proj(x.transpose(1, 2).reshape(N, L, C))
 
@@ -580,8 +588,8 @@ class Block(nn.Module):
         """x (N, L, C); bias broadcastable to (N, heads, L, L), added to the attention logits."""
         drop = lambda branch: drop_path(branch, self.drop_path, self.training, parts)  # noqa: E731
         if self.locality:
-            values = self.attn.values(self.norm1(x))  # MGA-CLAP Eq. (4), MGA-CLAP Eq. (5)
-            x = x + drop(values)
+            values = self.attn.values(self.norm1(x))  # MGA-CLAP Eq. (4)
+            x = x + drop(values)  # MGA-CLAP Eq. (5)
             if self.locality == "official":
                 return x + drop(self.norm2(x))
             return x + drop(self.feed_forward(self.norm2(x)))  # MGA-CLAP Eq. (6)
@@ -1166,23 +1174,22 @@ def gather_with_grad(x):
 def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=(5, 10, 15, 20, 25, 30)):
     """Indices of one epoch as batches of clips of similar length, in random order.
 
-    Clips left over in their bucket form mixed batches; what does not fill the last one waits for
-    another epoch, so an epoch always has floor(N / batch_size) batches (one, if N is smaller).
+    First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a batch
+    of its bucket forms mixed batches: always floor(N / batch_size) batches (one, if N is smaller).
     Source: MGA-CLAP's seven buckets; its code drops every bucket's remainder.
     """
     rng = np.random.default_rng((seed, epoch))
-    bucket = np.digitize(durations, edges_s)
+    order = rng.permutation(len(durations))
+    order = order[:len(order) // batch_size * batch_size] if len(order) >= batch_size else order
+    bucket = np.digitize(np.asarray(durations)[order], edges_s)
     batches, left = [], []
     for b in np.unique(bucket):
-        members = rng.permutation(np.flatnonzero(bucket == b))
+        members = order[bucket == b]
         full = len(members) // batch_size * batch_size
         batches += list(members[:full].reshape(-1, batch_size))
-        left.append(members[full:])
-    left = np.concatenate(left)
-    left = np.roll(left, np.random.default_rng((seed, epoch, 1)).integers(max(1, len(left))))  # else always the longest wait
-    full = len(left) // batch_size * batch_size
-    batches += list(left[:full].reshape(-1, batch_size)) if full else []
-    return [batches[i] for i in rng.permutation(len(batches))] if batches else [left]
+        left += members[full:].tolist()
+    batches += [np.array(left[i:i + batch_size]) for i in range(0, len(left), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def training_batches(durations, batch_size, seed, start_step, total_steps):

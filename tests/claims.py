@@ -98,10 +98,10 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", help="write the list of claims to this file")
     args = parser.parse_args(argv)
     claims = [c for name in ([args.method] if args.method != "all" else METHODS) for c in METHODS[name](args)]
-    print(f"\n{'metric':<20}{'baseline':>16}{'method':>16}{'chance':>8}  claim")
+    print(f"\n| metric | {claims[0]['baseline']} | {claims[0]['method']} | chance | claim |\n|---|---|---|---|---|")
     for c in claims:
-        print(f"{c['metric']:<20}{c['baseline_mean']:>8.3f} ± {c['baseline_std']:.3f}{c['method_mean']:>8.3f} ± {c['method_std']:.3f}"
-              f"{c['chance']:>8.3f}  {c['claim']}: {'holds' if c['holds'] else 'DOES NOT HOLD'}")
+        print(f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
+              f"| {c['chance']:.3f} | {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |")
     if args.json:
         common.write_lines(Path(args.json), [json.dumps(claims, indent=1)])
     return claims

@@ -155,9 +155,12 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, bad
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "two"))
     for key in a:
         if a[key].is_floating_point():
-            # Adam turns a gradient that is rounding noise into a step of +-lr: those few entries may differ
+            # A bias of the keys has no effect on softmax: its gradient is rounding noise, which Adam
+            # turns into steps of +-lr. Elsewhere only single entries are so.
+            if key.endswith("qkv.bias"):
+                a[key], b[key] = (torch.cat([x[key].chunk(3)[0], x[key].chunk(3)[2]]) for x in (a, b))
             different = ((a[key] - b[key]).abs() > 1e-5).float().mean()
-            assert different < 0.01, key
+            assert different < 0.01 or key.endswith("key.bias"), key
     skipped = (tmp_path / "two/skipped.txt").read_text().splitlines() if bad else []
     assert len(skipped) == bad
 
@@ -393,7 +396,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
     (["--data", "CORPUS", "--size", "tiny", "--runs", "/proc/nothing"], "cannot write to /proc/nothing"),
     (["--data", "CORPUS", "--size", "tiny", "--text-model", "no/model"], "--text-model no/model: not a local folder"),
     (["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"], "none.ckpt: no such weight file"),
-    (["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"], "locality_blocks = 5: the last stage has 2 blocks"),
+    (["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"], "locality_blocks = 5: the last stage has 4 blocks"),
     (["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"], "--log-steps 0: must be at least 1"),
     (["--resume", "--name", "nothing"], "nothing/last.pt: no such weight file"),
     (["--data", "CORPUS", "--size", "tiny", "--device", "cuda"], "--device cuda: torch sees no GPU")])
