@@ -121,7 +121,7 @@ class Config:
 # A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
 TINY = dict(audio_weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[1, 4],
             audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=35.0,
-            epochs=18, batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=6, save_steps=100,
+            epochs=15, batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=5, save_steps=100,
             workers=1)
 OFFICIAL = dict(epochs=10)  # D9
 PRESETS = {("variant", "official"): OFFICIAL, ("size", "tiny"): TINY}
