@@ -85,7 +85,7 @@ class Config:
     affinity: Literal["max", "mean"] = "max"  # how frames or words vote for a codeword (Table 5)
     sparsity: Literal["sparsemax", "softmax"] = "sparsemax"  # affinities to weights (Table 5)
     codewords: int = 4096  # size of the shared codebook (Fig. 4)
-    affinity_scale: float = 1000.0  # eta of Eq. (2) divided by sqrt(joint_dim) (official code, D2)
+    affinity_scale: float = 1000.0  # affinity divisor eta, divided by sqrt(joint_dim) (official code, D2)
     locality_blocks: int = 1  # last blocks that are locality-aware (Fig. 6); plain CLAP: 0
     joint_dim: int = 1024  # dimension shared by audio and text (official code)
     audio_dim: int = 96  # HTS-AT channels in stage 1
@@ -95,7 +95,7 @@ class Config:
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # loss
-    hard_negatives: bool = True  # Eq. (7)-(8); off: Eq. (1)
+    hard_negatives: bool = True  # weigh negatives by how close they are (Table 5); off: plain contrastive loss
     gamma: float = 0.15  # sharpness of the hard-negative weights (Fig. 5)
     init_temperature: float = 0.07  # start of the learnt divisor tau (official code)
     # optimisation

@@ -155,14 +155,10 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, bad
     assert losses[0][:3] == pytest.approx(losses[1][:3], abs=1e-5)
     assert losses[0] == pytest.approx(losses[1], abs=5e-4)  # later, Adam has amplified the rounding
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "two"))
-    for key in a:
-        if a[key].is_floating_point():
-            # A bias of the keys has no effect on softmax: its gradient is rounding noise, which Adam
-            # turns into steps of +-lr. Elsewhere only single entries are so.
-            if key.endswith("qkv.bias"):
-                a[key], b[key] = (torch.cat([x[key].chunk(3)[0], x[key].chunk(3)[2]]) for x in (a, b))
-            different = ((a[key] - b[key]).abs() > 1e-5).float().mean()
-            assert different < 0.01 or key.endswith("key.bias"), key
+    # Adam turns a gradient that is rounding noise (a bias of the keys, say) into a step of +-lr, so single
+    # entries differ; test_gradients_of_two_processes_equal_one is the sharp test.
+    apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a if a[key].is_floating_point()])
+    assert (apart > 1e-5).float().mean() < 0.05 and apart.mean() < 1e-5
     skipped = (tmp_path / "two/skipped.txt").read_text().splitlines() if bad else []
     assert len(skipped) == bad
 
