@@ -19,11 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import bench  # noqa: E402
 import common  # noqa: E402
 import mga_clap  # noqa: E402
 
-# Same encoder, start (random, by seed), data, steps and learning rate; only the method differs.
+# Same encoder, start, data, steps and learning rate; only the method differs.
 CLAP = dict(aggregator="mean", locality_blocks=0, hard_negatives=False)
 MGA_BUDGET = dict(size="tiny", epochs=6, eval_epochs=3)
 MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean, baseline mean)
@@ -49,12 +53,49 @@ def data_hash(data: list[str]) -> str:
     return hashlib.sha256(common.manifest_path(data[0]).read_bytes()).hexdigest()[:12]
 
 
-def run_mga_clap(settings: dict, data: list[str]) -> dict:
+def tagging_start(flags: dict, data: list[str], results: Path, steps: int = 250) -> str:
+    """One audio encoder for all methods and seeds, pre-trained to tag the training scenes -> its file.
+
+    Labels only: a linear layer on every frame, logits averaged over the frames, as HTS-AT's own
+    AudioSet training, which the paper starts from. The validation and test recordings are not heard.
+    """
+    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=data, **flags)
+    shape = dict(dim=cfg.audio_dim, depths=cfg.audio_depths, heads=cfg.audio_heads, patch=cfg.audio_patch)
+    key = hashlib.sha256(json.dumps([shape, steps, cfg.batch_size, data_hash(data)]).encode()).hexdigest()[:12]
+    path = results / f"tagging_start_{key}.pt"
+    if path.exists():
+        return str(path)
+    torch.manual_seed(0)
+    rows, _ = common.split_train_val(common.read_manifest(data))
+    classes = sorted({label for row in rows for label in row["labels"]})
+    targets = torch.from_numpy(common.label_targets(rows, classes)).float()
+    encoder, log_mel = common.HTSAT(**shape, drop_path=0.0).train(), common.LogMel()
+    head = torch.nn.Linear(encoder.out_dim, len(classes))
+    optimiser = torch.optim.Adam([*encoder.parameters(), *head.parameters()])
+    rng, batch_size = np.random.default_rng(0), min(cfg.batch_size, len(rows))
+    batches = [rng.choice(len(rows), batch_size, replace=False).tolist() for _ in range(steps)]
+    loader = torch.utils.data.DataLoader(common.AudioFiles(rows, 32000, 10.0), batch_sampler=batches, num_workers=cfg.workers,
+                                         collate_fn=common.collate_audio)
+    for step, (indices, waveform, _, _) in enumerate(tqdm(loader, desc="tagging start", unit="step")):
+        for group in optimiser.param_groups:
+            group["lr"] = cfg.lr * common.warmup_cosine(step, steps // 8, steps)
+        waveform = torch.nn.functional.pad(waveform, (0, 320000 - waveform.shape[1]))
+        logits = head(encoder(log_mel(waveform))).mean(1)  # (B, T, classes) -> (B, classes)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[indices])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    common.save_checkpoint(path, encoder.state_dict())
+    return str(path)
+
+
+def run_mga_clap(settings: dict, data: list[str], results: Path) -> dict:
     """Train with `settings`, test the best validation checkpoint on the test scenes."""
+    start_from = {"audio_weights": tagging_start(settings["flags"], data, results)} if settings["start"] == "tagging" else {}
     with tempfile.TemporaryDirectory() as runs:
         start = time.perf_counter()
-        cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=data, runs=runs, **settings["flags"], seed=settings["seed"],
-                               name="claim")
+        cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=data, runs=runs, seed=settings["seed"],
+                               name="claim", **{**settings["flags"], **start_from})
         mga_clap.main(cfg)
         seconds = time.perf_counter() - start
         model = mga_clap.Model.from_checkpoint(Path(runs) / "claim" / "best.pt")
@@ -70,8 +111,8 @@ def claims_mga_clap(args) -> list[dict]:
     runs = {}
     for seed in range(args.seeds):
         for name, flags in (("mga_clap", {}), ("clap", CLAP)):
-            settings = {"name": name, "seed": seed, "flags": {**budget, **flags}, "data": data_hash(args.data)}
-            runs.setdefault(name, []).append(stored(settings, results, lambda s: run_mga_clap(s, args.data)))
+            settings = {"name": name, "seed": seed, "start": args.start, "flags": {**budget, **flags}, "data": data_hash(args.data)}
+            runs.setdefault(name, []).append(stored(settings, results, lambda s: run_mga_clap(s, args.data, results)))
     out = []
     for metric, claim, holds in MGA_CLAIMS:
         of = lambda name: [r["scores"][metric] for r in runs[name]]  # noqa: E731
@@ -79,7 +120,7 @@ def claims_mga_clap(args) -> list[dict]:
         m, b = statistics.mean(of("mga_clap")), statistics.mean(of("clap"))
         out.append({"claim": claim, "method": "mga_clap", "baseline": "clap", "metric": metric, "method_mean": m,
                     "method_std": spread(of("mga_clap")), "baseline_mean": b, "baseline_std": spread(of("clap")),
-                    "seeds": args.seeds, "holds": bool(holds(m, b)), "chance": runs["clap"][0]["chance"][metric],
+                    "seeds": args.seeds, "start": args.start, "holds": bool(holds(m, b)), "chance": runs["clap"][0]["chance"][metric],
                     "n_clips": runs["clap"][0]["n_clips"], "machine": runs["clap"][0]["machine"],
                     "seconds": statistics.mean(r["seconds"] for r in runs["mga_clap"] + runs["clap"])})
     return out
@@ -93,6 +134,8 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("method", choices=[*METHODS, "all"])
     parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows")
     parser.add_argument("--seeds", type=int, default=1, help="runs per method, seeds 0, 1, ...")
+    parser.add_argument("--start", choices=["tagging", "random"], default="tagging",
+                        help="audio encoder of all runs: pre-trained to tag the training scenes, or random")
     parser.add_argument("--budget", default="{}", help="JSON of mga_clap flags that change both methods alike")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where finished runs are kept")
     parser.add_argument("--json", help="write the list of claims to this file")

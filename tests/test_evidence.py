@@ -22,14 +22,17 @@ def test_bench_prints_and_writes_what_other_tools_read(tmp_path):
         assert r["ratio"] == pytest.approx(r["peer"] / r["ours"])
 
 
-def test_claims_run_store_and_continue(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("start", ["random", "tagging"])
+def test_claims_run_store_and_continue(corpus, tmp_path, monkeypatch, start):
+    monkeypatch.setattr(claims.tagging_start, "__defaults__", (3,))  # steps
     budget = {k: v for k, v in SMALL.items() if k != "size"} | {"epochs": 1}
-    flags = ["mga_clap", "--data", str(corpus), "--seeds", "2", "--budget", json.dumps(budget), "--results", str(tmp_path),
+    flags = ["mga_clap", "--data", str(corpus), "--seeds", "2", "--budget", json.dumps(budget), "--start", start, "--results", str(tmp_path),
              "--json", str(tmp_path / "c.json")]
     out = claims.main(flags)
     assert len(list(tmp_path.glob("run_*.json"))) == 4
     keys = {"claim", "method", "baseline", "metric", "method_mean", "method_std", "baseline_mean", "baseline_std", "seeds", "holds",
             "seconds"}
+    assert len(list(tmp_path.glob("tagging_start_*.pt"))) == (start == "tagging")
     for c in out:
         assert keys <= set(c) and c["seeds"] == 2
         runs = [json.loads(p.read_text()) for p in tmp_path.glob("run_mga_clap_*.json")]
@@ -38,12 +41,13 @@ def test_claims_run_store_and_continue(corpus, tmp_path, monkeypatch):
     assert claims.main(flags) == out
 
 
-def test_stored_claims_follow_from_the_stored_runs():
-    stored = json.loads((RESULTS / "claims_mga_clap.json").read_text())
-    for name, role in (("mga_clap", "method"), ("clap", "baseline")):
-        runs = [json.loads(p.read_text()) for p in RESULTS.glob(f"run_{name}_*.json")]
-        assert len(runs) == stored[0]["seeds"]
-        for c in stored:
+@pytest.mark.parametrize("name", ["claims_mga_clap", "claims_mga_clap_random_start"])
+def test_stored_claims_follow_from_the_stored_runs(name):
+    for c in json.loads((RESULTS / f"{name}.json").read_text()):
+        for role in ("method", "baseline"):
+            runs = [json.loads(p.read_text()) for p in RESULTS.glob(f"run_{c[role]}_*.json")]
+            runs = [r for r in runs if r["settings"]["start"] == c["start"]]
+            assert len(runs) == c["seeds"]
             assert c[f"{role}_mean"] == pytest.approx(sum(r["scores"][c["metric"]] for r in runs) / len(runs))
 
 

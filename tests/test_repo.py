@@ -124,15 +124,17 @@ def test_the_first_readme_command_and_ci_are_what_they_say():
 
 
 def test_measured_tables_agree_with_results():
-    """Every number in the README's table of claims is in results/, to the last digit printed."""
-    rows = re.findall(r"^\| ([\w@ ,()-]+) \| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|", README, re.M)
-    path = ROOT / "results" / "claims_mga_clap.json"
-    claims = {c["metric"]: c for c in json.loads(path.read_text())}
-    assert len(rows) == len(claims)
-    for metric, *numbers in rows:
-        c = claims[metric]
-        stored = [c["baseline_mean"], c["baseline_std"], c["method_mean"], c["method_std"]]
-        assert [f"{x:.3f}" for x in stored] == numbers, metric
+    """Every table that a comment ties to a file of results/ agrees with it to the last digit printed."""
+    blocks = re.findall(r"<!-- (results/\S+\.json) -->\n(.*?)\n\n", README, re.S)
+    assert len(blocks) == 2
+    for name, table in blocks:
+        rows = re.findall(r"^\| ([\w@]+) \| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|.*: (holds|does not hold) \|$", table, re.M)
+        claims = {c["metric"]: c for c in json.loads((ROOT / name).read_text())}
+        assert len(rows) == len(claims)
+        for metric, *numbers, verdict in rows:
+            c = claims[metric]
+            stored = [c["baseline_mean"], c["baseline_std"], c["method_mean"], c["method_std"]]
+            assert [f"{x:.3f}" for x in stored] == numbers and (verdict == "holds") == c["holds"], metric
 
 
 def test_no_large_files_and_no_machine_paths():
