@@ -373,7 +373,7 @@ class Pairs(Dataset):
         bad = [str(item) for item in items if isinstance(item, common.AudioError)]
         good = [item for item in items if not isinstance(item, common.AudioError)]
         if not good:
-            raise ValueError(f"no clip of a batch of {len(items)} could be read; first: {bad[0]}")
+            return None, None, (), bad  # raised by the loop: an error in a worker process reaches it as a traceback
         waveforms, captions, clips, names = zip(*good)
         longest = max(1024, *(len(w) for w in waveforms))  # at least one frame of the spectrogram
         padded = longest if self.cfg.variant == "official" else int(WINDOW_S * Model.sample_rate)  # D8
@@ -489,6 +489,8 @@ def main(cfg: Config) -> dict:
     for batch, clip_ids, names, bad in loader:
         common.seed_step(cfg.seed, step, rank)
         unreadable += bad
+        if batch is None:
+            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(step, warmup_steps, total_steps)
