@@ -528,8 +528,45 @@ def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
 # ------------------------------------------------------------------------------------------------
 
 
+class BiasedAttention(torch.autograd.Function):
+    """`F.scaled_dot_product_attention` for a CPU and a bias that learns.
+
+    torch's fused CPU kernel takes no bias that needs a gradient; its fallback costs an HTS-AT
+    training step 10 % more. qkv (N, L, 3, heads, D), bias (P, heads, L, L), see `Attention`;
+    returns (N, heads, L, D).
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, bias):
+        N, L, _, heads, D = qkv.shape
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, N * heads, L, D)
+        q = q * D ** -0.5
+        logits = torch.bmm(q, k.transpose(1, 2)).view(-1, *bias.shape)  # (N / P, P, heads, L, L)
+        p = logits.add_(bias).softmax(-1).to(v.dtype).view(-1, L, L)  # autocast's softmax is fp32
+        out = torch.bmm(p, v)
+        ctx.save_for_backward(q, k, v, p, out)
+        ctx.bias_shape = bias.shape
+        return out.view(N, heads, L, D)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p, out = ctx.saved_tensors
+        N, heads, L, D = grad.shape
+        grad = grad.reshape(out.shape)
+        grad_logits = torch.bmm(grad, v.transpose(1, 2)).sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
+        grad_qkv = q.new_empty(3, *q.shape)
+        torch.bmm(grad_logits, k, out=grad_qkv[0]).mul_(D ** -0.5)
+        torch.bmm(grad_logits.transpose(1, 2), q, out=grad_qkv[1])
+        torch.bmm(p.transpose(1, 2), grad, out=grad_qkv[2])
+        grad_qkv = grad_qkv.view(3, N, heads, L, D).permute(1, 3, 0, 2, 4)
+        return grad_qkv, grad_logits.view(-1, *ctx.bias_shape).sum(0)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection. x (N, L, C) -> (N, L, C)."""
+    """Multi-head self-attention with a fused qkv projection. x (N, L, C) -> (N, L, C).
+
+    bias (P, heads, L, L) is added to the logits; row n of x takes bias[n % P].
+    """
 
     def __init__(self, dim, heads, qkv_bias=True):
         super().__init__()
@@ -539,9 +576,13 @@ class Attention(nn.Module):
 
     def forward(self, x, bias=None):
         N, L, C = x.shape
-        q, k, v = self.qkv(x).view(N, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        bias = None if bias is None else bias.to(q.dtype)  # under autocast q is bf16, a bias table fp32
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (N, heads, L, C / heads)
+        qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)
+        bias = None if bias is None else bias.to(qkv.dtype)  # under autocast qkv is bf16, a bias table fp32
+        if bias is not None and not x.is_cuda:
+            x = BiasedAttention.apply(qkv, bias)  # (N, heads, L, C / heads)
+        else:
+            bias = None if bias is None else bias.expand(N // len(bias), *bias.shape).reshape(N, *bias.shape[1:])
+            x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(N, L, C))
 
     def values(self, x):
@@ -585,7 +626,7 @@ class Block(nn.Module):
         return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))
 
     def forward(self, x, bias=None, parts=1):
-        """x (N, L, C); bias broadcastable to (N, heads, L, L), added to the attention logits."""
+        """x (N, L, C); bias (P, heads, L, L) as in `Attention`; parts as in `drop_path`."""
         drop = lambda branch: drop_path(branch, self.drop_path, self.training, parts)  # noqa: E731
         if self.locality:
             values = self.attn.values(self.norm1(x))  # MGA-CLAP Eq. (4)
@@ -602,24 +643,26 @@ class Block(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-def to_windows(x, window: int, shift: int):
-    """(B, G, G, C) grid, rolled back by `shift` -> (B * nW, window * window, C)."""
-    B, G, _, C = x.shape
-    if shift:
-        x = torch.roll(x, (-shift, -shift), (1, 2))
-    n = G // window
-    return x.view(B, n, window, n, window, C).transpose(2, 3).reshape(-1, window * window, C)
+class Reorder(torch.autograd.Function):
+    """x (N, C)[index], for an index that names every row once; the gradient is a gather too."""
 
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        return x.index_select(0, index)
 
-def from_windows(x, window: int, shift: int, grid: int):
-    """Inverse of `to_windows`."""
-    n = grid // window
-    x = x.view(-1, n, n, window, window, x.shape[-1]).transpose(2, 3).reshape(-1, grid, grid, x.shape[-1])
-    return torch.roll(x, (shift, shift), (1, 2)) if shift else x
+    @staticmethod
+    def backward(ctx, grad):
+        index, = ctx.saved_tensors
+        inverse = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+        return grad.index_select(0, inverse), None
 
 
 class SwinStage(nn.Module):
-    """Blocks on one grid size, then a 2 x 2 patch merging (absent in the last stage)."""
+    """Blocks on one grid size, then a 2 x 2 patch merging (absent in the last stage).
+
+    The cells of the grid are rows of a matrix; between blocks they are only put in another order.
+    """
 
     def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
         super().__init__()
@@ -640,32 +683,49 @@ class SwinStage(nn.Module):
         offset = lambda i: i[:, None] - i[None, :] + self.window - 1  # noqa: E731
         index = offset(row) * (2 * self.window - 1) + offset(column)
         self.register_buffer("bias_index", index.flatten(), persistent=False)  # (L * L,)
+
+        n, w = grid // self.window, self.window
+        windows = lambda cells: cells.view(n, w, n, w).transpose(1, 2).reshape(n * n, w * w)  # noqa: E731
+        cells = torch.arange(grid * grid).view(grid, grid)
+        rolled = torch.roll(cells, (-self.shift, -self.shift), (0, 1))
+        four = torch.stack([cells[0::2, 0::2], cells[1::2, 0::2], cells[0::2, 1::2], cells[1::2, 1::2]], -1)
+        orders = torch.stack([cells.flatten(), windows(cells).flatten(), windows(rolled).flatten(), four.flatten()])
+        self.register_buffer("orders", orders, persistent=False)  # (4, G * G): the cell that each row holds
+        self.register_buffer("positions", orders.argsort(1), persistent=False)  # (4, G * G): the row of each cell
         if self.shift:  # cells that the roll brought together from opposite edges must not attend
             edge = torch.zeros(grid, dtype=torch.long)
             edge[-self.window:], edge[-self.shift:] = 1, 2
-            region = to_windows((3 * edge[:, None] + edge)[None, :, :, None], self.window, 0)[..., 0]  # (nW, L)
-            mask = (region[:, :, None] != region[:, None, :]) * -100.0  # (nW, L, L)
+            region = windows(3 * edge[:, None] + edge)  # (nW, L)
+            # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products fivefold
+            mask = (region[:, :, None] != region[:, None, :]) * -1e4  # (nW, L, L)
             self.register_buffer("shift_mask", mask, persistent=False)
 
-    def attention_bias(self, i: int, clips: int):
+    def attention_bias(self, i: int):
         L = self.window ** 2
         bias = F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1).permute(0, 3, 1, 2)
         if i % 2 and self.shift:
-            bias = (bias + self.shift_mask[:, None]).repeat(clips, 1, 1, 1)  # (B * nW, heads, L, L)
+            bias = bias + self.shift_mask[:, None]  # (nW, heads, L, L)
         return bias
+
+    def reorder(self, x, before: int, after: int):
+        """Rows of x (B * G * G, C) from one of `orders` to another."""
+        if self.grid == self.window and after < 3:  # a single window is the grid itself
+            return x
+        clips = torch.arange(len(x) // self.grid ** 2, device=x.device) * self.grid ** 2
+        return Reorder.apply(x, (clips[:, None] + self.positions[before, self.orders[after]]).flatten())
 
     def forward(self, x):
         """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
-        parts = (self.grid // self.window) ** 2
+        B, G, _, C = x.shape
+        x, order = x.reshape(-1, C), 0
         for i, block in enumerate(self.blocks):
-            shift = self.shift if i % 2 else 0
-            bias = None if block.locality else self.attention_bias(i, len(x))
-            windows = block(to_windows(x, self.window, shift), bias, parts)
-            x = from_windows(windows, self.window, shift, self.grid)
-        if self.downsample is not None:
-            x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
-            x = self.downsample["reduction"](self.downsample["norm"](x))
-        return x
+            x, order = self.reorder(x, order, 1 + i % 2), 1 + i % 2
+            bias = None if block.locality else self.attention_bias(i)
+            x = block(x.view(-1, self.window ** 2, C), bias, (G // self.window) ** 2).reshape(-1, C)
+        if self.downsample is None:
+            return self.reorder(x, order, 0).view(B, G, G, C)
+        x = self.reorder(x, order, 3).view(B, G // 2, G // 2, 4 * C)
+        return self.downsample["reduction"](self.downsample["norm"](x))
 
 
 class HTSAT(nn.Module):

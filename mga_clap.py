@@ -453,7 +453,7 @@ def main(cfg: Config) -> dict:
         wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
         wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
-                                 fused=device.type == "cuda")
+                                 fused=True)
 
     # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
     dataset = Pairs(train_rows, cfg, text_encoder.tokenize)

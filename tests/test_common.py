@@ -187,17 +187,41 @@ def test_htsat_equals_transformers_forward_and_gradient(size):
     assert (ours.layers[0].bias_tables[1].grad - table).abs().max() < 1e-3 * table.abs().max()
 
 
-def test_window_partition_is_inverted_and_shift_masks_edges():
-    x = torch.randn(2, 16, 16, 3)
-    for shift in (0, 4):
-        assert torch.equal(common.from_windows(common.to_windows(x, 8, shift), 8, shift, 16), x)
+def test_reordering_is_exact_and_the_shift_masks_edges():
     torch.manual_seed(0)
     stage = common.SwinStage(8, 16, 2, 8, [0.0, 0.0], ["", ""], merge=False).eval()
-    y = x.new_zeros(1, 16, 16, 8)
+    grid = torch.randn(2, 16, 16, 3, dtype=torch.float64, requires_grad=True)
+    rows = grid.view(-1, 3)
+    windows = stage.reorder(rows, 0, 1).view(2, 4, 8, 8, 3)
+    assert torch.equal(windows[1, 1], grid[1, :8, 8:]) and torch.equal(windows[0, 2], grid[0, 8:, :8])
+    shifted = stage.reorder(windows.view(-1, 3), 1, 2)
+    assert torch.equal(shifted.view(2, 4, 8, 8, 3)[0, 0], grid[0, 4:12, 4:12])
+    assert torch.equal(shifted.view(2, 4, 8, 8, 3)[1, 3, :4, :4], grid[1, 12:, 12:])
+    assert torch.equal(stage.reorder(shifted, 2, 0), rows)
+    merged = stage.reorder(shifted, 2, 3).view(2, 8, 8, 12)
+    assert torch.equal(merged[1, 2, 3], torch.cat([grid[1, 4, 6], grid[1, 5, 6], grid[1, 4, 7], grid[1, 5, 7]]))
+    weight = torch.randn_like(merged)
+    (merged * weight).sum().backward()
+    assert torch.equal(grid.grad[1, 5, 6], weight[1, 2, 3, 3:6])
+    y = torch.zeros(1, 16, 16, 8)
     base = stage(y)
     y[0, 0, 0] = 1.0  # corner: unshifted window (0..7), shifted window holds rows 12-15 and 0-3 but masked
     changed = (stage(y) - base).abs().sum(-1)[0] > 1e-6
     assert changed[:12, :12].any() and not changed[12:].any() and not changed[:, 12:].any()
+
+
+def test_biased_attention_equals_sdpa_in_value_and_gradient():
+    torch.manual_seed(0)
+    qkv = torch.randn(6, 5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    for periods in (1, 3):
+        bias = torch.randn(periods, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+        ours = common.BiasedAttention.apply(qkv, bias)
+        rows = torch.stack([bias[n % periods] for n in range(6)])
+        slow = torch.nn.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), rows)
+        assert (ours - slow).abs().max() < 1e-12
+        weight = torch.randn_like(slow)
+        for a, b in zip(torch.autograd.grad(ours, (qkv, bias), weight), torch.autograd.grad(slow, (qkv, bias), weight)):
+            assert (a - b).abs().max() < 1e-12
 
 
 def test_locality_blocks_replace_the_last_ones_and_share_weights():
