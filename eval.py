@@ -2,7 +2,8 @@
 
   python eval.py runs/NAME/best.pt --data MANIFEST --protocol all --json scores.json
 
-Protocols: retrieval, classification, tagging, frames, or all that the manifest has labels for.
+Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
+(text-to-audio grounding), or all that the manifest has labels for.
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
@@ -10,7 +11,9 @@ the first window only). Scores carry a 95 % bootstrap interval over clips.
 import argparse
 import importlib
 import json
+import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +42,7 @@ def retrieval(model, clips, classes, args) -> dict:
     common.require(clips["rows"], "captions")
     captions = [(i, model.clean_caption(c)) for i, row in enumerate(clips["rows"]) for c in row["captions"]]
     owner = np.array([i for i, _ in captions])
-    sim = clips["audio_embeds"] @ common.embed_texts(model, [c for _, c in captions]).T
+    sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], [c for _, c in captions])
     ranks, n = common.retrieval_ranks(sim, owner), len(clips["rows"])
 
     def score(chosen):
@@ -61,7 +64,7 @@ def classification(model, clips, classes, args) -> dict:
     single = targets.sum(1) == 1
     if not single.any():
         raise ValueError("classification needs clips with exactly one label; this manifest has none")
-    sim = clips["audio_embeds"][single] @ class_embeddings(model, classes, args).T  # (N, C)
+    sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], class_prompts(classes, args))[single]
     right = np.take_along_axis(sim, targets[single].argmax(1)[:, None], 1)
     hit = (sim >= right).sum(1) == 1  # nothing but the right class reaches its score
     folds = np.array([str(row.get("fold", "")) for row, one in zip(clips["rows"], single) if one])
@@ -83,7 +86,7 @@ def tagging(model, clips, classes, args) -> dict:
     (FSD50K, AudioSet evaluation splits).
     """
     targets = common.label_targets(clips["rows"], classes)
-    sim = clips["audio_embeds"] @ class_embeddings(model, classes, args).T  # (N, C)
+    sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], class_prompts(classes, args))
     score = lambda chosen: {"mAP": float(np.nanmean(common.class_average_precisions(sim[chosen], targets[chosen])))}  # noqa: E731
     return result("tagging", score, len(sim), {"mAP": float(targets.mean(0)[targets.any(0)].mean())}, args,
                   n_classes=int(targets.any(0).sum()), prompt=args.prompt, tie_rule="equal scores are one threshold")
@@ -98,7 +101,7 @@ def frames(model, clips, classes, args) -> dict:
     """
     if not any(row.get("events") for row in clips["rows"]):
         raise ValueError("frames needs 'events' in the manifest; there is not one")
-    class_embeds = class_embeddings(model, classes, args)
+    class_embeds = common.embed_texts(model, class_prompts(classes, args))
     occurring = set(classes) & {event["label"] for row in clips["rows"] for event in row.get("events", [])}
     if not occurring:
         raise ValueError("frames: no event's label is in the class list (classes.txt beside the manifest)")
@@ -119,8 +122,242 @@ def frames(model, clips, classes, args) -> dict:
                   n_frames=sum(len(f) for f in clips["frame_embeds"]))
 
 
+PSDS1 = dict(dtc=0.7, gtc=0.7)
+PSDS2 = dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5)
+
+
+def sed(model, clips, classes, args) -> dict:
+    """Zero-shot sound event detection: each frame's cosine to each class prompt, median-filtered.
+
+    PSDS1 and PSDS2 (DCASE's two scenarios, at most 100 effective false positives an hour) exact over
+    all thresholds, with alpha_st 1 (the paper's script: mean less standard deviation over classes)
+    and, as _st0, 0. collar_F1: an event is found if a detection's onset lies within 0.2 s and its
+    offset within max(0.2 s, 20 % of the event); segment_F1: in segments of 1 s. Both F1 are macro
+    means with the best threshold of each class, chosen on these very clips. raw: the cosine;
+    centred: the frame's mean over classes taken out. Clips without any event are left out, as in
+    the authors' code. chance: random scores. Source: MGA-CLAP Table 3 (DESED, URBAN-SED,
+    AudioSet-Strong), whose code filters over 3 frames of 0.31 s.
+    """
+    index = [i for i, row in enumerate(clips["rows"]) if any(e["label"] in classes for e in row.get("events", []))]
+    if not index:
+        raise ValueError("sed: no event's label is in the class list (classes.txt beside the manifest)")
+    rows = [with_duration(clips["rows"][i], clips["frame_embeds"][i], model.frame_s) for i in index]
+    occurring = [c for c in classes if any(e["label"] == c for row in rows for e in row["events"])]
+    class_embeds, width = common.embed_texts(model, class_prompts(classes, args)), median_frames(args.median_s, model.frame_s)
+    raw = [clips["frame_embeds"][i] @ class_embeds.T for i in index]  # (T_i, C)
+    columns = [classes.index(c) for c in occurring]
+    filtered = {"": [median_filter(s, width)[:, columns] for s in raw],
+                "_centred": [median_filter(s - s.mean(1, keepdims=True), width)[:, columns] for s in raw]}
+    rng = np.random.default_rng(0)
+    random = {"": [median_filter(rng.random((len(s), len(columns))), width) for s in raw]}
+
+    def score(chosen, filtered=filtered):
+        scores, of = {}, [rows[i] for i in chosen]
+        for suffix, all_scores in filtered.items():
+            given = [all_scores[i] for i in chosen]
+            for name, settings in (("PSDS1", PSDS1), ("PSDS2", PSDS2)):
+                roc = common.psd_roc(given, of, occurring, model.frame_s, **settings)
+                scores[name + suffix], scores[f"{name}_st0{suffix}"] = common.psds(roc, 1.0), common.psds(roc, 0.0)
+            scores["collar_F1" + suffix] = float(np.mean(collar_f1(given, of, occurring, model.frame_s)))
+            scores["segment_F1" + suffix] = float(np.mean(segment_f1(given, of, occurring, model.frame_s)))
+        return scores
+
+    chance = score(np.arange(len(rows)), random)
+    chance |= {f"{k}_centred": v for k, v in chance.items()}
+    return result("sed", score, len(rows), chance, args, n_classes=len(occurring), prompt=args.prompt, frame_s=model.frame_s,
+                  median=f"{width} frames, {width * model.frame_s:.2f} s", psds1=str(PSDS1), psds2=str(PSDS2),
+                  left_out=f"{len(clips['rows']) - len(index)} clips without an event")
+
+
+def grounding(model, clips, classes, args) -> dict:
+    """Text-to-audio grounding: when does a caption's phrase sound? Every phrase of every clip is one query.
+
+    PSDSm: the sigmoid of frame-phrase cosines at the 50 thresholds 0.01, 0.03, ... 0.99, binarised,
+    median-filtered, gaps of at most 0.5 s closed, then PSDS with dtc = gtc = 0.5, one class, at most
+    800 false positives an hour (the paper prints no definition; this is the reading its code and
+    numbers allow). PSDS_exact: the same settings over all thresholds, on median-filtered cosines,
+    gaps left open. centred: the frame's mean over all phrases of the data taken out. Phrases without
+    a segment are left out; each of the others adds its clip's duration to the hours. chance: random
+    scores. Source: MGA-CLAP Table 3 (AudioGrounding v2, test split).
+    """
+    common.require(clips["rows"], "phrases")
+    queries = [(i, p["phrase"], [s for s in p["segments"] if s[1] > s[0]]) for i, row in enumerate(clips["rows"])
+               for p in row["phrases"]]
+    total, queries = len(queries), [q for q in queries if q[2]]
+    if not queries:
+        raise ValueError("grounding: no phrase of the manifest has a segment")
+    texts = sorted({phrase for _, phrase, _ in queries})
+    embeds, width = common.embed_texts(model, texts), median_frames(args.median_s, model.frame_s)
+    gap = math.ceil(0.5 / model.frame_s)
+    of_clip = [[] for _ in clips["rows"]]
+    raw, centred, rows, rng, random = [], [], [], np.random.default_rng(0), []
+    for k, (i, phrase, segments) in enumerate(queries):
+        frame_embeds, text = clips["frame_embeds"][i], embeds[texts.index(phrase)]
+        raw.append(frame_embeds @ text)
+        centred.append(frame_embeds @ (text - embeds.mean(0)))
+        random.append(rng.uniform(-1, 1, len(frame_embeds)))
+        rows.append(with_duration({**clips["rows"][i], "events": [{"label": "phrase", "onset": a, "offset": b} for a, b in segments]},
+                                  frame_embeds, model.frame_s))
+        of_clip[i].append(k)
+
+    def all_scores(values):
+        points = grounding_points(values, rows, model.frame_s, width, gap)  # (Q, 50, 2)
+        filtered = [median_filter(v[:, None], width) for v in values]
+        return points, filtered
+
+    prepared = {"": all_scores(raw), "_centred": all_scores(centred)}
+
+    def score(chosen, prepared=prepared):
+        at = [k for i in chosen for k in of_clip[i]]
+        scores, given = {}, [rows[k] for k in at]
+        if not given:
+            return {name + suffix: float("nan") for suffix in prepared for name in ("PSDSm", "PSDS_exact")}
+        n_events, hours = sum(len(row["events"]) for row in given), sum(row["duration"] for row in given) / 3600
+        for suffix, (points, filtered) in prepared.items():
+            found, false = points[at].sum(0).T
+            scores["PSDSm" + suffix] = common.psds([common.staircase(found / n_events, false / hours, 800.0)], 0.0, 800.0)
+            roc = common.psd_roc([filtered[k] for k in at], given, ["phrase"], model.frame_s, 0.5, 0.5, max_efpr=800.0)
+            scores["PSDS_exact" + suffix] = common.psds(roc, 0.0, 800.0)
+        return scores
+
+    chance = score(np.arange(len(of_clip)), {"": all_scores(random)})
+    chance |= {f"{k}_centred": v for k, v in chance.items()}
+    return result("grounding", score, len(of_clip), chance, args, n_captions=len(queries), prompt="the phrase as written",
+                  frame_s=model.frame_s, median=f"{width} frames, {width * model.frame_s:.2f} s", gap=f"{gap} frames",
+                  psds="dtc 0.5, gtc 0.5, at most 800 false positives an hour", left_out=f"{total - len(queries)} phrases without a segment")
+
+
 PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classification, "labels"),
-             "tagging": (tagging, "labels"), "frames": (frames, "events")}
+             "tagging": (tagging, "labels"), "frames": (frames, "events"), "sed": (sed, "events"),
+             "grounding": (grounding, "phrases")}
+FRAME_PROTOCOLS = {"frames", "sed", "grounding"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Sound event detection
+# ------------------------------------------------------------------------------------------------
+
+
+def with_duration(row: dict, frame_embeds, frame_s: float) -> dict:
+    return {**row, "duration": row.get("duration") or len(frame_embeds) * frame_s}
+
+
+def median_frames(seconds: float, frame_s: float) -> int:
+    """The odd number of frames nearest to `seconds`, at least 1."""
+    return 2 * max(0, round((seconds / frame_s - 1) / 2)) + 1
+
+
+def median_filter(x: np.ndarray, width: int) -> np.ndarray:
+    """x (T, ...), median over `width` (odd) frames; the first and last frame are repeated beyond the ends."""
+    padded = np.concatenate([np.repeat(x[:1], width // 2, 0), x, np.repeat(x[-1:], width // 2, 0)])
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, width, axis=0), axis=-1)
+
+
+def largest_matching(pairs: list[tuple]) -> int:
+    """Size of the largest set of (detection, event) pairs in which nothing occurs twice."""
+    events, owner = {}, {}
+    for detection, event in pairs:
+        events.setdefault(detection, []).append(event)
+
+    def place(detection, seen):
+        for event in events[detection]:
+            if event not in seen:
+                seen.add(event)
+                if event not in owner or place(owner[event], seen):
+                    owner[event] = detection
+                    return True
+        return False
+
+    return sum(place(detection, set()) for detection in events)
+
+
+def best_f1(thresholds, found, detected, n_events: int) -> float:
+    """Largest F1 over all thresholds, from changes of true positives and of detections at each."""
+    order = np.argsort(-thresholds, kind="stable")
+    order = order[thresholds[order] > -np.inf]
+    if not len(order):
+        return 0.0
+    last = np.append(np.diff(thresholds[order]) != 0, True)
+    return float((2 * np.cumsum(found[order])[last] / (np.cumsum(detected[order])[last] + n_events)).max())
+
+
+def collar_f1(scores, rows, classes, frame_s, onset_s=0.2, offset_s=0.2, offset_share=0.2) -> np.ndarray:
+    """Event-based F1 of each class (C,) at its best threshold. Source: Mesaros et al., Applied Sciences 2016.
+
+    Args: scores: list of (T_i, C); rows: with `events`, `duration`. Classes without an event give 0.
+    """
+    lengths = np.array([len(s) + 1 for s in scores])
+    begin = np.concatenate([[0], np.cumsum(lengths)])
+    edges = np.concatenate([common.frame_edges(len(s), frame_s, row["duration"]) for s, row in zip(scores, rows)])
+    best = []
+    for c, name in enumerate(classes):
+        flat = np.full(len(edges), -np.inf)
+        for i, s in enumerate(scores):
+            flat[begin[i]:begin[i] + len(s)] = s[:, c]
+        start, stop, top, floor = common.detections(flat)
+        thresholds, found, detected = [top, floor], [np.zeros(2 * len(top))], [np.ones(len(top)), -np.ones(len(top))]
+        n_events = 0
+        for i, row in enumerate(rows):
+            events = [(e["onset"], e["offset"]) for e in row["events"] if e["label"] == name]
+            n_events += len(events)
+            run = np.arange(*np.searchsorted(start, begin[[i, i + 1]])) if events else []
+            hits = []  # (detection, event)
+            for g, (on, off) in enumerate(events):
+                near = np.round(np.abs(edges[start[run]] - on) - onset_s, 6) <= 0
+                near &= np.round(np.abs(edges[stop[run]] - off) - max(offset_s, offset_share * (off - on)), 6) <= 0
+                hits += [(k, g) for k in run[near]]
+            before = 0
+            for level in sorted({t for k, _ in hits for t in (top[k], floor[k])}, reverse=True):
+                now = largest_matching([(k, g) for k, g in hits if floor[k] < level <= top[k]])
+                thresholds.append(np.array([level]))
+                found.append(np.array([now - before]))
+                detected.append(np.zeros(1))
+                before = now
+        best.append(best_f1(*(np.concatenate(x) for x in (thresholds, found, detected)), n_events) if n_events else 0.0)
+    return np.array(best)
+
+
+def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
+    """Segment-based F1 of each class (C,) at its best threshold. Source: Mesaros et al., Applied Sciences 2016.
+
+    A segment's score is its best frame's, also of frames that only reach into it; it is positive if
+    any part of an event lies in it.
+    """
+    values, targets = [], []
+    for s, row in zip(scores, rows):
+        edges = common.frame_edges(len(s), frame_s, row["duration"])
+        bounds = np.round(np.append(np.arange(math.ceil(round(edges[-1] / segment_s, 6))) * segment_s, edges[-1]), 6)
+        inside = (edges[:-1] < bounds[1:, None] - 1e-6) & (edges[1:] > bounds[:-1, None] + 1e-6)  # (segments, T)
+        values.append(np.where(inside[:, :, None], s, -np.inf).max(1))
+        target = np.zeros(values[-1].shape, bool)
+        for e in row["events"]:
+            if e["label"] in classes:
+                target[(bounds[:-1] < e["offset"]) & (bounds[1:] > e["onset"]), classes.index(e["label"])] = True
+        targets.append(target)
+    values, targets = np.concatenate(values), np.concatenate(targets)
+    return np.array([best_f1(values[:, c], targets[:, c].astype(float), np.ones(len(values)), int(targets[:, c].sum()))
+                     for c in range(len(classes))])
+
+
+def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
+    """(Q, 50, 2): found events and false detections of each query at each of PSDSm's thresholds."""
+    thresholds, points = np.arange(0.01, 1, 0.02), np.zeros((len(values), 50, 2))
+    for k, (v, row) in enumerate(zip(values, rows)):
+        edges = common.frame_edges(len(v), frame_s, row["duration"])
+        onset, offset = (np.array([e[key] for e in row["events"]]) for key in ("onset", "offset"))
+        active = (1 / (1 + np.exp(-v)))[:, None] > thresholds  # (T, 50)
+        active = median_filter(active.astype(np.int8), width) > 0.5
+        for level in np.flatnonzero(active.any(0)):
+            change = np.diff(np.concatenate([[0], active[:, level].astype(int), [0]]))
+            start, stop = np.flatnonzero(change > 0), np.flatnonzero(change < 0)
+            apart = start[1:] - stop[:-1] > gap
+            start, stop = start[np.append(True, apart)], stop[np.append(apart, True)]
+            overlap = np.minimum(edges[stop][:, None], offset) - np.maximum(edges[start][:, None], onset)
+            overlap = np.maximum(overlap, 0)  # (detections, events)
+            right = np.round(overlap.sum(1), 6) >= np.round(0.5 * (edges[stop] - edges[start]), 6)
+            found = np.round(overlap[right].sum(0), 6) >= np.round(0.5 * (offset - onset), 6)
+            points[k, level] = found.sum(), (~right).sum()
+    return points
 
 
 # ------------------------------------------------------------------------------------------------
@@ -128,9 +365,9 @@ PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classifica
 # ------------------------------------------------------------------------------------------------
 
 
-def class_embeddings(model, classes, args) -> np.ndarray:
-    """(C, D): the prompt with each class name in it, underscores to spaces."""
-    return common.embed_texts(model, [args.prompt.format(c.replace("_", " ")) for c in classes])
+def class_prompts(classes, args) -> list[str]:
+    """The prompt with each class name in it, underscores to spaces."""
+    return [args.prompt.format(c.replace("_", " ")) for c in classes]
 
 
 def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, **settings) -> dict:
@@ -138,16 +375,18 @@ def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, **
 
     Args: score: indices of clips (with repeats) -> {name: value}.
     """
+    start = time.perf_counter()
     values = score(np.arange(n_clips))
+    n_draws = min(args.bootstrap, int(600 / (time.perf_counter() - start)))  # ten minutes at most
     rng = np.random.default_rng(0)
     draws = [score(rng.integers(0, n_clips, n_clips)) for _ in tqdm(
-        range(args.bootstrap), desc=f"{protocol}: bootstrap", unit="draw", leave=False)]
+        range(n_draws if n_draws >= min(args.bootstrap, 20) else 0), desc=f"{protocol}: bootstrap", unit="draw", leave=False)]
     scores = {}
     for name, value in values.items():
         low, high = np.nanpercentile([d[name] for d in draws], [2.5, 97.5]) if draws else (None, None)
         scores[name] = {"value": value, "low": low and float(low), "high": high and float(high)}
     window = "first window only" if args.crop == "first" else "all consecutive windows, averaged by their seconds"
-    settings = {"crop": f"zero-padded to {args.window_s:g} s; {window}", "split": args.split, "bootstrap_draws": args.bootstrap,
+    settings = {"crop": f"zero-padded to {args.window_s:g} s; {window}", "split": args.split, "bootstrap_draws": len(draws),
                 "checkpoint": str(args.checkpoint), "data": args.data, **settings}
     return {"protocol": protocol, "settings": settings, "n_clips": n_clips, "n_captions": n_captions, "n_classes": n_classes,
             "scores": scores, "chance": {k: chance[k] for k in scores}}
@@ -198,7 +437,7 @@ def main(args) -> list[dict]:
                              f"{args.split} has them")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
-        model, rows, args.batch_size, args.workers, args.crop, frames="frames" in wanted)
+        model, rows, args.batch_size, args.workers, args.crop, frames=getattr(model, "pairwise", False) or bool(FRAME_PROTOCOLS & set(wanted)))
     for text in bad:
         print(f"left out: {text}")
     if len(bad) > args.max_bad * len(rows):
@@ -227,6 +466,7 @@ def parse(argv=None):
     parser.add_argument("--split", help="rows to use; default: test where there is one, else all")
     parser.add_argument("--crop", choices=["all", "first"], default="all", help="windows of longer audio")
     parser.add_argument("--prompt", default="{}", help="text a class name is put into, for example 'a sound of {}'")
+    parser.add_argument("--median-s", type=float, default=0.94, help="sed and grounding: length of the median filter in seconds")
     parser.add_argument("--text-model", default="bert-base-uncased", help="folder or hub id, read only for a released model.pt")
     parser.add_argument("--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none")
     parser.add_argument("--batch-size", type=int, default=32, help="clips at once; never changes a score")

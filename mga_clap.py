@@ -18,13 +18,14 @@ Equations (paper) -> code
   Eq. (6)  its feed-forward                             common.Block.forward
   Eq. (7)  hard-negative guided loss                    hard_negative_loss
   Eq. (8)  its weights                                  hard_negative_loss
+  Table 4  the methods compared: CLAP, UACA, WSTAG, PACL  clap_loss on Model.aggregate, *_similarity
 
 Letters: B pairs, S samples, T frames (32 of 0.3125 s in 10 s) [T], L words [N], D joint dimension
 [d] 1024, K codewords [M] 4096. gamma [gamma] 0.15, temperature [tau], eta [eta] affinity divisor.
 
 Deviations from the paper (and what --variant official does)
   D1  The loss is a mean over the batch, not a sum: comparable with ln B, and Adam does not care.
-  D2  Eta is not printed: sqrt(D) * 1000 as in the code; with 256 codewords sqrt(D) * 35 (README).
+  D2  Eta is not printed: sqrt(D) * 1000 as in the code; with 256 codewords sqrt(D) * 100 (README).
   D3  Padding and [SEP] never win the maximum of Eq. (2). Official: they score 0.
   D4  Two captions of one clip in a batch are neither positive nor negative of each other (the paper
       has one positive a row). Official: soft targets over all of them.
@@ -40,6 +41,8 @@ Deviations from the paper (and what --variant official does)
       (common.bucketed_batches).
   D11 Checkpoint choice on the validation split, as in the paper; the code chooses on the test sets.
   D12 Captions are cut at 30 tokens, as in the code; the paper says 30 words.
+  D13 --encoder atst (no code released for it): the last of its blocks is the locality-aware one, only
+      the last block's output is used, padded audio is attended to, no SpecAugment.
 
 Run:  python mga_clap.py --data demo                              (two CPU cores, under 4 minutes)
       python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl --audio-weights HTSAT.ckpt
@@ -60,6 +63,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchaudio
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -77,20 +81,21 @@ class Config:
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
     size: Literal["paper", "tiny"] = "paper"  # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
     variant: Literal["paper", "official"] = "paper"  # official: do as the released code where it differs (D3-D9)
-    audio_weights: str = "HTSAT.ckpt"  # start of the audio encoder: HTS-AT's AudioSet file (Sec. 4.1), a transformers CLAP folder, or none
+    encoder: Literal["htsat", "atst"] = "htsat"  # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
+    audio_weights: str = "HTSAT.ckpt"  # its start: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers CLAP folder, or none
     text_model: str = "bert-base-uncased"  # start of the text encoder: hub id or folder (Sec. 4.1), or none
     max_tokens: int = 30  # captions are cut there, [CLS] and [SEP] included (official code, D12)
     # model
-    aggregator: Literal["codebook", "mean"] = "codebook"  # mean: plain CLAP (Table 4)
+    aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = "codebook"  # mean: plain CLAP; the others: Table 4
     affinity: Literal["max", "mean"] = "max"  # how frames or words vote for a codeword (Table 5)
     sparsity: Literal["sparsemax", "softmax"] = "sparsemax"  # affinities to weights (Table 5)
     codewords: int = 4096  # size of the shared codebook (Fig. 4)
     affinity_scale: float = 1000.0  # affinity divisor eta, divided by sqrt(joint_dim) (official code, D2)
     locality_blocks: int = 1  # last blocks that are locality-aware (Fig. 6); plain CLAP: 0
     joint_dim: int = 1024  # dimension shared by audio and text (official code)
-    audio_dim: int = 96  # HTS-AT channels in stage 1
-    audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # HTS-AT blocks a stage
-    audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # HTS-AT heads a stage
+    audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
+    audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # blocks a stage (atst: 12)
+    audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage (atst: 12)
     audio_patch: int = 4  # HTS-AT patch, in mel bins and frames
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
@@ -120,12 +125,14 @@ class Config:
 
 # A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
 TINY = dict(audio_weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[1, 4],
-            audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=35.0,
+            audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=100.0,
             epochs=15, batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=5, save_steps=100,
             workers=1)
 OFFICIAL = dict(epochs=10)  # D9
-PRESETS = {("variant", "official"): OFFICIAL, ("size", "tiny"): TINY}
+ATST = dict(audio_weights="atstframe_base.ckpt", audio_dim=768, audio_depths=[12], audio_heads=[12])
+PRESETS = {("variant", "official"): OFFICIAL, ("encoder", "atst"): ATST, ("size", "tiny"): TINY}
 WINDOW_S = 10.0  # training crop and evaluation window (Sec. 4.1)
+SAMPLE_RATE = {"htsat": 32000, "atst": 16000}
 
 
 def clean_caption(text: str) -> str:
@@ -162,23 +169,99 @@ def codebook_weights(feats, codebook, eta: float, valid_mask=None, affinity="max
     return common.sparsemax(votes) if sparsity == "sparsemax" else votes.softmax(-1)
 
 
+class ATSTMel(nn.Module):
+    """Waveform (B, S) at 16 kHz -> log-mel (B, 64, T_mel), about -1 to 1. Source: ATST-Frame's released code."""
+
+    def __init__(self):
+        super().__init__()
+        self.mel = torchaudio.transforms.MelSpectrogram(16000, 1024, 1024, 160, 60, 7800, n_mels=64)
+        self.decibel = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
+        for name, buffer in list(self.mel.named_buffers()):  # constants: they stay out of checkpoints
+            module, _, leaf = name.rpartition(".")
+            self.mel.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+
+    def forward(self, waveform):
+        with torch.autocast(waveform.device.type, enabled=False):
+            # (B, 1, 64, T): without the channel axis torchaudio takes top_db from the loudest clip of the batch
+            decibels = self.decibel(self.mel(waveform.float()[:, None]))[:, 0]
+            return (decibels + 79.6482) / (50.6842 + 79.6482) * 2 - 1
+
+
+class ATSTFrame(nn.Module):
+    """Frame-wise transformer: every token is 40 ms of the whole band. Source: Li et al., ATST-Frame (TASLP 2024).
+
+    Args: dim, depth, heads: 768, 12, 12 in the published base model; n_frames: longest input in tokens.
+    """
+
+    def __init__(self, dim=768, depth=12, heads=12, n_frames=250, drop_path=0.1, locality_blocks=0, locality="paper"):
+        super().__init__()
+        if not 0 <= locality_blocks <= depth:
+            raise ValueError(f"locality_blocks = {locality_blocks}: the encoder has {depth} blocks")
+        self.out_dim, self.n_frames = dim, n_frames
+        self.patch_embed = nn.Linear(64 * 4, dim)
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n_frames + 1, dim), std=0.02))
+        drops = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            common.Block(dim, heads, drop_path=drops[i], qkv_bias=False, eps=1e-6,
+                         locality=locality if i >= depth - locality_blocks else "") for i in range(depth))
+        self.norm_frame = nn.LayerNorm(dim, eps=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, log_mel):
+        """log_mel (B, 64, T_mel) -> frames (B, T_mel // 4, dim)."""
+        B, M, T_mel = log_mel.shape
+        T = T_mel // 4
+        if T > self.n_frames:
+            raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {4 * self.n_frames + 3}")
+        patches = log_mel[:, :, :4 * T].reshape(B, M, T, 4).transpose(1, 2).reshape(B, T, 4 * M)  # mel-major, time-minor
+        x = self.patch_embed(patches) + self.pos_embed[:, 1:T + 1]  # slot 0 belongs to a clip token that it has not
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_frame(x)
+
+
+def load_atst(encoder: ATSTFrame, path: str) -> None:
+    """Start from a released atstframe_*.ckpt (its teacher), from a fine-tuned one, or from a saved state dict."""
+    weights = common.read_weights(path)
+    weights = weights.get("state_dict", weights)
+    for prefix in ("model.teacher.encoder.", "encoder.encoder.", ""):
+        if any(key.startswith(prefix + "blocks.") for key in weights):
+            break
+    state = {}
+    for key, value in weights.items():
+        key = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        if key and key != "mask_embed":  # only pre-training masks
+            state[key.replace("patch_embed.patch_embed.", "patch_embed.")] = value
+    common.load_strict(encoder, state, path)
+
+
 class Model(nn.Module):
-    """HTS-AT and BERT, joined by a codebook (or, with aggregator "mean", plain CLAP).
+    """An audio encoder and BERT, joined by a codebook (or compared as plain CLAP, UACA, WSTAG or PACL).
 
     Args: cfg; text_encoder: a common.TextEncoder (kept in checkpoints with its tokenizer).
     """
 
-    sample_rate = 32000
     window_s = WINDOW_S
     clean_caption = staticmethod(clean_caption)
 
     def __init__(self, cfg: Config, text_encoder: common.TextEncoder):
         super().__init__()
         self.cfg = cfg
-        self.log_mel = common.LogMel(self.sample_rate, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000)
-        self.audio_encoder = common.HTSAT(
-            cfg.audio_dim, cfg.audio_depths, cfg.audio_heads, cfg.audio_patch, drop_path=cfg.drop_path,
-            locality_blocks=cfg.locality_blocks, locality=cfg.variant)
+        self.sample_rate, self.pairwise = SAMPLE_RATE[cfg.encoder], cfg.aggregator in PAIRWISE
+        if cfg.encoder == "atst":
+            self.log_mel = ATSTMel()
+            self.audio_encoder = ATSTFrame(
+                cfg.audio_dim << len(cfg.audio_depths) - 1, sum(cfg.audio_depths), cfg.audio_heads[-1],
+                drop_path=cfg.drop_path, locality_blocks=cfg.locality_blocks, locality=cfg.variant)
+        else:
+            self.log_mel = common.LogMel(self.sample_rate, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000)
+            self.audio_encoder = common.HTSAT(
+                cfg.audio_dim, cfg.audio_depths, cfg.audio_heads, cfg.audio_patch, drop_path=cfg.drop_path,
+                locality_blocks=cfg.locality_blocks, locality=cfg.variant)
         self.text_encoder = text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
         two_layers = lambda dim: nn.Sequential(  # noqa: E731
@@ -193,9 +276,10 @@ class Model(nn.Module):
 
     def aggregate(self, feats, valid_mask=None):
         """Frames or words (B, T, D) -> normalised embeds (B, D), mean number of active codewords."""
-        if self.cfg.aggregator == "mean":  # plain CLAP
+        if self.cfg.aggregator != "codebook":  # plain CLAP, and the clip and class vectors of the pairwise methods
             valid = torch.ones_like(feats[..., :1]) if valid_mask is None else valid_mask[..., None]
-            pooled = (feats.float() * valid).sum(1) / valid.sum(1)
+            feats = F.normalize(feats.float(), dim=-1) if self.pairwise else feats.float()
+            pooled = (feats * valid).sum(1) / valid.sum(1)
             return F.normalize(pooled, dim=-1), pooled.new_zeros(())
         weights = codebook_weights(feats, self.codebook, self.eta, valid_mask, self.cfg.affinity, self.cfg.sparsity,
                                    0.0 if self.cfg.variant == "official" else float("-inf"))
@@ -212,9 +296,17 @@ class Model(nn.Module):
         return self.word_proj(self.text_encoder(input_ids, attention_mask)[:, 1:])
 
     def forward(self, waveform, input_ids, attention_mask, word_mask):
-        """One training batch -> audio_embeds (B, D), text_embeds (B, D), temperature, active codewords."""
-        audio_embeds, audio_active = self.aggregate(self.frame_feats(waveform))
-        text_embeds, text_active = self.aggregate(self.word_feats(input_ids, attention_mask), word_mask[:, 1:])
+        """One training batch -> audio_embeds (B, D), text_embeds (B, D), temperature, active codewords.
+
+        For a pairwise method frames (B, T, D) and words (B, max_tokens - 1, D) in place of the embeds.
+        """
+        frames, words = self.frame_feats(waveform), self.word_feats(input_ids, attention_mask)
+        if self.pairwise:
+            words = masked_words(words, word_mask[:, 1:])
+            words = F.pad(words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1]))  # one shape on all processes
+            return F.normalize(frames.float(), dim=-1), words, self.temperature, words.new_zeros(())
+        audio_embeds, audio_active = self.aggregate(frames)
+        text_embeds, text_active = self.aggregate(words, word_mask[:, 1:])
         return audio_embeds, text_embeds, self.temperature, (audio_active + text_active).detach() / 2
 
     @torch.no_grad()
@@ -253,6 +345,20 @@ class Model(nn.Module):
             words = self.word_feats(tokens["input_ids"], tokens["attention_mask"])
             return self.aggregate(words, tokens["word_mask"][:, 1:])[0]
 
+    @torch.no_grad()
+    def pair_scores(self, frame_embeds: list, texts: list[str]):
+        """frame_embeds: list of (T_i, D) arrays -> similarity (N, Q) of every clip and text; pairwise methods only.
+
+        Theirs is no product of one clip and one text vector, so retrieval and tagging score every pair.
+        """
+        similarity, device = PAIRWISE[self.cfg.aggregator], self.temperature.device
+        with common.evaluating(self):
+            tokens = {k: v.to(device) for k, v in self.text_encoder.tokenize(texts).items()}
+            words = masked_words(self.word_feats(tokens["input_ids"], tokens["attention_mask"]), tokens["word_mask"][:, 1:])
+            frames = nn.utils.rnn.pad_sequence([torch.from_numpy(f).to(device) for f in frame_embeds], True)
+            return torch.cat([torch.cat([similarity(f, w, self.temperature) for w in words.split(64)], 1)
+                              for f in frames.split(64)]).cpu().numpy()
+
     @classmethod
     def from_checkpoint(cls, path, text_model="bert-base-uncased"):
         """A run's last.pt or best.pt, or the authors' model.pt (then with `text_model`'s tokenizer)."""
@@ -266,6 +372,41 @@ class Model(nn.Module):
             model = cls(cfg, common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens))
             common.load_strict(model, content["model"], path)
         return model.eval()
+
+
+def masked_words(words, mask):
+    """Normalised words (B, L, D), zero where mask (B, L) is False."""
+    return F.normalize(words.float(), dim=-1) * mask[..., None]
+
+
+# The methods that Table 4 compares (our reading; their code is not released). frames (A, T, D) and
+# words (Q, L, D) are normalised, zero where padded -> similarity (A, Q).
+
+
+def uaca_similarity(frames, words, temperature=None):
+    """Mean over words of the mean over frames. Xie et al., ICASSP 2022 (UACA)."""
+    mean = lambda x: x.sum(1) / x.any(-1).sum(1, keepdim=True)  # noqa: E731
+    return mean(frames) @ mean(words).T
+
+
+def wstag_similarity(frames, words, temperature=None):
+    """Mean over words of the best frame. Xu et al., ICASSP 2023 workshop (WSTAG)."""
+    cells = torch.einsum("atd,qld->aqlt", frames, words)
+    best = cells.masked_fill(~frames.any(-1)[:, None, None], float("-inf")).amax(-1)  # (A, Q, L)
+    valid = words.any(-1)
+    return (best * valid).sum(-1) / valid.sum(-1)
+
+
+def pacl_similarity(frames, words, temperature):
+    """Frames weighted by their match to the caption, then pooled. Mukhoti et al., CVPR 2023 (PACL)."""
+    text = F.normalize(words.sum(1), dim=-1)  # (Q, D)
+    logits = torch.einsum("atd,qd->aqt", frames, text) / temperature
+    weights = logits.masked_fill(~frames.any(-1)[:, None], float("-inf")).softmax(-1)
+    pooled = F.normalize(torch.einsum("aqt,atd->aqd", weights, frames), dim=-1)
+    return torch.einsum("aqd,qd->aq", pooled, text)
+
+
+PAIRWISE = {"uaca": uaca_similarity, "wstag": wstag_similarity, "pacl": pacl_similarity}
 
 
 def official_state(weights: dict) -> dict:
@@ -334,7 +475,10 @@ def embedding_regulariser(embeds):
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids):
     """Embeddings of the whole batch (all processes) -> loss, sim (B, B)."""
-    sim = audio_embeds @ text_embeds.T  # (B, B)
+    if cfg.aggregator in PAIRWISE:
+        sim = PAIRWISE[cfg.aggregator](audio_embeds, text_embeds, temperature)
+    else:
+        sim = audio_embeds @ text_embeds.T  # (B, B)
     same_clip = clip_ids[:, None] == clip_ids[None, :]
     if cfg.variant == "official":
         loss = official_loss(sim, temperature, cfg.gamma, same_clip, cfg.hard_negatives)
@@ -356,14 +500,14 @@ class Pairs(Dataset):
         clips = {audio: i for i, audio in enumerate(dict.fromkeys(row["audio"] for row in rows))}
         self.pairs = [(clips[row["audio"]], row, caption) for row in rows for caption in row["captions"]]
         self.durations = [row.get("duration", WINDOW_S) for _, row, _ in self.pairs]
-        self.cfg, self.tokenize = cfg, tokenize
+        self.cfg, self.tokenize, self.rate = cfg, tokenize, SAMPLE_RATE[cfg.encoder]
 
     def __getitem__(self, key):
         epoch, index = key
         clip, row, caption = self.pairs[index]
         rng = np.random.default_rng((self.cfg.seed, epoch, index))
         try:
-            waveform = common.read_audio(row["audio"], Model.sample_rate, WINDOW_S, rng, row.get("duration"))
+            waveform = common.read_audio(row["audio"], self.rate, WINDOW_S, rng, row.get("duration"))
         except common.AudioError as error:
             return error
         return waveform, clean_caption(caption), clip, row["audio"]
@@ -376,7 +520,7 @@ class Pairs(Dataset):
             return None, None, (), bad  # raised by the loop: an error in a worker process reaches it as a traceback
         waveforms, captions, clips, names = zip(*good)
         longest = max(1024, *(len(w) for w in waveforms))  # at least one frame of the spectrogram
-        padded = longest if self.cfg.variant == "official" else int(WINDOW_S * Model.sample_rate)  # D8
+        padded = longest if self.cfg.variant == "official" else int(WINDOW_S * self.rate)  # D8
         batch = {"waveform": common.pad_batch(waveforms, padded)[0], **self.tokenize(list(captions))}
         return batch, torch.tensor(clips), names, bad
 
@@ -390,21 +534,22 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     """Scores on `rows` and what chance would give: retrieval; tagging and frame-level mAP with labels."""
     frames = bool(classes) and any(row.get("events") for row in rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
-        model, rows, frames=frames, desc="validation", quiet=quiet)
+        model, rows, frames=frames or model.pairwise, desc="validation", quiet=quiet)
     for text in bad:
         tqdm.write(f"validation: left out {text}")
     rows = [rows[i] for i in kept]
     captions = [(i, clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
     owner = np.array([i for i, _ in captions])
-    sim = audio_embeds @ common.embed_texts(model, [c for _, c in captions]).T
+    sim = common.similarities(model, audio_embeds, frame_embeds, [c for _, c in captions])
     scores = common.retrieval_scores(common.retrieval_ranks(sim, owner))
     chance = common.retrieval_chance(owner, len(rows))
     if classes and any(row.get("labels") or row.get("events") for row in rows):
-        class_embeds = common.embed_texts(model, [c.replace("_", " ") for c in classes])
-        targets = common.label_targets(rows, classes)
-        scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(audio_embeds @ class_embeds.T, targets)))
+        names = [c.replace("_", " ") for c in classes]
+        targets, sim = common.label_targets(rows, classes), common.similarities(model, audio_embeds, frame_embeds, names)
+        scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
         chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
         if frames:
+            class_embeds = common.embed_texts(model, names)
             for name, centred in (("frame_mAP_raw", False), ("frame_mAP_centred", True)):
                 per_class, chance[name] = common.frame_average_precisions(
                     frame_embeds, class_embeds, rows, classes, model.frame_s, centred)
@@ -444,7 +589,7 @@ def main(cfg: Config) -> dict:
         text_encoder = common.text_encoder_from_pretrained(cfg.text_model, cfg.max_tokens)
     model = Model(cfg, text_encoder)
     if not checkpoint and cfg.audio_weights != "none":
-        common.load_htsat(model.audio_encoder, cfg.audio_weights)
+        (load_atst if cfg.encoder == "atst" else common.load_htsat)(model.audio_encoder, cfg.audio_weights)
     if checkpoint:
         common.load_strict(model, checkpoint["model"], "last.pt")
     model.to(device)

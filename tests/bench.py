@@ -1,13 +1,15 @@
 """Speed against a named peer, both measured in the same run.
 
-  python tests/bench.py htsat|all [--json results/bench.json]
+  python tests/bench.py htsat|psds|psds_large|all [--json results/bench.json]
 
 Prints and writes a list of {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine",
 "settings"}; a ratio above 1 means ours is better.
 """
 import argparse
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import ClapAudioConfig, ClapAudioModel  # noqa: E402
 
@@ -78,7 +81,79 @@ def htsat(tiny: bool) -> dict:
                 "repeats": repeats, "torch": str(torch.__version__)}}
 
 
-BENCHES = {"htsat": htsat}
+def detection_clips(n_clips: int, n_classes: int, n_frames=32, frame_s=0.3125, seed=0):
+    """Random scores (one per frame and class), raised under four random events a clip."""
+    rng = np.random.default_rng(seed)
+    classes, rows, scores = [f"c{k:03d}" for k in range(n_classes)], [], []
+    edges = np.arange(n_frames + 1) * frame_s
+    for _ in range(n_clips):
+        events, values = [], rng.normal(size=(n_frames, n_classes)).astype(np.float32)
+        for c in rng.choice(n_classes, min(4, n_classes), replace=False):
+            onset = rng.uniform(0, 8)
+            events.append({"label": classes[c], "onset": onset, "offset": min(10.0, onset + rng.uniform(0.3, 4))})
+            values[(edges[:-1] < events[-1]["offset"]) & (edges[1:] > onset), c] += 2
+        scores.append(values)
+        rows.append({"duration": 10.0, "events": events})
+    return scores, rows, classes
+
+
+PSDS = {"PSDS1": dict(dtc=0.7, gtc=0.7, cttc=None, alpha_ct=0.0), "PSDS2": dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5)}
+
+
+def measure_psds(who: str, n_clips: int, n_classes: int) -> dict:
+    """Seconds, values and peak memory (GB, less that of the inputs) of both scores; to be run in a process of its own."""
+    scores, rows, classes = detection_clips(n_clips, n_classes)
+    if who == "peer":
+        import pandas as pd
+        from sed_scores_eval import intersection_based
+        edges = np.arange(33) * 0.3125
+        tables = {f"f{i}": pd.DataFrame({"onset": edges[:-1], "offset": edges[1:], **dict(zip(classes, values.T))})
+                  for i, values in enumerate(scores)}
+        truth = {f"f{i}": [(e["onset"], e["offset"], e["label"]) for e in row["events"]] for i, row in enumerate(rows)}
+        durations = {f"f{i}": 10.0 for i in range(n_clips)}
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    values = {}
+    for name, s in PSDS.items():
+        if who == "peer":
+            values[name] = float(intersection_based.psds(
+                tables, truth, durations, dtc_threshold=s["dtc"], gtc_threshold=s["gtc"], cttc_threshold=s["cttc"],
+                alpha_ct=s["alpha_ct"], alpha_st=0.0, max_efpr=100.0)[0])
+        else:
+            values[name] = common.psds(common.psd_roc(scores, rows, classes, 0.3125, **s), 0.0)
+    return {"values": values, "seconds": time.perf_counter() - start,
+            "extra_GB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20,
+            "total_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+
+
+def in_own_process(*args) -> dict:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure_psds, args)
+
+
+def psds(tiny: bool) -> dict:
+    """PSDS1 and PSDS2 over all thresholds, against sed_scores_eval; the values must agree."""
+    size = (20, 5) if tiny else (1000, 100)
+    ours, peer = in_own_process("ours", *size), in_own_process("peer", *size)
+    for name in PSDS:
+        if abs(ours["values"][name] - peer["values"][name]) > 1e-6:
+            raise AssertionError(f"{name}: ours {ours['values'][name]}, sed_scores_eval {peer['values'][name]}")
+    return {"name": "psds", "ours": ours["seconds"], "peer": peer["seconds"], "peer_name": "sed_scores_eval",
+            "unit": "s for PSDS1 + PSDS2", "ratio": peer["seconds"] / ours["seconds"], "machine": machine(), "settings": {
+                "clips": size[0], "classes": size[1], "frames": 32, "values": ours["values"],
+                "ours_extra_GB": ours["extra_GB"], "peer_extra_GB": peer["extra_GB"]}}
+
+
+def psds_large(tiny: bool) -> dict:
+    """The size of AudioSet-Strong's evaluation set, where sed_scores_eval cannot finish: no peer."""
+    size = (30, 6) if tiny else (16996, 407)
+    ours = in_own_process("ours", *size)
+    return {"name": "psds_large", "ours": ours["seconds"], "peer": None, "peer_name": "none: sed_scores_eval runs out of memory",
+            "unit": "s for PSDS1 + PSDS2", "ratio": None, "machine": machine(), "settings": {
+                "clips": size[0], "classes": size[1], "frames": 32, "values": ours["values"], "extra_GB": ours["extra_GB"],
+                "total_GB": ours["total_GB"]}}
+
+
+BENCHES = {"htsat": htsat, "psds": psds, "psds_large": psds_large}
 
 
 def main(argv=None) -> list[dict]:
@@ -89,10 +164,12 @@ def main(argv=None) -> list[dict]:
     args = parser.parse_args(argv)
     results = [BENCHES[name](args.tiny) for name in ([args.name] if args.name != "all" else BENCHES)]
     for r in results:
-        print(f"{r['name']}: ours {r['ours']:.3f}, {r['peer_name']} {r['peer']:.3f} {r['unit']}, ratio {r['ratio']:.2f} "
-              f"({r['machine']}; {r['settings']})")
-    if args.json:
-        common.write_lines(Path(args.json), [json.dumps(results, indent=1)])
+        peer = f"{r['peer_name']} {r['peer']:.3f} {r['unit']}, ratio {r['ratio']:.2f}" if r["peer"] else f"{r['unit']} ({r['peer_name']})"
+        print(f"{r['name']}: ours {r['ours']:.3f}, {peer} ({r['machine']}; {r['settings']})")
+    if args.json:  # the other benches' last results stay
+        path, names = Path(args.json), {r["name"] for r in results}
+        kept = [r for r in json.loads(path.read_text()) if r["name"] not in names] if path.exists() else []
+        common.write_lines(path, [json.dumps(kept + results, indent=1)])
     return results
 
 

@@ -2,17 +2,21 @@
 
   python prepare.py scenes --sounds DIR --out SCENES
   python tests/claims.py mga_clap --data SCENES --seeds 3 --json results/claims_mga_clap.json
+  python tests/claims.py mga_clap --data SCENES --compare --json results/compare_mga_clap.json
+  python tests/claims.py mga_clap --data SCENES --ablation all --json results/ablation_mga_clap.json
 
-Every finished run is kept in results/ under the hash of its settings, so a second call continues.
-Writes a list of {"claim", "method", "baseline", "metric", "method_mean", "method_std",
-"baseline_mean", "baseline_std", "seeds", "holds", "seconds"}.
+Every finished run is kept in results/ under the hash of its settings, so a second call continues
+(its checkpoint in runs/claims/, so that a run can be scored again without training).
+Without --compare and --ablation, writes a list of {"claim", "method", "baseline", "metric",
+"method_mean", "method_std", "baseline_mean", "baseline_std", "seeds", "holds", "seconds"}; with
+either, a list of {"table", "row", "seeds", "scores": {metric: {"mean", "std"}}, "flags", "seconds"}.
 """
 import argparse
+import dataclasses
 import hashlib
 import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +34,21 @@ import mga_clap  # noqa: E402
 # Same encoder, start, data, steps and learning rate; only the method differs.
 CLAP = dict(aggregator="mean", locality_blocks=0, hard_negatives=False)
 MGA_BUDGET = dict(size="tiny", epochs=6, eval_epochs=3)
+WINDOWED = dict(audio_depths=[4, 1], locality_blocks=1)  # Swin windows of 1.3 s only: no attention over the whole clip
+# Table 4 of the paper, plus the two methods with windowed attention: name -> (flags, most seeds)
+MGA_COMPARE = {
+    "CLAP": (CLAP, 3), "UACA": ({**CLAP, "aggregator": "uaca"}, 1), "WSTAG": ({**CLAP, "aggregator": "wstag"}, 1),
+    "PACL": ({**CLAP, "aggregator": "pacl"}, 1), "MGA-CLAP": ({}, 3),
+    "CLAP, windowed encoder": ({**CLAP, **WINDOWED}, 1), "MGA-CLAP, windowed encoder": (WINDOWED, 1)}
+MGA_ABLATIONS = {  # each row differs from MGA-CLAP in what it names; seed 0
+    "components": {"MGA-CLAP": {}, "no codebook": dict(aggregator="mean"), "no locality-aware block": dict(locality_blocks=0),
+                   "no hard negatives": dict(hard_negatives=False), "CLAP": CLAP},
+    "aggregation": {"max, sparsemax": {}, "mean, sparsemax": dict(affinity="mean"), "max, softmax": dict(sparsity="softmax")},
+    "codewords": {"64": dict(codewords=64), "128": dict(codewords=128), "256": {}, "512": dict(codewords=512)},
+    "gamma": {"0 (plain loss)": dict(hard_negatives=False), "0.05": dict(gamma=0.05), "0.15": {}, "0.3": dict(gamma=0.3)},
+    "locality_blocks": {"0": dict(locality_blocks=0), "1": {}, "2": dict(locality_blocks=2)}}
+METRICS = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "tagging_mAP", "frame_mAP_raw", "frame_mAP_centred", "PSDS1", "PSDS1_st0", "PSDS2",
+           "PSDS2_st0", "PSDSm")
 MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean, baseline mean)
     ("frame_mAP_raw", "frame-level mAP (raw cosine) at least twice CLAP's", lambda m, b: m >= 2 * b),
     ("frame_mAP_centred", "frame-level mAP (class-centred) above CLAP's", lambda m, b: m > b),
@@ -39,13 +58,13 @@ MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean
     ("tagging_mAP", "tagging mAP not below CLAP's", lambda m, b: m >= b)]
 
 
-def stored(settings: dict, results: Path, run) -> dict:
-    """run(settings), or what an earlier call with equal settings and data left in results/."""
+def stored(name: str, settings: dict, results: Path, run) -> dict:
+    """run(), or what an earlier call with equal settings left in results/."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = results / f"run_{settings['name']}_{key}.json"
+    path = results / f"run_{name}_{key}.json"
     if not path.exists():
         print(f"running {settings}", flush=True)
-        common.write_lines(path, [json.dumps({"settings": settings, **run(settings)}, indent=1)])
+        common.write_lines(path, [json.dumps({"settings": settings, **run(key)}, indent=1)])
     return json.loads(path.read_text())
 
 
@@ -89,40 +108,83 @@ def tagging_start(flags: dict, data: list[str], results: Path, steps: int = 250)
     return str(path)
 
 
-def run_mga_clap(settings: dict, data: list[str], results: Path) -> dict:
-    """Train with `settings`, test the best validation checkpoint on the test scenes."""
-    start_from = {"audio_weights": tagging_start(settings["flags"], data, results)} if settings["start"] == "tagging" else {}
-    with tempfile.TemporaryDirectory() as runs:
-        start = time.perf_counter()
-        cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=data, runs=runs, seed=settings["seed"],
-                               name="claim", **{**settings["flags"], **start_from})
-        mga_clap.main(cfg)
-        seconds = time.perf_counter() - start
-        model = mga_clap.Model.from_checkpoint(Path(runs) / "claim" / "best.pt")
-        log = [json.loads(line) for line in (Path(runs) / "claim" / "log.jsonl").read_text().splitlines()]
+def run_mga_clap(flags: dict, seed: int, args) -> dict:
+    """Train with `flags` over the budget, test the best validation checkpoint on the test scenes."""
+    results, flags = Path(args.results), {**MGA_BUDGET, **json.loads(args.budget), **flags}
+    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=args.data, seed=seed, **flags)
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (
+        "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device")}
+    settings = {"start": args.start, "data": data_hash(args.data), **settings}
+
+    def run(key):
+        folder, start, seconds = Path(args.runs) / key, {}, None
+        if not (folder / "eval.json").exists():
+            if args.start == "tagging":
+                start = {"audio_weights": tagging_start(flags, args.data, results)}
+            resume = {"resume": True} if (folder / "last.pt").exists() else {}
+            begin = time.perf_counter()
+            mga_clap.main(common.configure(mga_clap.Config, mga_clap.PRESETS, data=args.data, runs=args.runs, seed=seed,
+                                           name=key, **resume, **{**flags, **start}))
+            seconds = time.perf_counter() - begin
+            common.write_lines(folder / "seconds.json", [json.dumps(seconds)])
+        seconds = json.loads((folder / "seconds.json").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        scores, chance, n_clips = test_scores(mga_clap.Model.from_checkpoint(folder / "best.pt"), args.data)
+        return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(),
+                "final_loss": log[-1]["loss"], "active_codewords": log[-1]["active_codewords"]}
+
+    return stored("mga_clap" if cfg.aggregator == "codebook" else cfg.aggregator.replace("mean", "clap"), settings, results, run)
+
+
+def test_scores(model, data: list[str]) -> tuple[dict, dict, int]:
+    """Every protocol of eval.py that the scenes have labels for, on the test split -> scores, chance, clips."""
     rows = [row for row in common.read_manifest(data) if row.get("split") == "test"]
     scores, chance = mga_clap.validate(model, rows, common.read_classes(data, rows))
-    return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": len(rows), "machine": bench.machine(),
-            "final_loss": log[-1]["loss"], "active_codewords": log[-1]["active_codewords"]}
+    return scores, chance, len(rows)
+
+
+def spread(runs: list[dict], metric: str) -> tuple[float, float]:
+    values = [run["scores"][metric] for run in runs]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def claims_mga_clap(args) -> list[dict]:
-    results, budget = Path(args.results), {**MGA_BUDGET, **json.loads(args.budget)}
-    runs = {}
-    for seed in range(args.seeds):
-        for name, flags in (("mga_clap", {}), ("clap", CLAP)):
-            settings = {"name": name, "seed": seed, "start": args.start, "flags": {**budget, **flags}, "data": data_hash(args.data)}
-            runs.setdefault(name, []).append(stored(settings, results, lambda s: run_mga_clap(s, args.data, results)))
+    runs = {name: [run_mga_clap(flags, seed, args) for seed in range(args.seeds)] for name, flags in (("mga_clap", {}), ("clap", CLAP))}
     out = []
     for metric, claim, holds in MGA_CLAIMS:
-        of = lambda name: [r["scores"][metric] for r in runs[name]]  # noqa: E731
-        spread = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0  # noqa: E731
-        m, b = statistics.mean(of("mga_clap")), statistics.mean(of("clap"))
+        (m, m_std), (b, b_std) = spread(runs["mga_clap"], metric), spread(runs["clap"], metric)
         out.append({"claim": claim, "method": "mga_clap", "baseline": "clap", "metric": metric, "method_mean": m,
-                    "method_std": spread(of("mga_clap")), "baseline_mean": b, "baseline_std": spread(of("clap")),
+                    "method_std": m_std, "baseline_mean": b, "baseline_std": b_std,
                     "seeds": args.seeds, "start": args.start, "holds": bool(holds(m, b)), "chance": runs["clap"][0]["chance"][metric],
                     "n_clips": runs["clap"][0]["n_clips"], "machine": runs["clap"][0]["machine"],
                     "seconds": statistics.mean(r["seconds"] for r in runs["mga_clap"] + runs["clap"])})
+    print(f"\n| metric | {out[0]['baseline']} | {out[0]['method']} | chance | claim |\n|---|---|---|---|---|")
+    for c in out:
+        print(f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
+              f"| {c['chance']:.3f} | {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |")
+    return out
+
+
+def tables_mga_clap(args) -> list[dict]:
+    """--compare: the paper's Table 4 under one budget; --ablation: its Tables 5 and 6 and Fig. 4 to 6, seed 0."""
+    if args.compare:
+        tables = {"compare": MGA_COMPARE}
+    else:
+        names = list(MGA_ABLATIONS) if args.ablation == "all" else [args.ablation]
+        tables = {name: {row: (flags, 1) for row, flags in MGA_ABLATIONS[name].items()} for name in names}
+    out = []
+    for table, content in tables.items():
+        for row, (flags, most) in content.items():
+            runs = [run_mga_clap(flags, seed, args) for seed in range(min(args.seeds, most))]
+            scores = {m: dict(zip(("mean", "std"), spread(runs, m))) for m in METRICS if m in runs[0]["scores"]}
+            out.append({"table": table, "row": row, "seeds": len(runs), "scores": scores, "flags": flags, "start": args.start,
+                        "n_clips": runs[0]["n_clips"], "machine": runs[0]["machine"],
+                        "seconds": statistics.mean(run["seconds"] for run in runs)})
+        of_table = [r for r in out if r["table"] == table]
+        metrics = list(of_table[0]["scores"])
+        print(f"\n| {table} | seeds | {' | '.join(metrics)} |\n|{'---|' * (len(metrics) + 2)}")
+        for r in of_table:
+            print(f"| {r['row']} | {r['seeds']} | " + " | ".join(f"{r['scores'][m]['mean']:.3f}" for m in metrics) + " |")
     return out
 
 
@@ -139,12 +201,13 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--budget", default="{}", help="JSON of mga_clap flags that change both methods alike")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where finished runs are kept")
     parser.add_argument("--json", help="write the list of claims to this file")
+    parser.add_argument("--runs", default=str(ROOT / "runs" / "claims"), help="where checkpoints are kept")
+    parser.add_argument("--compare", action="store_true", help="all methods of the paper's Table 4 (seeds: up to 3 for CLAP and MGA-CLAP)")
+    parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
     args = parser.parse_args(argv)
-    claims = [c for name in ([args.method] if args.method != "all" else METHODS) for c in METHODS[name](args)]
-    print(f"\n| metric | {claims[0]['baseline']} | {claims[0]['method']} | chance | claim |\n|---|---|---|---|---|")
-    for c in claims:
-        print(f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
-              f"| {c['chance']:.3f} | {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |")
+    names = [args.method] if args.method != "all" else METHODS
+    tables = args.compare or args.ablation
+    claims = [c for name in names for c in (tables_mga_clap if tables else METHODS[name])(args)]
     if args.json:
         common.write_lines(Path(args.json), [json.dumps(claims, indent=1)])
     return claims

@@ -229,3 +229,110 @@ def test_paper_size_has_the_paper_dimensions():
     encoder = sum(p.numel() for p in model.audio_encoder.parameters())
     assert 27e6 < encoder < 28.5e6  # HTS-AT without its tagging heads
     assert model.audio_encoder.n_frames == 32 and model.audio_encoder.out_dim == 768
+
+
+def slow_pair_score(method, frames, words, temperature):
+    """One clip's frames (T, D) and one caption's words (L, D), by the sentences of the papers."""
+    cos = frames @ words.T  # (T, L)
+    if method == "uaca":
+        return sum(cos[t, n] for t in range(len(frames)) for n in range(len(words))) / cos.numel()
+    if method == "wstag":
+        return sum(max(cos[t, n] for t in range(len(frames))) for n in range(len(words))) / len(words)
+    text = sum(words) / len(words)
+    text = text / text.norm()
+    weights = [math.exp(float(f @ text) / temperature) for f in frames]
+    pooled = sum(w * f for w, f in zip(weights, frames)) / sum(weights)
+    return pooled @ text / pooled.norm()
+
+
+@pytest.mark.parametrize("method", ["uaca", "wstag", "pacl"])
+def test_compared_methods_equal_a_slow_reading_with_padding(method):
+    torch.manual_seed(0)
+    n_frames, n_words = [3, 5, 2], [4, 1]
+    frames, words = torch.zeros(3, 5, 6), torch.zeros(2, 4, 6)
+    for i, n in enumerate(n_frames):
+        frames[i, :n] = torch.nn.functional.normalize(torch.randn(n, 6), dim=-1)
+    for j, n in enumerate(n_words):
+        words[j, :n] = torch.nn.functional.normalize(torch.randn(n, 6), dim=-1)
+    got = mga_clap.PAIRWISE[method](frames, words, torch.tensor(0.2))
+    for i, t in enumerate(n_frames):
+        for j, n in enumerate(n_words):
+            expected = float(slow_pair_score(method, frames[i, :t], words[j, :n], 0.2))
+            assert float(got[i, j]) == pytest.approx(expected, abs=1e-5), (i, j)
+
+
+def slow_atst(encoder, log_mel):
+    """ATST-Frame block by block for one clip (64, T_mel), attention written out."""
+    state, F = {k: v.double() for k, v in encoder.state_dict().items()}, torch.nn.functional
+    dim, heads = encoder.out_dim, encoder.blocks[0].attn.heads
+    T = log_mel.shape[1] // 4
+    tokens = torch.stack([torch.cat([log_mel[m, 4 * t:4 * t + 4] for m in range(64)]) for t in range(T)]).double()
+    x = tokens @ state["patch_embed.weight"].T + state["patch_embed.bias"]
+    x = torch.stack([x[t] + state["pos_embed"][0, t + 1] for t in range(T)])
+    for i, block in enumerate(encoder.blocks):
+        part = lambda name: state[f"blocks.{i}.{name}"]  # noqa: E731
+        y = F.layer_norm(x, (dim,), part("norm1.weight"), part("norm1.bias"), 1e-6)
+        q, k, v = (y @ part("attn.qkv.weight").T).split(dim, -1)
+        if not block.locality:
+            mixed = []
+            for h in range(heads):
+                of = slice(h * dim // heads, (h + 1) * dim // heads)
+                weight = ((q[:, of] @ k[:, of].T) / math.sqrt(dim // heads)).softmax(-1)
+                mixed.append(weight @ v[:, of])
+            v = torch.cat(mixed, -1)
+        x = x + v @ part("attn.proj.weight").T + part("attn.proj.bias")
+        y = F.layer_norm(x, (dim,), part("norm2.weight"), part("norm2.bias"), 1e-6)
+        y = F.gelu(y @ part("mlp.fc1.weight").T + part("mlp.fc1.bias"))
+        x = x + y @ part("mlp.fc2.weight").T + part("mlp.fc2.bias")
+    return F.layer_norm(x, (dim,), state["norm_frame.weight"], state["norm_frame.bias"], 1e-6)
+
+
+@pytest.mark.parametrize("locality_blocks", [0, 1])
+def test_atst_frame_equals_a_slow_reading(locality_blocks):
+    torch.manual_seed(0)
+    encoder = mga_clap.ATSTFrame(24, 2, 3, locality_blocks=locality_blocks).eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    log_mel = torch.randn(2, 64, 43)  # 10 tokens, 3 frames left over
+    got = encoder(log_mel)
+    assert got.shape == (2, 10, 24)
+    for clip, one in zip(got, log_mel):
+        assert (clip - slow_atst(encoder, one)).abs().max() < 1e-5
+
+
+def test_atst_mel_by_hand_and_alone_as_in_a_batch():
+    mel = mga_clap.ATSTMel()
+    t = torch.arange(16000) / 16000
+    loud, quiet = torch.sin(2 * math.pi * 1000 * t), 1e-4 * torch.sin(2 * math.pi * 1000 * t)
+    both = mel(torch.stack([loud, quiet]))
+    assert both.shape == (2, 64, 101)
+    assert torch.equal(both[1], mel(quiet[None])[0])  # top_db is of the clip, not of the batch
+    # HTK mel scale, 64 triangles between 60 and 7800 Hz: 1000 Hz lies in bin 23 or 24 of 0..63
+    to_mel = lambda hz: 2595 * math.log10(1 + hz / 700)  # noqa: E731
+    position = (to_mel(1000) - to_mel(60)) / (to_mel(7800) - to_mel(60)) * 65 - 1
+    assert abs(both[0, :, 50].argmax().item() - position) <= 0.75
+    # 80 dB below the loudest bin is the floor; 40 dB in amplitude 1e-4 -> 80 dB between the two maxima
+    assert (both[0].max() - both[0].min()).item() == pytest.approx(2 * 80 / (50.6842 + 79.6482), abs=1e-4)
+    assert (both[0].max() - both[1].max()).item() == pytest.approx(2 * 80 / (50.6842 + 79.6482), abs=1e-3)
+
+
+def test_a_file_with_atst_frames_published_names_and_shapes_loads(tmp_path):
+    state = {"model.teacher.encoder.patch_embed.patch_embed.weight": torch.randn(768, 256),
+             "model.teacher.encoder.patch_embed.patch_embed.bias": torch.randn(768),
+             "model.teacher.encoder.pos_embed": torch.randn(1, 251, 768), "model.teacher.encoder.mask_embed": torch.randn(768),
+             "model.teacher.encoder.norm_frame.weight": torch.randn(768), "model.teacher.encoder.norm_frame.bias": torch.randn(768),
+             "model.teacher.projector.0.weight": torch.randn(3, 3), "model.student.encoder.pos_embed": torch.randn(1, 251, 768)}
+    for i in range(12):
+        for name, shape in (("norm1.weight", 768), ("norm1.bias", 768), ("attn.qkv.weight", (2304, 768)), ("attn.proj.weight", (768, 768)),
+                            ("attn.proj.bias", 768), ("norm2.weight", 768), ("norm2.bias", 768), ("mlp.fc1.weight", (3072, 768)),
+                            ("mlp.fc1.bias", 3072), ("mlp.fc2.weight", (768, 3072)), ("mlp.fc2.bias", 768)):
+            state[f"model.teacher.encoder.blocks.{i}.{name}"] = torch.zeros(shape) + i
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "atstframe_base.ckpt")
+    encoder = mga_clap.ATSTFrame(locality_blocks=1)
+    mga_clap.load_atst(encoder, str(tmp_path / "atstframe_base.ckpt"))
+    assert torch.equal(encoder.patch_embed.weight, state["model.teacher.encoder.patch_embed.patch_embed.weight"])
+    assert encoder.blocks[11].attn.qkv.weight[0, 0] == 11 and encoder.n_frames == 250
+    del state["model.teacher.encoder.norm_frame.bias"]
+    torch.save({"state_dict": state}, tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match="norm_frame.bias"):
+        mga_clap.load_atst(encoder, str(tmp_path / "cut.ckpt"))

@@ -39,7 +39,7 @@ def embeddings(mga_run, corpus):
 
 
 def test_results_follow_the_contract(results):
-    assert set(results) == {"retrieval", "classification", "tagging", "frames"}
+    assert set(results) == {"retrieval", "classification", "tagging", "frames", "sed", "grounding"}
     for r in results.values():
         assert {"protocol", "settings", "n_clips", "n_captions", "n_classes", "scores"} <= set(r)
         for s in r["scores"].values():
@@ -132,7 +132,7 @@ def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
         bootstrap, crop, split, window_s, checkpoint, data, prompt = 0, "all", "test", 10.0, "x", ["y"], "{}"
     rows = [{"labels": [x], "where": "x"} for x in "012"] + [{"labels": ["0", "1"], "where": "x"}]
     audio = np.array([[1, 0, 0], [0.5, 0.5, 0], [0, 0.1, 0.9], [1, 1, 0]], np.float32)
-    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio}, ["0", "1", "2"], Args)
+    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1", "2"], Args)
     assert out["scores"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["settings"]["left_out"].startswith("1 clip")
 
 
@@ -145,7 +145,7 @@ def test_folds_are_averaged_when_they_are_unequal():
         bootstrap, crop, split, window_s, checkpoint, data, prompt = 0, "all", "test", 10.0, "x", ["y"], "{}"
     rows = [{"labels": ["0"], "fold": f, "where": "x"} for f in (1, 1, 1, 2)]
     audio = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
-    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio}, ["0", "1"], Args)
+    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1"], Args)
     assert out["scores"]["accuracy"]["value"] == 0.75 and out["scores"]["mean_of_folds"]["value"] == pytest.approx((2 / 3 + 1) / 2)
 
 
