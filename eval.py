@@ -361,6 +361,83 @@ def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+
+def pyplot():
+    """matplotlib without a screen, or one sentence on how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def clip_order(clips, class_embeds, classes, frame_s) -> list[int]:
+    """Clips with events in some but not all frames, best first: mean over the clip's classes of the
+    average precision of that class's cosine over the clip's own frames."""
+    quality = {}
+    for i, (row, frame_embeds) in enumerate(zip(clips["rows"], clips["frame_embeds"])):
+        targets = common.frame_targets(row, classes, len(frame_embeds), frame_s)
+        usable = targets.any(0) & ~targets.all(0)
+        if usable.any():
+            quality[i] = float(np.mean(common.class_average_precisions((frame_embeds @ class_embeds.T)[:, usable], targets[:, usable])))
+    return sorted(quality, key=quality.get, reverse=True)
+
+
+def plot_frames(model, clips, classes, args, folder: Path) -> list[Path]:
+    """Cosine of frames to the prompt of each class that sounds, over time, the true events shaded.
+
+    The two best and the two worst clips by `clip_order`: a rule, not a choice by hand. As Fig. 1, 8
+    and 9 of MGA-CLAP.
+    """
+    plt, class_embeds = pyplot(), common.embed_texts(model, class_prompts(classes, args))
+    order, paths = clip_order(clips, class_embeds, classes, model.frame_s), []
+    for label, i in [*((f"best{k + 1}", i) for k, i in enumerate(order[:2])), *((f"worst{k + 1}", i) for k, i in enumerate(order[:1:-1][:2]))]:
+        row, cosines = clips["rows"][i], clips["frame_embeds"][i] @ class_embeds.T
+        names = [c for c in classes if any(e["label"] == c for e in row["events"])]
+        figure, axes = plt.subplots(len(names), 1, figsize=(8, 1.2 + 1.6 * len(names)), sharex=True, squeeze=False, layout="constrained")
+        centre = (np.arange(len(cosines)) + 0.5) * model.frame_s
+        for axis, name in zip(axes[:, 0], names):
+            axis.step(centre, cosines[:, classes.index(name)], where="mid")
+            for event in row["events"]:
+                if event["label"] == name:
+                    axis.axvspan(event["onset"], event["offset"], alpha=0.25, color="tab:green", lw=0)
+            axis.set_ylabel("cosine")
+            axis.set_title(repr(args.prompt.format(name.replace("_", " "))) + ", true event shaded", fontsize=9, loc="left")
+        axes[-1, 0].set_xlabel("time (s)")
+        axes[-1, 0].set_xlim(0, row.get("duration") or len(cosines) * model.frame_s)
+        figure.suptitle(f"{label}: {Path(row['audio']).name}", fontsize=10)
+        paths.append(folder / f"frames_{label}.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
+    """Loss, in-batch R@1 and whatever else the run logged beside the checkpoint."""
+    path = Path(checkpoint).parent / "log.jsonl"
+    if not path.exists():
+        return []
+    plt, lines = pyplot(), [json.loads(line) for line in path.read_text().splitlines()]
+    keys = [k for k in lines[0] if k not in ("step", "epoch", "ln_B", "skipped", "pairs_per_s")]
+    figure, axes = plt.subplots(len(keys), 1, figsize=(7, 1.7 * len(keys)), sharex=True, squeeze=False, layout="constrained")
+    for axis, key in zip(axes[:, 0], keys):
+        axis.plot([line["step"] for line in lines], [line[key] for line in lines])
+        axis.set_ylabel(key)
+        if key == "loss" and "ln_B" in lines[0]:
+            axis.axhline(lines[0]["ln_B"], color="gray", ls=":", label="ln B (chance)")
+            axis.legend()
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(folder / "learning.png", dpi=110)
+    plt.close(figure)
+    return [folder / "learning.png"]
+
+
+# ------------------------------------------------------------------------------------------------
 # Shared by the protocols
 # ------------------------------------------------------------------------------------------------
 
@@ -420,6 +497,12 @@ def main(args) -> list[dict]:
         raise ValueError(f"--prompt {args.prompt!r}: must hold {{}} where the class name goes")
     if args.json and not os.access(Path(args.json).absolute().parent, os.W_OK):
         raise PermissionError(f"--json {args.json}: its folder does not exist or cannot be written")
+    if args.plot:
+        pyplot()
+        try:
+            Path(args.plot).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(f"--plot {args.plot}: this folder cannot be made ({error.strerror})") from None
     model = load_model(args.checkpoint, args.text_model).to(device)
     args.window_s = model.window_s
     rows = common.read_manifest(args.data)
@@ -454,6 +537,16 @@ def main(args) -> list[dict]:
             print(f"\n{name}: not run, {error}")
     if args.json:
         common.write_lines(Path(args.json), [json.dumps(results, indent=1)])
+    if args.plot:
+        folder = Path(args.plot)
+        paths = plot_learning(args.checkpoint, folder)
+        if frame_embeds is not None and any(row.get("events") for row in clips["rows"]):
+            paths += plot_frames(model, clips, classes, args, folder)
+        script = importlib.import_module(type(model).__module__)
+        if hasattr(script, "plot") and classes:
+            order = clip_order(clips, common.embed_texts(model, class_prompts(classes, args)), classes, model.frame_s) if frame_embeds else [0]
+            paths += script.plot(model, clips["rows"][order[0]], class_prompts(classes, args), folder, pyplot())
+        print("\npictures: " + " ".join(str(path) for path in paths))
     return results
 
 
@@ -474,6 +567,7 @@ def parse(argv=None):
     parser.add_argument("--max-bad", type=float, default=0.05, help="largest share of unreadable files")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--plot", help="draw pictures into this folder (needs matplotlib)")
     return parser.parse_args(argv)
 
 

@@ -708,6 +708,76 @@ def selection_score(model, val_rows, say, step) -> float:
 
 
 # ------------------------------------------------------------------------------------------------
+# Pictures (eval.py --plot)
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def last_block_maps(model: Model, waveform):
+    """Who looks at whom in the encoder's last block, were it ordinary attention? (Fig. 3)
+
+    waveform (1, S) -> query-key attention (T, T), mean over heads; value-value cosine (T, T), mean
+    over heads. HTS-AT's two halves of the band are averaged.
+    """
+    captured = {}
+    atst = isinstance(model.audio_encoder, ATSTFrame)
+    block = model.audio_encoder.blocks[-1] if atst else model.audio_encoder.layers[-1].blocks[-1]
+    handle = block.norm1.register_forward_hook(lambda module, given, out: captured.update(x=out))
+    with common.evaluating(model):
+        model.frame_feats(waveform)
+    handle.remove()
+    x, heads = captured["x"][:1].float(), block.attn.heads  # (1, L, C)
+    q, k, v = block.attn.qkv(x).view(x.shape[1], 3, heads, -1).permute(1, 2, 0, 3)  # (heads, L, C / heads)
+    attention = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1).mean(0)
+    v = F.normalize(v, dim=-1)
+    maps = [attention, (v @ v.transpose(1, 2)).mean(0)]
+    if not atst:  # cell (row, column) of the grid, rows = chunk x frequency -> frame = chunk x column
+        stage, chunks = model.audio_encoder.layers[-1], model.audio_encoder.chunks
+        G, f = stage.grid, stage.grid // chunks
+        maps = [m.view(chunks, f, G, chunks, f, G).mean((1, 4)).reshape(chunks * G, chunks * G) for m in maps]
+        maps[0] = maps[0] * f  # rows sum to 1 again
+    return [m.cpu().numpy() for m in maps]
+
+
+def plot(model: Model, row: dict, class_names: list[str], folder: Path, plt) -> list[Path]:
+    """Pictures of one clip (its first window): Fig. 3 and, with a codebook, Fig. 7 -> their paths."""
+    device = model.temperature.device
+    waveform = torch.from_numpy(common.read_audio(row["audio"], model.sample_rate, WINDOW_S))[None]
+    waveform = F.pad(waveform, (0, int(WINDOW_S * model.sample_rate) - waveform.shape[1])).to(device)
+    end_s, paths = model.frame_s * model.audio_encoder.n_frames, [folder / "last_block.png"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, values, title in zip(axes, last_block_maps(model, waveform), ("query-key attention", "value-value cosine")):
+        figure.colorbar(axis.imshow(values, extent=(0, end_s, end_s, 0)), ax=axis)
+        axis.set(title=f"{title}, last block", xlabel="time attended to (s)", ylabel="time (s)")
+    figure.suptitle(Path(row["audio"]).name + (", a locality-aware block: query and key are not used"
+                                               if model.cfg.locality_blocks else ""), fontsize=10)
+    figure.savefig(paths[0], dpi=110)
+    plt.close(figure)
+    if model.cfg.aggregator == "codebook":
+        with common.evaluating(model), torch.no_grad():
+            frames = model.frame_feats(waveform)
+            weights = codebook_weights(frames, model.codebook, model.eta, None, model.cfg.affinity, model.cfg.sparsity, float("-inf"))[0]
+            cosines = F.normalize(model.codebook, dim=-1) @ model.embed_text(class_names).T  # (K, classes)
+            activity = (frames[0].float() @ model.codebook.T / model.eta).cpu().numpy()  # (T, K)
+        top = weights.argsort(descending=True)[:5].tolist()
+        figure, axes = plt.subplots(len(top), 1, figsize=(8, 1.4 * len(top)), sharex=True, squeeze=False, layout="constrained")
+        for axis, codeword in zip(axes[:, 0], top):
+            nearest = cosines[codeword].argsort(descending=True)[:3].tolist()
+            axis.step((np.arange(len(activity)) + 0.5) * model.frame_s, activity[:, codeword], where="mid")
+            for event in row.get("events", []):
+                axis.axvspan(event["onset"], event["offset"], alpha=0.15, color="tab:green", lw=0)
+            axis.set_title(f"codeword {codeword}, weight {weights[codeword]:.3f}, nearest: " + ", ".join(
+                f"{class_names[c]} ({cosines[codeword, c]:.2f})" for c in nearest), fontsize=9, loc="left")
+        axes[-1, 0].set_xlabel("time (s); events shaded: " + ", ".join(f"{e['label']} {e['onset']:.1f}-{e['offset']:.1f}" for e in row.get("events", [])))
+        figure.supylabel("affinity", fontsize=9)
+        figure.suptitle(f"the five heaviest codewords of {Path(row['audio']).name}", fontsize=10)
+        paths.append(folder / "codewords.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------
 # Entry point
 # ------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 import bench  # noqa: E402
 import common  # noqa: E402
+import eval as evaluator  # noqa: E402
 import mga_clap  # noqa: E402
 
 # Same encoder, start, data, steps and learning rate; only the method differs.
@@ -129,18 +130,20 @@ def run_mga_clap(flags: dict, seed: int, args) -> dict:
             common.write_lines(folder / "seconds.json", [json.dumps(seconds)])
         seconds = json.loads((folder / "seconds.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        scores, chance, n_clips = test_scores(mga_clap.Model.from_checkpoint(folder / "best.pt"), args.data)
+        scores, chance, n_clips = test_scores(folder / "best.pt", args.data)
         return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(),
                 "final_loss": log[-1]["loss"], "active_codewords": log[-1]["active_codewords"]}
 
     return stored("mga_clap" if cfg.aggregator == "codebook" else cfg.aggregator.replace("mean", "clap"), settings, results, run)
 
 
-def test_scores(model, data: list[str]) -> tuple[dict, dict, int]:
+def test_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict, int]:
     """Every protocol of eval.py that the scenes have labels for, on the test split -> scores, chance, clips."""
-    rows = [row for row in common.read_manifest(data) if row.get("split") == "test"]
-    scores, chance = mga_clap.validate(model, rows, common.read_classes(data, rows))
-    return scores, chance, len(rows)
+    results = evaluator.main(evaluator.parse([str(checkpoint), "--data", *data, "--split", "test", "--bootstrap", "0"]))
+    prefix = {"tagging": "tagging_", "frames": "frame_"}
+    scores = {prefix.get(r["protocol"], "") + name: s["value"] for r in results for name, s in r["scores"].items()}
+    chance = {prefix.get(r["protocol"], "") + name: value for r in results for name, value in r["chance"].items()}
+    return scores, chance, results[0]["n_clips"]
 
 
 def spread(runs: list[dict], metric: str) -> tuple[float, float]:

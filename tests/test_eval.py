@@ -189,3 +189,74 @@ def test_every_protocol_docstring_names_its_source():
         text = function.__doc__
         assert name == function.__name__ and ("Source:" in text or "papers" in text)
     assert list(itertools.islice(evaluate.PROTOCOLS, 1)) == ["retrieval"]
+
+
+def test_pictures_are_drawn_and_their_numbers_are_right(mga_run, corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    import matplotlib.image
+    import mga_clap
+    run(mga_run[0] / "best.pt", corpus, "--protocol", "sed", "--bootstrap", 0, "--plot", tmp_path / "pics")
+    printed = capsys.readouterr().out
+    for name in ("learning", "frames_best1", "frames_worst1", "last_block", "codewords"):
+        image = matplotlib.image.imread(tmp_path / "pics" / f"{name}.png")
+        assert image[..., :3].std() > 0.05 and f"{name}.png" in printed, name
+
+    model = mga_clap.Model.from_checkpoint(mga_run[0] / "best.pt")
+    waveform = torch.randn(1, 320000) * 0.1
+    attention, values = mga_clap.last_block_maps(model, waveform)
+    assert attention.shape == values.shape == (32, 32)
+    assert np.allclose(attention.sum(1), 1, atol=1e-5) and (np.abs(values) <= 1 + 1e-5).all()
+    # one cell by hand: frame 3 = chunk 0, column 3; frame 13 = chunk 1, column 5 of the 8 x 8 grid, two rows each
+    block, caught = model.audio_encoder.layers[-1].blocks[-1], {}
+    block.norm1.register_forward_hook(lambda module, given, out: caught.update(x=out[0]))
+    with torch.no_grad(), common.evaluating(model):
+        model.frame_feats(waveform)
+        q, k, v = block.attn.qkv(caught["x"]).view(64, 3, block.attn.heads, -1).unbind(1)
+    expected_a = expected_v = 0.0
+    for h in range(block.attn.heads):
+        soft = torch.softmax(q[:, h] @ k[:, h].T / q.shape[-1] ** 0.5, -1)
+        cells, others = [3, 11], [2 * 8 + 5, 3 * 8 + 5]
+        expected_a += sum(soft[a, b].item() for a in cells for b in others) / 2 / block.attn.heads
+        expected_v += sum(torch.cosine_similarity(v[a, h], v[b, h], 0).item() for a in cells for b in others) / 4 / block.attn.heads
+    assert attention[3, 13] == pytest.approx(expected_a, abs=1e-5) and values[3, 13] == pytest.approx(expected_v, abs=1e-5)
+
+    eye = np.eye(2, dtype=np.float32)
+    event = {"label": "a", "onset": 0.0, "offset": 1.0}
+    clips = {"rows": [{"events": [event]}, {"events": [event]}, {"events": []}],
+             "frame_embeds": [eye[[1, 0, 1]], eye[[0, 1, 1]], eye[[0, 0, 0]]]}
+    assert evaluate.clip_order(clips, eye, ["a", "b"], 1.0) == [1, 0]
+
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib"):
+        run(mga_run[0] / "best.pt", corpus, "--protocol", "sed", "--plot", tmp_path / "pics")
+
+
+@pytest.mark.parametrize("encoder, aggregator", [("atst", "codebook"), ("htsat", "wstag"), ("atst", "pacl"), ("htsat", "uaca")])
+def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(corpus, tmp_path, encoder, aggregator):
+    import mga_clap
+    from conftest import SMALL
+    local = {} if aggregator == "codebook" else dict(locality_blocks=0, hard_negatives=False)
+    given = dict(data=[str(corpus)], name="a", runs=str(tmp_path), **{**SMALL, "epochs": 1, "save_steps": 1, **local})
+    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, encoder=encoder, aggregator=aggregator, **given)
+    result = mga_clap.main(cfg)
+    model = evaluate.load_model(tmp_path / "a" / "best.pt")
+    assert model.sample_rate == (16000 if encoder == "atst" else 32000)
+    assert model.frame_s == pytest.approx(0.04 if encoder == "atst" else 0.3125)
+    out = {r["protocol"]: r for r in run(tmp_path / "a" / "best.pt", corpus, "--bootstrap", 0, "--split", "val")}
+    assert out["retrieval"]["scores"]["t2a_R@1"]["value"] == pytest.approx(result["scores"]["t2a_R@1"])
+    assert out["tagging"]["scores"]["mAP"]["value"] == pytest.approx(result["scores"]["tagging_mAP"], abs=1e-6)
+    assert "PSDS1" in out["sed"]["scores"]
+
+    rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "test"][:3]
+    waveforms = [torch.from_numpy(common.read_audio(r["audio"], model.sample_rate)) for r in rows]
+    batch, n_samples = common.pad_batch([w.numpy() for w in waveforms])
+    together = model.embed_frames(batch, n_samples)
+    for i, w in enumerate(waveforms):  # neither padding nor the company changes a frame
+        alone = model.embed_frames(w[None])[0]
+        assert (together[i, :len(alone)] - alone).abs().max() < 1e-5
+    if aggregator != "codebook":  # pair scores: alone as in company, and as the training's similarity
+        frames = [f.numpy() for f in together]
+        texts = [c for r in rows for c in r["captions"]]
+        scores = model.pair_scores(frames, texts)
+        assert scores.shape == (3, len(texts))
+        assert scores[1, 2] == pytest.approx(float(model.pair_scores(frames[1:2], texts[2:3])[0, 0]), abs=1e-5)

@@ -1,4 +1,5 @@
 """The evidence scripts and the README's first command, in miniature."""
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 
 import bench
 import claims
+import common
 import mga_clap
 from conftest import ROOT, SMALL
 
@@ -19,7 +21,9 @@ def test_bench_prints_and_writes_what_other_tools_read(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text()) == out
     for r in out:
         assert set(r) == {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine", "settings"}
-        assert r["ratio"] == pytest.approx(r["peer"] / r["ours"])
+        assert r["ratio"] == (pytest.approx(r["peer"] / r["ours"]) if r["peer"] else None)
+    merged = bench.main(["htsat", "--tiny", "--json", str(tmp_path / "b.json")])
+    assert {r["name"] for r in json.loads((tmp_path / "b.json").read_text())} == {r["name"] for r in out} and len(merged) == 1
 
 
 @pytest.mark.parametrize("start", ["random", "tagging"])
@@ -27,7 +31,7 @@ def test_claims_run_store_and_continue(corpus, tmp_path, monkeypatch, start):
     monkeypatch.setattr(claims.tagging_start, "__defaults__", (3,))  # steps
     budget = {k: v for k, v in SMALL.items() if k != "size"} | {"epochs": 1}
     flags = ["mga_clap", "--data", str(corpus), "--seeds", "2", "--budget", json.dumps(budget), "--start", start, "--results", str(tmp_path),
-             "--json", str(tmp_path / "c.json")]
+             "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "c.json")]
     out = claims.main(flags)
     assert len(list(tmp_path.glob("run_*.json"))) == 4
     keys = {"claim", "method", "baseline", "metric", "method_mean", "method_std", "baseline_mean", "baseline_std", "seeds", "holds",
@@ -39,16 +43,44 @@ def test_claims_run_store_and_continue(corpus, tmp_path, monkeypatch, start):
         assert c["method_mean"] == pytest.approx(sum(r["scores"][c["metric"]] for r in runs) / 2)
     monkeypatch.setattr(mga_clap, "main", None)  # a second call trains nothing
     assert claims.main(flags) == out
+    for path in tmp_path.glob("run_*.json"):  # nor does scoring again
+        path.unlink()
+    assert claims.main(flags) == out
 
 
-@pytest.mark.parametrize("name", ["claims_mga_clap", "claims_mga_clap_random_start"])
-def test_stored_claims_follow_from_the_stored_runs(name):
-    for c in json.loads((RESULTS / f"{name}.json").read_text()):
-        for role in ("method", "baseline"):
-            runs = [json.loads(p.read_text()) for p in RESULTS.glob(f"run_{c[role]}_*.json")]
-            runs = [r for r in runs if r["settings"]["start"] == c["start"]]
-            assert len(runs) == c["seeds"]
-            assert c[f"{role}_mean"] == pytest.approx(sum(r["scores"][c["metric"]] for r in runs) / len(runs))
+def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
+    budget = {k: v for k, v in SMALL.items() if k not in ("size", "codewords", "eval_epochs")} | {"epochs": 1}
+    flags = ["mga_clap", "--data", str(corpus), "--budget", json.dumps(budget), "--start", "random", "--results", str(tmp_path),
+             "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "c.json")]
+    monkeypatch.setattr(claims, "MGA_COMPARE", {k: v for k, v in claims.MGA_COMPARE.items() if "windowed" not in k})
+    out = claims.main([*flags, "--compare"])
+    assert [r["row"] for r in out] == ["CLAP", "UACA", "WSTAG", "PACL", "MGA-CLAP"] and json.loads((tmp_path / "c.json").read_text()) == out
+    assert all(set(r["scores"]) == set(claims.METRICS) for r in out) and all(r["seeds"] == 1 for r in out)
+    assert len({round(r["scores"]["t2a_R@5"]["mean"], 9) + r["scores"]["PSDS2_st0"]["mean"] for r in out}) > 2  # they are different models
+    out = claims.main([*flags, "--ablation", "aggregation"])
+    assert [r["row"] for r in out] == ["max, sparsemax", "mean, sparsemax", "max, softmax"]
+    for rows in claims.MGA_ABLATIONS.values():  # every row names flags that exist
+        for row in rows.values():
+            common.configure(mga_clap.Config, mga_clap.PRESETS, data=["x"], **row)
+
+
+def test_stored_claims_and_tables_follow_from_the_stored_runs():
+    runs = [json.loads(p.read_text()) for p in RESULTS.glob("run_*.json")]
+
+    def mean(name, metric, seeds, **flags):
+        cfg = dataclasses.asdict(common.configure(mga_clap.Config, mga_clap.PRESETS, data=["x"], **{**claims.MGA_BUDGET, **flags}))
+        chosen = [r for r in runs if all(r["settings"][k] == v for k, v in cfg.items() if k in r["settings"] and k != "seed")]
+        chosen = [r for r in chosen if r["settings"]["seed"] < seeds]
+        assert len(chosen) == seeds, (name, len(chosen))
+        return sum(r["scores"][metric] for r in chosen) / seeds
+
+    for c in json.loads((RESULTS / "claims_mga_clap.json").read_text()):
+        for role, flags in (("method", {}), ("baseline", claims.CLAP)):
+            assert c[f"{role}_mean"] == pytest.approx(mean(role, c["metric"], c["seeds"], **flags))
+    for name in ("compare_mga_clap", "ablation_mga_clap"):
+        for r in json.loads((RESULTS / f"{name}.json").read_text()):
+            for metric, value in r["scores"].items():
+                assert value["mean"] == pytest.approx(mean(r["row"], metric, r["seeds"], **r["flags"]))
 
 
 def test_the_method_copied_out_trains_on_the_demo_in_an_empty_folder(tmp_path):
