@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import difflib
 import fractions
 import functools
@@ -843,13 +844,13 @@ class TextEncoder(nn.Module):
 
     Args
         model: transformers encoder; tokenizer: its fast tokenizer; max_tokens: captions are cut
-        there, special tokens included.
+        there, special tokens included; pooler: keep the encoder's pooling layer, for a caller that uses it.
     """
 
-    def __init__(self, model, tokenizer, max_tokens: int):
+    def __init__(self, model, tokenizer, max_tokens: int, pooler: bool = False):
         super().__init__()
-        if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # no paper here uses it; an unused layer would stop DDP
+        if getattr(model, "pooler", None) is not None and not pooler:
+            model.pooler = None  # an unused layer would stop DDP
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.out_dim = model.config.hidden_size
 
@@ -881,7 +882,7 @@ def _quiet_transformers():
     return transformers
 
 
-def text_encoder_from_pretrained(name: str, max_tokens: int) -> TextEncoder:
+def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = False) -> TextEncoder:
     """From a hub id or a local folder, e.g. "bert-base-uncased"."""
     transformers = _quiet_transformers()
     try:
@@ -891,7 +892,7 @@ def text_encoder_from_pretrained(name: str, max_tokens: int) -> TextEncoder:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--text-model {name}: not a local folder and not to be had from the hub ({reason}); "
                          "give a folder that holds config.json, weights and tokenizer, or connect to a network") from None
-    return TextEncoder(model, tokenizer, max_tokens)
+    return TextEncoder(model, tokenizer, max_tokens, pooler)
 
 
 def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads: int, max_tokens: int,
@@ -965,11 +966,12 @@ def sparsemax(z):
 # ------------------------------------------------------------------------------------------------
 
 
-def retrieval_ranks(sim: np.ndarray, owner: np.ndarray) -> dict:
+def retrieval_ranks(sim, owner: np.ndarray, n_clips: int | None = None, block: int = 512) -> dict:
     """Ranks (0 = best) in both directions; a tie counts against the right answer.
 
-    Args: sim (N, Q) cosine, audio in rows; owner (Q,) the clip each caption belongs to, any number
-        of captions a clip, in any order.
+    Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (then
+        with n_clips; called twice for every block, so only a block is ever held); owner (Q,) the clip
+        each caption belongs to, any number of captions a clip, in any order.
     Returns
         t2a (Q,): rank of the right clip among N, one query a caption.
         a2t (N,): rank of the best of the clip's own captions among all Q.
@@ -977,20 +979,30 @@ def retrieval_ranks(sim: np.ndarray, owner: np.ndarray) -> dict:
             i / (r_i + 1), divided by the number of own captions.
     Clips without a caption are only distractors for t2a and are left out of a2t.
     """
-    if not np.isfinite(sim).all():
-        raise FloatingPointError("some similarities are NaN or infinite; the model's weights are broken")
-    N, Q = sim.shape
-    own = sim[owner, np.arange(Q)]
-    t2a = (sim >= own[None]).sum(0) - 1
-    a2t, ap10 = [], []
-    for clip in np.unique(owner):
-        mine = owner == clip
-        scores = -np.sort(-sim[clip, mine])
-        others = np.sort(sim[clip, ~mine])
-        above = len(others) - np.searchsorted(others, scores, side="left")  # other captions >= mine
-        ranks = above + np.arange(len(scores))
-        a2t.append(ranks[0])
-        ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(scores))
+    rows = sim if callable(sim) else lambda part: sim[part]
+    N, Q = n_clips if callable(sim) else len(sim), len(owner)
+    blocks = [slice(start, min(start + block, N)) for start in range(0, N, block)]
+    by_clip = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=N))[:-1])
+    own, a2t, ap10 = np.empty(Q, np.float32), [], []
+    for part in tqdm(blocks, desc="ranks, audio to text", unit="block", leave=False, delay=2):
+        scores = rows(part)
+        if not np.isfinite(scores).all():
+            raise FloatingPointError("some similarities are NaN or infinite; the model's weights are broken")
+        own = own.astype(scores.dtype, copy=False)
+        for clip, row in zip(range(part.start, part.stop), scores):
+            mine = by_clip[clip]
+            if not len(mine):
+                continue
+            own[mine] = row[mine]
+            best_first = -np.sort(-row[mine])
+            # all captions >= mine, less those own ones that are
+            above = [(row >= s).sum() - (best_first >= s).sum() for s in best_first]
+            ranks = np.array(above) + np.arange(len(mine))
+            a2t.append(ranks[0])
+            ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(mine))
+    t2a = np.full(Q, -1)
+    for part in tqdm(blocks, desc="ranks, text to audio", unit="block", leave=False, delay=2):
+        t2a += (rows(part) >= own).sum(0)
     return {"t2a": t2a, "a2t": np.array(a2t), "a2t_ap10": np.array(ap10)}
 
 
@@ -1291,24 +1303,37 @@ def collate_audio(items):
 
 @torch.no_grad()
 def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", frames=False, desc="embedding audio",
-                quiet=False):
+                quiet=False, cache: Path | None = None):
     """Embed every readable file of `rows`.
 
-    Args: crop "all": every consecutive window; "first": the first window only.
+    Args: crop "all": every consecutive window; "first": the first window only; cache: a folder of
+        this model and crop, where finished batches are kept: an interrupted call continues.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
         frames cut off, or None; bad: error texts of the files left out.
     """
     length_s = model.window_s if crop == "first" else None
     seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
+    found, bad, stored = {}, {}, {}
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        for part in sorted(cache.glob("*.npz")):
+            with np.load(part) as held:
+                for k, key in enumerate(held["keys"].tolist()):
+                    if not frames or f"frames{k}" in held:
+                        stored[key] = held["embeds"][k], held[f"frames{k}"] if frames else None
+        for i, row in enumerate(rows):
+            if file_key(row["audio"]) in stored:
+                found[i] = stored[file_key(row["audio"])]
     batches = [[]]
     for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
+        if i in found:
+            continue
         if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
             batches.append([])
         batches[-1].append(i)
-    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=batches,
+    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=[b for b in batches if b],
                                          num_workers=workers, collate_fn=collate_audio)
-    found, bad = {}, {}
     device = next(model.parameters()).device
     for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=quiet):
         bad.update(errors)
@@ -1319,11 +1344,27 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
         clips = model.embed_frames(waveform, n_samples).cpu().numpy() if frames else [None] * len(indices)
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
             found[i] = embed, clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if frames else None
+        if cache is not None:
+            held = {f"frames{k}": found[i][1] for k, i in enumerate(indices) if frames}
+            keys = [file_key(rows[i]["audio"]) for i in indices]
+            name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + ("_frames" if frames else "")
+            with open(cache / f"{name}.tmp", "wb") as file:
+                np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
+            os.replace(cache / f"{name}.tmp", cache / f"{name}.npz")
     if not found:
         raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[min(bad)] if bad else 'no rows'}")
     kept = sorted(found)
     return (kept, np.stack([found[i][0] for i in kept]), [found[i][1] for i in kept] if frames else None,
             [bad[i] for i in sorted(bad)])
+
+
+def file_key(path) -> str:
+    """Changes when the file does: path, size, time of the last change; empty for a file that is not there."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return ""
+    return f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:

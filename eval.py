@@ -1,6 +1,8 @@
 """Zero-shot evaluation of any checkpoint, one function a protocol, every rule printed with the score.
 
   python eval.py runs/NAME/best.pt --data MANIFEST --protocol all --json scores.json
+  python eval.py A.pt B.pt laion/clap-htsat-unfused --data MANIFEST     (side by side, paired differences)
+  python eval.py embed A.pt --data MANIFEST --out embeds.npz            (embeddings of audio and captions)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
 (text-to-audio grounding), or all that the manifest has labels for.
@@ -9,6 +11,7 @@ consecutive windows whose embeddings are averaged by their seconds and renormali
 the first window only). Scores carry a 95 % bootstrap interval over clips.
 """
 import argparse
+import hashlib
 import importlib
 import json
 import math
@@ -21,7 +24,11 @@ from tqdm import tqdm
 
 import common
 
-METHODS = ("mga_clap",)  # scripts whose Model this file can load
+METHODS = ("mga_clap",)  # scripts whose checkpoints name them
+PROMPTS = {  # class prompts by name (MGA-CLAP: its code, bare names elsewhere; CoLLAT's is assumed)
+    "bare": "{}", "mga_clap": "{} can be heard", "t_clap": "A sound of {}", "cacophony": "This is a sound of {}",
+    "cacophony_scene": "This is a sound on {}", "collat": "This is a sound of {}", "curation_clap": "this is a sound of {}",
+    "laion": "This is a sound of {}"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -42,15 +49,23 @@ def retrieval(model, clips, classes, args) -> dict:
     common.require(clips["rows"], "captions")
     captions = [(i, model.clean_caption(c)) for i, row in enumerate(clips["rows"]) for c in row["captions"]]
     owner = np.array([i for i, _ in captions])
-    sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], [c for _, c in captions])
-    ranks, n = common.retrieval_ranks(sim, owner), len(clips["rows"])
+    texts, n = [c for _, c in captions], len(clips["rows"])
+    if getattr(model, "pairwise", False):
+        ranks = common.retrieval_ranks(common.similarities(model, None, clips["frame_embeds"], texts), owner)
+    else:  # only a block of the N x Q cosines is ever held
+        text_embeds = common.embed_texts(model, texts)
+        ranks = common.retrieval_ranks(lambda part: clips["audio_embeds"][part] @ text_embeds.T, owner, n)
+    captioned = np.unique(owner)
 
     def score(chosen):
         times = np.bincount(chosen, minlength=n)
+        at = np.repeat(np.arange(len(captioned)), times[captioned])
         return common.retrieval_scores({"t2a": np.repeat(ranks["t2a"], times[owner]),
-                                        "a2t": ranks["a2t"][chosen], "a2t_ap10": ranks["a2t_ap10"][chosen]})
+                                        "a2t": ranks["a2t"][at], "a2t_ap10": ranks["a2t_ap10"][at]})
 
-    return result("retrieval", score, n, common.retrieval_chance(owner, n), args, n_captions=len(captions),
+    details = {"t2a": [{"clip": clips["rows"][i]["audio"], "caption": c, "rank": int(k) + 1} for (i, c), k in zip(captions, ranks["t2a"])],
+               "a2t": [{"clip": clips["rows"][i]["audio"], "rank": int(k) + 1} for i, k in zip(captioned, ranks["a2t"])]}
+    return result("retrieval", score, n, common.retrieval_chance(owner, n), args, n_captions=len(captions), details=details,
                   prompt="captions as written, cleaned by the method", tie_rule="a tie counts against the right answer")
 
 
@@ -75,7 +90,10 @@ def classification(model, clips, classes, args) -> dict:
             scores["mean_of_folds"] = float(np.mean([hit[chosen][folds[chosen] == f].mean() for f in sorted(set(folds[chosen]))]))
         return scores
 
-    return result("classification", score, len(hit), {"accuracy": 1 / len(classes), "mean_of_folds": 1 / len(classes)}, args, n_classes=len(classes), prompt=args.prompt, tie_rule="a tie is a miss",
+    truth = targets[single].argmax(1)
+    details = {"recall": {c: float(hit[truth == k].mean()) for k, c in enumerate(classes) if (truth == k).any()}}
+    return result("classification", score, len(hit), {"accuracy": 1 / len(classes), "mean_of_folds": 1 / len(classes)}, args,
+                  n_classes=len(classes), details=details, prompt=args.prompt, tie_rule="a tie is a miss",
                   left_out=f"{int((~single).sum())} clips without exactly one label")
 
 
@@ -88,7 +106,8 @@ def tagging(model, clips, classes, args) -> dict:
     targets = common.label_targets(clips["rows"], classes)
     sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], class_prompts(classes, args))
     score = lambda chosen: {"mAP": float(np.nanmean(common.class_average_precisions(sim[chosen], targets[chosen])))}  # noqa: E731
-    return result("tagging", score, len(sim), {"mAP": float(targets.mean(0)[targets.any(0)].mean())}, args,
+    details = {"AP": per_class(classes, common.class_average_precisions(sim, targets))}
+    return result("tagging", score, len(sim), {"mAP": float(targets.mean(0)[targets.any(0)].mean())}, args, details=details,
                   n_classes=int(targets.any(0).sum()), prompt=args.prompt, tie_rule="equal scores are one threshold")
 
 
@@ -105,19 +124,20 @@ def frames(model, clips, classes, args) -> dict:
     occurring = set(classes) & {event["label"] for row in clips["rows"] for event in row.get("events", [])}
     if not occurring:
         raise ValueError("frames: no event's label is in the class list (classes.txt beside the manifest)")
-    chance = {}
+    chance, details = {}, {}
 
     def score(chosen):
         scores = {}
         for name, centred in (("mAP_raw", False), ("mAP_centred", True)):
-            per_class, level = common.frame_average_precisions(
+            precisions, level = common.frame_average_precisions(
                 [clips["frame_embeds"][i] for i in chosen], class_embeds, [clips["rows"][i] for i in chosen],
                 classes, model.frame_s, centred)
-            scores[name] = float(np.nanmean(per_class))
+            scores[name] = float(np.nanmean(precisions))
             chance.setdefault(name, level)  # of the first call, which is on all clips
+            details.setdefault(name.replace("mAP", "AP"), per_class(classes, precisions))
         return scores
 
-    return result("frames", score, len(clips["rows"]), chance, args, n_classes=len(occurring), prompt=args.prompt,
+    return result("frames", score, len(clips["rows"]), chance, args, n_classes=len(occurring), details=details, prompt=args.prompt,
                   tie_rule="equal scores are one threshold", frame_s=model.frame_s,
                   n_frames=sum(len(f) for f in clips["frame_embeds"]))
 
@@ -164,7 +184,14 @@ def sed(model, clips, classes, args) -> dict:
 
     chance = score(np.arange(len(rows)), random)
     chance |= {f"{k}_centred": v for k, v in chance.items()}
-    return result("sed", score, len(rows), chance, args, n_classes=len(occurring), prompt=args.prompt, frame_s=model.frame_s,
+    details = {}
+    for suffix, given in filtered.items():
+        for name, settings in (("PSDS1", PSDS1), ("PSDS2", PSDS2)):
+            roc = common.psd_roc(given, rows, occurring, model.frame_s, **settings)
+            details[name + suffix] = {c: common.psds([one], 0.0) for c, one in zip(occurring, roc)}
+        details["collar_F1" + suffix] = per_class(occurring, collar_f1(given, rows, occurring, model.frame_s))
+        details["segment_F1" + suffix] = per_class(occurring, segment_f1(given, rows, occurring, model.frame_s))
+    return result("sed", score, len(rows), chance, args, n_classes=len(occurring), details=details, prompt=args.prompt, frame_s=model.frame_s,
                   median=f"{width} frames, {width * model.frame_s:.2f} s", psds1=str(PSDS1), psds2=str(PSDS2),
                   left_out=f"{len(clips['rows']) - len(index)} clips without an event")
 
@@ -442,15 +469,21 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------
 
 
+def per_class(classes, values) -> dict:
+    """Class name -> value, classes without one left out."""
+    return {c: float(v) for c, v in zip(classes, values) if np.isfinite(v)}
+
+
 def class_prompts(classes, args) -> list[str]:
     """The prompt with each class name in it, underscores to spaces."""
     return [args.prompt.format(c.replace("_", " ")) for c in classes]
 
 
-def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, **settings) -> dict:
+def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, details=None, **settings) -> dict:
     """Evaluate `score` on all clips and on bootstrap draws of clips -> the result as --json writes it.
 
-    Args: score: indices of clips (with repeats) -> {name: value}.
+    Args: score: indices of clips (with repeats) -> {name: value}; details: per query and per class.
+    The draws depend on the number of clips only, so that those of two models are paired.
     """
     start = time.perf_counter()
     values = score(np.arange(n_clips))
@@ -466,7 +499,18 @@ def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, **
     settings = {"crop": f"zero-padded to {args.window_s:g} s; {window}", "split": args.split, "bootstrap_draws": len(draws),
                 "checkpoint": str(args.checkpoint), "data": args.data, **settings}
     return {"protocol": protocol, "settings": settings, "n_clips": n_clips, "n_captions": n_captions, "n_classes": n_classes,
-            "scores": scores, "chance": {k: chance[k] for k in scores}}
+            "scores": scores, "chance": {k: chance[k] for k in scores}, "details": details or {}, "draws": draws}
+
+
+def differences(first: dict, other: dict) -> dict:
+    """Score of `other` less that of `first`, both results of one protocol, with the interval of the paired draws."""
+    out = {}
+    for name, s in other["scores"].items():
+        if name in first["scores"]:
+            of_draws = [b[name] - a[name] for a, b in zip(first["draws"], other["draws"])]
+            low, high = np.nanpercentile(of_draws, [2.5, 97.5]) if of_draws else (None, None)
+            out[name] = {"value": s["value"] - first["scores"][name]["value"], "low": low and float(low), "high": high and float(high)}
+    return out
 
 
 def show(r: dict) -> None:
@@ -481,30 +525,71 @@ def show(r: dict) -> None:
         print(f"  {name:<18}{s['value']:>8.3f}  {interval:<16}{r['chance'][name]:>8.3f}")
 
 
-def load_model(path, text_model="bert-base-uncased"):
-    """The Model that a checkpoint names, in evaluation mode; MGA-CLAP's released model.pt needs `text_model`'s tokenizer."""
+def load_model(path, text_model=None):
+    """The Model that a checkpoint, a published file, a folder or a hub id is of, in evaluation mode.
+
+    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt and LAION-CLAP's
+    .pt have theirs (both need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
+    """
+    if not Path(path).is_file():
+        if Path(path).suffix in (".pt", ".pth", ".ckpt") or not (Path(path).is_dir() or str(path).count("/") == 1):
+            raise FileNotFoundError(f"{path}: no such weight file, folder or hub id (owner/name)")
+        return importlib.import_module("t_clap").Model.from_published(path)
     content = common.read_weights(path)
-    if "method" not in content and "codebook" in content.get("model", {}):
-        return importlib.import_module("mga_clap").Model.from_checkpoint(path, text_model)
-    if content.get("method") not in METHODS:
-        raise ValueError(f"{path}: not a checkpoint this evaluator knows (method {content.get('method')!r}; known: {', '.join(METHODS)})")
-    return importlib.import_module(content["method"]).Model.from_checkpoint(path)
+    if content.get("method") in METHODS:
+        return importlib.import_module(content["method"]).Model.from_checkpoint(path)
+    if "codebook" in content.get("model", {}):
+        return importlib.import_module("mga_clap").Model.from_checkpoint(path, text_model or "bert-base-uncased")
+    keys = {str(key).removeprefix("module.") for key in content.get("state_dict", content)}
+    if any(key.startswith("audio_branch.") for key in keys):
+        return importlib.import_module("t_clap").Model.from_published(path, text_model or "roberta-base")
+    raise ValueError(f"{path}: not a checkpoint this evaluator knows (method {content.get('method')!r}; known: {', '.join(METHODS)}, "
+                     "MGA-CLAP's model.pt, LAION-CLAP's .pt, transformers CLAP folders)")
+
+
+def checkpoint_cache(args, checkpoint) -> Path | None:
+    """Folder of --cache for this checkpoint and crop; the same weights elsewhere find it again."""
+    if not args.cache:
+        return None
+    files = [Path(checkpoint)] if Path(checkpoint).is_file() else sorted(Path(checkpoint).glob("*.*"))
+    digest = hashlib.sha256(f"{'' if files else checkpoint}{args.crop}".encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return Path(args.cache) / digest.hexdigest()[:16]
+
+
+def embed_command(args, rows) -> None:
+    """`eval.py embed`: audio_embeds (N, D), audio (N,), text_embeds (Q, D), captions (Q,), owner (Q,) rows of audio -> --out."""
+    model = load_model(args.checkpoint[0], args.text_model).to(common.start_device(args.device))
+    kept, audio_embeds, _, bad = common.embed_files(
+        model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint[0]))
+    for text in bad:
+        print(f"left out: {text}")
+    captions = [(i, model.clean_caption(c)) for i, k in enumerate(kept) for c in rows[k].get("captions", [])]
+    text_embeds = common.embed_texts(model, [c for _, c in captions]) if captions else np.zeros((0, audio_embeds.shape[1]), np.float32)
+    temporary = Path(f"{args.out}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, audio_embeds=audio_embeds, audio=np.array([rows[k]["audio"] for k in kept]), text_embeds=text_embeds,
+                 captions=np.array([c for _, c in captions], dtype=str), owner=np.array([i for i, _ in captions], dtype=int))
+    temporary.replace(args.out)
+    print(f"{args.out}: {len(kept)} clips, {len(captions)} captions, {audio_embeds.shape[1]} dimensions")
 
 
 def main(args) -> list[dict]:
-    device = common.start_device(args.device)
+    common.start_device(args.device)
+    args.prompt = PROMPTS.get(args.prompt, args.prompt)
     if "{}" not in args.prompt:
-        raise ValueError(f"--prompt {args.prompt!r}: must hold {{}} where the class name goes")
-    if args.json and not os.access(Path(args.json).absolute().parent, os.W_OK):
-        raise PermissionError(f"--json {args.json}: its folder does not exist or cannot be written")
+        raise ValueError(f"--prompt {args.prompt!r}: must hold {{}} where the class name goes, or be one of {', '.join(PROMPTS)}")
+    for flag in ("json", "out"):
+        target = getattr(args, flag)
+        if target and not os.access(Path(target).absolute().parent, os.W_OK):
+            raise PermissionError(f"--{flag} {target}: its folder does not exist or cannot be written")
     if args.plot:
         pyplot()
         try:
             Path(args.plot).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PermissionError(f"--plot {args.plot}: this folder cannot be made ({error.strerror})") from None
-    model = load_model(args.checkpoint, args.text_model).to(device)
-    args.window_s = model.window_s
     rows = common.read_manifest(args.data)
     if args.split is None:  # test rows where there are any, else everything
         args.split = "test" if any(row.get("split") == "test" for row in rows) else "all rows"
@@ -512,6 +597,35 @@ def main(args) -> list[dict]:
         rows = [row for row in rows if row.get("split", args.split) == args.split]
         if not rows:
             raise ValueError(f"--split {args.split}: no row of the manifest is in it")
+    if args.command == "embed":
+        return embed_command(args, rows)
+    checkpoints, all_results = args.checkpoint, []
+    for checkpoint in checkpoints:
+        if len(checkpoints) > 1:
+            print(f"\n=== {checkpoint}")
+        args.checkpoint = checkpoint
+        all_results.append(evaluate(args, rows))
+    for other, results in zip(checkpoints[1:], all_results[1:]):
+        print(f"\n{other} less {checkpoints[0]} (paired over clips; * = the interval leaves out 0)")
+        for r in results:
+            first = next((f for f in all_results[0] if f["protocol"] == r["protocol"] and f["n_clips"] == r["n_clips"]), None)
+            if first is None:
+                print(f"  {r['protocol']}: not comparable, the first model was not scored on the same clips")
+                continue
+            r["differences"] = {"to": str(checkpoints[0]), "scores": differences(first, r)}
+            for name, d in r["differences"]["scores"].items():
+                interval = "" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]" + (" *" if d["low"] > 0 or d["high"] < 0 else "")
+                print(f"  {r['protocol'] + ' ' + name:<32}{d['value']:>+8.3f}  {interval}")
+    results = [{k: v for k, v in r.items() if k != "draws"} for of_one in all_results for r in of_one]
+    if args.json:
+        common.write_lines(Path(args.json), [json.dumps(results, indent=1)])
+    return results
+
+
+def evaluate(args, rows) -> list[dict]:
+    """One model on every wanted protocol, printed."""
+    model = load_model(args.checkpoint, args.text_model).to(common.start_device(args.device))
+    args.window_s = model.window_s
     wanted = [args.protocol] if args.protocol != "all" else [
         name for name, (_, key) in PROTOCOLS.items() if any(row.get(key) for row in rows)]
     for name in wanted:
@@ -520,7 +634,8 @@ def main(args) -> list[dict]:
                              f"{args.split} has them")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
-        model, rows, args.batch_size, args.workers, args.crop, frames=getattr(model, "pairwise", False) or bool(FRAME_PROTOCOLS & set(wanted)))
+        model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
+        frames=getattr(model, "pairwise", False) or bool(FRAME_PROTOCOLS & set(wanted)))
     for text in bad:
         print(f"left out: {text}")
     if len(bad) > args.max_bad * len(rows):
@@ -535,8 +650,6 @@ def main(args) -> list[dict]:
             if args.protocol != "all":
                 raise
             print(f"\n{name}: not run, {error}")
-    if args.json:
-        common.write_lines(Path(args.json), [json.dumps(results, indent=1)])
     if args.plot:
         folder = Path(args.plot)
         paths = plot_learning(args.checkpoint, folder)
@@ -553,22 +666,30 @@ def main(args) -> list[dict]:
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", help="a run's best.pt or last.pt, or MGA-CLAP's released model.pt")
+    parser.add_argument("checkpoint", nargs="+", help="one or more models: a run's best.pt or last.pt, MGA-CLAP's released model.pt, "
+                        "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed: the one to embed with")
     parser.add_argument("--data", nargs="+", required=True, help="manifests, folders that hold manifest.jsonl, or demo")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for")
     parser.add_argument("--split", help="rows to use; default: test where there is one, else all")
     parser.add_argument("--crop", choices=["all", "first"], default="all", help="windows of longer audio")
-    parser.add_argument("--prompt", default="{}", help="text a class name is put into, for example 'a sound of {}'")
+    parser.add_argument("--prompt", default="bare", help=f"text a class name is put into, for example 'a sound of {{}}', or one of {', '.join(PROMPTS)}")
     parser.add_argument("--median-s", type=float, default=0.94, help="sed and grounding: length of the median filter in seconds")
-    parser.add_argument("--text-model", default="bert-base-uncased", help="folder or hub id, read only for a released model.pt")
+    parser.add_argument("--text-model", help="folder or hub id of the tokenizer, read only for "
+                        "MGA-CLAP's model.pt (default bert-base-uncased) and LAION-CLAP's .pt (default roberta-base)")
     parser.add_argument("--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none")
     parser.add_argument("--batch-size", type=int, default=32, help="clips at once; never changes a score")
     parser.add_argument("--workers", type=int, default=0, help="processes that read audio; never changes a score")
     parser.add_argument("--max-bad", type=float, default=0.05, help="largest share of unreadable files")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--cache", help="folder that keeps embeddings, so that an interrupted or repeated call continues")
+    parser.add_argument("--json", help="write the results to this file, with per-query ranks and per-class scores")
+    parser.add_argument("--out", default="embeds.npz", help="embed: where the embeddings go")
     parser.add_argument("--plot", help="draw pictures into this folder (needs matplotlib)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = args.checkpoint.pop(0) if args.checkpoint[0] == "embed" else "scores"
+    if not args.checkpoint or (args.command == "embed" and len(args.checkpoint) > 1):
+        parser.error("embed takes one checkpoint" if args.command == "embed" else "no checkpoint given")
+    return args
 
 
 if __name__ == "__main__":

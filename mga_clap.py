@@ -25,7 +25,7 @@ Letters: B pairs, S samples, T frames (32 of 0.3125 s in 10 s) [T], L words [N],
 
 Deviations from the paper (and what --variant official does)
   D1  The loss is a mean over the batch, not a sum: comparable with ln B, and Adam does not care.
-  D2  Eta is not printed: sqrt(D) * 1000 as in the code; with 256 codewords sqrt(D) * 100 (README).
+  D2  Eta is not printed: sqrt(D) * 1000 as in the code; with 256 codewords sqrt(D) * 70 (README).
   D3  Padding and [SEP] never win the maximum of Eq. (2). Official: they score 0.
   D4  Two captions of one clip in a batch are neither positive nor negative of each other (the paper
       has one positive a row). Official: soft targets over all of them.
@@ -125,7 +125,7 @@ class Config:
 
 # A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
 TINY = dict(audio_weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[1, 4],
-            audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=100.0,
+            audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=70.0,
             epochs=15, batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=5, save_steps=100,
             workers=1)
 OFFICIAL = dict(epochs=10)  # D9
