@@ -5,7 +5,7 @@
   python eval.py embed A.pt --data MANIFEST --out embeds.npz            (embeddings of audio and captions)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
-(text-to-audio grounding), or all that the manifest has labels for.
+(text-to-audio grounding), t_classify (temporal order), or all that the manifest has labels for.
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -254,9 +255,64 @@ def grounding(model, clips, classes, args) -> dict:
                   psds="dtc 0.5, gtc 0.5, at most 800 false positives an hour", left_out=f"{total - len(queries)} phrases without a segment")
 
 
+CONNECTIVES = ("followed by", "and then", "then", "before", "after", "first", "while", ",")  # the first that occurs counts
+
+
+def t_classify(model, clips, classes, args) -> dict:
+    """T-Classify: is the right order of events preferred to the wrong one?
+
+    t2a (T-CLAP's name): the share of captions with a `negative`, the same events in another order,
+    for which the clip's cosine to the caption is strictly larger than to the negative. a2t: the share
+    of captions of clips with a `swapped_audio`, the same sounds in another order, that lie strictly
+    closer to the clip than to the swapped audio. A tie is a miss; ties are counted. Micro-average
+    over all pairs; details hold each manifest and each connective alone, so that shortcuts ("first",
+    commas) show. Source: T-CLAP Table 2 (AudioCaps, Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
+    """
+    pairs = [(i, caption, negative) for i, row in enumerate(clips["rows"])
+             for caption, negative in zip(row.get("captions", []), row.get("negatives", [])) if negative]
+    if not pairs:
+        raise ValueError("t_classify: no caption of the manifest has a negative")
+    swapped, n = clips["swapped"], len(clips["rows"])  # swapped: clip -> (embed, frames) of its reordered audio
+    texts = sorted({model.clean_caption(t) for _, *two in pairs for t in two})
+    column = {t: k for k, t in enumerate(texts)}
+    sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], texts)
+    right = np.array([sim[i, column[model.clean_caption(c)]] for i, c, _ in pairs])
+    wrong = np.array([sim[i, column[model.clean_caption(w)]] for i, _, w in pairs])
+    of_pair = {"t2a": (np.array([i for i, _, _ in pairs]), right - wrong)}
+    if swapped:
+        where = {i: k for k, i in enumerate(swapped)}
+        back = common.similarities(model, np.stack([e for e, _ in swapped.values()]), [f for _, f in swapped.values()], texts)
+        chosen = [k for k, (i, _, _) in enumerate(pairs) if i in where]
+        other = np.array([back[where[pairs[k][0]], column[model.clean_caption(pairs[k][1])]] for k in chosen])
+        of_pair["a2t"] = of_pair["t2a"][0][chosen], right[chosen] - other
+
+    def score(chosen):
+        times = np.bincount(chosen, minlength=n)
+        out = {}
+        for way, (owner, margin) in of_pair.items():
+            weight = times[owner]
+            out[way] = float(((margin > 0) * weight).sum() / weight.sum()) if weight.sum() else float("nan")
+        return out
+
+    groups = {}
+    for way, (owner, margin) in of_pair.items():
+        captions = [c for i, c, _ in pairs if way == "t2a" or i in swapped]
+        for i, caption, m in zip(owner, captions, margin):
+            connective = next((c for c in CONNECTIVES if re.search(rf"(?<!\w){re.escape(c)}(?!\w)", caption.lower())), "other")
+            for name in (f"set {clips['rows'][i]['where'].rpartition(':')[0]}", f"connective {connective!r}"):
+                groups.setdefault(way, {}).setdefault(name, []).append(m > 0)
+    details = {way: {name: {"value": float(np.mean(hits)), "pairs": len(hits)} for name, hits in of.items()} for way, of in groups.items()}
+    ties = {way: int((margin == 0).sum()) for way, (_, margin) in of_pair.items()}
+    return result("t_classify", score, n, {"t2a": 0.5, "a2t": 0.5}, args, n_captions=len(pairs), details=details,
+                  prompt="captions as written, cleaned by the method", tie_rule=f"a tie is a miss; ties: {ties}",
+                  pairs=f"{len(pairs)} captions with a negative, {len(of_pair['a2t'][1]) if swapped else 0} with swapped audio",
+                  by_connective={way: {k.partition(' ')[2]: f"{v['value']:.3f} of {v['pairs']}" for k, v in of.items() if k.startswith("conn")}
+                                 for way, of in details.items()})
+
+
 PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classification, "labels"),
              "tagging": (tagging, "labels"), "frames": (frames, "events"), "sed": (sed, "events"),
-             "grounding": (grounding, "phrases")}
+             "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives")}
 FRAME_PROTOCOLS = {"frames", "sed", "grounding"}
 
 
@@ -600,9 +656,11 @@ def main(args) -> list[dict]:
     if args.command == "embed":
         return embed_command(args, rows)
     checkpoints, all_results = args.checkpoint, []
-    for checkpoint in checkpoints:
+    pictures = args.plot
+    for number, checkpoint in enumerate(checkpoints, 1):
         if len(checkpoints) > 1:
             print(f"\n=== {checkpoint}")
+            args.plot = pictures and str(Path(pictures) / f"model{number}")
         args.checkpoint = checkpoint
         all_results.append(evaluate(args, rows))
     for other, results in zip(checkpoints[1:], all_results[1:]):
@@ -640,7 +698,20 @@ def evaluate(args, rows) -> list[dict]:
         print(f"left out: {text}")
     if len(bad) > args.max_bad * len(rows):
         raise ValueError(f"{len(bad)} of {len(rows)} files could not be used, more than --max-bad {args.max_bad:.0%}")
-    clips = {"rows": [rows[i] for i in kept], "audio_embeds": audio_embeds, "frame_embeds": frame_embeds}
+    clips = {"rows": [rows[i] for i in kept], "audio_embeds": audio_embeds, "frame_embeds": frame_embeds, "swapped": {}}
+    if "t_classify" in wanted:
+        owner = [k for k, row in enumerate(clips["rows"]) if row.get("swapped_audio")]
+        if owner:
+            of = [{**clips["rows"][k], "audio": clips["rows"][k]["swapped_audio"]} for k in owner]
+            try:
+                found, embeds, frame_lists, bad = common.embed_files(
+                    model, of, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
+                    frames=getattr(model, "pairwise", False), desc="embedding swapped audio")
+                clips["swapped"] = {owner[i]: (embeds[k], frame_lists[k] if frame_lists else None) for k, i in enumerate(found)}
+            except ValueError as error:  # not one could be read
+                bad = [f"all swapped audio, so no a2t ({error})"]
+            for text in bad:
+                print(f"left out: {text}")
     results = []
     for name in wanted:
         try:
@@ -652,6 +723,7 @@ def evaluate(args, rows) -> list[dict]:
             print(f"\n{name}: not run, {error}")
     if args.plot:
         folder = Path(args.plot)
+        folder.mkdir(exist_ok=True)
         paths = plot_learning(args.checkpoint, folder)
         if frame_embeds is not None and any(row.get("events") for row in clips["rows"]):
             paths += plot_frames(model, clips, classes, args, folder)

@@ -39,7 +39,7 @@ def embeddings(mga_run, corpus):
 
 
 def test_results_follow_the_contract(results):
-    assert set(results) == {"retrieval", "classification", "tagging", "frames", "sed", "grounding"}
+    assert set(results) == {"retrieval", "classification", "tagging", "frames", "sed", "grounding", "t_classify"}
     for r in results.values():
         assert {"protocol", "settings", "n_clips", "n_captions", "n_classes", "scores"} <= set(r)
         for s in r["scores"].values():
@@ -260,3 +260,40 @@ def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(corpu
         scores = model.pair_scores(frames, texts)
         assert scores.shape == (3, len(texts))
         assert scores[1, 2] == pytest.approx(float(model.pair_scores(frames[1:2], texts[2:3])[0, 0]), abs=1e-5)
+
+
+def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
+    """Cosines chosen so that every count is known: 4 captions with a negative, 1 tie, 1 clip swapped."""
+    vectors = {"x then y": [1, 0], "y then x": [0, 1], "x, y": [1, 0], "y, x": [1, 0], "first x": [0, 1], "first y": [1, 0],
+               "x followed by y": [1, 0], "y followed by x": [0, 1]}
+
+    class Model:
+        clean_caption = staticmethod(lambda text: text)
+        embed_text = staticmethod(lambda texts: torch.tensor([vectors[t] for t in texts], dtype=torch.float32))
+
+    class Args:
+        bootstrap, crop, window_s, split, checkpoint, data = 0, "all", 10.0, "test", "x", ["x"]
+
+    rows = [{"where": "a.jsonl:1", "captions": ["x then y", "x, y"], "negatives": ["y then x", "y, x"]},
+            {"where": "b.jsonl:1", "captions": ["first x", "x followed by y", "alone"], "negatives": ["first y", "y followed by x", None]}]
+    clips = {"rows": rows, "audio_embeds": np.array([[1, 0], [0.8, 0.6]], np.float32), "frame_embeds": None,
+             "swapped": {1: (np.array([0.6, 0.8], np.float32), None)}}
+    out = evaluate.t_classify(Model, clips, [], Args)
+    # t2a: right, tie, wrong, right; a2t of clip 1: "first x" .6 < .8 wrong, "x followed by y" .8 > .6 right
+    assert out["scores"]["t2a"]["value"] == 0.5 and out["scores"]["a2t"]["value"] == 0.5 and "'t2a': 1" in out["settings"]["tie_rule"]
+    assert out["details"]["t2a"]["connective 'then'"] == {"value": 1.0, "pairs": 1}
+    assert out["details"]["t2a"]["connective 'first'"]["value"] == 0 and out["details"]["t2a"]["set b.jsonl"] == {"value": 0.5, "pairs": 2}
+    assert out["details"]["a2t"]["connective 'followed by'"]["value"] == 1.0
+
+    model, scenes, audio, *_ = embeddings(mga_run, corpus)
+    hits, back = [], []
+    for row, a in zip(scenes, audio):
+        for caption, negative in zip(row["captions"], row["negatives"]):
+            if negative:
+                right, wrong = (a @ model.embed_text([model.clean_caption(t)]).numpy()[0] for t in (caption, negative))
+                hits.append(right > wrong)
+                swapped = model.embed_audio(torch.from_numpy(common.read_audio(row["swapped_audio"], 32000))[None]).numpy()[0]
+                back.append(right > swapped @ model.embed_text([model.clean_caption(caption)]).numpy()[0])
+    assert results["t_classify"]["n_captions"] == len(hits) > 0
+    assert results["t_classify"]["scores"]["t2a"]["value"] == pytest.approx(np.mean(hits))
+    assert results["t_classify"]["scores"]["a2t"]["value"] == pytest.approx(np.mean(back))
