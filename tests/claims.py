@@ -116,6 +116,8 @@ def run_mga_clap(flags: dict, seed: int, args) -> dict:
     cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=args.data, seed=seed, **flags)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (
         "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device")}
+    if cfg.aggregator != "codebook":  # what such a run never reads is not what tells it from another
+        settings = {k: v for k, v in settings.items() if k not in ("affinity", "sparsity", "codewords", "affinity_scale")}
     settings = {"start": args.start, "data": data_hash(args.data), **settings}
 
     def run(key):

@@ -69,7 +69,7 @@ def test_stored_claims_and_tables_follow_from_the_stored_runs():
 
     def mean(name, metric, seeds, **flags):
         cfg = dataclasses.asdict(common.configure(mga_clap.Config, mga_clap.PRESETS, data=["x"], **{**claims.MGA_BUDGET, **flags}))
-        chosen = [r for r in runs if all(r["settings"][k] == v for k, v in cfg.items() if k in r["settings"] and k != "seed")]
+        chosen = [r for r in runs if all(v == cfg[k] for k, v in r["settings"].items() if k in cfg and k != "seed")]
         chosen = [r for r in chosen if r["settings"]["seed"] < seeds]
         assert len(chosen) == seeds, (name, len(chosen))
         return sum(r["scores"][metric] for r in chosen) / seeds
