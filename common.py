@@ -23,6 +23,7 @@ import math
 import os
 import re
 import struct
+import zipfile
 import typing
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def run_entry(main, parse):
             raise
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; a training run continues with --resume --name NAME from its last.pt") from None
+        raise SystemExit("interrupted; a training run continues with --resume --name NAME, an evaluation with the same --cache") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,18 +300,49 @@ def _parse_row(line: str, where: str) -> dict:
     for number, caption in enumerate(row.get("captions", []), 1):
         if not isinstance(caption, str) or not re.search(r"\w", caption):
             raise ValueError(f"{where}: caption {number} is empty ({caption!r}); write one or remove it")
+    duration = row.get("duration", 1.0)
+    if isinstance(duration, bool) or not 0 < duration < math.inf:
+        raise ValueError(f"{where}: duration {duration!r}; expected seconds above 0, or no such key")
+    if not all(isinstance(label, str) for label in row.get("labels", [])):
+        raise ValueError(f"{where}: labels {row['labels']!r}; expected a list of class names")
+    if not all(text is None or (isinstance(text, str) and re.search(r"\w", text)) for text in row.get("negatives", [])):
+        raise ValueError(f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null")
     for event in row.get("events", []):
         if not isinstance(event, dict) or not {"label", "onset", "offset"} <= set(event):
             raise ValueError(f"{where}: an event needs label, onset and offset, found {event!r}")
+        _check_times(event["onset"], event["offset"], row.get("duration"), f"{where}: event {event['label']!r}")
+    for phrase in row.get("phrases", []):
+        if not (isinstance(phrase, dict) and isinstance(phrase.get("phrase"), str) and re.search(r"\w", phrase["phrase"])
+                and isinstance(phrase.get("segments"), list)):
+            raise ValueError(f"{where}: a phrase needs 'phrase' and 'segments', found {phrase!r}")
+        for segment in phrase["segments"]:
+            if not isinstance(segment, list) or len(segment) != 2:
+                raise ValueError(f"{where}: segment {segment!r} of {phrase['phrase']!r}; expected [onset, offset] in seconds")
+            if segment != [0, 0]:  # AudioGrounding's mark for "not in the clip"
+                _check_times(*segment, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
     row["where"] = where
     return row
+
+
+def _check_times(onset, offset, duration, where: str) -> None:
+    if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t) for t in (onset, offset)):
+        raise ValueError(f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers")
+    if not 0 <= onset < offset:
+        raise ValueError(f"{where}: onset {onset}, offset {offset}; expected 0 <= onset < offset")
+    if duration and onset > 10 * duration:  # annotations may run past a shortened file, but not that far
+        raise ValueError(f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected seconds")
 
 
 def read_classes(data: list[str], rows: list[dict]) -> list[str]:
     """Class list: classes.txt beside the first manifest (order kept), else all labels, sorted."""
     path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
     if path.is_file():
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8, one class a line") from None
+        if not classes:
+            raise ValueError(f"{path}: the class list is empty; write one class a line, or remove the file")
         twice = sorted({c for c in classes if classes.count(c) > 1})
         if twice:
             raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
@@ -1316,15 +1348,21 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
     seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     found, bad, stored = {}, {}, {}
     if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(f"--cache {cache}: this folder cannot be made ({error.strerror})") from None
         for part in sorted(cache.glob("*.npz")):
-            with np.load(part) as held:
-                for k, key in enumerate(held["keys"].tolist()):
-                    if not frames or f"frames{k}" in held:
-                        stored[key] = held["embeds"][k], held[f"frames{k}"] if frames else None
+            try:
+                with np.load(part) as held:
+                    for k, key in enumerate(held["keys"].tolist()):
+                        if not frames or f"frames{k}" in held:
+                            stored[key] = held["embeds"][k], held[f"frames{k}"] if frames else None
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+                tqdm.write(f"{part}: a damaged part of the cache, embedded again")
         for i, row in enumerate(rows):
-            if file_key(row["audio"]) in stored:
-                found[i] = stored[file_key(row["audio"])]
+            if file_key(row) in stored:
+                found[i] = stored[file_key(row)]
     batches = [[]]
     for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
         if i in found:
@@ -1341,12 +1379,14 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
             continue
         waveform = waveform.to(device)
         embeds = model.embed_audio(waveform, n_samples).cpu().numpy()
+        if not np.isfinite(embeds).all():
+            raise FloatingPointError("some embeddings are NaN or infinite; the model's weights are broken")
         clips = model.embed_frames(waveform, n_samples).cpu().numpy() if frames else [None] * len(indices)
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
             found[i] = embed, clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if frames else None
         if cache is not None:
             held = {f"frames{k}": found[i][1] for k, i in enumerate(indices) if frames}
-            keys = [file_key(rows[i]["audio"]) for i in indices]
+            keys = [file_key(rows[i]) for i in indices]
             name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + ("_frames" if frames else "")
             with open(cache / f"{name}.tmp", "wb") as file:
                 np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
@@ -1358,13 +1398,13 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
             [bad[i] for i in sorted(bad)])
 
 
-def file_key(path) -> str:
-    """Changes when the file does: path, size, time of the last change; empty for a file that is not there."""
+def file_key(row: dict) -> str:
+    """Changes when a row's file does (path, size, time of the last change) or its declared duration; "" without a file."""
     try:
-        stat = os.stat(path)
+        stat = os.stat(row["audio"])
     except OSError:
         return ""
-    return f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"{os.path.abspath(row['audio'])}|{stat.st_size}|{stat.st_mtime_ns}|{row.get('duration')}"
 
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
@@ -1391,6 +1431,8 @@ def start_device(name: str) -> torch.device:
     """Join torchrun's process group where there is one; pick the device ("auto", "cpu", "cuda")."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -1635,6 +1677,8 @@ def read_checkpoint(path, method: str | None = None) -> dict:
         raise ValueError(f"{path}: not a checkpoint of this project (keys: {', '.join(map(str, list(content)[:5]))})")
     if method and content["method"] != method:
         raise ValueError(f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py")
+    if "model" not in content:
+        raise ValueError(f"{path}: a checkpoint of {content['method']} without weights (no key 'model')")
     return content
 
 

@@ -126,14 +126,17 @@ def frames(model, clips, classes, args) -> dict:
     if not occurring:
         raise ValueError("frames: no event's label is in the class list (classes.txt beside the manifest)")
     chance, details = {}, {}
+    variants = [("mAP_raw", False), ("mAP_centred", True)][:min(2, len(classes))]  # one class: nothing to take a mean over
+    if not any(common.frame_targets(row, classes, len(f), model.frame_s).any() for row, f in zip(clips["rows"], clips["frame_embeds"])):
+        raise ValueError(f"frames: no event covers the centre of a frame ({model.frame_s:g} s each); are the times seconds?")
 
     def score(chosen):
         scores = {}
-        for name, centred in (("mAP_raw", False), ("mAP_centred", True)):
+        for name, centred in variants:
             precisions, level = common.frame_average_precisions(
                 [clips["frame_embeds"][i] for i in chosen], class_embeds, [clips["rows"][i] for i in chosen],
                 classes, model.frame_s, centred)
-            scores[name] = float(np.nanmean(precisions))
+            scores[name] = float(np.nanmean(precisions)) if np.isfinite(precisions).any() else float("nan")
             chance.setdefault(name, level)  # of the first call, which is on all clips
             details.setdefault(name.replace("mAP", "AP"), per_class(classes, precisions))
         return scores
@@ -169,6 +172,8 @@ def sed(model, clips, classes, args) -> dict:
     columns = [classes.index(c) for c in occurring]
     filtered = {"": [median_filter(s, width)[:, columns] for s in raw],
                 "_centred": [median_filter(s - s.mean(1, keepdims=True), width)[:, columns] for s in raw]}
+    if len(classes) == 1:  # nothing to take a mean over
+        del filtered["_centred"]
     rng = np.random.default_rng(0)
     random = {"": [median_filter(rng.random((len(s), len(columns))), width) for s in raw]}
 
@@ -179,8 +184,8 @@ def sed(model, clips, classes, args) -> dict:
             for name, settings in (("PSDS1", PSDS1), ("PSDS2", PSDS2)):
                 roc = common.psd_roc(given, of, occurring, model.frame_s, **settings)
                 scores[name + suffix], scores[f"{name}_st0{suffix}"] = common.psds(roc, 1.0), common.psds(roc, 0.0)
-            scores["collar_F1" + suffix] = float(np.mean(collar_f1(given, of, occurring, model.frame_s)))
-            scores["segment_F1" + suffix] = float(np.mean(segment_f1(given, of, occurring, model.frame_s)))
+            scores["collar_F1" + suffix] = float(np.nanmean(collar_f1(given, of, occurring, model.frame_s)))
+            scores["segment_F1" + suffix] = float(np.nanmean(segment_f1(given, of, occurring, model.frame_s)))
         return scores
 
     chance = score(np.arange(len(rows)), random)
@@ -234,6 +239,8 @@ def grounding(model, clips, classes, args) -> dict:
         return points, filtered
 
     prepared = {"": all_scores(raw), "_centred": all_scores(centred)}
+    if len(texts) == 1:
+        del prepared["_centred"]
 
     def score(chosen, prepared=prepared):
         at = [k for i in chosen for k in of_clip[i]]
@@ -367,7 +374,7 @@ def best_f1(thresholds, found, detected, n_events: int) -> float:
 def collar_f1(scores, rows, classes, frame_s, onset_s=0.2, offset_s=0.2, offset_share=0.2) -> np.ndarray:
     """Event-based F1 of each class (C,) at its best threshold. Source: Mesaros et al., Applied Sciences 2016.
 
-    Args: scores: list of (T_i, C); rows: with `events`, `duration`. Classes without an event give 0.
+    Args: scores: list of (T_i, C); rows: with `events`, `duration`. NaN for a class without an event.
     """
     lengths = np.array([len(s) + 1 for s in scores])
     begin = np.concatenate([[0], np.cumsum(lengths)])
@@ -396,7 +403,7 @@ def collar_f1(scores, rows, classes, frame_s, onset_s=0.2, offset_s=0.2, offset_
                 found.append(np.array([now - before]))
                 detected.append(np.zeros(1))
                 before = now
-        best.append(best_f1(*(np.concatenate(x) for x in (thresholds, found, detected)), n_events) if n_events else 0.0)
+        best.append(best_f1(*(np.concatenate(x) for x in (thresholds, found, detected)), n_events) if n_events else np.nan)
     return np.array(best)
 
 
@@ -404,7 +411,7 @@ def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
     """Segment-based F1 of each class (C,) at its best threshold. Source: Mesaros et al., Applied Sciences 2016.
 
     A segment's score is its best frame's, also of frames that only reach into it; it is positive if
-    any part of an event lies in it.
+    any part of an event lies in it. NaN for a class without an event.
     """
     values, targets = [], []
     for s, row in zip(scores, rows):
@@ -419,7 +426,7 @@ def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
         targets.append(target)
     values, targets = np.concatenate(values), np.concatenate(targets)
     return np.array([best_f1(values[:, c], targets[:, c].astype(float), np.ones(len(values)), int(targets[:, c].sum()))
-                     for c in range(len(classes))])
+                     if targets[:, c].any() else np.nan for c in range(len(classes))])
 
 
 def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
@@ -505,8 +512,15 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
     path = Path(checkpoint).parent / "log.jsonl"
     if not path.exists():
         return []
-    plt, lines = pyplot(), [json.loads(line) for line in path.read_text().splitlines()]
-    keys = [k for k in lines[0] if k not in ("step", "epoch", "ln_B", "skipped", "pairs_per_s")]
+    plt, lines = pyplot(), []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # a run that is still writing, or was killed
+            break
+    if not lines:
+        return []
+    keys = [k for k in lines[0] if all(k in line for line in lines) and k not in ("step", "epoch", "ln_B", "skipped", "pairs_per_s")]
     figure, axes = plt.subplots(len(keys), 1, figsize=(7, 1.7 * len(keys)), sharex=True, squeeze=False, layout="constrained")
     for axis, key in zip(axes[:, 0], keys):
         axis.plot([line["step"] for line in lines], [line[key] for line in lines])
@@ -549,7 +563,10 @@ def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, de
         range(n_draws if n_draws >= min(args.bootstrap, 20) else 0), desc=f"{protocol}: bootstrap", unit="draw", leave=False)]
     scores = {}
     for name, value in values.items():
-        low, high = np.nanpercentile([d[name] for d in draws], [2.5, 97.5]) if draws else (None, None)
+        known = [d[name] for d in draws if np.isfinite(d[name])]
+        low, high = np.percentile(known, [2.5, 97.5]) if known else (None, None)
+        if not np.isfinite(value):
+            raise ValueError(f"{protocol}: {name} has no value on these clips")
         scores[name] = {"value": value, "low": low and float(low), "high": high and float(high)}
     window = "first window only" if args.crop == "first" else "all consecutive windows, averaged by their seconds"
     settings = {"crop": f"zero-padded to {args.window_s:g} s; {window}", "split": args.split, "bootstrap_draws": len(draws),
@@ -564,7 +581,8 @@ def differences(first: dict, other: dict) -> dict:
     for name, s in other["scores"].items():
         if name in first["scores"]:
             of_draws = [b[name] - a[name] for a, b in zip(first["draws"], other["draws"])]
-            low, high = np.nanpercentile(of_draws, [2.5, 97.5]) if of_draws else (None, None)
+            of_draws = [d for d in of_draws if np.isfinite(d)]
+            low, high = np.percentile(of_draws, [2.5, 97.5]) if of_draws else (None, None)
             out[name] = {"value": s["value"] - first["scores"][name]["value"], "low": low and float(low), "high": high and float(high)}
     return out
 
@@ -581,15 +599,20 @@ def show(r: dict) -> None:
         print(f"  {name:<18}{s['value']:>8.3f}  {interval:<16}{r['chance'][name]:>8.3f}")
 
 
+def find_model(path) -> None:
+    """FileNotFoundError for what is neither a file, a folder nor a hub id."""
+    if not Path(path).exists() and (Path(path).suffix in (".pt", ".pth", ".ckpt") or str(path).count("/") != 1):
+        raise FileNotFoundError(f"{path}: no such weight file, folder or hub id (owner/name)")
+
+
 def load_model(path, text_model=None):
     """The Model that a checkpoint, a published file, a folder or a hub id is of, in evaluation mode.
 
     Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt and LAION-CLAP's
     .pt have theirs (both need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
     """
+    find_model(path)
     if not Path(path).is_file():
-        if Path(path).suffix in (".pt", ".pth", ".ckpt") or not (Path(path).is_dir() or str(path).count("/") == 1):
-            raise FileNotFoundError(f"{path}: no such weight file, folder or hub id (owner/name)")
         return importlib.import_module("t_clap").Model.from_published(path)
     content = common.read_weights(path)
     if content.get("method") in METHODS:
@@ -614,13 +637,39 @@ def checkpoint_cache(args, checkpoint) -> Path | None:
     return Path(args.cache) / digest.hexdigest()[:16]
 
 
+def report_left_out(bad: list[str], total: int, args) -> None:
+    for text in bad:
+        print(f"left out: {text}")
+    if len(bad) > args.max_bad * total:
+        raise ValueError(f"{len(bad)} of {total} files could not be used, more than --max-bad {args.max_bad:.0%}")
+
+
+def merge_rows(rows: list[dict]) -> list[dict]:
+    """One row a file: a manifest may hold one caption or one label a line."""
+    merged = {}
+    for row in rows:
+        if row["audio"] not in merged:
+            merged[row["audio"]] = {**row}
+            continue
+        one = merged[row["audio"]]
+        if one.get("negatives") or row.get("negatives"):  # one entry a caption
+            one["negatives"] = [(r.get("negatives", []) + [None] * len(r.get("captions", [])))[k]
+                                for r in (one, row) for k in range(len(r.get("captions", [])))]
+        for key in ("captions", "labels", "events", "phrases"):
+            if row.get(key):
+                new = row[key] if key == "captions" else [x for x in row[key] if x not in one.get(key, [])]
+                one[key] = one.get(key, []) + new
+    if len(merged) < len(rows):
+        print(f"{len(rows)} rows of the manifest are {len(merged)} files: rows of one file were merged")
+    return list(merged.values())
+
+
 def embed_command(args, rows) -> None:
     """`eval.py embed`: audio_embeds (N, D), audio (N,), text_embeds (Q, D), captions (Q,), owner (Q,) rows of audio -> --out."""
     model = load_model(args.checkpoint[0], args.text_model).to(common.start_device(args.device))
     kept, audio_embeds, _, bad = common.embed_files(
         model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint[0]))
-    for text in bad:
-        print(f"left out: {text}")
+    report_left_out(bad, len(rows), args)
     captions = [(i, model.clean_caption(c)) for i, k in enumerate(kept) for c in rows[k].get("captions", [])]
     text_embeds = common.embed_texts(model, [c for _, c in captions]) if captions else np.zeros((0, audio_embeds.shape[1]), np.float32)
     temporary = Path(f"{args.out}.tmp")
@@ -634,12 +683,18 @@ def embed_command(args, rows) -> None:
 def main(args) -> list[dict]:
     common.start_device(args.device)
     args.prompt = PROMPTS.get(args.prompt, args.prompt)
-    if "{}" not in args.prompt:
-        raise ValueError(f"--prompt {args.prompt!r}: must hold {{}} where the class name goes, or be one of {', '.join(PROMPTS)}")
+    if args.prompt.count("{}") != 1 or set(args.prompt.replace("{}", "")) & set("{}"):
+        raise ValueError(f"--prompt {args.prompt!r}: must hold {{}} once, where the class name goes, or be one of {', '.join(PROMPTS)}")
+    if not 0 <= args.median_s < math.inf:
+        raise ValueError(f"--median-s {args.median_s}: expected seconds, 0 for no filter")
+    if args.batch_size < 1 or not 0 <= args.max_bad <= 1:
+        raise ValueError(f"--batch-size {args.batch_size}, --max-bad {args.max_bad}: expected at least 1, and a share between 0 and 1")
     for flag in ("json", "out"):
         target = getattr(args, flag)
-        if target and not os.access(Path(target).absolute().parent, os.W_OK):
-            raise PermissionError(f"--{flag} {target}: its folder does not exist or cannot be written")
+        if target and (Path(target).is_dir() or not os.access(Path(target).absolute().parent, os.W_OK)):
+            raise PermissionError(f"--{flag} {target}: a folder, or in a folder that does not exist or cannot be written")
+    for checkpoint in args.checkpoint:
+        find_model(checkpoint)
     if args.plot:
         pyplot()
         try:
@@ -653,6 +708,7 @@ def main(args) -> list[dict]:
         rows = [row for row in rows if row.get("split", args.split) == args.split]
         if not rows:
             raise ValueError(f"--split {args.split}: no row of the manifest is in it")
+    rows = merge_rows(rows)
     if args.command == "embed":
         return embed_command(args, rows)
     checkpoints, all_results = args.checkpoint, []
@@ -662,7 +718,8 @@ def main(args) -> list[dict]:
             print(f"\n=== {checkpoint}")
             args.plot = pictures and str(Path(pictures) / f"model{number}")
         args.checkpoint = checkpoint
-        all_results.append(evaluate(args, rows))
+        all_results.append([])
+        evaluate(args, rows, all_results[-1], lambda: write_json(args, all_results))
     for other, results in zip(checkpoints[1:], all_results[1:]):
         print(f"\n{other} less {checkpoints[0]} (paired over clips; * = the interval leaves out 0)")
         for r in results:
@@ -674,14 +731,18 @@ def main(args) -> list[dict]:
             for name, d in r["differences"]["scores"].items():
                 interval = "" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]" + (" *" if d["low"] > 0 or d["high"] < 0 else "")
                 print(f"  {r['protocol'] + ' ' + name:<32}{d['value']:>+8.3f}  {interval}")
+    return write_json(args, all_results)
+
+
+def write_json(args, all_results) -> list[dict]:
     results = [{k: v for k, v in r.items() if k != "draws"} for of_one in all_results for r in of_one]
     if args.json:
         common.write_lines(Path(args.json), [json.dumps(results, indent=1)])
     return results
 
 
-def evaluate(args, rows) -> list[dict]:
-    """One model on every wanted protocol, printed."""
+def evaluate(args, rows, results: list, save) -> None:
+    """One model on every wanted protocol: each result is printed, appended to `results` and saved at once."""
     model = load_model(args.checkpoint, args.text_model).to(common.start_device(args.device))
     args.window_s = model.window_s
     wanted = [args.protocol] if args.protocol != "all" else [
@@ -694,15 +755,16 @@ def evaluate(args, rows) -> list[dict]:
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
         model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
         frames=getattr(model, "pairwise", False) or bool(FRAME_PROTOCOLS & set(wanted)))
-    for text in bad:
-        print(f"left out: {text}")
-    if len(bad) > args.max_bad * len(rows):
-        raise ValueError(f"{len(bad)} of {len(rows)} files could not be used, more than --max-bad {args.max_bad:.0%}")
+    report_left_out(bad, len(rows), args)
+    outside = sorted({e["label"] for row in rows for e in row.get("events", [])} | {x for row in rows for x in row.get("labels", [])})
+    outside = [label for label in outside if label not in set(classes)]
+    if outside:
+        print(f"{len(outside)} label(s) outside the class list do not count: {', '.join(outside[:10])}{', ...' if len(outside) > 10 else ''}")
     clips = {"rows": [rows[i] for i in kept], "audio_embeds": audio_embeds, "frame_embeds": frame_embeds, "swapped": {}}
     if "t_classify" in wanted:
         owner = [k for k, row in enumerate(clips["rows"]) if row.get("swapped_audio")]
         if owner:
-            of = [{**clips["rows"][k], "audio": clips["rows"][k]["swapped_audio"]} for k in owner]
+            of = [{"audio": clips["rows"][k]["swapped_audio"]} for k in owner]
             try:
                 found, embeds, frame_lists, bad = common.embed_files(
                     model, of, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
@@ -712,11 +774,11 @@ def evaluate(args, rows) -> list[dict]:
                 bad = [f"all swapped audio, so no a2t ({error})"]
             for text in bad:
                 print(f"left out: {text}")
-    results = []
     for name in wanted:
         try:
             results.append(PROTOCOLS[name][0](model, clips, classes, args))
             show(results[-1])
+            save()
         except ValueError as error:
             if args.protocol != "all":
                 raise
@@ -732,7 +794,6 @@ def evaluate(args, rows) -> list[dict]:
             order = clip_order(clips, common.embed_texts(model, class_prompts(classes, args)), classes, model.frame_s) if frame_embeds else [0]
             paths += script.plot(model, clips["rows"][order[0]], class_prompts(classes, args), folder, pyplot())
         print("\npictures: " + " ".join(str(path) for path in paths))
-    return results
 
 
 def parse(argv=None):
@@ -760,7 +821,9 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     args.command = args.checkpoint.pop(0) if args.checkpoint[0] == "embed" else "scores"
     if not args.checkpoint or (args.command == "embed" and len(args.checkpoint) > 1):
-        parser.error("embed takes one checkpoint" if args.command == "embed" else "no checkpoint given")
+        parser.error("embed takes exactly one checkpoint")
+    if args.command == "embed" and args.json:
+        parser.error("embed writes to --out; --json is for scores")
     return args
 
 

@@ -157,7 +157,10 @@ def _transformers_clap(name):
     """-> TextEncoder (its weights not yet those of the file), ClapConfig, state dict, LogMel arguments."""
     transformers = common._quiet_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+        except ValueError:
+            raise ValueError(f"{name}: not a model folder; expected a transformers CLAP with its config.json, or a weight file") from None
         if config.model_type != "clap":
             raise ValueError(f"{name}: a transformers model of type {config.model_type!r}; expected 'clap'")
         if config.audio_config.enable_fusion:

@@ -297,3 +297,91 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
     assert results["t_classify"]["n_captions"] == len(hits) > 0
     assert results["t_classify"]["scores"]["t2a"]["value"] == pytest.approx(np.mean(hits))
     assert results["t_classify"]["scores"]["a2t"]["value"] == pytest.approx(np.mean(back))
+
+
+def rows_on_disk(tmp_path, corpus, edit):
+    """A manifest of the test rows, changed by `edit`, beside the same audio and class list."""
+    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if r["split"] == "test"]
+    for row in rows:
+        for key in ("audio", "swapped_audio"):
+            if key in row:
+                row[key] = str(corpus / row[key])
+    rows = edit(rows) or rows
+    shutil.copy(corpus / "classes.txt", tmp_path / "classes.txt")
+    common.write_lines(tmp_path / "manifest.jsonl", [json.dumps(r) for r in rows])
+    return tmp_path
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("duration", -10, "duration -10; expected seconds above 0"), ("duration", True, "duration True"),
+    ("events", [{"label": "x", "onset": 3, "offset": 1}], "onset 3, offset 1; expected 0 <= onset < offset"),
+    ("events", [{"label": "x", "onset": "1.0", "offset": 2}], "expected seconds as numbers"),
+    ("events", [{"label": "x", "onset": 3000, "offset": 4000}], "are these milliseconds"),
+    ("phrases", [{"phrase": "a dog"}], "a phrase needs 'phrase' and 'segments'"), ("phrases", ["dog"], "a phrase needs"),
+    ("phrases", [{"phrase": "a dog", "segments": [1, 2]}], r"expected \[onset, offset\]"), ("labels", [3], "expected a list of class names"),
+    ("negatives", [3, 4], "expected for each caption a text or null")])
+def test_a_bad_value_in_a_manifest_is_named_with_its_line(corpus, tmp_path, key, value, message):
+    data = rows_on_disk(tmp_path, corpus, lambda rows: rows[1].update({key: value}))
+    with pytest.raises(ValueError, match=message) as error:
+        common.read_manifest([str(data)])
+    assert "manifest.jsonl:2: " in str(error.value)
+
+
+def test_one_caption_a_row_gives_the_scores_of_one_row_a_clip(mga_run, corpus, tmp_path, results, capsys):
+    split_up = lambda rows: [{**r, "captions": [c], "negatives": [n], "labels": [r["labels"][-1]]} for r in rows  # noqa: E731
+                             for c, n in zip(r["captions"], r["negatives"])]
+    out = run(mga_run[0] / "best.pt", rows_on_disk(tmp_path, corpus, split_up), "--bootstrap", 0)
+    for r in out:
+        for name, s in r["scores"].items():
+            assert s["value"] == pytest.approx(results[r["protocol"]]["scores"][name]["value"], abs=1e-9), (r["protocol"], name)
+    assert "12 rows of the manifest are 6 files" in capsys.readouterr().out
+
+
+def test_labels_outside_the_list_are_named_and_results_survive_a_late_failure(mga_run, corpus, tmp_path, capsys, monkeypatch):
+    data = rows_on_disk(tmp_path, corpus, lambda rows: rows[0]["labels"].append("zebra"))
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbf" + (corpus / "classes.txt").read_bytes())  # a BOM is no part of a name
+    monkeypatch.setitem(evaluate.PROTOCOLS, "sed", (lambda *given: 1 / 0, "events"))
+    with pytest.raises(ZeroDivisionError):
+        run(mga_run[0] / "best.pt", data, "--bootstrap", 0, "--json", tmp_path / "s.json")
+    assert [r["protocol"] for r in json.loads((tmp_path / "s.json").read_text())] == ["retrieval", "classification", "tagging", "frames"]
+    assert "1 label(s) outside the class list do not count: zebra" in capsys.readouterr().out
+    for content, message in ((b"", "class list is empty"), ("caf\u00e9".encode("latin-1"), "not UTF-8")):
+        (tmp_path / "classes.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            common.read_classes([str(data)], [])
+
+
+def test_f1_draws_leave_absent_classes_out():
+    rows = [{"duration": 10.0, "events": [{"label": "a", "onset": 2.5, "offset": 5.0}]}]
+    scores = [np.stack([(np.arange(32) >= 8) & (np.arange(32) < 16), np.zeros(32)], 1).astype(float)]
+    for f1 in (evaluate.collar_f1, evaluate.segment_f1):
+        found = f1(scores, rows, ["a", "b"], 0.3125)
+        assert found[0] == 1.0 and np.isnan(found[1])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--prompt", "{} {}"], "must hold {} once"), (["--prompt", "{{}}"], "must hold {} once"), (["--median-s", "-1"], "--median-s -1"),
+    (["--median-s", "inf"], "--median-s inf"), (["--batch-size", "0"], "--batch-size 0"), (["--device", "tpu"], "--device tpu"),
+    (["--json", "FOLDER"], "--json .*a folder"), (["--cache", "FILE"], "--cache .*cannot be made"), (["--max-bad", "-1"], "--max-bad -1")])
+def test_bad_flags_are_said_before_any_work(mga_run, corpus, tmp_path, flags, message):
+    (tmp_path / "file").write_text("x")
+    flags = [{"FOLDER": str(tmp_path), "FILE": str(tmp_path / "file")}.get(f, f) for f in flags]
+    with pytest.raises((ValueError, PermissionError), match=message):
+        run(mga_run[0] / "best.pt", corpus, "--bootstrap", 0, *flags)
+
+
+def test_broken_weights_and_a_damaged_cache(mga_run, corpus, tmp_path):
+    content = torch.load(mga_run[0] / "best.pt", weights_only=True)
+    content["model"]["frame_proj.1.weight"] = content["model"]["frame_proj.1.weight"] * float("nan")
+    torch.save(content, tmp_path / "nan.pt")
+    with pytest.raises(FloatingPointError, match="weights are broken"):
+        run(tmp_path / "nan.pt", corpus, "--protocol", "tagging", "--bootstrap", 0)
+    flags = ["--protocol", "tagging", "--bootstrap", 0, "--cache", tmp_path / "cache"]
+    first = run(mga_run[0] / "best.pt", corpus, *flags)
+    part = next((tmp_path / "cache").glob("*/*.npz"))
+    for damage in (b"", b"text", part.read_bytes()[:100]):
+        part.write_bytes(damage)
+        assert run(mga_run[0] / "best.pt", corpus, *flags)[0]["scores"] == first[0]["scores"]
+    with pytest.raises(FileNotFoundError, match="gone.pt"):  # said before the first model is scored
+        evaluate.main(evaluate.parse([str(mga_run[0] / "best.pt"), "gone.pt", "--data", str(corpus)]))
