@@ -152,7 +152,7 @@ def test_folds_are_averaged_when_they_are_unequal():
 @pytest.mark.parametrize("flags, message", [
     (["CKPT", "--data", "nowhere"], "nowhere: no such manifest"), (["none.pt", "--data", "CORPUS"], "none.pt: no such weight file"),
     (["TEXT", "--data", "CORPUS"], "not a .*safely"), (["OTHER", "--data", "CORPUS"], "not a checkpoint this evaluator knows"),
-    (["CKPT", "--data", "CORPUS", "--prompt", "a sound"], "must hold {} where the class name goes"),
+    (["CKPT", "--data", "CORPUS", "--prompt", "a sound"], "must hold {} once, where the class name goes"),
     (["CKPT", "--data", "CORPUS", "--split", "dev"], "--split dev: no row"), (["CKPT", "--data", "CORPUS", "--json", "/no/x.json"], "--json /no/x.json"),
     (["CKPT", "--data", "PLAIN", "--protocol", "tagging"], "--protocol tagging needs 'labels'")])
 def test_bad_input_is_one_clear_sentence(flags, message, mga_run, corpus, tmp_path):
