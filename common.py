@@ -1227,6 +1227,8 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
     inside[begin[1:] - 1] = False
     for c, column in enumerate(tqdm(columns, desc=desc, unit="class", leave=False, delay=2)):
         flat[inside] = np.concatenate([s[:, column] for s in scores])
+        if np.isnan(flat).any():
+            raise FloatingPointError(f"some scores of class {classes[column]!r} are NaN; the model's weights are broken")
         start, stop, top, floor = detections(flat)
         seconds = edges[stop] - edges[start]
         own = np.zeros(len(edges))

@@ -105,6 +105,13 @@ def test_a_class_without_an_event_is_left_out_and_none_at_all_is_an_error():
         common.psd_roc(scores, rows, ["x"] * len(classes), FRAME_S, 0.5, 0.5)
 
 
+def test_nan_scores_are_an_error():
+    scores, rows, classes = random_case(1)
+    scores[0][0, 0] = np.nan
+    with pytest.raises(FloatingPointError, match="some scores of class 'c0' are NaN"):
+        common.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5)
+
+
 def test_same_class_events_may_overlap():
     rows = [{"duration": 10.0, "events": [{"label": "dog", "onset": 0.0, "offset": 5.0}, {"label": "dog", "onset": 2.5, "offset": 7.5}]}]
     scores = [np.where(np.arange(32) < 24, 1.0, 0.0)[:, None]]
