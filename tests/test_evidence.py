@@ -56,7 +56,7 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
     out = claims.main([*flags, "--compare"])
     assert [r["row"] for r in out] == ["CLAP", "UACA", "WSTAG", "PACL", "MGA-CLAP"] and json.loads((tmp_path / "c.json").read_text()) == out
     assert all(set(r["scores"]) == set(claims.METRICS) for r in out) and all(r["seeds"] == 1 for r in out)
-    assert len({round(r["scores"]["t2a_R@5"]["mean"], 9) + r["scores"]["PSDS2_st0"]["mean"] for r in out}) > 2  # they are different models
+    assert len({r["scores"]["frame_mAP_raw"]["mean"] for r in out}) == 5  # they are different models
     out = claims.main([*flags, "--ablation", "aggregation"])
     assert [r["row"] for r in out] == ["max, sparsemax", "mean, sparsemax", "max, softmax"]
     for rows in claims.MGA_ABLATIONS.values():  # every row names flags that exist
@@ -69,7 +69,7 @@ def test_stored_claims_and_tables_follow_from_the_stored_runs():
 
     def mean(name, metric, seeds, **flags):
         cfg = dataclasses.asdict(common.configure(mga_clap.Config, mga_clap.PRESETS, data=["x"], **{**claims.MGA_BUDGET, **flags}))
-        chosen = [r for r in runs if all(v == cfg[k] for k, v in r["settings"].items() if k in cfg and k != "seed")]
+        chosen = [r for r in runs if all(v == cfg[k] for k, v in r["settings"].items() if k in cfg and k not in ("seed", "data"))]
         chosen = [r for r in chosen if r["settings"]["seed"] < seeds]
         assert len(chosen) == seeds, (name, len(chosen))
         return sum(r["scores"][metric] for r in chosen) / seeds

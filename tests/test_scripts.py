@@ -423,7 +423,7 @@ def test_one_pair_is_an_error(corpus, tmp_path):
 
 def test_a_run_of_another_method_cannot_be_resumed_here(tmp_path):
     (tmp_path / "x").mkdir()
-    torch.save({"method": "other", "config": {"data": []}}, tmp_path / "x/last.pt")
+    torch.save({"method": "other", "config": {"data": []}, "model": {}}, tmp_path / "x/last.pt")
     with pytest.raises(ValueError, match="holds a run of other; continue it with other.py"):
         common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path))
 
