@@ -517,6 +517,13 @@ def build_demo(folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val",
 # ------------------------------------------------------------------------------------------------
 
 
+def keep_out_of_checkpoints(module: nn.Module) -> None:
+    """Make every buffer of `module` non-persistent: constants that are computed anew."""
+    for name, buffer in list(module.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
+
+
 class LogMel(nn.Module):
     """Waveform (B, S) in [-1, 1] -> log-mel (B, T_mel, M) in dB, always in fp32.
 
@@ -528,9 +535,7 @@ class LogMel(nn.Module):
         super().__init__()
         self.mel = torchaudio.transforms.MelSpectrogram(
             sample_rate, n_fft, n_fft, hop, fmin_hz, fmax_hz, n_mels=n_mels, norm="slaney", mel_scale="slaney")
-        for name, buffer in list(self.mel.named_buffers()):  # constants: they stay out of checkpoints
-            module, _, leaf = name.rpartition(".")
-            self.mel.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+        keep_out_of_checkpoints(self.mel)
 
     def forward(self, waveform):
         with torch.autocast(waveform.device.type, enabled=False):
@@ -635,6 +640,15 @@ def drop_path(x, probability: float, training: bool, parts: int = 1):
         return x
     keep = torch.rand(len(x) // parts, 1, 1, device=x.device) >= probability
     return x * (keep.to(x.dtype) / (1 - probability)).repeat_interleave(parts, 0)
+
+
+def init_linear_layers(model: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases, as vision transformers start."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class Block(nn.Module):
@@ -794,11 +808,7 @@ class HTSAT(nn.Module):
             self.layers.append(SwinStage(dim << i, spec_size // patch >> i, heads[i], window,
                                          [drops.pop(0) for _ in range(depth)], kinds, merge=not last))
         self.norm = nn.LayerNorm(self.out_dim)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def forward(self, log_mel):
         """log_mel (B, T_mel, M) in dB, T_mel <= spec_size * chunks -> frame_feats (B, T, out_dim)."""
@@ -907,7 +917,7 @@ class TextEncoder(nn.Module):
                 "tokenizer": self.tokenizer.backend_tokenizer.to_str()}
 
 
-def _quiet_transformers():
+def quiet_transformers():
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -916,7 +926,7 @@ def _quiet_transformers():
 
 def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = False) -> TextEncoder:
     """From a hub id or a local folder, e.g. "bert-base-uncased"."""
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     try:
         model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -934,7 +944,7 @@ def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads:
     The most frequent words, plus single characters for all others. tokenizers' own WordPiece trainer
     breaks ties at random, so two runs of one seed would differ.
     """
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     backend = transformers.BertTokenizer().backend_tokenizer
     words = collections.Counter(
         word for caption in captions
@@ -952,7 +962,7 @@ def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads:
 
 def text_encoder_from_description(description: dict, max_tokens: int) -> TextEncoder:
     """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a network."""
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     from tokenizers import Tokenizer
     config = json.loads(description["config"])
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).float()
@@ -1210,12 +1220,12 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
             covered[c][i] = covered[c].get(i, 0) + seconds
     # the same by clip: the k-th class that occurs in it, for k = 0, 1, ...
     others = []
-    for k in range(max((sum(i in c for c in covered) for i in range(len(rows))), default=0) if cttc is not None else 0):
-        others.append((np.full(len(rows), -1), np.zeros(len(edges))))
     if cttc is not None:
         taken = np.zeros(len(rows), int)
         for c, clips in enumerate(covered):
             for i, seconds in clips.items():
+                if taken[i] == len(others):
+                    others.append((np.full(len(rows), -1), np.zeros(len(edges))))
                 others[taken[i]][0][i] = c
                 others[taken[i]][1][begin[i]:begin[i + 1]] = seconds
                 taken[i] += 1
@@ -1700,7 +1710,7 @@ def load_strict(module: nn.Module, state: dict, source) -> None:
 
 def transformers_weights(name: str) -> dict:
     """State dict of a transformers CLAP folder or hub id."""
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[config.model_type]

@@ -176,9 +176,7 @@ class ATSTMel(nn.Module):
         super().__init__()
         self.mel = torchaudio.transforms.MelSpectrogram(16000, 1024, 1024, 160, 60, 7800, n_mels=64)
         self.decibel = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
-        for name, buffer in list(self.mel.named_buffers()):  # constants: they stay out of checkpoints
-            module, _, leaf = name.rpartition(".")
-            self.mel.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+        common.keep_out_of_checkpoints(self.mel)
 
     def forward(self, waveform):
         with torch.autocast(waveform.device.type, enabled=False):
@@ -205,11 +203,7 @@ class ATSTFrame(nn.Module):
             common.Block(dim, heads, drop_path=drops[i], qkv_bias=False, eps=1e-6,
                          locality=locality if i >= depth - locality_blocks else "") for i in range(depth))
         self.norm_frame = nn.LayerNorm(dim, eps=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        common.init_linear_layers(self)
 
     def forward(self, log_mel):
         """log_mel (B, 64, T_mel) -> frames (B, T_mel // 4, dim)."""

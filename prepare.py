@@ -676,10 +676,13 @@ def esc50(path: Path, args):
     table = path / "meta" / "esc50.csv"
     rows = read_table(table, "filename", "fold", "category", "src_file")
     check_labels(table, [row["category"] for row in rows], ESC50)
-    entries = ({"names": [stem_of(row["filename"])], "labels": [row["category"]],
-                "id": row["src_file"], "fold": int(number(table, row["fold"]))}
-               for row in rows)
-    return entries, ESC50, {"all": {"clips": 2000}}
+    return esc_entries(table, rows), ESC50, {"all": {"clips": 2000}}
+
+
+def esc_entries(table: Path, rows):
+    for row in rows:
+        yield {"names": [stem_of(row["filename"])], "labels": [row["category"]], "id": row["src_file"],
+               "fold": int(number(table, row["fold"]))}
 
 
 def esc10(path: Path, args):
@@ -692,9 +695,7 @@ def esc10(path: Path, args):
     published = {"all": {"clips": 400}}
     if table.is_file():
         rows = [row for row in read_table(table, "filename", "fold", "category", "src_file", "esc10") if row["esc10"].lower() == "true"]
-        entries = ({"names": [stem_of(row["filename"])], "labels": [row["category"]], "id": row["src_file"],
-                    "fold": int(number(table, row["fold"]))} for row in rows)
-        return entries, classes, published
+        return esc_entries(table, rows), classes, published
     files = [file for file in sorted(path.glob("[0-9][0-9][0-9] - */*")) if file.suffix.lower() in AUDIO_SUFFIXES]
     check_labels(path, [file.parent.name.split(" - ", 1)[1] for file in files], list(ESC10))
     entries = ({"names": [file.stem], "path": file, "labels": [ESC10[file.parent.name.split(" - ", 1)[1]]], "id": file.stem.split("-")[1],

@@ -155,7 +155,7 @@ def transformers_state(weights: dict) -> dict:
 
 def _transformers_clap(name):
     """-> TextEncoder (its weights not yet those of the file), ClapConfig, state dict, LogMel arguments."""
-    transformers = common._quiet_transformers()
+    transformers = common.quiet_transformers()
     try:
         try:
             config = transformers.AutoConfig.from_pretrained(name)

@@ -9,6 +9,7 @@ import transformers
 import common
 import eval as evaluator
 import t_clap
+from test_common import brute_force_ranks
 
 AUDIO = dict(patch_embeds_hidden_size=16, depths=[1, 1, 2, 1], num_attention_heads=[1, 2, 4, 4], hidden_size=128, hidden_dropout_prob=0.0,
              attention_probs_dropout_prob=0.0)
@@ -197,25 +198,13 @@ def test_the_cache_continues_and_never_serves_another_model_or_a_changed_file(mg
     assert len(folders) == 2
 
 
-def slow_ranks(sim, owner):
-    """One query at a time, by sorting; ties against the right answer."""
-    t2a = [sum(sim[j, q] >= sim[owner[q], q] for j in range(len(sim))) - 1 for q in range(len(owner))]
-    a2t, ap10 = [], []
-    for i in sorted(set(owner.tolist())):
-        order = sorted(range(len(owner)), key=lambda q: (-sim[i, q], owner[q] == i))
-        ranks = [k for k, q in enumerate(order) if owner[q] == i]
-        a2t.append(ranks[0])
-        ap10.append(sum((n + 1) / (k + 1) for n, k in enumerate(ranks) if k < 10) / len(ranks))
-    return t2a, a2t, ap10
-
-
 @pytest.mark.parametrize("captions", ["one", "five", "unequal"])
 def test_ranks_equal_brute_force_in_blocks_with_ties_and_any_order(captions):
     rng = np.random.default_rng(0)
     per_clip = {"one": [1] * 30, "five": [5] * 30, "unequal": rng.integers(0, 7, 30).tolist()}[captions]
     owner = rng.permutation(np.repeat(np.arange(30), per_clip))
     sim = rng.normal(size=(30, len(owner))).round(1).astype(np.float32)  # many ties
-    t2a, a2t, ap10 = slow_ranks(sim, owner)
+    t2a, a2t, ap10 = brute_force_ranks(sim, owner)
     for block in (7, 512):
         for got in (common.retrieval_ranks(sim, owner, block=block), common.retrieval_ranks(lambda part: sim[part], owner, 30, block)):
             assert got["t2a"].tolist() == t2a and got["a2t"].tolist() == a2t
