@@ -448,14 +448,21 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
     return np.clip(waveform, -1, 1), row, None if swapped is None else np.clip(swapped, -1, 1)
 
 
-def write_scene(folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str) -> dict:
-    """Make one scene, write `name`.wav (and, for test scenes, `name`_swapped.wav) -> its row."""
+def write_audio(path: Path, waveform: np.ndarray, rate: int) -> None:
+    """waveform (S,) -> a 16-bit file of the kind its suffix names; under a temporary name first."""
+    temporary = path.with_name(path.name + ".tmp")
+    sf.write(temporary, waveform, rate, subtype="PCM_16", format=path.suffix[1:].upper())
+    os.replace(temporary, path)
+
+
+def write_scene(folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str, suffix: str = "wav") -> dict:
+    """Make one scene, write its audio (for test scenes also `name`_swapped) -> its row."""
     waveform, row, swapped = make_scene(np.random.default_rng(seed), draw_sound, rate)
-    sf.write(folder / f"{name}.wav", waveform, rate, subtype="PCM_16")
-    row = {"audio": f"{folder.name}/{name}.wav", **row, "split": split}
+    write_audio(folder / f"{name}.{suffix}", waveform, rate)
+    row = {"audio": f"{folder.name}/{name}.{suffix}", **row, "split": split}
     if split == "test" and swapped is not None:
-        sf.write(folder / f"{name}_swapped.wav", swapped, rate, subtype="PCM_16")
-        row["swapped_audio"] = f"{folder.name}/{name}_swapped.wav"
+        write_audio(folder / f"{name}_swapped.{suffix}", swapped, rate)
+        row["swapped_audio"] = f"{folder.name}/{name}_swapped.{suffix}"
     return row
 
 
@@ -937,8 +944,8 @@ def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = Fals
     return TextEncoder(model, tokenizer, max_tokens, pooler)
 
 
-def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads: int, max_tokens: int,
-                              vocabulary: int = 4000) -> TextEncoder:
+def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads: int, max_tokens: int, vocabulary: int = 4000,
+                              pooler: bool = False, position_std: float = 0.02) -> TextEncoder:
     """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
 
     The most frequent words, plus single characters for all others. tokenizers' own WordPiece trainer
@@ -957,10 +964,12 @@ def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads:
     config = transformers.BertConfig(
         vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=4 * dim, max_position_embeddings=max(64, max_tokens), pad_token_id=tokenizer.pad_token_id)
-    return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens)
+    model = transformers.BertModel(config)
+    model.embeddings.position_embeddings.weight.data *= position_std / config.initializer_range
+    return TextEncoder(model, tokenizer, max_tokens, pooler)
 
 
-def text_encoder_from_description(description: dict, max_tokens: int) -> TextEncoder:
+def text_encoder_from_description(description: dict, max_tokens: int, pooler: bool = False) -> TextEncoder:
     """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a network."""
     transformers = quiet_transformers()
     from tokenizers import Tokenizer
@@ -968,7 +977,7 @@ def text_encoder_from_description(description: dict, max_tokens: int) -> TextEnc
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).float()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(description["tokenizer"]), **json.loads(description["special_tokens"]))
-    return TextEncoder(model, tokenizer, max_tokens)
+    return TextEncoder(model, tokenizer, max_tokens, pooler)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1459,12 +1468,12 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Make every draw of a step (dropout, masks) a function of (seed, step, rank).
+def seed_step(seed: int, step: int, rank: int = 0, part: int = 0) -> None:
+    """Make every draw of a step (dropout, masks) a function of (seed, step, rank, part of the batch).
 
     So a resumed run needs no stored generator state to repeat the uninterrupted one.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank, part)).generate_state(1, np.uint64)[0] >> 1))
 
 
 class _Gather(torch.autograd.Function):
@@ -1494,6 +1503,39 @@ def gather_with_grad(x):
     gradients equal those of one process with the joint batch.
     """
     return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextlib.nullcontext()):
+    """Backward pass of a loss over a batch given in parts, with the graph of one part in memory at a time.
+
+    Gradient caching (Gao et al., RepL4NLP 2021): every part is embedded without a graph; the loss of the
+    joint outputs gives the gradient of each output; then every part is embedded again and takes its own
+    on to the weights. Equals one pass over the whole batch, but for batch norm, which sees parts.
+
+    Args
+        model: called as model(**part) under `autocast` -> tuple of tensors (B, ...), or 0-dim and equal
+            in every part; may be wrapped for several processes. A single part is an ordinary pass.
+        loss_of: joint outputs -> (loss, anything else ...), which is returned.
+        reseed: called with the number of a part before each of its passes, so that both draw the same masks.
+    """
+    def outputs(i):
+        reseed(i)
+        with autocast:
+            return model(**parts[i])
+
+    if len(parts) == 1:
+        result = loss_of(*outputs(0))
+        result[0].backward()
+        return result
+    with torch.no_grad():
+        held = [[x.detach().requires_grad_() for x in outputs(i)] for i in range(len(parts))]
+    result = loss_of(*(torch.cat(column) if column[0].dim() else torch.stack(column).mean() for column in zip(*held)))
+    result[0].backward()
+    for i in range(len(parts)):
+        quiet = i < len(parts) - 1 and hasattr(model, "no_sync")  # the processes add up their gradients once
+        with model.no_sync() if quiet else contextlib.nullcontext():
+            sum((x * cached.grad).sum() for x, cached in zip(outputs(i), held[i])).backward()
+    return result
 
 
 def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=(5, 10, 15, 20, 25, 30)):

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile as sf
+import torch
 from tqdm import tqdm
 
 import common
@@ -85,20 +86,21 @@ def split_sounds(sounds, train_folds, test_folds, val_fraction: float, seed: int
     return splits
 
 
-def active_part(waveform: np.ndarray, rate: int, floor_db: float = 40.0) -> np.ndarray:
-    """Cut leading and trailing 20 ms frames that lie more than `floor_db` below the loudest one."""
+def active_part(waveform: np.ndarray, rate: int, floor_db: float = 40.0) -> slice:
+    """Samples without the leading and trailing 20 ms frames that lie more than `floor_db` below the loudest one."""
     hop = rate // 50
     frames = waveform[:len(waveform) // hop * hop].reshape(-1, hop)
     if len(frames) == 0:
-        return waveform
+        return slice(0, len(waveform))
     power = (frames ** 2).mean(1)
     loud = np.flatnonzero(power > power.max() * 10 ** (-floor_db / 10))
-    return waveform[loud[0] * hop:(loud[-1] + 1) * hop]
+    return slice(int(loud[0]) * hop, int(loud[-1] + 1) * hop)
 
 
 @functools.lru_cache(maxsize=4096)
 def load_sound(path: str, rate: int) -> np.ndarray:
-    return active_part(common.read_audio(path, rate), rate)
+    waveform = common.read_audio(path, rate)
+    return waveform[active_part(waveform, rate)]
 
 
 def draw_recording(rng, sounds: list[dict], rate: int):
@@ -108,22 +110,74 @@ def draw_recording(rng, sounds: list[dict], rate: int):
 
 
 def _scene_job(job):
-    split, number, seed, out, rate = job
-    return common.write_scene(Path(out) / "audio", f"{split}_{number:05d}", (seed, len(split), number),
-                              functools.partial(draw_recording, sounds=_scene_job.pools[split], rate=rate), rate, split)
+    split, number, args = job
+    return common.write_scene(
+        Path(args.out) / "audio", f"{split}_{number:05d}", (args.seed, len(split), number),
+        functools.partial(draw_recording, sounds=_scene_job.pools[split], rate=args.rate), args.rate, split, args.format)
+
+
+HALF_S = 5.0  # an ESC-50 recording
+IN_ORDER = ["{0} followed by {1}", "{0} and then {1}"]  # the two phrases that the paper names
+
+
+def _mixed_job(job):
+    """One clip of ESC-mixed-up -> its row. Audio that an interrupted call has written is kept."""
+    split, number, args = job
+    rng, pool = np.random.default_rng((args.seed, len(split), number)), _scene_job.pools[split]
+    first = pool[int(rng.integers(len(pool)))]
+    others = [sound for sound in pool if sound["label"] != first["label"]]
+    sounds = [first, others[int(rng.integers(len(others)))]]
+    together = rng.random() < args.overlay
+    template = (common.TOGETHER if together else IN_ORDER)[int(rng.integers(2))]
+    phrases = [sound["label"].replace("_", " ") for sound in sounds]
+    starts_s = [0.0, 0.0 if together else HALF_S]
+    times = [[round(start + t, 3) for t in sound["active_s"]] for start, sound in zip(starts_s, sounds)]
+    name = f"{split}_{number:05d}"
+    row = {"audio": f"audio/{name}.{args.format}", "duration": HALF_S + starts_s[1], "captions": [template.format(*phrases)],
+           "negatives": [None if together else template.format(*phrases[::-1])], "labels": [sound["label"] for sound in sounds],
+           "events": [{"label": sound["label"], "onset": on, "offset": off} for sound, (on, off) in zip(sounds, times)],
+           "phrases": [{"phrase": phrase, "segments": [time]} for phrase, time in zip(phrases, times)], "split": split}
+    files = [(row["audio"], sounds)]
+    if split == "test" and not together:
+        row["swapped_audio"] = f"audio/{name}_swapped.{args.format}"
+        files.append((row["swapped_audio"], sounds[::-1]))
+    for file, order in files:
+        path = Path(args.out) / file
+        if not path.is_file():
+            halves = common.pad_batch([common.read_audio(s["audio"], args.rate, HALF_S) for s in order], round(HALF_S * args.rate))[0].numpy()
+            common.write_audio(path, halves.mean(0) if together else halves.reshape(-1), args.rate)
+    return row
+
+
+SCENES = {"scenes": dict(train=1500, val=150, test=300, rate=32000, format="wav", overlay=0.0),
+          "esc-mixed-up": dict(train=50000, val=500, test=1000, rate=0, format="flac", overlay=0.0)}
 
 
 def scenes(args) -> dict:
-    """10 s scenes of one to three recordings with captions, events, phrases and swapped order."""
-    out = Path(args.out)
+    """10 s scenes of recordings, with captions, events, phrases and swapped order.
+
+    Preset scenes: one to three recordings, trimmed, at random times and levels in noise. Preset
+    esc-mixed-up (T-CLAP, Sec. 3): two recordings of 5 s and of different classes, one after the other.
+    """
+    args = argparse.Namespace(**{**SCENES[args.preset], **vars(args)})
+    out, mixed = Path(args.out), args.preset == "esc-mixed-up"
     if (out / "manifest.jsonl").exists():
         raise FileExistsError(f"--out {out}: already holds a manifest.jsonl; choose another folder or remove it")
+    if not 0 <= args.overlay <= 1 or (args.overlay and not mixed):
+        raise ValueError(f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset esc-mixed-up")
+    found = list_sounds(Path(args.sounds))
     sounds, unusable = [], []
-    for sound in tqdm(list_sounds(Path(args.sounds)), desc="reading sounds", unit="file"):
+    for sound in tqdm(found, desc="reading sounds", unit="file"):
         try:
-            load_sound(sound["audio"], args.rate)
+            args.rate = args.rate or sf.info(sound["audio"]).samplerate  # 0: the first readable file's
+            if mixed:
+                waveform = common.read_audio(sound["audio"], args.rate, HALF_S)
+                active = active_part(waveform, args.rate) if waveform.any() else slice(0, len(waveform))
+                sound["active_s"] = [active.start / args.rate, active.stop / args.rate]
+            else:
+                load_sound(sound["audio"], args.rate)
             sounds.append(sound)
-        except common.AudioError as error:
+        except (common.AudioError, sf.SoundFileError) as error:
             unusable.append(str(error))
     for text in unusable:
         print(f"left out: {text}")
@@ -134,15 +188,23 @@ def scenes(args) -> dict:
     for split, pool in pools.items():
         if counts[split] and not pool:
             raise ValueError(f"no recording is left for the {split} split; check --train-folds, --test-folds, --val-fraction")
+        if mixed and counts[split] and len({sound["label"] for sound in pool}) < 2:
+            raise ValueError(f"the {split} split has recordings of one class only; a clip needs two")
+    settings = json.dumps({k: v for k, v in sorted(vars(args).items()) if k not in ("run", "out", "workers")})
     try:
         (out / "audio").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        if mixed and (out / "settings.json").exists() and (out / "settings.json").read_text().strip() != settings:
+            raise FileExistsError(f"--out {out}: holds a part of a set made with other settings (settings.json there); choose another folder")
+        common.write_lines(out / "settings.json", [settings])
+    except PermissionError as error:
         raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
     _scene_job.pools = pools
-    jobs = [(split, i, args.seed, args.out, args.rate) for split, n in counts.items() for i in range(n)]
-    print(f"{len(jobs)} scenes of 10 s at {args.rate} Hz, about {len(jobs) * args.rate * 10 * 2.1 / 1e9:.1f} GB of 16-bit WAV")
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-        rows = list(tqdm(pool.imap(_scene_job, jobs, chunksize=8), total=len(jobs), desc="scenes", unit="scene"))
+    jobs = [(split, i, args) for split, n in counts.items() for i in range(n)]
+    size = sum(2 if split == "test" else 1 for split, _, _ in jobs) * 10 * args.rate * (2 if args.format == "wav" else 1.1) / 1e9
+    print(f"{len(jobs)} clips of 10 s at {args.rate} Hz: about {size:.1f} GB of 16-bit {args.format.upper()}")
+    # one thread each: torch's own threads do not survive a fork
+    with multiprocessing.get_context("fork").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
+        rows = list(tqdm(pool.imap(_mixed_job if mixed else _scene_job, jobs, chunksize=8), total=len(jobs), desc=args.preset, unit="clip"))
     # Every class that test scenes can hold; classes that only occur in training are vocabulary
     classes = sorted({s["label"] for s in pools["test" if counts["test"] else "train"]})
     common.write_lines(out / "classes.txt", classes)
@@ -1221,14 +1283,19 @@ def parse(argv=None):
     p = add("scenes", help="captioned scenes from single-label sounds")
     p.add_argument("--sounds", required=True, help="ESC-50 layout, or one folder of files per class")
     p.add_argument("--out", required=True, help="folder for audio/, manifest.jsonl and classes.txt")
-    p.add_argument("--train", type=int, default=1500, help="training scenes")
-    p.add_argument("--val", type=int, default=150, help="validation scenes")
-    p.add_argument("--test", type=int, default=300, help="test scenes (with order-swapped audio)")
+    p.add_argument("--preset", choices=list(SCENES), default="scenes", help="esc-mixed-up: T-CLAP's pairs of recordings, one after the other")
+    of_preset = lambda name: {"default": argparse.SUPPRESS, "type": type(SCENES["scenes"][name])}  # noqa: E731
+    told = lambda name: f"[{SCENES['scenes'][name]}; esc-mixed-up: {SCENES['esc-mixed-up'][name] or 'that of the sounds'}]"  # noqa: E731
+    p.add_argument("--train", **of_preset("train"), help=f"training clips {told('train')}")
+    p.add_argument("--val", **of_preset("val"), help=f"validation clips {told('val')}")
+    p.add_argument("--test", **of_preset("test"), help=f"test clips, with order-swapped audio {told('test')}")
+    p.add_argument("--rate", **of_preset("rate"), help=f"sample rate of the clips, Hz {told('rate')}")
+    p.add_argument("--format", choices=["wav", "flac"], default=argparse.SUPPRESS, help=f"of the clips, 16 bit {told('format')}")
+    p.add_argument("--overlay", **of_preset("overlay"), help="share of esc-mixed-up's clips (then 5 s) with both sounds at once and no negative [0]")
     folds = lambda text: [int(x) for x in text.split(",") if x]  # noqa: E731
     p.add_argument("--train-folds", type=folds, default=[1, 2, 3, 4], help="comma-separated; ESC-50 layout only")
     p.add_argument("--test-folds", type=folds, default=[5], help="comma-separated; ESC-50 layout only")
     p.add_argument("--val-fraction", type=float, default=0.1, help="of the training recordings")
-    p.add_argument("--rate", type=int, default=32000, help="sample rate of the scenes, Hz")
     p.add_argument("--seed", type=int, default=0, help="every scene is a function of it")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
     p.set_defaults(run=scenes)

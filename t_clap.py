@@ -1,32 +1,124 @@
-"""T-CLAP's model, which is LAION-CLAP: HTS-AT and RoBERTa, one vector each, 48 kHz.
+"""T-CLAP: LAION-CLAP fine-tuned to hear the order of events, with captions whose order is wrong.
 
 Yuan, Chen, Liu, Kang, Liu, Xie, Wang: "T-CLAP: Temporal-Enhanced Contrastive Language-Audio
-Pretraining", arXiv:2404.17806. No code or weights were released; T-CLAP fine-tunes LAION-CLAP
-(Wu et al., ICASSP 2023; github.com/LAION-AI/CLAP), which this file loads and evaluates. T-CLAP's own
-training is not in it yet.
+Pretraining", arXiv:2404.17806. No code or weights were released. It fine-tunes LAION-CLAP (HTS-AT
+and RoBERTa, one vector each, 48 kHz; Wu et al., ICASSP 2023, github.com/LAION-AI/CLAP).
 
-Letters: B clips, S samples, T frames (32 of 0.3125 s in 10 s), D joint dimension 512.
+The idea: a contrastive loss over a batch can be solved by what sounds, never by in which order, for
+no other caption of the batch has the same events. Here every caption that has an order brings its
+own negative, the same events in another order (`prepare.py rewrite --task negatives`, `prepare.py
+scenes --preset esc-mixed-up`), and a second loss asks each clip to lie closer to the true one.
 
-Deviations from LAION's inference code
+Equations (paper) -> code
+  Eq. (1)  symmetric contrastive loss (LAION-CLAP's)    contrastive_loss
+  Eq. (2)  the sum of the two losses                    training_loss
+  Eq. (3)  temporal loss: caption against its negative  temporal_loss
+
+Letters: B clips in a batch [N], S samples, T frames (32 of 0.3125 s in 10 s), L text tokens, D joint
+dimension 512.
+
+Deviations from the paper, and what it leaves open
   D1  The waveform is not rounded to int16 and back (LAION does so in its Python API only).
-  D2  Audio over 10 s is cut into consecutive windows, never cropped at random. A window that is not
-      full is tiled as often as it fits whole, then zero-padded, as LAION does ("repeatpad").
+  D2  Evaluated audio over 10 s is cut into consecutive windows, never cropped at random. A window or
+      crop that is not full is tiled as often as it fits whole, then zero-padded, as LAION does.
   D3  Frames (embed_frames) are projected one by one; neither paper uses them.
+  D4  Eq. (3) is a mean over the clips that have a negative, not a sum, which would swamp Eq. (1).
+  D5  Not stated: Adam without weight decay and the cosine to 0 after the warm-up are LAION's, and
+      so is its choice of the checkpoint, by mAP@10 of both directions (on the validation split).
+  D6  "1 : 4" is read as one clip of the sets that have negatives to four of those that have none.
+  D7  Not stated: a clip shows one of its captions, drawn anew at every visit.
+  D8  bf16 autocast on a GPU; the losses are always in fp32.
+  D9  --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
+  D10 --size tiny starts from nothing, where Eq. (3) as printed (cosines, weight 0.5) hardly moves: it
+      needs cosines times 14, weight 1, and position embeddings that a pooled vector can feel (README).
 
-Run:  python eval.py laion/clap-htsat-unfused --data MANIFEST --protocol all
-      python eval.py 630k-best.pt --text-model roberta-base --data MANIFEST
+Run:  python t_clap.py --data demo                              (two CPU cores, about 10 minutes)
+      python t_clap.py --data audiocaps clotho esc_mixed_up auto_acd --weights 630k-best.pt
+      torchrun --nproc-per-node 8 t_clap.py --data ...          (one node, 8 GPUs)
+      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
+Eq. (1) starts near ln B from nothing, far below it from LAION's weights; Eq. (3) starts at ln 2 = 0.69.
 """
+import dataclasses
+import json
+import math
 import re
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import common
 
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # data
+    data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo; those with negatives are told from those without
+    size: Literal["paper", "tiny"] = "paper"  # paper: HTS-AT + RoBERTa-base; tiny: same family, small, from nothing
+    weights: str = "630k-best.pt"  # start: a LAION-CLAP file, a transformers CLAP folder or hub id, a T-CLAP checkpoint, or none
+    text_model: str = "roberta-base"  # tokenizer of a LAION-CLAP file; with --weights none the text encoder's start, or none
+    # model, read only when --weights none
+    joint_dim: int = 512  # dimension shared by audio and text (LAION-CLAP)
+    audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many
+    audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # blocks a stage
+    audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage
+    audio_patch: int = 4  # HTS-AT patch, in mel bins and frames
+    text_dim: int = 768  # text encoder width, read only when --text-model none
+    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    position_std: float = 0.02  # initial deviation of its position embeddings, read only when --text-model none (D10)
+    # loss
+    lt_weight: float = 0.5  # weight of the temporal loss (Eq. 2); 0: plain contrastive fine-tuning
+    lt_scale: float = 1.0  # factor on the cosines in the temporal loss (Eq. 3 has none, D10)
+    # optimisation
+    steps: int = 30000  # Sec. 4
+    batch_size: int = 512  # clips over all processes (Sec. 4)
+    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
+    mix: float = 4.0  # clips of sets without negatives for each clip of sets with them (Sec. 4, D6)
+    lr: float = 1e-4  # peak of Adam's learning rate (Sec. 4)
+    warmup_steps: int = 10000  # linear warm-up (Sec. 4), then cosine to 0 (D5)
+    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (LAION-CLAP)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D8)
+    seed: int = 0  # of weights, order, crops, captions, masks
+    # run
+    name: str = ""  # folder under --runs; empty: t_clap-1, t_clap-2, ...
+    runs: str = "runs"  # where run folders go
+    resume: bool = False  # continue runs/NAME/last.pt with its stored settings
+    eval_steps: int = 1000  # steps between validations (each may write best.pt)
+    save_steps: int = 500  # steps between writes of last.pt
+    log_steps: int = 10  # steps between lines of log.jsonl
+    workers: int = 4  # processes that read audio
+    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
+    device: str = "auto"  # auto, cpu or cuda
+
+
+TINY = dict(weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[1, 4], audio_heads=[4, 8],
+            text_dim=128, text_layers=2, joint_dim=128, position_std=0.5, lt_weight=1.0, lt_scale=14.0,  # D10
+            steps=1500, batch_size=32, lr=1e-3, warmup_steps=100, drop_path=0.0, eval_steps=500, save_steps=250, workers=1)
+PRESETS = {("size", "tiny"): TINY}
 WINDOW_S = 10.0  # LAION's training crop
 MAX_TOKENS = 77  # LAION's padding and truncation length
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+def tile(waveform, window: int):
+    """waveform (S,), S <= window -> (window,): repeated as often as it fits whole, then zeros (D2)."""
+    waveform = waveform.repeat(window // len(waveform))
+    return F.pad(waveform, (0, window - len(waveform)))
 
 
 class Model(nn.Module):
@@ -43,20 +135,41 @@ class Model(nn.Module):
     def __init__(self, text_encoder: common.TextEncoder, audio: dict, joint_dim: int = 512, mel: dict | None = None):
         super().__init__()
         mel = {"sample_rate": 48000, "n_fft": 1024, "hop": 480, "n_mels": 64, "fmin_hz": 50, "fmax_hz": 14000, **(mel or {})}
+        self.shape = {"audio": dict(audio), "joint_dim": joint_dim, "mel": mel}  # rebuilds the model, with the text encoder
         self.sample_rate, self.log_mel = mel["sample_rate"], common.LogMel(**mel)
         self.audio_encoder, self.text_encoder = common.HTSAT(**audio), text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
         head = lambda dim: nn.Sequential(nn.Linear(dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim))  # noqa: E731
         self.audio_projection, self.text_projection = head(self.audio_encoder.out_dim), head(text_encoder.out_dim)
         self.logit_scale_a = nn.Parameter(torch.tensor(1 / 0.07).log())  # logs of the factors on cosines;
-        self.logit_scale_t = nn.Parameter(torch.tensor(1 / 0.07).log())  # LAION's plain loss uses the first
+        self.logit_scale_t = nn.Parameter(torch.tensor(1 / 0.07).log(), requires_grad=False)  # LAION's plain loss uses the first
+
+    def clip_feats(self, waveform):
+        """waveform (B, S) of one window, tiled -> projected clips (B, D)."""
+        return self.audio_projection(self.audio_encoder(self.log_mel(waveform)).mean(1))
+
+    def text_feats(self, input_ids, attention_mask):
+        """Token ids (B, L) -> projected texts (B, D), of the pooler's tanh(dense(<s>))."""
+        return self.text_projection(self.text_encoder.model.pooler(self.text_encoder(input_ids, attention_mask)))
+
+    def forward(self, waveform, input_ids, attention_mask, ordered):
+        """One training batch -> audio_embeds, text_embeds, negative_embeds (B, D), scale.
+
+        Texts: the B captions, then the negatives of the clips whose numbers are in `ordered`; the other
+        rows of negative_embeds are 0.
+        """
+        B = len(waveform)
+        audio_embeds = F.normalize(self.clip_feats(waveform).float(), dim=-1)
+        texts = F.normalize(self.text_feats(input_ids, attention_mask).float(), dim=-1)  # (B + len(ordered), D)
+        negative_embeds = torch.zeros_like(texts[:B]).index_copy(0, ordered, texts[B:])
+        return audio_embeds, texts[:B], negative_embeds, self.logit_scale_a.exp()
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
         """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised; never random."""
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
-            embeds = F.normalize(self.audio_projection(frame_feats.mean(1)), dim=-1) * weight[:, None]
+            embeds = F.normalize(self.audio_projection(frame_feats.mean(1)).float(), dim=-1) * weight[:, None]
             total = embeds.new_zeros(len(waveform), embeds.shape[1])
             return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
 
@@ -73,8 +186,7 @@ class Model(nn.Module):
         window = int(WINDOW_S * self.sample_rate)
         windows, owner, weight = common.cut_windows(waveform, n_samples, window)
         valid = (weight.cpu() * n_samples[owner.cpu()]).round().long().tolist()
-        for piece, n in zip(windows, valid):  # D2
-            piece[:window // n * n] = piece[:n].repeat(window // n)
+        windows = torch.stack([tile(piece[:n], window) for piece, n in zip(windows, valid)])
         return torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)]), owner, weight
 
     @torch.no_grad()
@@ -82,9 +194,15 @@ class Model(nn.Module):
         """-> (B, D), normalised."""
         with common.evaluating(self):
             tokens = {k: v.to(self.logit_scale_a.device) for k, v in self.text_encoder.tokenize(texts).items()}
-            hidden = self.text_encoder(tokens["input_ids"], tokens["attention_mask"])
-            pooled = self.text_encoder.model.pooler(hidden)  # tanh(dense(<s>))
-            return F.normalize(self.text_projection(pooled), dim=-1)
+            return F.normalize(self.text_feats(tokens["input_ids"], tokens["attention_mask"]).float(), dim=-1)
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """A run's last.pt or best.pt."""
+        content = common.read_checkpoint(path, "t_clap")
+        model = cls(common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS, pooler=True), **content["shape"])
+        common.load_strict(model, content["model"], path)
+        return model.eval()
 
     @classmethod
     def from_published(cls, source, text_model: str = "roberta-base"):
@@ -181,3 +299,305 @@ def _transformers_clap(name):
              "frequency_min": "fmin_hz", "frequency_max": "fmax_hz"}
     mel = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
     return text_encoder, config, weights, mel
+
+
+def start_model(cfg: Config, captions: list[str]) -> Model:
+    """The model that training starts from: --weights, or a new one."""
+    if cfg.weights == "none":
+        if cfg.text_model == "none":
+            text_encoder = common.text_encoder_from_scratch(captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64),
+                                                            MAX_TOKENS, pooler=True, position_std=cfg.position_std)
+        else:
+            text_encoder = common.text_encoder_from_pretrained(cfg.text_model, MAX_TOKENS, pooler=True)
+        return Model(text_encoder, dict(dim=cfg.audio_dim, depths=cfg.audio_depths, heads=cfg.audio_heads, patch=cfg.audio_patch,
+                                        drop_path=cfg.drop_path), cfg.joint_dim)
+    if Path(cfg.weights).is_file() and "method" in common.read_weights(cfg.weights):
+        return Model.from_checkpoint(cfg.weights)
+    if cfg.weights.endswith((".pt", ".ckpt", ".pth")) and not Path(cfg.weights).is_file():
+        raise FileNotFoundError(f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository lukewys/laion_clap "
+                                "(or give laion/clap-htsat-unfused, which is fetched, or none)")
+    return Model.from_published(cfg.weights, cfg.text_model)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss: embeds (B, D) normalised, of all processes
+# ------------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(sim, scale):
+    """sim (B, B) cosine, audio in rows; mean over both directions of the cross-entropy of the right partner."""
+    target = torch.arange(len(sim), device=sim.device)
+    return (F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)) / 2  # Eq. (1)
+
+
+def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 1.0):
+    """Each clip must tell its caption from the caption's negative (B, D), a row of zeros = has none.
+
+    -> mean over the clips that have one (D4) of log(1 + exp(a.n - a.t)), which is
+    -log(exp(a.t) / (exp(a.t) + exp(a.n))); share of them for which a.t > a.n.
+    """
+    ordered = negative_embeds.detach().any(-1).float()  # (B,)
+    margin = (audio_embeds * (text_embeds - negative_embeds)).sum(-1)
+    n = ordered.sum().clamp(min=1)
+    loss = (F.softplus(-lt_scale * margin) * ordered).sum() / n  # Eq. (3)
+    return loss, ((margin.detach() > 0) * ordered).sum() / n
+
+
+def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale):
+    """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
+    audio_embeds, text_embeds, negative_embeds = (
+        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, negative_embeds))
+    sim = audio_embeds @ text_embeds.T  # (B, B)
+    contrastive = contrastive_loss(sim, scale)
+    temporal, order = temporal_loss(audio_embeds, text_embeds, negative_embeds, cfg.lt_scale)
+    loss = contrastive + cfg.lt_weight * temporal  # Eq. (2)
+    return loss, sim.detach(), {"loss_c": contrastive.detach(), "loss_t": temporal.detach(), "order_accuracy": order}
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+def has_negatives(row: dict) -> bool:
+    return any(row.get("negatives", []))
+
+
+def split_sets(rows: list[dict]) -> list[list[dict]]:
+    """Rows of the manifests that have negatives, and rows of those that have none."""
+    manifest = lambda row: row["where"].rpartition(":")[0]  # noqa: E731
+    ordered = {manifest(row) for row in rows if has_negatives(row)}
+    return [[row for row in rows if manifest(row) in ordered], [row for row in rows if manifest(row) not in ordered]]
+
+
+def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
+    """Clips of each of the two groups in a batch, 1 : mix, or all from the group that is not empty (D6)."""
+    if 0 in sizes:
+        return [min(size, batch_size) for size in sizes]
+    first = max(1, round(batch_size / (1 + mix)))
+    return [min(sizes[0], first), min(sizes[1], batch_size - first)]
+
+
+def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
+    """Yield this process's share of every batch as [(group, epoch, index), ...].
+
+    Each group is gone through in a new random order every epoch; what does not fill a batch's share is
+    left out of that epoch.
+    """
+    rank, world = common.rank_and_world()
+    orders = [(None, None), (None, None)]
+    for step in range(start_step, total_steps):
+        batch = []
+        for group, (size, count) in enumerate(zip(sizes, counts)):
+            if count:
+                epoch, place = divmod(step, size // count)
+                if orders[group][0] != epoch:
+                    orders[group] = epoch, np.random.default_rng((seed, group, epoch)).permutation(size)
+                chosen = orders[group][1][place * count:(place + 1) * count]
+                batch += [(group, epoch, int(i)) for i in chosen]
+        yield batch[rank::world]
+
+
+class Clips(Dataset):
+    """One item a clip with one of its captions. Items are asked for as (group, epoch, index), which seeds both draws."""
+
+    def __init__(self, groups: list[list[dict]], cfg: Config, tokenize, sample_rate: int):
+        self.groups, self.cfg, self.tokenize, self.rate = groups, cfg, tokenize, sample_rate
+
+    def __getitem__(self, key):
+        group, epoch, index = key
+        row = self.groups[group][index]
+        rng = np.random.default_rng((self.cfg.seed, *key))
+        chosen = int(rng.integers(len(row["captions"])))  # D7
+        negatives = row.get("negatives", []) if self.cfg.lt_weight else []
+        negative = negatives[chosen] if chosen < len(negatives) else None
+        try:
+            waveform = common.read_audio(row["audio"], self.rate, WINDOW_S, rng, row.get("duration"))
+        except common.AudioError as error:
+            return error
+        return waveform, row["captions"][chosen], negative, row["audio"]
+
+    def collate(self, items):
+        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
+        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
+        good = [item for item in items if not isinstance(item, common.AudioError)]
+        part = self.cfg.micro_batch or max(1, len(good))
+        parts = [self.tensors(good[i:i + part]) for i in range(0, len(good), part)]
+        return parts, [item[-1] for item in good], bad
+
+    def tensors(self, items) -> dict:
+        waveforms, captions, negatives, _ = zip(*items)
+        window = int(WINDOW_S * self.rate)
+        ordered = [i for i, negative in enumerate(negatives) if negative]
+        tokens = self.tokenize([*captions, *(negatives[i] for i in ordered)])
+        return {"waveform": torch.stack([tile(torch.from_numpy(w), window) for w in waveforms]), "ordered": torch.tensor(ordered, dtype=torch.long),
+                "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------
+
+
+def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
+    """Retrieval and, where rows have negatives, T-Classify (text to audio) -> scores, what chance gives."""
+    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
+    for text in bad:
+        tqdm.write(f"validation: left out {text}")
+    rows = [rows[i] for i in kept]
+    captions = [(i, c) for i, row in enumerate(rows) for c in row["captions"]]
+    owner = np.array([i for i, _ in captions])
+    sim = common.similarities(model, audio_embeds, None, [c for _, c in captions])
+    scores, chance = common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(owner, len(rows))
+    pairs = [(i, c, n) for i, row in enumerate(rows) for c, n in zip(row["captions"], row.get("negatives", [])) if n]
+    if pairs:
+        right, wrong = (common.embed_texts(model, [pair[k] for pair in pairs]) for k in (1, 2))
+        clips = audio_embeds[[i for i, _, _ in pairs]]
+        scores["t_classify_t2a"], chance["t_classify_t2a"] = float(((clips * (right - wrong)).sum(1) > 0).mean()), 0.5
+    return scores, chance
+
+
+def main(cfg: Config) -> dict:
+    device = common.start_device(cfg.device)
+    rank, world = common.rank_and_world()
+    say = tqdm.write if rank == 0 else (lambda text: None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
+        cfg.precision == "auto" and device.type == "cuda"))
+    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
+        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+
+    # Data
+    rows = common.read_manifest(cfg.data)
+    train_rows, val_rows = common.split_train_val(rows, cfg.seed)
+    common.require(train_rows + val_rows, "captions")
+    groups = split_sets(train_rows)
+    sizes = [len(group) for group in groups]
+    common.check_counts(cfg, "steps", "eval_steps", "save_steps", "log_steps")
+    if cfg.mix < 0 or cfg.micro_batch < 0:
+        raise ValueError(f"--mix {cfg.mix}, --micro-batch {cfg.micro_batch}: must not be negative")
+    if cfg.lt_weight and not sizes[0]:
+        raise ValueError("no training row has a negative, so the temporal loss has nothing to learn from; make them with prepare.py "
+                         "rewrite --task negatives, or give --lt-weight 0 for plain contrastive training")
+    counts = shares(sizes, cfg.batch_size, cfg.mix)
+    batch_size = sum(counts)
+    if batch_size < 2 * world:
+        raise ValueError(f"--batch-size {cfg.batch_size} with {len(train_rows)} training clip(s) on {world} process(es): "
+                         "a contrastive loss needs at least 2 clips in each")
+
+    # Model
+    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "t_clap") if cfg.resume else None
+    torch.manual_seed(cfg.seed)
+    if checkpoint:
+        common.check_resume(cfg, checkpoint["config"])
+        model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
+    else:
+        model = start_model(cfg, [text for row in train_rows for text in (*row["captions"], *filter(None, row.get("negatives", [])))])
+    model.to(device)
+    wrapped = model
+    if world > 1:
+        wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+        wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
+                                 fused=True)
+    dataset = Clips(groups, cfg, model.text_encoder.tokenize, model.sample_rate)
+    step, best = 0, {"score": -1.0, "step": 0}
+    run = common.RunFolder(cfg.runs, cfg.name, "t_clap", cfg.resume, len(train_rows), cfg.max_bad)
+    if checkpoint:
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        step, best = checkpoint["step"], checkpoint["best"]
+        run.drop_log_after(step)
+    with_negative = sum(map(has_negatives, groups[0]))
+    say(f"t_clap: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} of sets without, {len(val_rows)} "
+        f"clips for validation; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {cfg.steps} steps of "
+        f"{counts[0]} + {counts[1]} clips on {world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}")
+
+    def save(name):
+        common.save_checkpoint(run.path / name, {
+            "method": "t_clap", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
+            "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+
+    # Loop
+    loader = DataLoader(dataset, batch_sampler=mixed_batches(sizes, counts, cfg.seed, step, cfg.steps), num_workers=cfg.workers,
+                        collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
+    model.train()
+    for parts, names, bad in loader:
+        unreadable += bad
+        if not parts:
+            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
+        for group in optimiser.param_groups:
+            group["lr"] = cfg.lr * common.warmup_cosine(step, cfg.warmup_steps, cfg.steps)
+
+        optimiser.zero_grad(set_to_none=True)
+        loss, sim, of_loss = common.cached_backward(
+            wrapped, parts, lambda *embeds: training_loss(cfg, *embeds), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+        optimiser.step()
+        with torch.no_grad():
+            model.logit_scale_a.clamp_(0, math.log(100))
+
+        # Log: the only place, with saving, where a GPU is waited for
+        recent.append((step, loss.detach(), names))
+        step += 1
+        pairs_seen += len(sim)
+        bar.update()
+        if step % cfg.log_steps == 0 or step == cfg.steps:
+            common.check_finite(recent, run)
+            run.settle_skipped(unreadable)
+            unreadable.clear()
+            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            line = {"step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), **{k: v.item() for k, v in of_loss.items()},
+                    "batch_R@1": r1, "scale": model.logit_scale_a.exp().item(), "lr": optimiser.param_groups[0]["lr"],
+                    "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            run.log(line)
+            bar.set_postfix_str(f"loss {line['loss_c']:.3f} (ln B {line['ln_B']:.2f}) + {line['loss_t']:.3f} R@1 {r1:.2f} "
+                                f"order {line['order_accuracy']:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            pairs_seen = 0
+        eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
+        if eval_now or step % cfg.save_steps == 0:
+            common.check_finite(recent, run, model)
+            if eval_now and rank == 0:
+                score = selection_score(model, val_rows, say, step)
+                if score > best["score"]:
+                    best = {"score": score, "step": step}
+                    save("best.pt")
+                model.train()
+            if rank == 0:
+                save("last.pt")
+            common.barrier()
+            clock, pairs_seen = time.perf_counter(), 0
+    bar.close()
+
+    # Result: the best checkpoint on the validation split
+    common.barrier()
+    if rank > 0 or not val_rows:
+        return {}
+    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    scores, chance = validate(model, val_rows, quiet=False)
+    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
+    common.print_scores(f"t_clap on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+          f"  python t_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --lt-weight 0     (no temporal loss, to compare)")
+    return result
+
+
+def selection_score(model, val_rows, say, step) -> float:
+    """mAP@10 of both directions on the validation split (D5); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows)
+    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "t_classify_t2a") if k in scores]
+    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
+    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Entry point
+# ------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
