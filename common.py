@@ -287,8 +287,8 @@ def _parse_row(line: str, where: str) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     for key, value in row.items():
-        near = difflib.get_close_matches(key, MANIFEST_KEYS, 1, 0.8)
-        if key not in MANIFEST_KEYS and near:
+        near = [] if key in MANIFEST_KEYS else difflib.get_close_matches(key, MANIFEST_KEYS, 1, 0.8)
+        if near:
             raise ValueError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
         if key in MANIFEST_KEYS and not isinstance(value, MANIFEST_KEYS[key]):
             raise ValueError(f"{where}: '{key}' has the wrong type {type(value).__name__}")

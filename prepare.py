@@ -524,9 +524,14 @@ def with_durations(rows: list[dict], workers: int):
 
     with multiprocessing.pool.ThreadPool(workers) as pool:  # libsndfile lets other threads run
         found = list(tqdm(pool.imap(seconds, rows, chunksize=64), total=len(rows), desc="audio headers", unit="file", leave=False))
-    good = [row | {"duration": s} for row, s in zip(rows, found) if isinstance(s, float) and s > 0]
-    return good, [s if isinstance(s, str) else f"{row['audio']}: holds no samples" for row, s in zip(rows, found)
-                  if not (isinstance(s, float) and s > 0)]
+    good, bad = [], []
+    for row, s in zip(rows, found):
+        if isinstance(s, float) and s > 0:
+            row["duration"] = s
+            good.append(row)
+        else:
+            bad.append(s if isinstance(s, str) else f"{row['audio']}: holds no samples")
+    return good, bad
 
 
 def drop_outside(row: dict) -> int:
@@ -1179,16 +1184,27 @@ def file_hash(path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def middle_of(path) -> int:
+    """Of 4 KB from the middle: uncompressed files of one length share their size, not their middle."""
+    with open(path, "rb") as file:
+        file.seek(os.path.getsize(path) // 2)
+        return hash(file.read(4096))
+
+
 def hashes_of(paths, others=None) -> dict[str, str]:
-    """{path: SHA-256} of the files whose size occurs twice among `paths`, or once among `others`: no other file can be equal."""
-    size = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
-    if others is None:
-        sizes = {n for n, count in collections.Counter(size.values()).items() if count > 1}
-    else:
-        sizes = {os.path.getsize(path) for path in others if os.path.isfile(path)}
-    wanted = [path for path in size if size[path] in sizes]
+    """{path: SHA-256} of the files that may equal another one of `paths`, or one of `others`: same size, same middle."""
+    paths, others = [p for p in paths if os.path.isfile(p)], others and [p for p in others if os.path.isfile(p)]
+    for mark in (os.path.getsize, middle_of):
+        own = {path: mark(path) for path in paths}
+        if others is None:
+            wanted = {value for value, count in collections.Counter(own.values()).items() if count > 1}
+        else:
+            theirs = {path: mark(path) for path in others}
+            wanted = set(theirs.values()) & set(own.values())
+            others = [path for path in others if theirs[path] in wanted]
+        paths = [path for path in own if own[path] in wanted]
     with multiprocessing.pool.ThreadPool() as pool:  # hashing lets other threads run
-        return dict(zip(wanted, tqdm(pool.imap(file_hash, wanted), total=len(wanted), desc="comparing files", unit="file", leave=False)))
+        return dict(zip(paths, tqdm(pool.imap(file_hash, paths), total=len(paths), desc="comparing files", unit="file", leave=False)))
 
 
 def exclude(rows: list[dict], manifests: list[str]) -> list[dict]:
@@ -1240,8 +1256,9 @@ def check(args) -> dict:
         found = list(tqdm(pool.imap(_check_file, rows, chunksize=16), total=len(rows), desc="decoding", unit="file"))
     report = {"clips": len(rows), "unreadable": [text for _, _, text in found if text], "splits": {}}
     manifests, places = [row["where"].rsplit(":", 1)[0] for row in rows], []
+    several = len(set(manifests)) > 1
     for row, manifest, (rate, seconds, error) in zip(rows, manifests, found):
-        places.append(row.get("split", "none") if len(set(manifests)) == 1 else f"{manifest} {row.get('split', 'none')}")
+        places.append(f"{manifest} {row.get('split', 'none')}" if several else row.get("split", "none"))
         part = report["splits"].setdefault(places[-1], collections.defaultdict(list))
         part["clips"].append(1)
         part["captions"].append(len(row.get("captions", [])))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -755,6 +756,23 @@ def test_exclude_by_youtube_id_freesound_id_and_content(tmp_path, capsys):
     assert "recordings shared between splits: 3" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no clip is left to write"):
         convert("csv", own / "t.csv", tmp_path / "none", *flags, "--exclude", tmp_path / "all")
+
+
+def test_only_files_that_may_be_equal_are_hashed(tmp_path, monkeypatch):
+    for n in range(6):
+        wav(tmp_path / f"{n}.wav", seed=n // 2 if n < 2 else n)  # one size; 0 and 1 are equal
+    hashed, sha = [], prepare.file_hash
+    monkeypatch.setattr(prepare, "file_hash", lambda path: hashed.append(Path(path).stem) or sha(path))
+    paths = [str(tmp_path / f"{n}.wav") for n in range(6)] + [str(tmp_path / "lost.wav")]
+    assert len(set(prepare.hashes_of(paths).values())) == 1 and sorted(hashed) == ["0", "1"]
+    assert list(prepare.hashes_of(paths[1:], paths[:1])) == paths[1:2] and prepare.hashes_of(paths, []) == {}
+
+
+def test_check_of_many_rows(tmp_path):
+    common.write_lines(tmp_path / "manifest.jsonl", [json.dumps({"audio": f"{n}.wav", "split": "train"}) for n in range(20000)])
+    began = time.process_time()
+    report = prepare.check(prepare.parse(["check", str(tmp_path), "--workers", "1"]))
+    assert len(report["unreadable"]) == 20000 and time.process_time() - began < 4, "grows with the square of the rows"
 
 
 @pytest.mark.parametrize("name, expected", [
