@@ -455,7 +455,8 @@ def convert(args) -> dict:
             names, inside, path = entry.pop("names"), entry.pop("inside", None), entry.pop("path", None)
             entry.setdefault("group", entry.get("split", "all"))
             listed[entry["group"]] += 1
-            found = str(path) if path and os.path.isfile(path) else tree.find(names, inside)
+            listed_file = path and os.path.splitext(path)[1].lower() not in VIDEO_SUFFIXES and os.path.isfile(path)
+            found = str(path) if listed_file else tree.find(names, inside)
             if entry.get("captions") == []:
                 wordless.append(names[0])
             elif found:
@@ -1095,7 +1096,8 @@ def any_table(path: Path, args):
     clips = {}
     for file in files:
         about = {} if path.is_file() else {"file": file.stem, "folder": file.parent.name}
-        records = [about | record for record in records_of(file, args, [c for c in wanted if c not in about])]
+        records = records_of(file, args, [c for c in wanted if c not in about])
+        records = [about | record for record in records] if about else records
         known = set(itertools.chain(about, *records[:1000]))
         absent = [c for c in wanted if c not in known] if records else []
         if absent:
@@ -1103,7 +1105,14 @@ def any_table(path: Path, args):
         for record in records or [about] * bool(about):  # an empty table: a clip in which nothing happens
             add_record(clips, record, literal, file, args)
     classes = sorted({label for clip in clips.values() for label in clip.get("labels", [])}) or None
-    return iter(clips.values()), classes, {}
+
+    def entries():  # names only now: a dozen for each of two million clips would fill the memory
+        for (name, _), clip in clips.items():
+            stem = stem_of(name)
+            youtube = YOUTUBE.fullmatch(stem) if youtube_id(stem, sure=True) in (youtube_id(stem), clip.get("id")) else None
+            yield clip | {"names": [stem, html.unescape(stem), *(youtube_names(youtube[1], youtube[2] or 0) if youtube else [])],
+                          "inside": os.path.basename(os.path.dirname(name))}
+    return entries(), classes, {}
 
 
 def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
@@ -1115,13 +1124,12 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
     if split and split.lower() not in SPLITS:
         raise ValueError(f"{file}: '{split}' in column '{args.split}' is no split; known: {', '.join(SPLITS)}")
     stem, texts = stem_of(name), [record.get(column) for column in args.caption]
-    youtube = YOUTUBE.fullmatch(stem) if youtube_id(stem) else None
-    folder = Path(args.audio_dir) if args.audio_dir else file.parent
     clip = clips.setdefault((name, split), {
-        "names": [stem, html.unescape(stem), *(youtube_names(youtube[1], youtube[2] or 0) if youtube else [])], "path": folder / name,
+        "path": os.path.join(args.audio_dir or file.parent, name),
         **({"captions": []} if args.caption else {}), **({"events": []} if args.onset else {}), **({"labels": []} if args.label else {}),
         **({"phrases": []} if args.phrase else {}), **({"split": SPLITS[split.lower()]} if split else {})})
-    own = str(record[args.id]) if args.id and record.get(args.id) not in (None, "") else youtube_id(stem)
+    told = str(record[args.id]) if args.id and record.get(args.id) not in (None, "") else None
+    own = youtube_id(stem_of(told), sure=True) or told if told else youtube_id(stem)
     clip |= {"id": own} if own else {}
     if args.fold:
         clip["fold"] = int(record[args.fold]) if str(record[args.fold]).isdigit() else str(record[args.fold])

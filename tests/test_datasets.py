@@ -622,6 +622,29 @@ def test_a_missing_file_is_never_another_one(tmp_path):
     assert [r["captions"] for r in rows] == [["wind"]] and report["missing"] == ["my_sound_01_30"] and "id" not in rows[0]
 
 
+def test_the_table_tells_the_folder(tmp_path):
+    text(tmp_path / "t.csv", "f,t\na/x.wav,rain\nb/x.wav,wind\na/y.wav,dog\n")
+    wav(tmp_path / "b/x.wav"), wav(tmp_path / "a/y.wav")
+    report, rows, _ = convert("csv", tmp_path / "t.csv", tmp_path / "m", "--audio", "f", "--caption", "t")
+    assert [r["captions"] for r in rows] == [["wind"], ["dog"]] and report["missing"] == ["x"]  # a/x.wav is not b/x.wav
+
+
+def test_csv_takes_the_sound_beside_the_video(tmp_path):
+    text(tmp_path / "t.csv", "f,t\nx.mp4,rain\n"), text(tmp_path / "x.mp4", "film"), wav(tmp_path / "x.wav")
+    _, rows, by_name = convert("csv", tmp_path / "t.csv", tmp_path / "m", "--audio", "f", "--caption", "t")
+    assert list(by_name) == ["x.wav"]
+
+
+def test_csv_youtube_ids_without_a_capital(tmp_path):
+    text(tmp_path / "t.csv", "youtube_id,t\nabcdefghij1_000030,rain\nAbcdefghij1_000030,wind\n")
+    wav(tmp_path / "Yabcdefghij1.wav"), wav(tmp_path / "AbcdefghijA.wav"), wav(tmp_path / "YAbcdefghij1.wav")
+    _, rows, _ = convert("csv", tmp_path / "t.csv", tmp_path / "m", "--audio", "youtube_id", "--id", "youtube_id", "--caption", "t")
+    assert [(r["id"], r["captions"]) for r in rows] == [("abcdefghij1", ["rain"]), ("Abcdefghij1", ["wind"])]
+    text(tmp_path / "j.jsonl", json.dumps({"f": "YAbcdefghij1.wav", "id": "YAbcdefghij1.wav"}))
+    _, rows, _ = convert("csv", tmp_path / "j.jsonl", tmp_path / "j", "--audio", "f", "--id", "id")
+    assert rows[0]["id"] == "Abcdefghij1"
+
+
 def test_folders(tmp_path):
     for name in ("one/dog/a.wav", "one/sea waves/b.flac", "two/train/dog/a.wav", "two/valid/dog/b.wav"):
         wav(tmp_path / name)
