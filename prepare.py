@@ -9,6 +9,7 @@ The manifest format is described in README.md; training and evaluation read noth
 """
 import argparse
 import collections
+import contextlib
 import csv
 import functools
 import hashlib
@@ -22,6 +23,7 @@ import multiprocessing
 import multiprocessing.pool
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -227,11 +229,11 @@ SPLITS = {"train": "train", "training": "train", "development": "train", "val": 
 SIGNS = {
     "audiocaps": (("", "dataset", "dataset2.0", "csv_files", "csv_files_v1", "csv_files_v2"), ("train.csv", "val.csv", "test.csv"),
                   r'audiocap_id|file_name,caption.*\n"?Y[\w-]{11}\.wav'),
-    "clotho": (("", "clotho_csv_files"), ("clotho_captions_*.csv",), "file_name,caption_1"),
+    "clotho": (("", "clotho_csv_files"), ("clotho_captions_*.csv",), "file_name"),
     "wavcaps": (("", "json_files", "data/json_files"), ("*/*_final.json",), "num_captions_per_audio"),
-    "fsd50k": (("",), ("FSD50K.ground_truth/dev.csv", "FSD50K.ground_truth/eval.csv"), "fname,labels"),
-    "esc50": (("",), ("meta/esc50.csv",), "filename,fold"),
-    "esc10": (("",), ("001 - *", "meta/esc50.csv"), ""),
+    "fsd50k": (("",), ("FSD50K.ground_truth/dev.csv", "FSD50K.ground_truth/eval.csv"), "fname"),
+    "esc50": (("",), ("meta/esc50.csv",), "filename"),
+    "esc10": (("",), ("001 - *", "meta/esc50.csv"), "filename"),
     "urbansound8k": (("",), ("metadata/UrbanSound8K.csv",), r"slice_file_name|\d+-\d-\d+-\d+\.wav"),
     "vggsound": (("", "data"), ("vggsound.csv", "train.csv", "test.csv"), r'"?[\w-]{11},\d+,|[\w-]{11}_\d{6}\.mp4,'),
     "audioset": (("", "metadata", "meta", "segments"), ("*_segments.csv",), "# Segments csv"),
@@ -280,6 +282,10 @@ def read_json(path):
         raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); download the file again") from None
 
 
+def delimiter_of(path) -> str:
+    return max("\t,;", key=read_text(path).split("\n", 1)[0].count)
+
+
 def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[dict]:
     """Rows of a CSV or TSV file as {column: text}; cells keep their blanks (Clotho's file names begin with some).
 
@@ -287,11 +293,17 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
         need: columns every row must have. columns: their names where the file may have no header line.
         comment: start of lines to skip. dialect: as csv.reader takes it.
     """
+    text, lines = read_text(path), None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
     try:
-        lines = [line for line in csv.reader(io.StringIO(read_text(path), newline=""), **dialect)
-                 if line and not (comment and line[0].startswith(comment))]
+        lines = list(reader)
     except csv.Error as error:
-        raise ValueError(f"{path}: cannot be read as a table ({error})") from None
+        with contextlib.suppress(csv.Error):
+            lines = list(csv.reader(io.StringIO(text, newline=""), **dialect))
+        # A stray quote is only untidy, unless it swallows the rows after it
+        if lines is None or any("\n" in cell for line in lines for cell in line):
+            raise ValueError(f"{path}:{reader.line_num}: cannot be read as a table ({error}); is a closing quote missing?") from None
+    lines = [line for line in lines if line and not (comment and line[0].startswith(comment))]
     need, header = need or tuple(columns or ()), lines[0] if lines else []
     if columns and not set(need) <= set(header):
         header = columns
@@ -308,18 +320,21 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
     return [dict(zip(header, line)) for line in lines]
 
 
+def candidates(dataset: str, folder: Path, inside=None):
+    """Each (folder, path in it) that is called as a file of this dataset, in `folder` and the known sub-folders."""
+    for sub, pattern in itertools.product(inside or SIGNS[dataset][0], SIGNS[dataset][1]):
+        yield from ((folder / sub, path) for path in sorted((folder / sub).glob(pattern)))
+
+
+def head_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file.read(4096).decode("utf-8-sig", "replace")
+
+
 def signs_of(dataset: str, folder: Path, inside=None) -> Path | None:
     """The first folder among `folder` and the known sub-folders that holds this dataset's files."""
-    folders, patterns, start = SIGNS[dataset]
-    for sub, pattern in itertools.product(inside or folders, patterns):
-        for path in sorted((folder / sub).glob(pattern)):
-            if path.is_dir():
-                return folder / sub
-            with open(path, "rb") as file:
-                head = file.read(4096).decode("utf-8-sig", "replace")
-            if head.startswith("version https://git-lfs") or re.match(r"[{\s\[]*\"?(" + start + ")", head):
-                return folder / sub
-    return None
+    start = re.compile(r"version https://git-lfs|[{\s\[]*\"?(" + SIGNS[dataset][2] + ")")
+    return next((place for place, path in candidates(dataset, folder, inside) if path.is_dir() or start.match(head_of(path))), None)
 
 
 def locate(dataset: str, root: Path, inside=None) -> Path:
@@ -332,13 +347,16 @@ def locate(dataset: str, root: Path, inside=None) -> Path:
     around = [root.absolute().parent, *(d for depth in ("*", "*/*") for d in sorted(root.glob(depth)) if d.is_dir())]
     expected = " or ".join(SIGNS[dataset][1])
     for folder in around:
-        if signs_of(dataset, folder, inside):
+        if signs_of(dataset, folder, inside and inside[1:]):  # of a version asked for, only the folders named for it
             raise ValueError(f"{root}: the wrong level of the tree, here is no {expected}; give {folder}")
     for other in SIGNS:
         if other != dataset and signs_of(other, root):
             raise ValueError(f"{root}: holds the files of {other}, not of {dataset} (expected {expected}); run: prepare.py {other} {root}")
+    for _, path in candidates(dataset, root, inside):
+        raise ValueError(f"{path}: not a table of {dataset}, it begins with {head_of(path)[:40]!r}; download it again, or "
+                         "prepare.py csv reads any table")
     names = sorted(path.name for path in root.iterdir())
-    below = ", ".join(filter(None, SIGNS[dataset][0])) or "a sub-folder"
+    below = ", ".join(filter(None, inside or SIGNS[dataset][0])) or "a sub-folder"
     there = (", ".join(names[:6]) or "nothing") + (", ..." if len(names) > 6 else "")
     raise FileNotFoundError(f"{root}: found no {expected} of {dataset}, here or in {below} (there: {there}); give the folder that holds it")
 
@@ -346,7 +364,8 @@ def locate(dataset: str, root: Path, inside=None) -> Path:
 def stem_of(name: str) -> str:
     """File name without folder and without a sound's or video's suffix; the dots of 'Yid_30.000_40.000' stay."""
     stem, suffix = os.path.splitext(os.path.basename(name))
-    return stem if suffix.lower() in AUDIO_SUFFIXES | VIDEO_SUFFIXES else stem + suffix
+    stem = stem if suffix.lower() in AUDIO_SUFFIXES | VIDEO_SUFFIXES else stem + suffix
+    return unicodedata.normalize("NFC", stem)  # macOS unpacks \u00e9 as e and an accent
 
 
 YOUTUBE = re.compile(r"Y?([\w-]{11})(?:_(\d+)(?:\.\d+)?(?:_\d+(?:\.\d+)?)?)?")  # matched whole: an id may hold _ and begin with -
@@ -411,7 +430,7 @@ class AudioTree:
                 f"it holds videos, such as {os.path.basename(self.videos[0])}, which must first be turned into wav or flac" if self.videos
                 else f"it holds no {', '.join(sorted(AUDIO_SUFFIXES))} file")
         return ValueError(f"{self.folder}: not one of the {n:,} clips has its audio here; tried names such as "
-                          f"{', '.join(map(repr, tried))} with any sound suffix; {text}; name the right folder with --audio (csv: --audio-dir)")
+                          f"{', '.join(map(repr, dict.fromkeys(tried)))} with any sound suffix; {text}; name the right folder with --audio (csv: --audio-dir)")
 
 
 real_folder = functools.lru_cache(maxsize=None)(os.path.realpath)  # one look-up a folder, not a file
@@ -442,8 +461,8 @@ def convert(args) -> dict:
     if (out / "manifest.jsonl").exists():
         raise FileExistsError(f"--out {out}: already holds a manifest.jsonl; choose another folder or remove it")
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):  # said now, not after hours of reading headers
-        raise PermissionError(f"--out {out}: cannot be written (no permission for {parent})")
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):  # said now, not after hours of reading headers
+        raise PermissionError(f"--out {out}: cannot be written ({'no permission for' if parent.is_dir() else 'a file:'} {parent})")
     for manifest in args.exclude:
         common.manifest_path(manifest)
     listed, rows, missing, wordless, tried = collections.Counter(), [], [], [], []
@@ -499,13 +518,14 @@ def convert(args) -> dict:
         print(f"{late:,} events end after their file does (kept as published)")
     if not rows:
         raise ValueError(f"{args.path}: no clip is left to write; every one was unreadable or excluded")
+    clean = lambda text: text.encode("utf-8", "replace").decode("utf-8")  # noqa: E731  half a surrogate pair, from cut JSON
     try:
         out.mkdir(parents=True, exist_ok=True)
         if classes:
-            common.write_lines(out / "classes.txt", classes)
-        common.write_lines(out / "manifest.jsonl", [json.dumps({
-            key: path_in(out, value) if key == "audio" else value for key, value in row.items() if key != "group"}, ensure_ascii=False)
-            for row in rows])
+            common.write_lines(out / "classes.txt", map(clean, classes))
+        common.write_lines(out / "manifest.jsonl", (clean(json.dumps({
+            key: path_in(out, value) if key == "audio" else value for key, value in row.items() if key != "group"}, ensure_ascii=False))
+            for row in rows))
     except OSError as error:
         raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
     print(f"wrote {out / 'manifest.jsonl'}" + (f" and classes.txt ({len(classes)} classes)" if classes else ""))
@@ -578,9 +598,12 @@ def audiocaps(path: Path, args):
     caption, 495 and 975 with five; 2.0: 91,256 / 2,475 / 4,875 captions.
     Licence: repository MIT, "free to use for academic purposes only"; audio of the YouTube owners.
     """
-    inside = {"v1": ("", "dataset", "csv_files", "csv_files_v1"), "2.0": ("", "dataset2.0", "csv_files_v2")}.get(args.version)
-    folder = locate("audiocaps", path, inside)
-    new = args.version == "2.0" or (args.version is None and bool(re.search(r"2\.0|v2", folder.absolute().name)))
+    folders = {"v1": ("dataset", "csv_files", "csv_files_v1"), "2.0": ("dataset2.0", "csv_files_v2")}
+    folder = locate("audiocaps", path, args.version and ("", *folders[args.version]))
+    told = next((version for version, names in folders.items() if folder.absolute().name in names), args.version)
+    if args.version not in (None, told):
+        raise ValueError(f"{folder}: the folder's name tells AudioCaps {told}, not --version {args.version}")
+    new = told == "2.0" or (told is None and bool(re.search(r"2\.0|v2", folder.absolute().name)))
     published = {"train": {"captions": 91256} if new else {"clips": 49838, "captions": 49838},
                  "val": {"clips": 495, "captions": 2475}, "test": {"clips": 975, "captions": 4875}}
 
@@ -724,8 +747,9 @@ def fsd50k(path: Path, args):
                 info = path / "FSD50K.metadata" / f"{part}_clips_info_FSD50K.json"
                 if not info.is_file():
                     raise FileNotFoundError(f"--captions: needs {info} (FSD50K.metadata.zip)")
-                plain = lambda words: " ".join(re.sub("<[^>]*>", " ", words).split())  # noqa: E731  descriptions hold HTML
-                texts = {name: sentences([stem_of(clip.get("title", "")), plain(clip.get("description", ""))])
+                plain = lambda words: " ".join(html.unescape(re.sub("<[^>]*>", " ", words)).split())  # noqa: E731  they hold HTML
+                texts = {name: sentences([re.sub(r"\.(wav|aiff?|flac|ogg|mp3)$", "", plain(clip.get("title", "")), flags=re.I),
+                                          plain(clip.get("description", ""))])
                          for name, clip in read_json(info).items()}
             for row in rows:
                 captions = {"captions": texts.get(row["fname"], [])} if args.captions else {}
@@ -766,6 +790,9 @@ def esc10(path: Path, args):
         return esc_entries(table, rows), classes, published
     files = [file for file in sorted(path.glob("[0-9][0-9][0-9] - */*")) if file.suffix.lower() in AUDIO_SUFFIXES]
     check_labels(path, [file.parent.name.split(" - ", 1)[1] for file in files], list(ESC10))
+    strange = next((file for file in files if not re.fullmatch(r"\d-\d+-[A-Z](-\d+)?", file.stem)), None)
+    if strange:
+        raise ValueError(f"{strange}: not an ESC-10 clip, which is called FOLD-FREESOUNDID-TAKE; move the file elsewhere")
     entries = ({"names": [file.stem], "path": file, "labels": [ESC10[file.parent.name.split(" - ", 1)[1]]], "id": file.stem.split("-")[1],
                 "fold": int(file.stem.split("-")[0])} for file in files)
     return entries, classes, published
@@ -965,7 +992,7 @@ def desed(path: Path, args):
                 entry |= {"labels": labels} if strong or labels else {}
                 video = youtube_id(stem, sure=True)  # None for Freesound's and synthetic clips
                 yield entry | ({"id": video} if video else {})
-    return entries(), DESED, {group: published.get(group, {}) for group in tables}
+    return entries(), DESED, {group: published.get(group, {}) for group in args.sets}
 
 
 def audiogrounding(path: Path, args):
@@ -1011,9 +1038,14 @@ def clotho_aqa(path: Path, args):
     """Clotho-AQA: clotho_aqa_{train,val,test}.csv (file_name, QuestionText, answer, confidence), audio_files/*.wav.
 
     Three people answer each question: `answer` is what most say (else what the first says), in lower case,
-    `answers` are all three. Published: 1,991 clips, 35,838 answers to 11,946 questions. Licence: see its LICENSE.txt.
+    `answers` are all three. clotho_aqa_metadata.csv gives the Freesound id where it has a column sound_id. Published:
+    1,991 clips, 35,838 answers to 11,946 questions. Licence: see its LICENSE.txt.
     """
     folder = locate("clotho_aqa", path)
+    about = folder / "clotho_aqa_metadata.csv"
+    ids = {row.get("file_name"): row.get("sound_id", "") for row in read_table(about, delimiter=delimiter_of(about))} if about.is_file() else {}
+    if not any(map(str.isdigit, ids.values())):
+        print(f"{about}: no sound_id there, so --exclude and check can tell these clips by their content alone; exclude Clotho's too")
 
     def entries():
         for split in ("train", "val", "test"):
@@ -1022,7 +1054,8 @@ def clotho_aqa(path: Path, args):
                 clips[row["file_name"]].setdefault(row["QuestionText"].strip(), []).append(row["answer"].strip().lower())
             for name, questions in clips.items():
                 qa = [{"question": q, "answer": collections.Counter(a).most_common(1)[0][0], "answers": a} for q, a in questions.items()]
-                yield {"names": [stem_of(name), html.unescape(stem_of(name))], "qa": qa, "split": split}
+                yield {"names": [stem_of(name), html.unescape(stem_of(name))], "qa": qa, "split": split,
+                       **({"id": ids[name]} if ids.get(name, "").isdigit() else {})}
     return entries(), None, {"train": {"clips": 1174}, "val": {"clips": 344}, "test": {"clips": 473}}
 
 
@@ -1069,8 +1102,7 @@ def records_of(file: Path, args, need=()) -> list[dict]:
         elif isinstance(records, dict) and records and all(isinstance(column, dict) for column in records.values()):
             records = [{name: column.get(row) for name, column in records.items()} for row in next(iter(records.values()))]
     else:
-        first = read_text(file).split("\n", 1)[0]
-        delimiter = {"tab": "\t", "\\t": "\t", None: max("\t,;", key=first.count)}.get(args.delimiter, args.delimiter)
+        delimiter = {"tab": "\t", "\\t": "\t", None: delimiter_of(file)}.get(args.delimiter, args.delimiter)
         return read_table(file, *need, columns=args.columns, delimiter=delimiter)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{file}: expected a list of JSON objects, one a clip, caption or event")

@@ -272,6 +272,16 @@ def test_audiocaps_2_and_the_wavcaps_layout(tmp_path, capsys):
     assert row["id"] == "7fmOlUlwoNg" and len(row["captions"]) == 5 and row["captions"][3] == "Clicking and screeching metal with people speaking"
 
 
+def test_audiocaps_version_that_is_not_there(tmp_path):
+    row = "audiocap_id,youtube_id,start_time,caption\n1,AaaaaaaaaaA,0,rain\n"
+    text(tmp_path / "one/dataset/test.csv", row), text(tmp_path / "one/YAaaaaaaaaaA.txt", ""), wav(tmp_path / "one/YAaaaaaaaaaA.wav")
+    with pytest.raises(FileNotFoundError, match="here or in dataset2.0, csv_files_v2 "):  # not: give .../dataset
+        convert("audiocaps", tmp_path / "one", tmp_path / "m", "--version", "2.0")
+    with pytest.raises(ValueError, match="dataset: the folder's name tells AudioCaps v1, not --version 2.0"):
+        convert("audiocaps", tmp_path / "one/dataset", tmp_path / "m", "--version", "2.0", "--audio", tmp_path / "one")
+    convert("audiocaps", tmp_path / "one", tmp_path / "m", "--version", "v1")
+
+
 @pytest.mark.skipif(not (FORMATS / "captions").is_dir(), reason="the complete caption files (../shared/formats/captions) are not here")
 def test_complete_tables_list_the_published_numbers(tmp_path):
     for split, inside in (("audiocaps_v1", "dataset"), ("audiocaps_2.0", "dataset2.0"), ("clotho_v2.1", "")):
@@ -365,7 +375,7 @@ def test_fsd50k(tmp_path, capsys):
     convert(name, path, tmp_path / "whole")
     assert classes(tmp_path / "whole") == names and len(names) == 200
     copy_of = json.loads((path / "FSD50K.metadata/dev_clips_info_FSD50K.json").read_text())
-    copy_of["16399"] = {"title": "riff.aiff", "description": "<b>loud</b>\r\n guitar", "tags": []}
+    copy_of["16399"] = {"title": "riff w/ bass &amp; drum.AIFF", "description": "<b>loud</b>\r\n guitar", "tags": []}
     text(path / "FSD50K.metadata/dev_clips_info_FSD50K.json", json.dumps(copy_of))
     with pytest.raises(FileNotFoundError, match="--captions: needs .*eval_clips_info_FSD50K.json"):
         convert(name, path, tmp_path / "c", "--captions")
@@ -374,7 +384,7 @@ def test_fsd50k(tmp_path, capsys):
     _, _, by_name = convert(name, path, tmp_path / "c", "--captions")
     assert "left out, without a caption: " in capsys.readouterr().out
     assert {n: r["captions"] for n, r in by_name.items()} == {
-        "64760.wav": ["guitarras_63", "electric guitar"], "16399.wav": ["riff", "loud guitar"], "322614.wav": ["Cows"]}
+        "64760.wav": ["guitarras_63", "electric guitar"], "16399.wav": ["riff w/ bass & drum", "loud guitar"], "322614.wav": ["Cows"]}
 
 
 @real
@@ -404,6 +414,9 @@ def test_esc10_folders(tmp_path, capsys):
     assert {label for r in rows for label in r["labels"]} == {"dog", "rain", "sea_waves", "crying_baby", "clock_tick", "sneezing", "helicopter"}
     assert len(classes(tmp_path / "m")) == 10 and by_name["1-100032-A.ogg"]["id"] == "100032"
     assert "(published 400 clips)" in capsys.readouterr().out
+    wav(path / "002 - Rain/notes.wav")
+    with pytest.raises(ValueError, match="notes.wav: not an ESC-10 clip"):
+        convert(name, path, tmp_path / "foreign")
 
 
 @real
@@ -508,6 +521,8 @@ def test_desed(tmp_path, capsys):
         wav(path / f"dcase_synth/audio/{split}/{part}/soundscapes/5.wav", 1.0 if split == "train" else 2.0)
     _, rows, _ = convert(name, path, tmp_path / "s", "--sets", "synthetic21_train", "synthetic21_validation")
     assert [(r["split"], r["duration"], r["events"][0]["offset"]) for r in rows] == [("train", 1.0, 1.022), ("val", 2.0, 1.022)]
+    convert(name, path, tmp_path / "typo", "--sets", "public", "validaton")
+    assert "validaton: 0 of 0 clips" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no table of --sets nothing"):
         convert(name, path, tmp_path / "n", "--sets", "nothing")
 
@@ -549,12 +564,16 @@ def test_tut2017(tmp_path):
     assert [r["split"] for r in rows] == ["test", "test"]
 
 
-def test_clotho_aqa(tmp_path):
+def test_clotho_aqa(tmp_path, capsys):
     name, path, _ = make_clotho_aqa(tmp_path)
     _, rows, by_name = convert(name, path, tmp_path / "m")
+    assert "clotho_aqa_metadata.csv: no sound_id there" in capsys.readouterr().out and not any("id" in row for row in rows)
     assert sorted(by_name) == [" Ambience Birds.wav", "Caf\u00e9, two.wav"] and {r["split"] for r in rows} == {"test"}
     assert by_name[" Ambience Birds.wav"]["qa"] == [{"question": "Are there birds?", "answer": "yes", "answers": ["yes", "yes", "no"]},
                                                     {"question": "What is heard, mostly?", "answer": "wind", "answers": ["birds", "wind", "wind"]}]
+    text(path / "clotho_aqa_metadata.csv", "file_name;sound_id;start_end_samples\n Ambience Birds.wav;327673;[1, 2]\n", "\r\n")
+    _, _, by_name = convert(name, path, tmp_path / "ids")
+    assert by_name[" Ambience Birds.wav"]["id"] == "327673" and "id" not in by_name["Caf\u00e9, two.wav"]
 
 
 @real
@@ -645,6 +664,13 @@ def test_csv_youtube_ids_without_a_capital(tmp_path):
     assert rows[0]["id"] == "Abcdefghij1"
 
 
+def test_names_in_either_unicode_form_and_half_a_character(tmp_path):
+    text(tmp_path / "t.jsonl", '{"f": "caf\u00e9", "t": "rain \\ud83d"}\n')  # JSON cut amid an emoji
+    wav(tmp_path / "cafe\u0301.wav")  # as macOS unpacks it
+    _, rows, _ = convert("csv", tmp_path / "t.jsonl", tmp_path / "m", "--audio", "f", "--caption", "t")
+    assert rows[0]["captions"] == ["rain ?"]
+
+
 def test_folders(tmp_path):
     for name in ("one/dog/a.wav", "one/sea waves/b.flac", "two/train/dog/a.wav", "two/valid/dog/b.wav"):
         wav(tmp_path / name)
@@ -690,6 +716,19 @@ def test_wrong_level_wrong_dataset_pointer_and_nothing(tmp_path):
     wav(tmp_path / "x/empty/other.wav")
     assert "it holds sound files, such as other.wav" in message("audiocaps", caps, "--audio", tmp_path / "x/empty")
     assert "--audio" in message("audiocaps", caps, "--audio", tmp_path / "nowhere")
+    good = (esc / "meta/esc50.csv").read_text()
+    for content in ("", "<!DOCTYPE html>"):
+        text(esc / "meta/esc50.csv", content)
+        assert f"meta/esc50.csv: not a table of esc50, it begins with {content!r}" in message("esc50", esc)
+    text(esc / "meta/esc50.csv", re.sub("[^,\n]+", r'"\g<0>"', good))  # every cell quoted
+    assert len(convert("esc50", esc, tmp_path / "quoted")[1]) == 20
+
+
+def test_out_that_is_a_file_is_said_before_the_work(tmp_path, monkeypatch):
+    wav(tmp_path / "s/dog/a.wav"), text(tmp_path / "file", "")
+    monkeypatch.setattr(prepare, "with_durations", lambda *_: pytest.fail("read the headers first"))
+    with pytest.raises(PermissionError, match="--out .*file: cannot be written"):
+        convert("folders", tmp_path / "s", tmp_path / "file")
 
 
 @pytest.mark.parametrize("content, flags, message", [
@@ -703,6 +742,8 @@ def test_wrong_level_wrong_dataset_pointer_and_nothing(tmp_path):
     ("a,b\nx.wav,Rain, heavy\n", ["--audio", "a", "--caption", "b"], "row 1 has 3 cells, expected 2 (a, b); cells that hold the delimiter need quotes"),
     ("a,b\nx.wav\n", ["--audio", "a", "--caption", "b"], "row 1 has 1 cells, expected 2"),
     ("a\0b\n", ["--audio", "a"], "t.csv: not a text file"),
+    ("a,b\nx.wav,\"Rain\nx.wav,wind\n", ["--audio", "a", "--caption", "b"], "t.csv:3: cannot be read as a table"),
+    ("a,b\nx.wav,\"Rain\nx.wav,\"wind, too\"\n", ["--audio", "a", "--caption", "b"], "is a closing quote missing?"),
     ("a,b\nx.wav,1\n", ["--audio", "a", "--exclude", "nowhere"], "nowhere: no such manifest"),
     ("a,b\n", ["--audio", "a"], "the tables list not one clip")])
 def test_bad_tables(tmp_path, content, flags, message):
@@ -711,6 +752,15 @@ def test_bad_tables(tmp_path, content, flags, message):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         convert("csv", tmp_path / "t.csv", tmp_path / "m", *flags)
     assert message in str(caught.value)
+
+
+def test_quotes_that_are_only_untidy(tmp_path):
+    text(tmp_path / "t.tsv", 'a\tb\nx.wav\t"Woof" says a dog\nx.wav\t"one\ttwo"\n'), wav(tmp_path / "x.wav")
+    _, rows, _ = convert("csv", tmp_path / "t.tsv", tmp_path / "m", "--audio", "a", "--caption", "b")
+    assert rows[0]["captions"] == ["Woof says a dog", "one\ttwo"]
+    text(tmp_path / "lines.csv", 'a,b\nx.wav,"Rain\nand wind"\n')  # a whole cell of two lines
+    _, rows, _ = convert("csv", tmp_path / "lines.csv", tmp_path / "l", "--audio", "a", "--caption", "b")
+    assert rows[0]["captions"] == ["Rain\nand wind"]
 
 
 def test_events_that_the_file_does_not_hold_are_left_out(tmp_path, capsys):
