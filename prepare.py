@@ -754,7 +754,7 @@ def fsd50k(path: Path, args):
             for row in rows:
                 captions = {"captions": texts.get(row["fname"], [])} if args.captions else {}
                 yield {"names": [row["fname"]], "inside": f"FSD50K.{part}_audio", **captions, "labels": row["labels"].split(","),
-                       "id": row["fname"], "split": row["split"] if part == "dev" else "test"}
+                       "id": row["fname"], "split": SPLITS[row["split"]] if part == "dev" else "test"}
     return entries(), classes, {s: {"clips": n} for s, n in (("train", 36796), ("val", 4170), ("test", 10231))}
 
 
@@ -826,11 +826,11 @@ def vggsound(path: Path, args):
     tables = tables[:1] if tables[0].name == "vggsound.csv" else tables
     for table in tables:
         if table.name == "vggsound.csv":
-            rows += [(r["youtube_id"], int(number(table, r["start"])), r["label"], r["split"])
+            rows += [(r["youtube_id"], int(number(table, r["start"])), r["label"], SPLITS[r["split"]])
                      for r in read_table(table, columns=["youtube_id", "start", "label", "split"])]
         else:
             for r in read_table(table, columns=["file", "label"]):
-                name, start = stem_of(r["file"]).rsplit("_", 1)
+                name, _, start = stem_of(r["file"]).rpartition("_")
                 rows.append((name, int(number(table, start)), r["label"], table.stem))
     stat = first_file(folder / "stat.csv", folder / "data" / "stat.csv", path / "stat.csv")
     classes = [r["label"] for r in read_table(stat, columns=["label", "count", "group"])] if stat else sorted({row[2] for row in rows})
@@ -979,6 +979,7 @@ def desed(path: Path, args):
     def entries():
         for group, table in tables.items():
             rows = read_table(table, "filename", delimiter="\t")
+            print(f"{group}: reading {table}")  # copies of other years may lie beside it
             strong = bool(rows) and "event_label" in rows[0]
             split = next((SPLITS[part] for part in reversed(table.relative_to(path).parts) if part in SPLITS), "train")
             files = events_by_file(table, rows, "filename", "onset", "offset", "event_label")

@@ -449,6 +449,15 @@ def test_vggsound(tmp_path, capsys):
     assert [(r["id"], r["labels"], r["split"]) for r in rows] == [("glLQrEijrKg", ["playing hammond organ"], "test")]
 
 
+def test_vggsound_lists_of_another_form(tmp_path):
+    wav(tmp_path / "glLQrEijrKg_000300.wav")
+    for file, content, message in (("test.csv", "glLQrEijrKg_000300.mp4,dog\nnostart.mp4,dog\n", "test.csv: found 'nostart' where a number is expected"),
+                                   ("vggsound.csv", "glLQrEijrKg,300,dog,holdout\n", "does not have the form .*'holdout'")):
+        text(tmp_path / file, content)
+        with pytest.raises(ValueError, match=message):
+            convert("vggsound", tmp_path, tmp_path / "m")
+
+
 @real
 def test_audioset(tmp_path, capsys):
     name, path, _ = make_audioset(tmp_path)
