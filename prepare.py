@@ -1,9 +1,10 @@
-"""Turn recordings into manifests: public datasets as they ship, one's own tables, scenes; check any of them.
+"""Turn recordings into manifests: public datasets as they ship, one's own tables, scenes; check any of them; rewrite captions.
 
   python prepare.py audiocaps audiocaps --audio audiocaps_wavs --out data/audiocaps
   python prepare.py csv mine.csv --audio file --caption text --out data/mine
   python prepare.py scenes --sounds ESC-50-master --out data/scenes
   python prepare.py check data/audiocaps data/mine
+  python prepare.py rewrite --task negatives --data data/audiocaps --out data/audiocaps_order
 
 The manifest format is described in README.md; training and evaluation read nothing else.
 """
@@ -1330,6 +1331,556 @@ def check(args) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
+# Rewritten captions: rules that reverse the order of events
+# ------------------------------------------------------------------------------------------------
+
+# What joins two events of which one follows the other: name -> the words between them, longer forms first
+ORDERING = {
+    "followed by": r"(?:(?:(?:and|which|that) )?(?:is|are|was|were) )?(?:and )?(?:then )?(?:(?:shortly|closely|immediately|directly|soon) )?"
+                   r"followed (?:(?:\w+ly|soon|later) )?by",
+    "after which": r"(?:and )?after (?:which|that),?",
+    "then": r"(?:(?:and|but) )?then(?: (?:later|finally|eventually|lastly))?,?",
+    "later": r"and (?:(?:moments|shortly|soon) )?(?:later|afterwards?|finally|eventually|subsequently|lastly),?|(?<=, )(?:later|afterwards|finally),?",
+    "before": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?before|prior to",
+    "after": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?after",
+    "until": r"until"}
+CONNECTIVE = re.compile(",? (?:" + "|".join(f"(?P<{name.replace(' ', '_')}>{pattern})" for name, pattern in ORDERING.items()) + ") ", re.I)
+REVERSED = {"prior to": "after", "before": "after", "after": "before", "until": "after"}  # the same two sides, the other order
+
+# An event with one of these cannot move: it looks back (again, louder, replies), names its own place in time (at the
+# end, the first), or only makes sense last (stops, fades). The last line: an ordering word that joins no two events.
+BOUND = re.compile(
+    r"\b(again|another|more|others?|else|still|also|too|same|both|each|either|one by one|back|off|once|already|together|itself|themselves|"
+    r"in turn|turns? (?:down|up|into)|first|second|third|last|final|finally|initial\w*|eventual\w*|subsequent\w*|previous\w*|next|"
+    r"ends?|ended|ending|beginning|throughout|entire\w*|whole|meanwhile|time|times over|while after|moments?|pause\w*|seconds?|minutes?|"
+    r"continue[sd]?|continuing|resum\w*|repeat|repeats|repeating|repetition|return\w*|repl(?:y|ies|ied|ying)|respon\w*|answer\w*|react\w*|"
+    r"echo\w*|reverb\w*|imitat\w*|mimic\w*|stop\w*|ceas\w*|fad(?:e|es|ed|ing)|finish\w*|quit\w*|halts?|subsid\w*|taper\w*|trails?|dies?|dying|"
+    r"quiets|calms?|settl\w*|silent|interrupt\w*|join\w*|result\w*|caus\w*|due|because|so|instead|rather|than|chang\w*|switch\w*|increases?|"
+    r"increasing|decreas\w*|becom\w*|gets?|getting|(?:shut\w*|power\w*|winds?|runs?) down)\b|"
+    r"\b(?:loud|soft|quiet|fast|slow|high|low|close|near|deep|heav|light|clos|larg|hard|strong|short|long|bigg|small|great|sharp|clear|quick)i?er\b|"
+    r"\b(?:before|after|afterwards?|then|followed|following|later|follows|prior|until|preced\w*|as soon as|now|only)\b|[\"“”();:!?]|\. ", re.I)
+# An event that begins so is no clause and no noun phrase of its own
+NO_START = set("""as while when with during in on at by from over under near nearby amid among for to into onto through of and or but it its he she
+they his her their this that these those who what if is are was were be been being has have one away out up down not very suddenly slowly quickly blown
+broken torn thrown driven shaken struck shut hit cut put set run shot ran blew went came spoke rang sang said made took left""".split())
+NO_END = set("and but or the a an with shortly soon right just".split())
+PRONOUNS = set("it he she they him her hers his its their them this that these those".split())
+TOGETHER = set("as while when whenever where which that who whose if because".split())  # what follows keeps the form of its verbs
+BE, AUXILIARY = {"is", "are", "was", "were"}, {"has", "have", "had", "can", "could", "does", "did", "will"}
+PLURAL = {"people", "men", "women", "children", "geese", "mice", "sheep", "they", "police"}
+ADVERBS = {"just", "often", "sometimes", "twice"}
+# "the engine" of before: not to be told first
+KNOWN_BEFORE = re.compile(r"\bthe (?:\w+ )?(?:man|men|woman|women|boy|girl|child|kid|person|people|guy|lady|male|female|speaker|animal|dog|cat|bird|baby|"
+                          r"crowd|audience|vehicle|car|truck|bus|engine|machine|motor|motorcycle|train|sound|noise)s?\b", re.I)
+# "a man then a woman talking": the verb comes later
+NO_VERB_YET = re.compile(r"(?:.*\b(?:with|and|of|by) )?(?:(?:an?|the) )?(?:\w+ )?(?:man|men|woman|women|boy|girl|child|kid|person|people|male|female|dog|cat|baby)s?", re.I)
+# Nouns that an event may begin with where one would expect a verb: "a man laughs, then silence"
+NOUNS = set("""silence laughter music speech static applause gunfire thunder rain wind water footsteps voices noises sounds gunshots sirens bells
+chimes drums birds people men women adults children traffic acceleration explosions""".split())
+# Words after which "honks" or "honk" is a noun
+BEFORE_NOUNS = set("""a an the of in on at by with from to and or for into over through his her its their some two three four five six several many few
+multiple various numerous loud soft light low high pitched long short quick brief electronic digital metallic small large big heavy sharp faint
+distant repeated repetitive rapid repeating hard single constant continuous gentle muffled fast slow deep strange odd weird distinct different
+audible quiet high-pitched""".split())
+MANY = set("two three four five six several many few multiple various numerous".split())
+SERIES = set("series couple number set sound sequence".split())
+# Stems of the verbs that captions of sounds use most
+VERBS = """speak talk run blow chirp laugh rev sound hum idle splash bark pass play rustle cry occur move make click fall ring buzz accelerate whistle
+flow hiss start begin drive snore walk go beep give clank meow honk type sing tap gurgle cheer spray fly sew flush yell tick speed sizzle pour open
+bleat quack rattle scream scrape crinkle vibrate work rumble squeak roar whir clap come hit trickle drip whimper operate thump squeal crash close
+chime burp growl grunt breathe clack sneeze shout approach pop croak clang oink turn shuffle rush whoosh creak drill clink fry murmur mutter take
+flap crackle applaud crumple knock race whine blare screech clop call cough tweet rub chug roll howl baa pant drop spin clatter drain trot bubble
+crack say burst bang step grind shut crunch squawk break strike crow slide communicate slam neigh wail vocalize skid scratch whisper converse
+narrate giggle sputter wash fill travel cross snort shift ding bounce pull decelerate slow boom pound hammer groan beat sniffle chuckle chatter
+gallop yip shake sleep belch jingle ride emit chant blast snap eat write stir slosh babble thud flip chop sob resonate purr sniff rotate perform
+whirl gasp explode smack dial zoom hoot shoot drag mumble holler toll swish slap drone cluck swoosh sweep brush moan churn bleep announce tear
+burble toot rip boil swing shriek fart yelp rise tinkle splatter push jump cackle wheeze exhale stomp inhale hiccup whinny whoop trill putter sway
+spit coo caw moo gobble chew crawl discuss argue chat crush plunge pump sip gulp fizz squirt carry throw land arrive depart use cook cut put get do
+leave clean dig deliver clear lift rock scrub wipe peel yawn snicker snarl sigh bellow crank fire twitter clunk stutter exclaim reel""".split()
+
+
+def inflections(stem: str) -> dict:
+    """A regular verb's stem -> {"base", "third", "ing"}: "bark", "barks", "barking"."""
+    third = stem + "es" if re.search(r"(s|x|z|ch|sh|[^aeo]o)$", stem) else re.sub(r"(?<=[^aeiou])y$", "ie", stem) + "s"
+    doubled = stem == "begin" or re.fullmatch(r"[^aeiou]*[aeiou][bdgmnptv]|stir|whir|occur|emit", stem)
+    return {"base": stem, "third": third, "ing": (stem + stem[-1] if doubled else re.sub(r"(?<=[^eyo])e$", "", stem)) + "ing"}
+
+
+FORMS = {word: (form, stem) for stem in VERBS for form, word in inflections(stem).items()}  # "barks" -> ("third", "bark")
+NOT_ING = set("thing something anything everything nothing ring string spring sing king wing swing bring sting fling ping ding ting morning evening "
+              "building ceiling clothing lightning during".split())
+
+
+def form_of(word: str) -> str | None:
+    return "ing" if word.endswith("ing") and word not in NOT_ING else FORMS.get(word, (None,))[0]
+
+
+def plain(words: list[str]) -> list[str]:
+    return [re.sub(r"^\W+|\W+$", "", word).lower() for word in words]
+
+
+def find_verb(words: list[str]):
+    """The verb that an event's subject comes before -> (index, "third", "base", "ing", "be" or "aux"); None: a noun phrase.
+
+    "honks" is a verb in "a horn honks" and a noun in "two loud honks" ("sounds", mostly a noun, in "wind sounds"): the third person needs a singular subject, the
+    base form a plural one, and right before either stands no adjective, number or preposition.
+    """
+    words = plain(words)
+    for i in range(1, len(words)):
+        form = form_of(words[i])
+        if words[i] in TOGETHER:
+            return None
+        if i + 1 < len(words) and words[i + 1] in BE:  # "air bubbles are forming"
+            continue
+        if words[i] in BE | AUXILIARY:
+            return i, "be" if words[i] in BE else "aux"
+        last = i - 1 - (i > 1 and (words[i - 1].endswith("ly") or words[i - 1] in ADVERBS))  # "a man loudly speaks"
+        plural = words[last] in PLURAL or re.search(r"[^su]s$", words[last])
+        if words[last] in BEFORE_NOUNS or (words[i] == "sounds" and (i != 2 or words[0] not in ("a", "an", "the"))):
+            continue
+        if form == "third" and (MANY & set(words[max(0, i - 3):i]) or SERIES & set(words[:i])):  # "two nearby honks", "a series of bell dings"
+            continue
+        if form == "ing" and form_of((words + [""])[i + 1]) == "third":  # "loud barking occurs"
+            continue
+        if form == "ing" or (form == "third" and not plural) or (form == "base" and (plural or "and" in words[:last])):
+            return i, form
+    return None
+
+
+def find_predicate(words: list[str]):
+    """The verb that an event without a subject begins with ("then loudly growls") -> (index, form); None: begins otherwise."""
+    words = plain(words) + [""]
+    i = next((i for i, word in enumerate(words[:-1]) if not word.endswith("ly") and word not in ADVERBS), 0)
+    if words[i].endswith("ed") and words[i + 1] in BEFORE_NOUNS | TOGETHER | PRONOUNS | {"", "up", "down"}:
+        return i, "past"  # "then turned on", not "then muffled speech"
+    return (i, form_of(words[i])) if form_of(words[i]) else None
+
+
+def with_form(words: list[str], i: int, form: str) -> list[str] | None:
+    """The verb at index i, and those joined to it by "and", in another form; None: not a verb the rules know."""
+    known, new = plain(words), list(words)
+    old = form_of(known[i])
+    for j in range(i, len(words)):
+        if j > i and known[j] in TOGETHER:
+            break
+        if form_of(known[j]) == old and (j == i or known[j - 1] in ("and", "or") or (known[j - 1].endswith("ly") and known[j - 2] == "and")):
+            if known[j] not in FORMS:
+                return None
+            new[j] = re.sub(r"\w+", inflections(FORMS[known[j]][1])[form], words[j], count=1)
+    return new
+
+
+def to_ing(words: list[str]) -> list[str] | None:
+    """A clause as it follows "followed by": "a man is speaking and a dog barks" -> "a man speaking and a dog barking".
+
+    None where a verb is not certain; a noun phrase stays as it is.
+    """
+    known, found = plain(words), find_verb(words)
+    if known[0] in BE | {"there"} or (found and found[1] == "aux"):
+        return None
+    if not found:  # a word that is no known verb but stands like one: "a man hollars", "bees swarm"
+        odd = [b for a, b in zip(known, known[1:]) if a not in BEFORE_NOUNS and not form_of(b) and (
+            known[0] in ("a", "an", "the", "someone") and re.search(r"[^su'’]s$", b)
+            or re.search(r"[^su'’]s$", a) and not (b in BEFORE_NOUNS | TOGETHER or re.search(r"(ed|ly|s)$", b)))]
+        return None if odd else words
+    i, form = found
+    if form == "ing":
+        return words
+    if form == "be":
+        new = words[:i] + ([] if known[i + 1:i + 2] and form_of(known[i + 1]) == "ing" else ["being"]) + words[i + 1:]
+    else:
+        new = with_form(words, i, "ing")
+    cut = next((j for j in range(i, len(words)) if known[j] in TOGETHER), len(words))
+    joined = next((j for j in range(i, cut - 1) if known[j] == "and" and not form_of(known[j + 1])), None)
+    if joined:  # a second subject, or an object
+        rest = to_ing(words[joined + 1:])
+        tail = len(words) - joined - 1
+        new = new and rest and new[:len(new) - tail] + rest
+    return new
+
+
+def split_events(body: str):
+    """ "a dog barks, then a bell rings" -> ([["a", "dog", "barks"], ["a", "bell", "rings"]], [", then"], ["then"])."""
+    matches = list(CONNECTIVE.finditer(body))
+    events = [body[a:b] for a, b in zip([0, *(m.end() for m in matches)], [*(m.start() for m in matches), len(body)])]
+    joints, names = [m[0].rstrip() for m in matches], [m.lastgroup.replace("_", " ") for m in matches]
+    listed = events[0].split(", ") if joints and joints[0].startswith(",") else []
+    if len(listed) > 1:  # "A, B, then C" tells three events
+        events, joints, names = listed + events[1:], [","] * (len(listed) - 1) + joints, ["then"] * (len(listed) - 1) + names
+    # "A is followed by B" -> "A followed by B": "is" need not agree with what comes to stand there
+    joints = [re.sub(r"(?:(?:and|which|that) )?(?:is|are|was|were) ", "", joint) for joint in joints]
+    return [event.split() for event in events], joints, names
+
+
+def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
+    """One subject, several verbs: "a dog barks", "growls" -> "a dog growls", "barks"; None: the subject is not certain."""
+    found, known = find_verb(events[0]), plain(events[0])
+    if not found or found[1] == "aux" or TOGETHER & set(known):
+        return None
+    i = found[0] + (found[1] == "be")  # "a man is" speaking
+    subject, phrases, pronoun = events[0][:i], [events[0][i:], *events[1:]], []
+    owner = {"he": r"\b(man|boy|male|guy)\b", "she": r"\b(woman|girl|female|lady)\b", "it": r"^(?!.*\b(man|woman|people|person)\b)"}
+    first = plain(events[1])[0]
+    if first in owner and len(events) == 2 and len(events[1]) > 1:
+        if not re.search(owner[first], " ".join(plain(subject))) or (first == "it" and {"a", "an", "the"} & set(plain(phrases[0]))):
+            return None
+        pronoun, phrases[1] = [first], events[1][1:]
+    predicates = [phrase and find_predicate(phrase) for phrase in phrases]
+    for phrase in phrases:
+        if PRONOUNS - {"his", "her", "its", "their"} & set(plain(phrase)) or any(find_verb(part.split()) for part in " ".join(phrase).split(" and ")[1:]):
+            return None  # "... and a bell rings": a second subject
+    if not all(predicates) or "past" in [form for _, form in predicates] or (found[1] == "be") > (predicates[0][1] == "ing"):
+        return None
+    for n, (phrase, (j, form)) in enumerate(zip(phrases, predicates)):
+        stem = FORMS.get(plain(phrase)[j], ("", ""))[1]
+        if stem in ("start", "begin") and not any(form_of(word) for word in plain(phrase)[j + 1:j + 3]):
+            return None  # what starts only now cannot have been heard before
+        if n and form != "ing" and not pronoun and (stem in SOUNDS or (found[1] == "ing" and len(phrase) == 1)):
+            return None  # "a man speaks, then beeps": he or a device?
+    moved = [phrase if form == new else with_form(phrase, j, new)
+             for phrase, (j, form), (_, new) in zip(phrases[::-1], predicates[::-1], predicates)]
+    return None if None in moved else [subject + moved[0], pronoun + moved[1], *moved[2:]]
+
+
+SOUNDS = set("click beep clank bang thump thud ding chime splash clang knock tap pop clack boom crash clink ring scrape toot honk rattle".split())
+GLUE = set("a an the and or but then of in on at by with to as while is are was were be it he she they his her its their befor after when until which "
+           "that who some there being been later follow preced first onc finaly".split())
+
+
+def content(words: list[str]) -> list[str]:
+    """What words speak of: without those that only connect, cut to stems ("barks", "barking", "barked" -> "bark")."""
+    stems = [re.sub(r"([bdgmnptv])\1$", r"\1", re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|s|e|y)$", "", word)) for word in plain(words)]
+    return [stem for word, stem in zip(plain(words), stems) if stem and not {word, stem} & GLUE]
+
+
+def dependent(events, names, verbs) -> tuple[list[int], bool]:
+    """-> the events that begin with a verb or pronoun ("then growls", "then he growls"), whether another one leans on its neighbours."""
+    no_subject, leans = [], plain(events[0])[0] in NO_START or any(NO_VERB_YET.fullmatch(" ".join(event)) for event in events)
+    for i, (event, name, verb) in enumerate(zip(events[1:], names, verbs[1:]), 1):
+        words, told = plain(event), "|".join(re.escape(word) for before in events[:i] for word in plain(before) if word and word not in GLUE)
+        predicate, pronouns = find_predicate(event), PRONOUNS & set(words)
+        if predicate and not (verb and verb[0] == 1 and verb[1] != "ing"):  # "tapping occurs" has its subject
+            # "followed by growling", "rustling, then growling": a noun
+            predicate = name != "followed by" and (predicate[1] != "ing" or verbs[i - 1] or name in REVERSED)
+        else:
+            predicate = None
+        if predicate or words[0] in ("it", "he", "she", "they"):
+            no_subject.append(i)
+            continue
+        named = words[0] in BEFORE_NOUNS | NOUNS or words[0].endswith("ing") or verb or name == "followed by"
+        follows_clause = verbs[i - 1] and verbs[i - 1][1] != "ing"
+        leans = leans or words[0] in NO_START or bool(
+            KNOWN_BEFORE.search(" ".join(event)) or re.search(rf"\bthe (?:\w+ )?(?:{told or '-'})\b", " ".join(event))  # "the dog" of before
+            or (pronouns and not TOGETHER & set(words) and not (verb and pronouns <= {"his", "her", "its", "their"}))
+            or (follows_clause and not named)  # "a thrum rises, then remains steady"
+            or (re.search("[^su]s$", words[0]) and not verb and len(words) > 1
+                and (words[1] not in BEFORE_NOUNS or words[1] in ("to", "a", "an", "the", "his", "her", "its", "into"))))  # "then lays it down"
+    return no_subject, leans
+
+
+def in_order(events, joints) -> str:
+    return " ".join(events[0]) + "".join(f"{joint} {' '.join(event)}" for joint, event in zip(joints, events[1:]))
+
+
+def lower_first(text: str) -> str:
+    first = text.split(" ")[0]
+    return text if re.search("[A-Z0-9]", first[1:]) or first in ("I", "English", "Christmas") else text[:1].lower() + text[1:]
+
+
+def reverse_order(caption: str) -> tuple[str | None, str]:
+    """A caption -> (its events in the opposite order in time or None, the connective or why there is None).
+
+    What the connectives of ORDERING join changes places, the last event first; the connectives stay, verbs take the
+    form of their new place. Where the two sides of "before" or "after" are not alike, that word is reversed instead.
+    In doubt the answer is None: a missing negative costs nothing, a wrong one teaches the wrong order.
+    """
+    text = " ".join(caption.split())
+    opening, body = re.fullmatch(r"((?:at first|first|initially),? (?=.* then ))?(.*?)[\s.,]*", text, re.I).groups("")
+    body = lower_first(body)
+    events, joints, names = split_events(body)
+    leading = re.match(r"(after|before) ([^,]+), (.+)$", body)  # "after A, B"
+    if leading:
+        events, joints, names = [leading[2].split(), leading[3].split()], [","], [leading[1]]
+    if not joints:
+        return None, "no ordering connective"
+    if any(not event or plain(event)[-1] in NO_END or BOUND.search(" ".join(event)) for event in events):
+        return None, "a word bound to its place"
+    if any("," in word for event in events for word in event):
+        return None, "commas"
+    stems = [set(content(event)) for event in events]
+    alike = lambda others: [a <= b or b <= a for a, b in zip(stems, others)]  # noqa: E731
+    if any(alike(stems[1:])) or all(alike(stems[::-1])):
+        return None, "sides alike"
+
+    verbs = [find_verb(event) for event in events]
+    kinds = ["clause" if verb and verb[1] != "ing" else "noun" for verb in verbs]
+    no_subject, leans = dependent(events, names, verbs) if not leading else ([], plain(events[1])[0] in NO_START)
+    against = {"before", "after", "until"} & set(names)
+    if (len(names) > 1 and against - {"before"}) or (opening and len(set(kinds)) > 1) or ("after" in names and joints[0].startswith(",") and not leading):
+        return None, "several orders"
+    if against and len(names) == 1 and (no_subject or leans or kinds[0] != kinds[1] or "until" in names or "prior to" in joints[0]):
+        if (not leading and plain(events[0])[0] in NO_START) or ("until" in names and (no_subject or not verbs[1])):
+            return None, "unclear subject or reference"
+        word = names[0] if leading else next(word for word in REVERSED if word in joints[0])
+        body = body.replace(word, REVERSED[word], 1) if leading else in_order(events, [joints[0].replace(word, REVERSED[word])])
+    elif no_subject or leans:
+        order = swap_predicates(events) if not leans and not against and len(no_subject) == len(names) else None
+        if not order:
+            return None, "unclear subject or reference"
+        body = in_order(order, joints)
+    else:
+        order = events[::-1]
+        for i, name in enumerate(names, 1):
+            order[i] = to_ing(order[i]) if name == "followed by" else order[i]
+            if order[i] is None or (name in ("after which", "before") and kinds[::-1][i] != kinds[i]):
+                return None, "unclear verb"
+        body = (leading[1] + " " if leading else "") + in_order(order, joints)
+    body = opening + body
+    body = (body[0].upper() if text[0].isupper() else body[0].lower()) + body[1:]
+    return body + "." * text.endswith("."), names[0] if len(set(names)) == 1 else "several"
+
+
+# ------------------------------------------------------------------------------------------------
+# Rewritten captions: a language model, a file of others' answers, the command
+# ------------------------------------------------------------------------------------------------
+
+NEGATIVES_PROMPT = """A caption tells what is heard in a recording. Rewrite it so that the same events happen in the opposite order in time. \
+Keep every event and its words, change nothing but the order, and use the connectives of the caption. \
+If its events happen at the same time, or there is only one, answer NONE. Answer with one line.
+
+Caption: A dog barks, then a car passes by
+Answer: A car passes by, then a dog barks
+
+Caption: A man speaks followed by a door closing
+Answer: A door closing followed by a man speaking
+
+Caption: A woman sings while people clap
+Answer: NONE
+
+Caption: Water runs before a toilet flushes and a man coughs
+Answer: A toilet flushes and a man coughs before water runs
+
+Caption: {caption}
+Answer:"""
+
+
+def tells_backwards(text: str) -> bool:
+    """Whether a text tells the later event first: "A after B", "before B, A"."""
+    return len(re.findall(r"(?<=[\w,] )(?:after(?! (?:which|that))|preceded by)\b|^before\b", text.lower())) % 2 == 1
+
+
+def check_order(caption: str, answer: str) -> tuple[str | None, str | None]:
+    """A model's answer to NEGATIVES_PROMPT -> (negative or None, why it is rejected or None). NONE, no order, is no reject.
+
+    Same events: caption and answer hold the same `content` words equally often (articles, connectives and pronouns do
+    not count, endings -s -es -ed -ing -y -e and a doubled last consonant are cut). Other order: these words stand in
+    another order, or before and after have changed, but not both, which tells the same order again.
+    """
+    answer = answer.strip().strip("\"“”").strip()
+    if re.fullmatch(r"none\W*", answer, re.I):
+        return None, None
+    if not re.search(r"\w", answer):
+        return None, "empty"
+    if "\n" in answer:
+        return None, "more than one line"
+    if same_text(caption, answer):
+        return None, "copy of the caption"
+    own, new = content(caption.split()), content(answer.split())
+    if collections.Counter(own) != collections.Counter(new):
+        return None, "other events"
+    if (own != new) == (tells_backwards(caption) != tells_backwards(answer)):
+        return None, "same order"
+    return answer, None
+
+
+def same_text(a: str, b: str) -> bool:
+    return re.findall(r"\w+", a.lower()) == re.findall(r"\w+", b.lower())
+
+
+def load_llm(name: str, device: str):
+    """A causal language model of the hub or of a folder and its tokenizer: bfloat16 on a GPU, float32 on a CPU."""
+    transformers, device = common.quiet_transformers(), common.start_device(device)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--llm {name}: no causal language model and tokenizer, neither as a folder nor on the hub ({reason}); give a folder "
+                         "with config.json, weights and tokenizer, or connect to a network") from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"--llm {name}: its tokenizer has neither a padding nor an end token, of which batches need one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def generate(llm, prompts: list[str], max_new_tokens: int) -> list[str]:
+    """Greedy answers to one batch of prompts, in the tokenizer's chat template where it has one.
+
+    A model without a template continues the text, often with further examples: its answer ends at the line's end.
+    """
+    model, tokenizer = llm
+    chat = tokenizer.chat_template is not None
+    if chat:  # enable_thinking: a variable of some templates, unknown to the others
+        prompts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                                                 enable_thinking=False) for prompt in prompts]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
+    with torch.inference_mode():
+        tokens = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, num_beams=1,
+                                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+    answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return [answer.strip() if chat else (answer.strip().splitlines() or [""])[0] for answer in answers]
+
+
+def ask_llm(captions: list[str], prompt: str, args, cache: Path, max_new_tokens: int = 96) -> dict[str, str]:
+    """{caption: answer} of args.llm to `prompt`, which holds {caption}; answers in `cache` are not asked for again.
+
+    The cache is JSON Lines, one answer a line, found by model, prompt hash and caption. It is written after every
+    batch: a killed run goes on where it was, a line cut in two is asked for again.
+    """
+    key = {"model": args.llm, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16]}
+    print(f"prompt {key['prompt']}, once a caption:\n\n{prompt}\n")
+    answers, whole = {}, []
+    for line in read_text(cache).split("\n") if cache.is_file() else []:
+        try:
+            record = json.loads(line)
+            answers |= {record["caption"]: record["answer"]} if {k: record[k] for k in key} == key else {}
+            whole.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # blank, or cut by the kill
+    todo = sorted({caption for caption in captions if caption not in answers}, key=lambda c: (len(c), c))  # alike in length: little padding
+    print(f"{cache}: {len(set(captions)) - len(todo):,} of {len(set(captions)):,} captions answered before")
+    if todo:
+        llm = load_llm(args.llm, args.device)
+        common.write_lines(cache, whole)
+        with open(cache, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc=args.llm, unit="caption") as bar:
+            for start in range(0, len(todo), args.batch_size):
+                batch = todo[start:start + args.batch_size]
+                for caption, answer in zip(batch, generate(llm, [prompt.replace("{caption}", c) for c in batch], max_new_tokens)):
+                    answers[caption] = answer
+                    file.write(json.dumps({**key, "caption": caption, "answer": answer}, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update(len(batch))
+    return answers
+
+
+def checked_answers(captions: list[str], answers: dict[str, str], check, rejects: Path) -> dict[str, str | None]:
+    """{caption: text or None} of what `check(caption, answer) -> (text, reason)` lets pass; the rest is counted and listed in a file."""
+    results, rejected = {}, []
+    for caption in dict.fromkeys(captions):
+        results[caption], reason = check(caption, answers[caption])
+        if reason:
+            rejected.append({"reason": reason, "caption": caption, "answer": answers[caption]})
+    print(f"answers to {len(results):,} captions: {sum(text is not None for text in results.values()):,} taken, {len(rejected):,} rejected"
+          + "".join(f"; {reason} {n:,}" for reason, n in collections.Counter(r["reason"] for r in rejected).most_common()))
+    common.write_lines(rejects, [json.dumps(r, ensure_ascii=False) for r in rejected])
+    return results
+
+
+def import_texts(file: Path, rows: list[dict], field: str) -> tuple[dict, dict]:
+    """Texts that others made: JSON Lines {"caption", field, "id" or "audio"} -> ({(row number, caption): text}, counts).
+
+    A record belongs to the rows with its caption and, where it gives them, its id and its audio file (name without
+    folder and suffix). A record with a null text, or a copy of its caption, gives none.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"--import {file}: no such file; expected JSON Lines with 'caption', '{field}' and, to tell clips apart, "
+                                "'id' or 'audio'")
+    owners, texts, unused, copies, empty = collections.defaultdict(list), {}, 0, 0, 0
+    for n, row in enumerate(rows):
+        for caption in set(row.get("captions", [])):
+            owners[" ".join(caption.split())].append((n, caption))
+    records = 0
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        records += 1
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--import {file}:{number}: not valid JSON ({error.msg}); expected one object a line") from None
+        if not isinstance(record, dict) or not isinstance(record.get("caption"), str) or field not in record:
+            raise ValueError(f"--import {file}:{number}: expected an object with 'caption' and '{field}', found {line.strip()[:80]}")
+        caption, text = record["caption"], record[field]
+        if not (text is None or isinstance(text, str)):
+            raise ValueError(f"--import {file}:{number}: '{field}' is {text!r}; expected a text or null")
+        found = [(n, own) for n, own in owners.get(" ".join(caption.split()), [])
+                 if ("id" not in record or str(record["id"]) == str(rows[n].get("id")))
+                 and ("audio" not in record or stem_of(Path(record["audio"]).name) == stem_of(Path(rows[n]["audio"]).name))]
+        unused += not found
+        if not text or not re.search(r"\w", text):
+            empty += bool(found)
+        elif same_text(caption, text):
+            copies += bool(found)
+        else:
+            texts |= {place: " ".join(text.split()) for place in found}
+    counts = {"records": records, "matched": records - unused, "unused": unused, "copies": copies, "empty": empty}
+    print(f"--import {file}: {records:,} records, {records - unused:,} matched a caption ({copies:,} copies of it and {empty:,} null or empty "
+          f"left out), {unused:,} not used")
+    return texts, counts
+
+
+def rewrite(args) -> dict:
+    """Write a manifest again with a text of another order for each of its captions, by rules, a language model or a file."""
+    source, out = common.manifest_path(args.data), Path(args.out)
+    out = out if out.suffix == ".jsonl" else out / "manifest.jsonl"
+    if out.exists():
+        raise FileExistsError(f"--out {out}: already there; choose another name or remove it")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: expected 1 or more captions")
+    rows = common.read_manifest([str(source)])
+    for row in rows:
+        old = row.get("negatives", [])
+        if old and len(old) != len(row.get("captions", [])):
+            raise ValueError(f"{row['where']}: {len(old)} negatives for {len(row.get('captions', []))} captions; expected one, or null, a caption")
+        if row.get("captions"):
+            row["negatives"] = [None] * len(row["captions"]) if args.overwrite_negatives or not old else list(old)
+    todo = [(n, k, caption) for n, row in enumerate(rows) for k, caption in enumerate(row.get("captions", [])) if row["negatives"][k] is None]
+    captions, total = [caption for *_, caption in todo], sum(len(row.get("captions", [])) for row in rows)
+    if not total:
+        raise ValueError(f"{source}: not one of its {len(rows):,} clips has 'captions', which --task {args.task} rewrites")
+    print(f"{source}: {len(rows):,} clips, {total:,} captions, {total - len(todo):,} negatives kept")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+    report, how = {"manifest": str(out), "captions": total}, collections.Counter()
+    if args.llm:
+        answers = ask_llm(captions, NEGATIVES_PROMPT, args, out.with_suffix(".llm.jsonl"))
+        made = checked_answers(captions, answers, check_order, out.with_suffix(".rejected.jsonl"))
+        texts = [made[caption] for caption in captions]
+    elif args.import_file:
+        made, report["import"] = import_texts(Path(args.import_file), rows, "negative")
+        texts = [made.get((n, caption)) for n, _, caption in todo]
+    else:
+        made = {caption: reverse_order(caption) for caption in tqdm(dict.fromkeys(captions), desc="captions", leave=False)}
+        texts = [made[caption][0] for caption in captions]
+        how.update(("made: " if made[c][0] else "none: ") + made[c][1] for c in captions)
+    for (n, k, _), text in zip(todo, texts):
+        rows[n]["negatives"][k] = text
+
+    if (source.parent / "classes.txt").is_file() and not (out.parent / "classes.txt").exists():
+        common.write_lines(out.parent / "classes.txt", read_text(source.parent / "classes.txt").splitlines())
+    common.write_lines(out, [json.dumps({key: path_in(out.parent, value) if key in ("audio", "image", "swapped_audio") else value
+                                         for key, value in row.items() if key != "where"}, ensure_ascii=False) for row in rows])
+    pairs = [(caption, text) for row in rows for caption, text in zip(row.get("captions", []), row.get("negatives", [])) if text]
+    report |= {"negatives": len(pairs), "splits": {}, "how": dict(how)}
+    for split in sorted({row.get("split", "none") for row in rows}):
+        members = [row for row in rows if row.get("split", "none") == split and row.get("captions")]
+        counts = [sum(text is not None for row in members for text in row["negatives"]), sum(len(row["captions"]) for row in members)]
+        report["splits"][split] = dict(zip(("negatives", "captions"), counts))
+        print(f"{split}: {counts[0]:,} of {counts[1]:,} captions have a negative ({counts[0] / max(1, counts[1]):.1%})")
+    for name, count in how.most_common():
+        print(f"  {name} {count:,}")
+    print(f"without a negative: {total - len(pairs):,} captions")
+    for i in np.random.default_rng(args.seed).permutation(len(pairs))[:args.show]:
+        print(f"  {pairs[i][0]}\n    -> {pairs[i][1]}")
+    print(f"wrote {out}")
+    return report
+
+
+# ------------------------------------------------------------------------------------------------
 # Entry point
 # ------------------------------------------------------------------------------------------------
 
@@ -1396,6 +1947,21 @@ def parse(argv=None):
     p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     p.set_defaults(run=check)
+    p = add("rewrite", help="fill what a manifest's captions lack: --task negatives, the same events in another order")
+    p.add_argument("--task", required=True, choices=["negatives"], help="negatives: for each caption the same events in another order in time, "
+                   "or null where it tells no order. A negative that is there already is kept")
+    p.add_argument("--data", required=True, metavar="MANIFEST", help="a manifest, a folder that holds one, or the word demo")
+    p.add_argument("--out", required=True, metavar="MANIFEST_OR_FOLDER", help="NAME.jsonl, or a folder for manifest.jsonl; classes.txt is copied beside it")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--llm", metavar="HF_ID", help="ask this language model, an id on the hub or a folder, instead of using rules; its answers are kept in "
+                     "NAME.llm.jsonl beside the output, from which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl")
+    how.add_argument("--import", dest="import_file", metavar="FILE", help="take the texts from JSON Lines {caption, negative, and if you like id or audio}")
+    p.add_argument("--overwrite-negatives", action="store_true", help="make all negatives anew; otherwise those that are there stay and only gaps are filled")
+    p.add_argument("--batch-size", type=int, default=32, help="captions the language model answers at a time")
+    p.add_argument("--device", default="auto", help="of the language model: auto, cpu or cuda")
+    p.add_argument("--show", type=int, default=5, help="random pairs to print")
+    p.add_argument("--seed", type=int, default=0, help="of the pairs to print")
+    p.set_defaults(run=rewrite)
     return parser.parse_args(argv)
 
 
