@@ -1336,7 +1336,8 @@ def check(args) -> dict:
 
 # What joins two events of which one follows the other: name -> the words between them, longer forms first
 ORDERING = {
-    "followed by": r"(?:(?:(?:and|which|that) )?(?:is|are|was|were) )?(?:and )?(?:then )?(?:(?:shortly|closely|immediately|directly|soon) )?"
+    "is followed by": r"(?:is|are|was|were) (?:then )?followed (?:\w+ly )?by",
+    "followed by": r"(?:(?:and|which|that) (?:is|are|was|were) )?(?:and )?(?:then )?(?:(?:shortly|closely|immediately|directly|soon) )?"
                    r"followed (?:(?:\w+ly|soon|later) )?by",
     "after which": r"(?:and )?after (?:which|that),?",
     "then": r"(?:(?:and|but) )?then(?: (?:later|finally|eventually|lastly))?,?",
@@ -1351,14 +1352,14 @@ REVERSED = {"prior to": "after", "before": "after", "after": "before", "until": 
 # end, the first), or only makes sense last (stops, fades). The last line: an ordering word that joins no two events.
 BOUND = re.compile(
     r"\b(again|another|more|others?|else|still|also|too|same|both|each|either|one by one|back|off|once|already|together|itself|themselves|"
-    r"in turn|turns? (?:down|up|into)|first|second|third|last|final|finally|initial\w*|eventual\w*|subsequent\w*|previous\w*|next|"
+    r"in turn|turns? (?:down|up|into|to)|first|second|third|last|final|finally|initial\w*|eventual\w*|subsequent\w*|previous\w*|next|"
     r"ends?|ended|ending|beginning|throughout|entire\w*|whole|meanwhile|time|times over|while after|moments?|pause\w*|seconds?|minutes?|"
     r"continue[sd]?|continuing|resum\w*|repeat|repeats|repeating|repetition|return\w*|repl(?:y|ies|ied|ying)|respon\w*|answer\w*|react\w*|"
     r"echo\w*|reverb\w*|imitat\w*|mimic\w*|stop\w*|ceas\w*|fad(?:e|es|ed|ing)|finish\w*|quit\w*|halts?|subsid\w*|taper\w*|trails?|dies?|dying|"
     r"quiets|calms?|settl\w*|silent|interrupt\w*|join\w*|result\w*|caus\w*|due|because|so|instead|rather|than|chang\w*|switch\w*|increases?|"
     r"increasing|decreas\w*|becom\w*|gets?|getting|(?:shut\w*|power\w*|winds?|runs?) down)\b|"
     r"\b(?:loud|soft|quiet|fast|slow|high|low|close|near|deep|heav|light|clos|larg|hard|strong|short|long|bigg|small|great|sharp|clear|quick)i?er\b|"
-    r"\b(?:before|after|afterwards?|then|followed|following|later|follows|prior|until|preced\w*|as soon as|now|only)\b|[\"“”();:!?]|\. ", re.I)
+    r"\b(?:before|after|afterwards?|then|followed|following|later|follows|prior|until|preced\w*|proceed\w*|as soon as|now|only)\b|[\"“”();:!?.]", re.I)
 # An event that begins so is no clause and no noun phrase of its own
 NO_START = set("""as while when with during in on at by from over under near nearby amid among for to into onto through of and or but it its he she
 they his her their this that these those who what if is are was were be been being has have one away out up down not very suddenly slowly quickly blown
@@ -1436,7 +1437,7 @@ def find_verb(words: list[str]):
             return i, "be" if words[i] in BE else "aux"
         last = i - 1 - (i > 1 and (words[i - 1].endswith("ly") or words[i - 1] in ADVERBS))  # "a man loudly speaks"
         plural = words[last] in PLURAL or re.search(r"[^su]s$", words[last])
-        if words[last] in BEFORE_NOUNS or (words[i] == "sounds" and (i != 2 or words[0] not in ("a", "an", "the"))):
+        if words[last] in BEFORE_NOUNS or words[last].endswith("ly") or (words[i] == "sounds" and (i != 2 or words[0] not in ("a", "an", "the"))):
             continue
         if form == "third" and (MANY & set(words[max(0, i - 3):i]) or SERIES & set(words[:i])):  # "two nearby honks", "a series of bell dings"
             continue
@@ -1463,7 +1464,7 @@ def with_form(words: list[str], i: int, form: str) -> list[str] | None:
     for j in range(i, len(words)):
         if j > i and known[j] in TOGETHER:
             break
-        if form_of(known[j]) == old and (j == i or known[j - 1] in ("and", "or") or (known[j - 1].endswith("ly") and known[j - 2] == "and")):
+        if form_of(known[j]) == old and not BE & set(known[j + 1:j + 2]) and (j == i or known[j - 1] in ("and", "or") or (known[j - 1].endswith("ly") and known[j - 2] == "and")):
             if known[j] not in FORMS:
                 return None
             new[j] = re.sub(r"\w+", inflections(FORMS[known[j]][1])[form], words[j], count=1)
@@ -1476,6 +1477,8 @@ def to_ing(words: list[str]) -> list[str] | None:
     None where a verb is not certain; a noun phrase stays as it is.
     """
     known, found = plain(words), find_verb(words)
+    if known[0] == "there" and known[1] in BE:  # "there is a bang" -> "a bang"
+        return to_ing(words[2:]) if words[2:] else None
     if known[0] in BE | {"there"} or (found and found[1] == "aux"):
         return None
     if not found:  # a word that is no known verb but stands like one: "a man hollars", "bees swarm"
@@ -1487,11 +1490,11 @@ def to_ing(words: list[str]) -> list[str] | None:
     if form == "ing":
         return words
     if form == "be":
-        new = words[:i] + ([] if known[i + 1:i + 2] and form_of(known[i + 1]) == "ing" else ["being"]) + words[i + 1:]
+        new = words[:i] + ([] if re.match(r"(\w+ly )?\w+ing\b", " ".join(known[i + 1:])) else ["being"]) + words[i + 1:]
     else:
         new = with_form(words, i, "ing")
     cut = next((j for j in range(i, len(words)) if known[j] in TOGETHER), len(words))
-    joined = next((j for j in range(i, cut - 1) if known[j] == "and" and not form_of(known[j + 1])), None)
+    joined = next((j for j in range(i, cut - 1) if known[j] == "and" and (not form_of(known[j + 1]) or BE & set(known[j + 2:j + 3]))), None)
     if joined:  # a second subject, or an object
         rest = to_ing(words[joined + 1:])
         tail = len(words) - joined - 1
@@ -1535,6 +1538,13 @@ def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
         stem = FORMS.get(plain(phrase)[j], ("", ""))[1]
         if stem in ("start", "begin") and not any(form_of(word) for word in plain(phrase)[j + 1:j + 3]):
             return None  # what starts only now cannot have been heard before
+        after = plain(phrase)[j + 1:] + ["", ""]
+        noun = after[0] == "and" and not form_of(after[1]) or not (
+            after[0] in BEFORE_NOUNS | TOGETHER | PRONOUNS | {"", "up", "down", "idle", "around", "away"} or after[0].endswith("ly"))
+        if n and form == "ing" and (noun or found[1] in ("third", "base")):
+            return None  # "then hooting and applause", "then skidding tires", "tones sound, then whooshing": whose?
+        if {form, predicates[0][1]} == {"third", "base"}:
+            return None
         if n and form != "ing" and not pronoun and (stem in SOUNDS or (found[1] == "ing" and len(phrase) == 1)):
             return None  # "a man speaks, then beeps": he or a device?
     moved = [phrase if form == new else with_form(phrase, j, new)
@@ -1543,19 +1553,20 @@ def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
 
 
 SOUNDS = set("click beep clank bang thump thud ding chime splash clang knock tap pop clack boom crash clink ring scrape toot honk rattle".split())
-GLUE = set("a an the and or but then of in on at by with to as while is are was were be it he she they his her its their befor after when until which "
-           "that who some there being been later follow preced first onc finaly".split())
+GLUE = set("""a an the and or but then of in on at by with to as while is are was were be being been it he she they his her its their some there after
+afterwards before when until which that who later first once finally followed following preceded""".split())
 
 
 def content(words: list[str]) -> list[str]:
     """What words speak of: without those that only connect, cut to stems ("barks", "barking", "barked" -> "bark")."""
-    stems = [re.sub(r"([bdgmnptv])\1$", r"\1", re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|s|e|y)$", "", word)) for word in plain(words)]
-    return [stem for word, stem in zip(plain(words), stems) if stem and not {word, stem} & GLUE]
+    stems = [re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|(?<!s)s)$", "", word) for word in plain(words) if word and word not in GLUE]
+    return [re.sub(r"([bdgmnptv])\1$", r"\1", re.sub(r"(?<=\w\w)[ey]$", "", stem)) for stem in stems]
 
 
 def dependent(events, names, verbs) -> tuple[list[int], bool]:
     """-> the events that begin with a verb or pronoun ("then growls", "then he growls"), whether another one leans on its neighbours."""
-    no_subject, leans = [], plain(events[0])[0] in NO_START or any(NO_VERB_YET.fullmatch(" ".join(event)) for event in events)
+    no_subject, leans = [], plain(events[0])[0] in NO_START or any(
+        NO_VERB_YET.fullmatch(" ".join(event)) or set(plain(event)) <= BEFORE_NOUNS for event in events)  # "whistling low, then high"
     for i, (event, name, verb) in enumerate(zip(events[1:], names, verbs[1:]), 1):
         words, told = plain(event), "|".join(re.escape(word) for before in events[:i] for word in plain(before) if word and word not in GLUE)
         predicate, pronouns = find_predicate(event), PRONOUNS & set(words)
@@ -1603,17 +1614,20 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
         events, joints, names = [leading[2].split(), leading[3].split()], [","], [leading[1]]
     if not joints:
         return None, "no ordering connective"
-    if any(not event or plain(event)[-1] in NO_END or BOUND.search(" ".join(event)) for event in events):
+    if any(not event or plain(event)[0] in ("and", "or") or plain(event)[-1] in NO_END or BOUND.search(" ".join(event)) for event in events):
         return None, "a word bound to its place"
     if any("," in word for event in events for word in event):
         return None, "commas"
+    verbs = [find_verb(event) for event in events]
+    kinds = ["clause" if verb and verb[1] != "ing" else "noun" for verb in verbs]
+    if any(name == "is followed by" and (kind == "clause" or TOGETHER & set(plain(event))) for name, kind, event in zip(names, kinds, events)):
+        return None, "unclear verb"
+    names = [name.removeprefix("is ") for name in names]
     stems = [set(content(event)) for event in events]
     alike = lambda others: [a <= b or b <= a for a, b in zip(stems, others)]  # noqa: E731
     if any(alike(stems[1:])) or all(alike(stems[::-1])):
         return None, "sides alike"
 
-    verbs = [find_verb(event) for event in events]
-    kinds = ["clause" if verb and verb[1] != "ing" else "noun" for verb in verbs]
     no_subject, leans = dependent(events, names, verbs) if not leading else ([], plain(events[1])[0] in NO_START)
     against = {"before", "after", "until"} & set(names)
     if (len(names) > 1 and against - {"before"}) or (opening and len(set(kinds)) > 1) or ("after" in names and joints[0].startswith(",") and not leading):

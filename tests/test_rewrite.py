@@ -40,6 +40,10 @@ PAIRS = [
     ("A door is closed followed by footsteps", "Footsteps followed by a door being closed"),
     ("A man speaks and laughs as a dog barks followed by a beep", "A beep followed by a man speaking and laughing as a dog barks"),
     ("A beep is followed by a man speaking", "A man speaking followed by a beep"),
+    ("There is a bang followed by a man speaking", "A man speaking followed by a bang"),
+    ("Water is softly dripping followed by a quack", "A quack followed by water softly dripping"),
+    ("Steps are taken and a dog barks followed by a cough", "A cough followed by steps being taken and a dog barking"),
+    ("Air bubbles are forming followed by a pop", "A pop followed by air bubbles forming"),
     ("Two loud honks followed by a series of beeps", "A series of beeps followed by two loud honks"),
     ("Rain hits a roof, shortly followed by thunder", "Thunder, shortly followed by rain hitting a roof"),
     # one subject: the verbs change places
@@ -98,6 +102,15 @@ PAIRS = [
     ("A dog and a cat fight, then the dog barks", None),
     ("A man then a woman talking", None),
     ("Clothes are rinsed and then hung up", None),
+    ("Tones sound, then whooshing", None),
+    ("A man speaking then hooting and applause", None),
+    ("An engine revving and then skidding tires", None),
+    ("A thrum rises then remains steady", None),
+    ("A man speaks, then loudly scratches a plate", "A man loudly scratches a plate, then speaks"),
+    ("A man speaks.and then a bell rings", None),
+    ("A person whistles low then high", None),
+    ("A man hollars then a bell rings", "A bell rings then a man hollars"),
+    ("A man hollars followed by a bell", None),  # no known verb: what should "followed by" be followed by?
     ("As a man talks, a dog barks followed by a bang", None)]
 
 
