@@ -1337,67 +1337,75 @@ def check(args) -> dict:
 # What joins two events of which one follows the other: name -> the words between them, longer forms first
 ORDERING = {
     "is followed by": r"(?:is|are|was|were) (?:then )?followed (?:\w+ly )?by",
-    "followed by": r"(?:(?:and|which|that) (?:is|are|was|were) )?(?:and )?(?:then )?(?:(?:shortly|closely|immediately|directly|soon) )?"
-                   r"followed (?:(?:\w+ly|soon|later) )?by",
+    "followed by": r"(?:(?:and|which|that) (?:is|are|was|were) )?(?:and )?(?:then )?"
+                   r"(?:(?:shortly|closely|immediately|directly|soon) )?followed (?:(?:\w+ly|soon|later) )?by",
     "after which": r"(?:and )?after (?:which|that),?",
     "then": r"(?:(?:and|but) )?then(?: (?:later|finally|eventually|lastly))?,?",
-    "later": r"and (?:(?:moments|shortly|soon) )?(?:later|afterwards?|finally|eventually|subsequently|lastly),?|(?<=, )(?:later|afterwards|finally),?",
+    "later": r"and (?:(?:moments|shortly|soon) )?(?:later|afterwards?|finally|eventually|subsequently|lastly),?"
+             r"|(?<=, )(?:later|afterwards|finally),?",
     "before": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?before|prior to",
     "after": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?after",
     "until": r"until"}
-CONNECTIVE = re.compile(",? (?:" + "|".join(f"(?P<{name.replace(' ', '_')}>{pattern})" for name, pattern in ORDERING.items()) + ") ", re.I)
+CONNECTIVE = re.compile(",? (?:" + "|".join(f"(?P<{name.replace(' ', '_')}>{words})" for name, words in ORDERING.items()) + ") ", re.I)
 REVERSED = {"prior to": "after", "before": "after", "after": "before", "until": "after"}  # the same two sides, the other order
 
-# An event with one of these cannot move: it looks back (again, louder, replies), names its own place in time (at the
-# end, the first), or only makes sense last (stops, fades). The last line: an ordering word that joins no two events.
-BOUND = re.compile(
-    r"\b(again|another|more|others?|else|still|also|too|same|both|each|either|one by one|back|off|once|already|together|itself|themselves|"
-    r"in turn|turns? (?:down|up|into|to)|first|second|third|last|final|finally|initial\w*|eventual\w*|subsequent\w*|previous\w*|next|"
-    r"ends?|ended|ending|beginning|throughout|entire\w*|whole|meanwhile|time|times over|while after|moments?|pause\w*|seconds?|minutes?|"
-    r"continue[sd]?|continuing|resum\w*|repeat|repeats|repeating|repetition|return\w*|repl(?:y|ies|ied|ying)|respon\w*|answer\w*|react\w*|"
-    r"echo\w*|reverb\w*|imitat\w*|mimic\w*|stop\w*|ceas\w*|fad(?:e|es|ed|ing)|finish\w*|quit\w*|halts?|subsid\w*|taper\w*|trails?|dies?|dying|"
-    r"quiets|calms?|settl\w*|silent|interrupt\w*|join\w*|result\w*|caus\w*|due|because|so|instead|rather|than|chang\w*|switch\w*|increases?|"
-    r"increasing|decreas\w*|becom\w*|gets?|getting|(?:shut\w*|power\w*|winds?|runs?) down)\b|"
-    r"\b(?:loud|soft|quiet|fast|slow|high|low|close|near|deep|heav|light|clos|larg|hard|strong|short|long|bigg|small|great|sharp|clear|quick)i?er\b|"
-    r"\b(?:before|after|afterwards?|then|followed|following|later|follows|prior|until|preced\w*|proceed\w*|as soon as|now|only)\b|[\"“”();:!?.]", re.I)
+# An event with one of these cannot move: it looks back (again, louder, replies), names its own place in time (at the end, the
+# first), or only makes sense last (stops, fades). The last line: an ordering word that joins no two events.
+BOUND_WORDS = r"""
+again another more others? else still also too same both each either one\sby\sone back off once already together itself
+themselves in\sturn turns?\s(?:down|up|into|to) (?:shut\w*|power\w*|winds?|runs?)\sdown first second third last final finally
+initial\w* eventual\w* subsequent\w* previous\w* next ends? ended ending beginning throughout entire\w* whole meanwhile time
+times\sover moments? pause\w* seconds? minutes? continue[sd]? continuing resum\w* repeats? repeating repetition return\w*
+repl(?:y|ies|ied|ying) respon\w* answer\w* react\w* echo\w* reverb\w* imitat\w* mimic\w* stop\w* ceas\w* fad(?:e|es|ed|ing)
+finish\w* quit\w* halts? subsid\w* taper\w* trails? dies? dying quiets calms? settl\w* silent interrupt\w* join\w* result\w*
+caus\w* due because so instead rather than chang\w* switch\w* increases? increasing decreas\w* becom\w* gets? getting
+(?:loud|soft|quiet|fast|slow|high|low|clos|near|deep|heav|light|larg|hard|strong|short|long|bigg|small|great|sharp|clear|quick)i?er
+before after afterwards? then followed following follows later prior until preced\w* proceed\w* as\ssoon\sas now only"""
+BOUND = re.compile(r"\b(?:" + "|".join(BOUND_WORDS.split()) + r")\b|[\"“”();:!?.]", re.I)
 # An event that begins so is no clause and no noun phrase of its own
-NO_START = set("""as while when with during in on at by from over under near nearby amid among for to into onto through of and or but it its he she
-they his her their this that these those who what if is are was were be been being has have one away out up down not very suddenly slowly quickly blown
-broken torn thrown driven shaken struck shut hit cut put set run shot ran blew went came spoke rang sang said made took left""".split())
+NO_START = set("""as while when with during in on at by from over under near nearby amid among for to into onto through of and
+or but it its he she they his her their this that these those who what if is are was were be been being has have one away out up
+down not very suddenly slowly quickly blown broken torn thrown driven shaken struck shut hit cut put set run shot ran blew went
+came spoke rang sang said made took left""".split())
 NO_END = set("and but or the a an with shortly soon right just".split())
 PRONOUNS = set("it he she they him her hers his its their them this that these those".split())
+POSSESSIVES = {"his", "her", "its", "their"}
 TOGETHER = set("as while when whenever where which that who whose if because".split())  # what follows keeps the form of its verbs
+NO_START |= TOGETHER
 BE, AUXILIARY = {"is", "are", "was", "were"}, {"has", "have", "had", "can", "could", "does", "did", "will"}
 PLURAL = {"people", "men", "women", "children", "geese", "mice", "sheep", "they", "police"}
 ADVERBS = {"just", "often", "sometimes", "twice"}
+PEOPLE = "man|men|woman|women|boy|girl|child|kid|person|people|male|female|dog|cat|baby"
 # "the engine" of before: not to be told first
-KNOWN_BEFORE = re.compile(r"\bthe (?:\w+ )?(?:man|men|woman|women|boy|girl|child|kid|person|people|guy|lady|male|female|speaker|animal|dog|cat|bird|baby|"
-                          r"crowd|audience|vehicle|car|truck|bus|engine|machine|motor|motorcycle|train|sound|noise)s?\b", re.I)
+KNOWN_BEFORE = re.compile(rf"\bthe (?:\w+ )?(?:{PEOPLE}|guy|lady|speaker|animal|bird|crowd|audience|vehicle|car|truck|bus|engine|machine|"
+                          r"motor|motorcycle|train|sound|noise)s?\b", re.I)
 # "a man then a woman talking": the verb comes later
-NO_VERB_YET = re.compile(r"(?:.*\b(?:with|and|of|by) )?(?:(?:an?|the) )?(?:\w+ )?(?:man|men|woman|women|boy|girl|child|kid|person|people|male|female|dog|cat|baby)s?", re.I)
+NO_VERB_YET = re.compile(rf"(?:.*\b(?:with|and|of|by) )?(?:(?:an?|the) )?(?:\w+ )?(?:{PEOPLE})s?(?: (?:as|while|when) .*)?", re.I)
 # Nouns that an event may begin with where one would expect a verb: "a man laughs, then silence"
-NOUNS = set("""silence laughter music speech static applause gunfire thunder rain wind water footsteps voices noises sounds gunshots sirens bells
-chimes drums birds people men women adults children traffic acceleration explosions""".split())
+NOUNS = set("""silence laughter music speech static applause gunfire thunder rain wind water footsteps voices noises sounds
+gunshots sirens bells chimes drums birds people men women adults children traffic acceleration explosions""".split())
 # Words after which "honks" or "honk" is a noun
-BEFORE_NOUNS = set("""a an the of in on at by with from to and or for into over through his her its their some two three four five six several many few
-multiple various numerous loud soft light low high pitched long short quick brief electronic digital metallic small large big heavy sharp faint
-distant repeated repetitive rapid repeating hard single constant continuous gentle muffled fast slow deep strange odd weird distinct different
-audible quiet high-pitched""".split())
+BEFORE_NOUNS = set("""a an the of in on at by with from to and or for into over through his her its their some two three four
+five six several many few multiple various numerous loud soft light low high pitched long short quick brief electronic digital
+metallic small large big heavy sharp faint distant repeated repetitive rapid repeating hard single constant continuous gentle
+muffled fast slow deep strange odd weird distinct different audible quiet high-pitched""".split())
 MANY = set("two three four five six several many few multiple various numerous".split())
 SERIES = set("series couple number set sound sequence".split())
 # Stems of the verbs that captions of sounds use most
-VERBS = """speak talk run blow chirp laugh rev sound hum idle splash bark pass play rustle cry occur move make click fall ring buzz accelerate whistle
-flow hiss start begin drive snore walk go beep give clank meow honk type sing tap gurgle cheer spray fly sew flush yell tick speed sizzle pour open
-bleat quack rattle scream scrape crinkle vibrate work rumble squeak roar whir clap come hit trickle drip whimper operate thump squeal crash close
-chime burp growl grunt breathe clack sneeze shout approach pop croak clang oink turn shuffle rush whoosh creak drill clink fry murmur mutter take
-flap crackle applaud crumple knock race whine blare screech clop call cough tweet rub chug roll howl baa pant drop spin clatter drain trot bubble
-crack say burst bang step grind shut crunch squawk break strike crow slide communicate slam neigh wail vocalize skid scratch whisper converse
-narrate giggle sputter wash fill travel cross snort shift ding bounce pull decelerate slow boom pound hammer groan beat sniffle chuckle chatter
-gallop yip shake sleep belch jingle ride emit chant blast snap eat write stir slosh babble thud flip chop sob resonate purr sniff rotate perform
-whirl gasp explode smack dial zoom hoot shoot drag mumble holler toll swish slap drone cluck swoosh sweep brush moan churn bleep announce tear
-burble toot rip boil swing shriek fart yelp rise tinkle splatter push jump cackle wheeze exhale stomp inhale hiccup whinny whoop trill putter sway
-spit coo caw moo gobble chew crawl discuss argue chat crush plunge pump sip gulp fizz squirt carry throw land arrive depart use cook cut put get do
-leave clean dig deliver clear lift rock scrub wipe peel yawn snicker snarl sigh bellow crank fire twitter clunk stutter exclaim reel""".split()
+VERBS = """speak talk run blow chirp laugh rev sound hum idle splash bark pass play rustle cry occur move make click fall ring
+buzz accelerate whistle flow hiss start begin drive snore walk go beep give clank meow honk type sing tap gurgle cheer spray fly
+sew flush yell tick speed sizzle pour open bleat quack rattle scream scrape crinkle vibrate work rumble squeak roar whir clap
+come hit trickle drip whimper operate thump squeal crash close chime burp growl grunt breathe clack sneeze shout approach pop
+croak clang oink turn shuffle rush whoosh creak drill clink fry murmur mutter take flap crackle applaud crumple knock race whine
+blare screech clop call cough tweet rub chug roll howl baa pant drop spin clatter drain trot bubble crack say burst bang step
+grind shut crunch squawk break strike crow slide communicate slam neigh wail vocalize skid scratch whisper converse narrate
+giggle sputter wash fill travel cross snort shift ding bounce pull decelerate slow boom pound hammer groan beat sniffle chuckle
+chatter gallop yip shake sleep belch jingle ride emit chant blast snap eat write stir slosh babble thud flip chop sob resonate
+purr sniff rotate perform whirl gasp explode smack dial zoom hoot shoot drag mumble holler toll swish slap drone cluck swoosh
+sweep brush moan churn bleep announce tear burble toot rip boil swing shriek fart yelp rise tinkle splatter push jump cackle
+wheeze exhale stomp inhale hiccup whinny whoop trill putter sway spit coo caw moo gobble chew crawl discuss argue chat crush
+plunge pump sip gulp fizz squirt carry throw land arrive depart use cook cut put get do leave clean dig deliver clear lift rock
+scrub wipe peel yawn snicker snarl sigh bellow crank fire twitter clunk stutter exclaim reel""".split()
 
 
 def inflections(stem: str) -> dict:
@@ -1408,8 +1416,8 @@ def inflections(stem: str) -> dict:
 
 
 FORMS = {word: (form, stem) for stem in VERBS for form, word in inflections(stem).items()}  # "barks" -> ("third", "bark")
-NOT_ING = set("thing something anything everything nothing ring string spring sing king wing swing bring sting fling ping ding ting morning evening "
-              "building ceiling clothing lightning during".split())
+NOT_ING = set("""thing something anything everything nothing ring string spring sing king wing swing bring sting fling ping ding
+ting morning evening " "building ceiling clothing lightning during""".split())
 
 
 def form_of(word: str) -> str | None:
@@ -1423,8 +1431,8 @@ def plain(words: list[str]) -> list[str]:
 def find_verb(words: list[str]):
     """The verb that an event's subject comes before -> (index, "third", "base", "ing", "be" or "aux"); None: a noun phrase.
 
-    "honks" is a verb in "a horn honks" and a noun in "two loud honks" ("sounds", mostly a noun, in "wind sounds"): the third person needs a singular subject, the
-    base form a plural one, and right before either stands no adjective, number or preposition.
+    "honks" is a verb in "a horn honks" and a noun in "two loud honks", "sounds" mostly a noun: the third person needs a
+    singular subject, the base form a plural one, and right before either stands no adjective, number or preposition.
     """
     words = plain(words)
     for i in range(1, len(words)):
@@ -1437,10 +1445,12 @@ def find_verb(words: list[str]):
             return i, "be" if words[i] in BE else "aux"
         last = i - 1 - (i > 1 and (words[i - 1].endswith("ly") or words[i - 1] in ADVERBS))  # "a man loudly speaks"
         plural = words[last] in PLURAL or re.search(r"[^su]s$", words[last])
-        if words[last] in BEFORE_NOUNS or words[last].endswith("ly") or (words[i] == "sounds" and (i != 2 or words[0] not in ("a", "an", "the"))):
+        if words[last] in BEFORE_NOUNS or words[last].endswith("ly"):
             continue
-        if form == "third" and (MANY & set(words[max(0, i - 3):i]) or SERIES & set(words[:i])):  # "two nearby honks", "a series of bell dings"
+        if words[i] == "sounds" and not (i == 2 and words[0] in ("a", "an", "the")):
             continue
+        if form == "third" and (MANY & set(words[max(0, i - 3):i]) or SERIES & set(words[:i])):
+            continue  # "two nearby honks", "a series of bell dings"
         if form == "ing" and form_of((words + [""])[i + 1]) == "third":  # "loud barking occurs"
             continue
         if form == "ing" or (form == "third" and not plural) or (form == "base" and (plural or "and" in words[:last])):
@@ -1464,7 +1474,8 @@ def with_form(words: list[str], i: int, form: str) -> list[str] | None:
     for j in range(i, len(words)):
         if j > i and known[j] in TOGETHER:
             break
-        if form_of(known[j]) == old and not BE & set(known[j + 1:j + 2]) and (j == i or known[j - 1] in ("and", "or") or (known[j - 1].endswith("ly") and known[j - 2] == "and")):
+        joined = j == i or known[j - 1] in ("and", "or") or (known[j - 1].endswith("ly") and known[j - 2] == "and")
+        if joined and form_of(known[j]) == old and not BE & set(known[j + 1:j + 2]):
             if known[j] not in FORMS:
                 return None
             new[j] = re.sub(r"\w+", inflections(FORMS[known[j]][1])[form], words[j], count=1)
@@ -1494,7 +1505,8 @@ def to_ing(words: list[str]) -> list[str] | None:
     else:
         new = with_form(words, i, "ing")
     cut = next((j for j in range(i, len(words)) if known[j] in TOGETHER), len(words))
-    joined = next((j for j in range(i, cut - 1) if known[j] == "and" and (not form_of(known[j + 1]) or BE & set(known[j + 2:j + 3]))), None)
+    joined = next((j for j in range(i, cut - 1) if known[j] == "and"
+                   and (not form_of(known[j + 1]) or BE & set(known[j + 2:j + 3]))), None)
     if joined:  # a second subject, or an object
         rest = to_ing(words[joined + 1:])
         tail = len(words) - joined - 1
@@ -1522,16 +1534,18 @@ def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
         return None
     i = found[0] + (found[1] == "be")  # "a man is" speaking
     subject, phrases, pronoun = events[0][:i], [events[0][i:], *events[1:]], []
-    owner = {"he": r"\b(man|boy|male|guy)\b", "she": r"\b(woman|girl|female|lady)\b", "it": r"^(?!.*\b(man|woman|people|person)\b)"}
+    owner = {"he": r"\b(man|boy|male|guy)\b", "she": r"\b(woman|girl|female|lady)\b",
+             "it": r"^(?!.*\b(man|woman|people|person)\b)"}
     first = plain(events[1])[0]
     if first in owner and len(events) == 2 and len(events[1]) > 1:
         if not re.search(owner[first], " ".join(plain(subject))) or (first == "it" and {"a", "an", "the"} & set(plain(phrases[0]))):
-            return None
+            return None  # "a man drops a ball, then it bounces"
         pronoun, phrases[1] = [first], events[1][1:]
     predicates = [phrase and find_predicate(phrase) for phrase in phrases]
     for phrase in phrases:
-        if PRONOUNS - {"his", "her", "its", "their"} & set(plain(phrase)) or any(find_verb(part.split()) for part in " ".join(phrase).split(" and ")[1:]):
-            return None  # "... and a bell rings": a second subject
+        second = any(find_verb(part.split()) for part in " ".join(phrase).split(" and ")[1:])  # "... and a bell rings"
+        if second or (PRONOUNS - POSSESSIVES) & set(plain(phrase)):
+            return None
     if not all(predicates) or "past" in [form for _, form in predicates] or (found[1] == "be") > (predicates[0][1] == "ing"):
         return None
     for n, (phrase, (j, form)) in enumerate(zip(phrases, predicates)):
@@ -1540,7 +1554,8 @@ def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
             return None  # what starts only now cannot have been heard before
         after = plain(phrase)[j + 1:] + ["", ""]
         noun = after[0] == "and" and not form_of(after[1]) or not (
-            after[0] in BEFORE_NOUNS | TOGETHER | PRONOUNS | {"", "up", "down", "idle", "around", "away"} or after[0].endswith("ly"))
+            after[0] in BEFORE_NOUNS | TOGETHER | PRONOUNS | {"", "up", "down", "idle", "around", "away"}
+            or after[0].endswith("ly"))
         if n and form == "ing" and (noun or found[1] in ("third", "base")):
             return None  # "then hooting and applause", "then skidding tires", "tones sound, then whooshing": whose?
         if {form, predicates[0][1]} == {"third", "base"}:
@@ -1552,9 +1567,10 @@ def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
     return None if None in moved else [subject + moved[0], pronoun + moved[1], *moved[2:]]
 
 
-SOUNDS = set("click beep clank bang thump thud ding chime splash clang knock tap pop clack boom crash clink ring scrape toot honk rattle".split())
-GLUE = set("""a an the and or but then of in on at by with to as while is are was were be being been it he she they his her its their some there after
-afterwards before when until which that who later first once finally followed following preceded""".split())
+SOUNDS = set("""click beep clank bang thump thud ding chime splash clang knock tap pop clack boom crash clink ring scrape toot
+honk rattle""".split())
+GLUE = set("""a an the and or but then of in on at by with to as while is are was were be being been it he she they his her its their
+some there after afterwards before when until which that who later first once finally followed following preceded""".split())
 
 
 def content(words: list[str]) -> list[str]:
@@ -1564,11 +1580,12 @@ def content(words: list[str]) -> list[str]:
 
 
 def dependent(events, names, verbs) -> tuple[list[int], bool]:
-    """-> the events that begin with a verb or pronoun ("then growls", "then he growls"), whether another one leans on its neighbours."""
+    """Which events have no subject of their own ("then growls", "then he growls"), and whether another leans on its neighbours."""
     no_subject, leans = [], plain(events[0])[0] in NO_START or any(
-        NO_VERB_YET.fullmatch(" ".join(event)) or set(plain(event)) <= BEFORE_NOUNS for event in events)  # "whistling low, then high"
+        NO_VERB_YET.fullmatch(" ".join(event)) or set(plain(event)) <= BEFORE_NOUNS for event in events)  # "low, then high"
     for i, (event, name, verb) in enumerate(zip(events[1:], names, verbs[1:]), 1):
-        words, told = plain(event), "|".join(re.escape(word) for before in events[:i] for word in plain(before) if word and word not in GLUE)
+        words = plain(event)
+        told = "|".join(re.escape(word) for before in events[:i] for word in plain(before) if word and word not in GLUE) or "-"
         predicate, pronouns = find_predicate(event), PRONOUNS & set(words)
         if predicate and not (verb and verb[0] == 1 and verb[1] != "ing"):  # "tapping occurs" has its subject
             # "followed by growling", "rustling, then growling": a noun
@@ -1581,11 +1598,11 @@ def dependent(events, names, verbs) -> tuple[list[int], bool]:
         named = words[0] in BEFORE_NOUNS | NOUNS or words[0].endswith("ing") or verb or name == "followed by"
         follows_clause = verbs[i - 1] and verbs[i - 1][1] != "ing"
         leans = leans or words[0] in NO_START or bool(
-            KNOWN_BEFORE.search(" ".join(event)) or re.search(rf"\bthe (?:\w+ )?(?:{told or '-'})\b", " ".join(event))  # "the dog" of before
-            or (pronouns and not TOGETHER & set(words) and not (verb and pronouns <= {"his", "her", "its", "their"}))
+            KNOWN_BEFORE.search(" ".join(event)) or re.search(rf"\bthe (?:\w+ )?(?:{told})\b", " ".join(event))  # "the dog" of before
+            or (pronouns and not TOGETHER & set(words) and not (verb and pronouns <= POSSESSIVES))
             or (follows_clause and not named)  # "a thrum rises, then remains steady"
-            or (re.search("[^su]s$", words[0]) and not verb and len(words) > 1
-                and (words[1] not in BEFORE_NOUNS or words[1] in ("to", "a", "an", "the", "his", "her", "its", "into"))))  # "then lays it down"
+            or (re.search("[^su]s$", words[0]) and not verb and len(words) > 1  # "then lays it down"
+                and (words[1] not in BEFORE_NOUNS or words[1] in {"to", "a", "an", "the", "into"} | POSSESSIVES)))
     return no_subject, leans
 
 
@@ -1614,13 +1631,16 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
         events, joints, names = [leading[2].split(), leading[3].split()], [","], [leading[1]]
     if not joints:
         return None, "no ordering connective"
-    if any(not event or plain(event)[0] in ("and", "or") or plain(event)[-1] in NO_END or BOUND.search(" ".join(event)) for event in events):
+    if any(not event or BOUND.search(" ".join(event)) for event in events):
         return None, "a word bound to its place"
+    if any(plain(event)[0] in ("and", "or") or plain(event)[-1] in NO_END for event in events):
+        return None, "half an event"
     if any("," in word for event in events for word in event):
         return None, "commas"
     verbs = [find_verb(event) for event in events]
     kinds = ["clause" if verb and verb[1] != "ing" else "noun" for verb in verbs]
-    if any(name == "is followed by" and (kind == "clause" or TOGETHER & set(plain(event))) for name, kind, event in zip(names, kinds, events)):
+    if any(name == "is followed by" and (kind == "clause" or TOGETHER & set(plain(event)))
+           for name, kind, event in zip(names, kinds, events)):
         return None, "unclear verb"
     names = [name.removeprefix("is ") for name in names]
     stems = [set(content(event)) for event in events]
@@ -1630,9 +1650,11 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
 
     no_subject, leans = dependent(events, names, verbs) if not leading else ([], plain(events[1])[0] in NO_START)
     against = {"before", "after", "until"} & set(names)
-    if (len(names) > 1 and against - {"before"}) or (opening and len(set(kinds)) > 1) or ("after" in names and joints[0].startswith(",") and not leading):
+    if (len(names) > 1 and against - {"before"}) or (opening and len(set(kinds)) > 1) or (
+            "after" in names and joints[0].startswith(",") and not leading):
         return None, "several orders"
-    if against and len(names) == 1 and (no_subject or leans or kinds[0] != kinds[1] or "until" in names or "prior to" in joints[0]):
+    unlike = no_subject or leans or kinds[0] != kinds[1] or "until" in names or "prior to" in joints[0]
+    if against and len(names) == 1 and unlike:
         if (not leading and plain(events[0])[0] in NO_START) or ("until" in names and (no_subject or not verbs[1])):
             return None, "unclear subject or reference"
         word = names[0] if leading else next(word for word in REVERSED if word in joints[0])
