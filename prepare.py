@@ -1496,6 +1496,7 @@ def to_ing(words: list[str]) -> list[str] | None:
         odd = [b for a, b in zip(known, known[1:]) if a not in BEFORE_NOUNS and not form_of(b) and (
             known[0] in ("a", "an", "the", "someone") and re.search(r"[^su'’]s$", b)
             or re.search(r"[^su'’]s$", a) and not (b in BEFORE_NOUNS | TOGETHER or re.search(r"(ed|ly|s)$", b)))]
+        odd = odd or [b for a, b in zip(known, known[1:]) if a in PLURAL and form_of(b) == "third"]  # "women speaks"
         return None if odd else words
     i, form = found
     if form == "ing":
@@ -1576,7 +1577,7 @@ some there after afterwards before when until which that who later first once fi
 def content(words: list[str]) -> list[str]:
     """What words speak of: without those that only connect, cut to stems ("barks", "barking", "barked" -> "bark")."""
     stems = [re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|(?<!s)s)$", "", word) for word in plain(words) if word and word not in GLUE]
-    return [re.sub(r"([bdgmnptv])\1$", r"\1", re.sub(r"(?<=\w\w)[ey]$", "", stem)) for stem in stems]
+    return [re.sub(r"([bdglmnprtv])\1$", r"\1", re.sub(r"(?<=\w\w)[ey]$", "", stem)) for stem in stems]
 
 
 def dependent(events, names, verbs) -> tuple[list[int], bool]:
@@ -1841,8 +1842,8 @@ def import_texts(file: Path, rows: list[dict], field: str) -> tuple[dict, dict]:
         if not (text is None or isinstance(text, str)):
             raise ValueError(f"--import {file}:{number}: '{field}' is {text!r}; expected a text or null")
         found = [(n, own) for n, own in owners.get(" ".join(caption.split()), [])
-                 if ("id" not in record or str(record["id"]) == str(rows[n].get("id")))
-                 and ("audio" not in record or stem_of(Path(record["audio"]).name) == stem_of(Path(rows[n]["audio"]).name))]
+                 if record.get("id") in (None, "", rows[n].get("id"), str(rows[n].get("id")))
+                 and (not record.get("audio") or stem_of(Path(str(record["audio"])).name) == stem_of(Path(rows[n]["audio"]).name))]
         unused += not found
         if not text or not re.search(r"\w", text):
             empty += bool(found)
@@ -1880,6 +1881,8 @@ def rewrite(args) -> dict:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
+    if not os.access(out.parent, os.W_OK):  # said now, not after hours of a model's work
+        raise PermissionError(f"--out {out}: cannot be written (no permission for {out.parent})")
 
     report, how = {"manifest": str(out), "captions": total}, collections.Counter()
     if args.llm:

@@ -250,7 +250,7 @@ def test_import_matches_by_caption_id_and_audio(tmp_path, capsys):
     rows = [{"audio": "x/a.wav", "id": "one", "captions": ["A dog barks  then a bell", "Rain"]}, {"audio": "x/b.wav", "id": 2, "captions": ["Rain", "Wind"]},
             {"audio": "x/c.wav", "captions": ["Snow", "Hail"]}]
     records = [{"caption": "A dog barks then a bell", "negative": "A bell then a dog barks"},  # blanks do not count
-               {"caption": "Rain", "id": 2, "negative": "of b"}, {"caption": "Wind", "audio": "elsewhere/b.flac", "negative": " by\n audio "},
+               {"caption": "Rain", "id": "2", "audio": None, "negative": "of b"}, {"caption": "Wind", "audio": "elsewhere/b.flac", "negative": " by\n audio "},
                {"caption": "Snow", "negative": "SNOW."}, {"caption": "Hail", "negative": None},
                {"caption": "Sleet", "negative": "nobody's"}, {"caption": "Wind", "id": "one", "negative": "wrong id"}]
     file = tmp_path / "made.jsonl"
