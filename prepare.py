@@ -1488,7 +1488,7 @@ def to_ing(words: list[str]) -> list[str] | None:
     None where a verb is not certain; a noun phrase stays as it is.
     """
     known, found = plain(words), find_verb(words)
-    if known[0] == "there" and known[1] in BE:  # "there is a bang" -> "a bang"
+    if known[0] == "there" and BE & set(known[1:2]):  # "there is a bang" -> "a bang"
         return to_ing(words[2:]) if words[2:] else None
     if known[0] in BE | {"there"} or (found and found[1] == "aux"):
         return None
