@@ -945,7 +945,7 @@ def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = Fals
 
 
 def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads: int, max_tokens: int, vocabulary: int = 4000,
-                              pooler: bool = False, position_std: float = 0.02) -> TextEncoder:
+                              pooler: bool = False) -> TextEncoder:
     """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
 
     The most frequent words, plus single characters for all others. tokenizers' own WordPiece trainer
@@ -964,9 +964,7 @@ def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads:
     config = transformers.BertConfig(
         vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=4 * dim, max_position_embeddings=max(64, max_tokens), pad_token_id=tokenizer.pad_token_id)
-    model = transformers.BertModel(config)
-    model.embeddings.position_embeddings.weight.data *= position_std / config.initializer_range
-    return TextEncoder(model, tokenizer, max_tokens, pooler)
+    return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens, pooler)
 
 
 def text_encoder_from_description(description: dict, max_tokens: int, pooler: bool = False) -> TextEncoder:

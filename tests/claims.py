@@ -4,6 +4,9 @@
   python tests/claims.py mga_clap --data SCENES --seeds 3 --json results/claims_mga_clap.json
   python tests/claims.py mga_clap --data SCENES --compare --json results/compare_mga_clap.json
   python tests/claims.py mga_clap --data SCENES --ablation all --json results/ablation_mga_clap.json
+  python prepare.py scenes --preset esc-mixed-up --sounds DIR --out MIXED
+  python tests/claims.py t_clap --data MIXED --seeds 3 --json results/claims_t_clap.json
+  python tests/claims.py t_clap --data MIXED SCENES --ablation mixing --json results/ablation_mixing.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
@@ -31,6 +34,7 @@ import bench  # noqa: E402
 import common  # noqa: E402
 import eval as evaluator  # noqa: E402
 import mga_clap  # noqa: E402
+import t_clap  # noqa: E402
 
 # Same encoder, start, data, steps and learning rate; only the method differs.
 CLAP = dict(aggregator="mean", locality_blocks=0, hard_negatives=False)
@@ -49,15 +53,33 @@ MGA_ABLATIONS = {  # each row differs from MGA-CLAP in what it names; seed 0
     "affinity_scale": {"35": dict(affinity_scale=35.0), "70": {}, "100": dict(affinity_scale=100.0)},
     "gamma": {"0 (plain loss)": dict(hard_negatives=False), "0.15": {}, "0.3": dict(gamma=0.3)},
     "locality_blocks": {"0": dict(locality_blocks=0), "1": {}, "2": dict(locality_blocks=2)}}
-METRICS = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "tagging_mAP", "frame_mAP_raw", "frame_mAP_centred", "PSDS1", "PSDS1_st0", "PSDS2",
+MGA_METRICS = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "tagging_mAP", "frame_mAP_raw", "frame_mAP_centred", "PSDS1", "PSDS1_st0", "PSDS2",
            "PSDS2_st0", "PSDSm")
-MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean, baseline mean)
-    ("frame_mAP_raw", "frame-level mAP (raw cosine) at least twice CLAP's", lambda m, b: m >= 2 * b),
-    ("frame_mAP_centred", "frame-level mAP (class-centred) above CLAP's", lambda m, b: m > b),
-    ("t2a_R@1", "T2A R@1 not below CLAP's", lambda m, b: m >= b),
-    ("t2a_R@5", "T2A R@5 not below CLAP's", lambda m, b: m >= b),
-    ("a2t_R@1", "A2T R@1 not below CLAP's", lambda m, b: m >= b),
-    ("tagging_mAP", "tagging mAP not below CLAP's", lambda m, b: m >= b)]
+MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean, baseline mean, larger deviation)
+    ("frame_mAP_raw", "frame-level mAP (raw cosine) at least twice CLAP's", lambda m, b, spread: m >= 2 * b),
+    ("frame_mAP_centred", "frame-level mAP (class-centred) above CLAP's", lambda m, b, spread: m > b),
+    ("t2a_R@1", "T2A R@1 not below CLAP's", lambda m, b, spread: m >= b),
+    ("t2a_R@5", "T2A R@5 not below CLAP's", lambda m, b, spread: m >= b),
+    ("a2t_R@1", "A2T R@1 not below CLAP's", lambda m, b, spread: m >= b),
+    ("tagging_mAP", "tagging mAP not below CLAP's", lambda m, b, spread: m >= b)]
+
+
+T_ABLATIONS = {  # each row differs from T-CLAP in what it names; seed 0
+    "lambda": {"0": dict(lt_weight=0.0), "0.5": dict(lt_weight=0.5), "1": dict(lt_weight=1.0), "2": dict(lt_weight=2.0), "3": {}},
+    "temperature": {"cosines times 14": {}, "cosines, as Eq. (3) prints them": dict(lt_scale=1.0)},
+    "mixing": {"no set without negatives": {}, "1 : 1": dict(mix=1.0), "1 : 4": dict(mix=4.0)}}  # with a second manifest, taken without its negatives
+T_METRICS = ("t_classify_t2a", "t_classify_a2t", "t2a_R@1", "t2a_R@5", "a2t_R@1", "tagging_mAP")
+T_CLAIMS = [
+    ("t_classify_t2a", "T-Classify, text to audio, at least 87 % (baseline near 50 %)", lambda m, b, spread: m >= 0.87 and abs(b - 0.5) < 0.1),
+    ("t_classify_a2t", "T-Classify, audio to text, at least 72 % (baseline near 50 %)", lambda m, b, spread: m >= 0.72 and abs(b - 0.5) < 0.1),
+    ("t2a_R@1", "T2A R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread),
+    ("a2t_R@1", "A2T R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread)]
+SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap}
+BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny")}
+BASELINES = {"mga_clap": CLAP, "t_clap": dict(lt_weight=0.0)}
+CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS}
+METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS}
+ABLATIONS = {"mga_clap": MGA_ABLATIONS, "t_clap": T_ABLATIONS}
 
 
 def stored(name: str, settings: dict, results: Path, run) -> dict:
@@ -110,40 +132,60 @@ def tagging_start(flags: dict, data: list[str], results: Path, steps: int = 250)
     return str(path)
 
 
-def run_mga_clap(flags: dict, seed: int, args) -> dict:
+def without_negatives(data: str, runs: str) -> str:
+    """A manifest as a set of positives only -> its copy under runs/."""
+    rows = [{k: v for k, v in row.items() if k not in ("negatives", "swapped_audio", "where")} for row in common.read_manifest([data])]
+    path = Path(runs) / f"positives_{data_hash([data])}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.write_lines(path, [json.dumps({**row, "audio": str(Path(row["audio"]).resolve())}) for row in rows if row["split"] == "train"])
+    return str(path)
+
+
+def run_method(method: str, flags: dict, seed: int, args) -> dict:
     """Train with `flags` over the budget, test the best validation checkpoint on the test scenes."""
-    results, flags = Path(args.results), {**MGA_BUDGET, **json.loads(args.budget), **flags}
-    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=args.data, seed=seed, **flags)
+    script, results = SCRIPTS[method], Path(args.results)
+    flags = {**BUDGETS[method], **json.loads(args.budget), **flags}
+    data = args.data if method == "mga_clap" else args.data[:1]
+    if "mix" in flags:
+        data = [*data, *(without_negatives(item, args.runs) for item in args.data[1:])]
+    cfg = common.configure(script.Config, script.PRESETS, data=data, seed=seed, **flags)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (
         "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device")}
-    if cfg.aggregator != "codebook":  # what such a run never reads is not what tells it from another
+    start = args.start if method == "mga_clap" else "random"
+    # what such a run never reads is not what tells it from another
+    if method == "mga_clap" and cfg.aggregator != "codebook":
         settings = {k: v for k, v in settings.items() if k not in ("affinity", "sparsity", "codewords", "affinity_scale")}
-    settings = {"start": args.start, "data": data_hash(args.data), **settings}
+    if method == "t_clap":
+        settings = {k: v for k, v in settings.items() if not (k == "mix" and len(data) == 1 or k == "lt_scale" and not cfg.lt_weight)}
+        settings["positives"] = [data_hash([item]) for item in data[1:]]
+    settings = {"start": start, "data": data_hash(args.data), **settings}
 
     def run(key):
-        folder, start, seconds = Path(args.runs) / key, {}, None
+        folder, weights, seconds = Path(args.runs) / key, {}, None
         if not (folder / "eval.json").exists():
-            if args.start == "tagging":
-                start = {"audio_weights": tagging_start(flags, args.data, results)}
+            if start == "tagging":
+                weights = {"audio_weights": tagging_start(flags, data, results)}
             resume = {"resume": True} if (folder / "last.pt").exists() else {}
             begin = time.perf_counter()
-            mga_clap.main(common.configure(mga_clap.Config, mga_clap.PRESETS, data=args.data, runs=args.runs, seed=seed,
-                                           name=key, **resume, **{**flags, **start}))
+            script.main(common.configure(script.Config, script.PRESETS, data=data, runs=args.runs, seed=seed,
+                                         name=key, **resume, **{**flags, **weights}))
             seconds = time.perf_counter() - begin
             common.write_lines(folder / "seconds.json", [json.dumps(seconds)])
         seconds = json.loads((folder / "seconds.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        scores, chance, n_clips = test_scores(folder / "best.pt", args.data)
+        scores, chance, n_clips = test_scores(folder / "best.pt", args.data[:1])
         return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(),
-                "final_loss": log[-1]["loss"], "active_codewords": log[-1]["active_codewords"]}
+                **{f"final_{k}" if k.startswith("loss") else k: log[-1][k] for k in ("loss", "loss_c", "loss_t", "active_codewords") if k in log[-1]}}
 
-    return stored("mga_clap" if cfg.aggregator == "codebook" else cfg.aggregator.replace("mean", "clap"), settings, results, run)
+    names = {"mean": "clap", "codebook": "mga_clap"}
+    name = names.get(cfg.aggregator, cfg.aggregator) if method == "mga_clap" else method if cfg.lt_weight else "laion_clap"
+    return stored(name, settings, results, run)
 
 
 def test_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict, int]:
     """Every protocol of eval.py that the scenes have labels for, on the test split -> scores, chance, clips."""
     results = evaluator.main(evaluator.parse([str(checkpoint), "--data", *data, "--split", "test", "--bootstrap", "0"]))
-    prefix = {"tagging": "tagging_", "frames": "frame_"}
+    prefix = {"tagging": "tagging_", "frames": "frame_", "t_classify": "t_classify_"}
     scores = {prefix.get(r["protocol"], "") + name: s["value"] for r in results for name, s in r["scores"].items()}
     chance = {prefix.get(r["protocol"], "") + name: value for r in results for name, value in r["chance"].items()}
     return scores, chance, results[0]["n_clips"]
@@ -154,16 +196,18 @@ def spread(runs: list[dict], metric: str) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def claims_mga_clap(args) -> list[dict]:
-    runs = {name: [run_mga_clap(flags, seed, args) for seed in range(args.seeds)] for name, flags in (("mga_clap", {}), ("clap", CLAP))}
+def claims(method: str, args) -> list[dict]:
+    baseline = "clap" if method == "mga_clap" else "laion_clap"
+    runs = {name: [run_method(method, flags, seed, args) for seed in range(args.seeds)]
+            for name, flags in ((method, {}), (baseline, BASELINES[method]))}
     out = []
-    for metric, claim, holds in MGA_CLAIMS:
-        (m, m_std), (b, b_std) = spread(runs["mga_clap"], metric), spread(runs["clap"], metric)
-        out.append({"claim": claim, "method": "mga_clap", "baseline": "clap", "metric": metric, "method_mean": m,
+    for metric, claim, holds in CLAIMS[method]:
+        (m, m_std), (b, b_std) = spread(runs[method], metric), spread(runs[baseline], metric)
+        out.append({"claim": claim, "method": method, "baseline": baseline, "metric": metric, "method_mean": m,
                     "method_std": m_std, "baseline_mean": b, "baseline_std": b_std,
-                    "seeds": args.seeds, "start": args.start, "holds": bool(holds(m, b)), "chance": runs["clap"][0]["chance"][metric],
-                    "n_clips": runs["clap"][0]["n_clips"], "machine": runs["clap"][0]["machine"],
-                    "seconds": statistics.mean(r["seconds"] for r in runs["mga_clap"] + runs["clap"])})
+                    "seeds": args.seeds, "start": args.start if method == "mga_clap" else "random", "holds": bool(holds(m, b, max(m_std, b_std))), "chance": runs[baseline][0]["chance"][metric],
+                    "n_clips": runs[baseline][0]["n_clips"], "machine": runs[baseline][0]["machine"],
+                    "seconds": statistics.mean(r["seconds"] for r in runs[method] + runs[baseline])})
     print(f"\n| metric | {out[0]['baseline']} | {out[0]['method']} | chance | claim |\n|---|---|---|---|---|")
     for c in out:
         print(f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
@@ -171,19 +215,19 @@ def claims_mga_clap(args) -> list[dict]:
     return out
 
 
-def tables_mga_clap(args) -> list[dict]:
-    """--compare: the paper's Table 4 under one budget; --ablation: its Tables 5 and 6 and Fig. 4 to 6, seed 0."""
+def tables(method: str, args) -> list[dict]:
+    """--compare: MGA-CLAP's Table 4 under one budget; --ablation: what the papers ablate, seed 0."""
     if args.compare:
-        tables = {"compare": MGA_COMPARE}
+        chosen = {"compare": MGA_COMPARE}
     else:
-        names = list(MGA_ABLATIONS) if args.ablation == "all" else [args.ablation]
-        tables = {name: {row: (flags, 1) for row, flags in MGA_ABLATIONS[name].items()} for name in names}
+        names = [args.ablation] if args.ablation in ABLATIONS[method] else list(ABLATIONS[method])
+        chosen = {name: {row: (flags, 1) for row, flags in ABLATIONS[method][name].items()} for name in names}
     out = []
-    for table, content in tables.items():
+    for table, content in chosen.items():
         for row, (flags, most) in content.items():
-            runs = [run_mga_clap(flags, seed, args) for seed in range(min(args.seeds, most))]
-            scores = {m: dict(zip(("mean", "std"), spread(runs, m))) for m in METRICS if m in runs[0]["scores"]}
-            out.append({"table": table, "row": row, "seeds": len(runs), "scores": scores, "flags": flags, "start": args.start,
+            runs = [run_method(method, flags, seed, args) for seed in range(min(args.seeds, most))]
+            scores = {m: dict(zip(("mean", "std"), spread(runs, m))) for m in METRICS[method] if m in runs[0]["scores"]}
+            out.append({"table": table, "row": row, "seeds": len(runs), "scores": scores, "flags": flags, "start": args.start if method == "mga_clap" else "random",
                         "n_clips": runs[0]["n_clips"], "machine": runs[0]["machine"],
                         "seconds": statistics.mean(run["seconds"] for run in runs)})
         of_table = [r for r in out if r["table"] == table]
@@ -194,29 +238,27 @@ def tables_mga_clap(args) -> list[dict]:
     return out
 
 
-METHODS = {"mga_clap": claims_mga_clap}
-
-
 def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("method", choices=[*METHODS, "all"])
-    parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows")
+    parser.add_argument("method", choices=[*SCRIPTS, "all"])
+    parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: then a second set, for --ablation mixing")
     parser.add_argument("--seeds", type=int, default=1, help="runs per method, seeds 0, 1, ...")
     parser.add_argument("--start", choices=["tagging", "random"], default="tagging",
                         help="audio encoder of all runs: pre-trained to tag the training scenes, or random")
-    parser.add_argument("--budget", default="{}", help="JSON of mga_clap flags that change both methods alike")
+    parser.add_argument("--budget", default="{}", help="JSON of flags that change all runs alike")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where finished runs are kept")
     parser.add_argument("--json", help="write the list of claims to this file")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "claims"), help="where checkpoints are kept")
     parser.add_argument("--compare", action="store_true", help="all methods of the paper's Table 4 (seeds: up to 3 for CLAP and MGA-CLAP)")
-    parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
+    parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, *T_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
     args = parser.parse_args(argv)
-    names = [args.method] if args.method != "all" else METHODS
-    tables = args.compare or args.ablation
-    claims = [c for name in names for c in (tables_mga_clap if tables else METHODS[name])(args)]
+    if args.ablation not in (None, "all", *ABLATIONS.get(args.method, ())) or (args.compare and args.method != "mga_clap"):
+        parser.error(f"{args.method} has no --ablation {args.ablation}" if args.ablation else "--compare is mga_clap's")
+    names = [args.method] if args.method != "all" else SCRIPTS
+    out = [c for name in names for c in (tables if args.compare or args.ablation else claims)(name, args)]
     if args.json:
-        common.write_lines(Path(args.json), [json.dumps(claims, indent=1)])
-    return claims
+        common.write_lines(Path(args.json), [json.dumps(out, indent=1)])
+    return out
 
 
 if __name__ == "__main__":

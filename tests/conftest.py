@@ -1,4 +1,6 @@
 """Fixtures: a tiny real corpus on disk, and checkpoints trained on it for a few steps."""
+import functools
+import importlib
 import json
 import os
 import sys
@@ -12,6 +14,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import soundfile as sf  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import common  # noqa: E402
 
@@ -42,14 +45,50 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "data")
 
 
-SMALL = dict(size="tiny", audio_dim=16, audio_depths=[1, 2], audio_heads=[2, 4], text_dim=64, text_layers=1, joint_dim=32,
-             codewords=48, batch_size=6, epochs=2, eval_epochs=1, save_steps=3, log_steps=1, workers=0, device="cpu")
+SHARED = dict(size="tiny", audio_dim=16, audio_depths=[1, 2], audio_heads=[2, 4], text_dim=64, text_layers=1, joint_dim=32,
+              batch_size=6, save_steps=3, log_steps=1, workers=0, device="cpu")
+SMALL_OF = {"mga_clap": dict(**SHARED, codewords=48, epochs=2, eval_epochs=1), "t_clap": dict(**SHARED, steps=8, eval_steps=4)}
+SMALL = SMALL_OF["mga_clap"]
+
+
+def config(method, data, runs, **overrides):
+    """A Config of the script `method` that trains for a few steps on `data`."""
+    script = importlib.import_module(method)
+    return common.configure(script.Config, script.PRESETS, data=[str(data)], runs=str(runs), **{**SMALL_OF[method], **overrides})
 
 
 @pytest.fixture(scope="session")
-def mga_run(corpus, tmp_path_factory):
-    """-> (run folder, result of main): a codebook model trained for a few steps."""
-    import mga_clap
-    runs = tmp_path_factory.mktemp("runs")
-    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=[str(corpus)], name="a", runs=str(runs), **SMALL)
-    return runs / "a", mga_clap.main(cfg)
+def runs_of(corpus, tmp_path_factory):
+    """method -> (run folder, result of main): a model trained for a few steps."""
+    @functools.cache
+    def train(method):
+        runs = tmp_path_factory.mktemp("runs")
+        return runs / "a", importlib.import_module(method).main(config(method, corpus, runs, name="a"))
+    return train
+
+
+@pytest.fixture(scope="session")
+def mga_run(runs_of):
+    return runs_of("mga_clap")
+
+
+CLAP_AUDIO = dict(patch_embeds_hidden_size=16, depths=[1, 1, 2, 1], num_attention_heads=[1, 2, 4, 4], hidden_size=128, hidden_dropout_prob=0.0,
+             attention_probs_dropout_prob=0.0)
+CLAP_TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=90)
+
+
+@pytest.fixture(scope="session")
+def clap_folder(tmp_path_factory):
+    """transformers' ClapModel with random weights, saved with a tokenizer and LAION's audio settings."""
+    folder = tmp_path_factory.mktemp("clap")
+    tokenizer = common.text_encoder_from_scratch(["a dog barks and rain falls"], 64, 1, 1, 30).tokenizer
+    torch.manual_seed(0)
+    model = transformers.ClapModel(transformers.ClapConfig(
+        audio_config=CLAP_AUDIO, text_config=dict(CLAP_TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id), projection_dim=24)).eval()
+    for name, parameter in model.named_parameters():
+        if "bias" in name and "table" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    transformers.ClapFeatureExtractor(feature_size=64, sampling_rate=48000, hop_length=480, fft_window_size=1024, padding="repeatpad",
+                                      truncation="rand_trunc", frequency_min=50, frequency_max=14000).save_pretrained(folder)
+    return folder, model, tokenizer

@@ -55,7 +55,7 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "MGA_COMPARE", {k: v for k, v in claims.MGA_COMPARE.items() if "windowed" not in k})
     out = claims.main([*flags, "--compare"])
     assert [r["row"] for r in out] == ["CLAP", "UACA", "WSTAG", "PACL", "MGA-CLAP"] and json.loads((tmp_path / "c.json").read_text()) == out
-    assert all(set(r["scores"]) == set(claims.METRICS) for r in out) and all(r["seeds"] == 1 for r in out)
+    assert all(set(r["scores"]) == set(claims.MGA_METRICS) for r in out) and all(r["seeds"] == 1 for r in out)
     assert len({r["scores"]["frame_mAP_raw"]["mean"] for r in out}) == 5  # they are different models
     out = claims.main([*flags, "--ablation", "aggregation"])
     assert [r["row"] for r in out] == ["max, sparsemax", "mean, sparsemax", "max, softmax"]

@@ -70,7 +70,62 @@ def test_no_recording_is_in_two_splits():
 
 def test_active_part_trims_silence():
     x = np.concatenate([np.zeros(8000), np.ones(4000), np.zeros(4000)]).astype(np.float32)
-    assert len(prepare.active_part(x, 16000)) == pytest.approx(4000, abs=640)
+    kept = prepare.active_part(x, 16000)
+    assert (kept.start, kept.stop) == (pytest.approx(8000, abs=320), pytest.approx(12000, abs=320))
+
+
+def test_esc_mixed_up_is_two_recordings_in_order_with_the_swapped_caption_and_audio(class_folders, tmp_path):
+    flags = ["--preset", "esc-mixed-up", "--sounds", class_folders, "--train", 20, "--val", 4, "--test", 8]
+    build(*flags, "--out", tmp_path / "m")
+    rows = common.read_manifest([str(tmp_path / "m")], need=("captions", "negatives", "events", "labels"))
+    assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [20, 4, 8]
+    connectives = set()
+    for row in rows:
+        first, second = (label.replace("_", " ") for label in row["labels"])
+        word = row["captions"][0].removeprefix(first).removesuffix(second).strip()
+        connectives.add(word)
+        assert first != second and row["captions"] == [f"{first} {word} {second}"] and row["negatives"] == [f"{second} {word} {first}"]
+        assert row["audio"].endswith(".flac") and sf.info(row["audio"]).samplerate == 22050 and sf.info(row["audio"]).frames == 220500
+        assert ("swapped_audio" in row) == (row["split"] == "test")
+        x = sf.read(row["audio"])[0]
+        for k, event in enumerate(row["events"]):  # 0.5 s of silence, then 1 s of tone, in each half
+            assert event["label"] == row["labels"][k] and event["onset"] == pytest.approx(5 * k + 0.5, abs=0.03)
+            assert event["offset"] == pytest.approx(5 * k + 1.5, abs=0.03)
+            inside = x[round(event["onset"] * 22050):round(event["offset"] * 22050)]
+            assert (inside ** 2).sum() == pytest.approx((x[k * 110250:(k + 1) * 110250] ** 2).sum(), rel=0.01)
+        if row["split"] == "test":
+            assert np.array_equal(sf.read(row["swapped_audio"])[0], np.roll(x, 110250))
+    assert connectives == {"followed by", "and then"}
+    # interrupted: no manifest yet, some audio there; the second call continues to the same bytes
+    files = {p.name: p.read_bytes() for p in (tmp_path / "m/audio").iterdir()}
+    manifest = (tmp_path / "m/manifest.jsonl").read_bytes()
+    (tmp_path / "m/manifest.jsonl").unlink()
+    kept = tmp_path / "m/audio/train_00001.flac"
+    stamp = kept.stat().st_mtime_ns
+    for name in ("train_00000.flac", "test_00003_swapped.flac"):
+        (tmp_path / "m/audio" / name).unlink()
+    with pytest.raises(FileExistsError, match="made with other settings"):
+        build(*flags, "--out", tmp_path / "m", "--seed", 1)
+    build(*flags, "--out", tmp_path / "m", "--workers", 1)
+    assert kept.stat().st_mtime_ns == stamp and (tmp_path / "m/manifest.jsonl").read_bytes() == manifest
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m/audio").iterdir()} == files
+
+
+def test_esc_mixed_up_options(class_folders, tmp_path):
+    flags = ["--preset", "esc-mixed-up", "--sounds", class_folders, "--train", 40, "--val", 0, "--test", 4]
+    build(*flags, "--out", tmp_path / "o", "--overlay", 0.5, "--rate", 16000, "--format", "wav")  # resampled in forked workers
+    rows = common.read_manifest([str(tmp_path / "o")])
+    over = [r for r in rows if r["negatives"] == [None]]
+    assert 10 < len(over) < 34 and all(r["duration"] == 5.0 and "swapped_audio" not in r for r in over)
+    assert all("while" in r["captions"][0] or "at the same time" in r["captions"][0] for r in over)
+    assert all(sf.info(r["audio"]).frames == 16000 * r["duration"] and r["audio"].endswith(".wav") for r in rows)
+    with pytest.raises(ValueError, match="--overlay 0.2: expected a share between 0 and 1, with --preset esc-mixed-up"):
+        build("--sounds", class_folders, "--out", tmp_path / "p", "--overlay", 0.2)
+    for label in ("bell", "siren"):
+        for path in (class_folders / label).iterdir():
+            path.unlink()
+    with pytest.raises(ValueError, match="has recordings of one class only; a clip needs two"):
+        build(*flags, "--out", tmp_path / "q")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real sounds (../shared/data/esc50_part) are not here")

@@ -9,29 +9,8 @@ import transformers
 import common
 import eval as evaluator
 import t_clap
+from conftest import CLAP_AUDIO, CLAP_TEXT
 from test_common import brute_force_ranks
-
-AUDIO = dict(patch_embeds_hidden_size=16, depths=[1, 1, 2, 1], num_attention_heads=[1, 2, 4, 4], hidden_size=128, hidden_dropout_prob=0.0,
-             attention_probs_dropout_prob=0.0)
-TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=90)
-
-
-@pytest.fixture(scope="module")
-def clap_folder(tmp_path_factory):
-    """transformers' ClapModel with random weights, saved with a tokenizer and LAION's audio settings."""
-    folder = tmp_path_factory.mktemp("clap")
-    tokenizer = common.text_encoder_from_scratch(["a dog barks and rain falls"], 64, 1, 1, 30).tokenizer
-    torch.manual_seed(0)
-    model = transformers.ClapModel(transformers.ClapConfig(
-        audio_config=AUDIO, text_config=dict(TEXT, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id), projection_dim=24)).eval()
-    for name, parameter in model.named_parameters():
-        if "bias" in name and "table" not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-    transformers.ClapFeatureExtractor(feature_size=64, sampling_rate=48000, hop_length=480, fft_window_size=1024, padding="repeatpad",
-                                      truncation="rand_trunc", frequency_min=50, frequency_max=14000).save_pretrained(folder)
-    return folder, model, tokenizer
-
 
 def test_embeddings_and_retrieval_equal_transformers(clap_folder):
     folder, theirs, tokenizer = clap_folder
@@ -117,7 +96,7 @@ def test_laion_file_loads_by_its_names_and_shapes_and_says_what_is_wrong(tmp_pat
 
 
 def test_folders_that_are_no_such_clap_are_refused_in_one_sentence(tmp_path, clap_folder):
-    fused = transformers.ClapConfig(audio_config=dict(AUDIO, enable_fusion=True), text_config=TEXT)
+    fused = transformers.ClapConfig(audio_config=dict(CLAP_AUDIO, enable_fusion=True), text_config=CLAP_TEXT)
     fused.save_pretrained(tmp_path / "fused")
     with pytest.raises(ValueError, match="a CLAP with feature fusion"):
         evaluator.load_model(tmp_path / "fused")

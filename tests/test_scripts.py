@@ -1,5 +1,6 @@
-"""mga_clap.py as its users run it: training, resume, two processes, embeddings, weights, bad input."""
+"""The scripts as their users run them: training, resume, two processes, embeddings, weights, bad input."""
 import copy
+import functools
 import json
 import math
 import os
@@ -15,13 +16,14 @@ import torch
 
 import common
 import mga_clap
-from conftest import ROOT, SMALL
+import t_clap
+from conftest import ROOT, SMALL_OF
+from conftest import config as config_of
 
 PYTHON = [sys.executable]
-
-
-def config(corpus, runs, **overrides):
-    return common.configure(mga_clap.Config, mga_clap.PRESETS, data=[str(corpus)], runs=str(runs), **{**SMALL, **overrides})
+SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap}
+every_script = pytest.mark.parametrize("method", SCRIPTS)
+config = functools.partial(config_of, "mga_clap")
 
 
 def run_cli(*args, script="mga_clap.py"):
@@ -61,11 +63,11 @@ def test_overfits_eight_pairs(tmp_path, corpus, overrides):
     assert np.mean([x["loss"] for x in late]) < 0.5 + extra < lines[0]["loss"] and np.mean([x["batch_R@1"] for x in late]) > 0.85
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_bf16_autocast_trains_on_finite_losses_close_to_fp32(corpus, tmp_path, mga_run, precision):
-    mga_clap.main(config(corpus, tmp_path, name="b", precision=precision))
+@every_script
+def test_bf16_autocast_trains_on_finite_losses_close_to_fp32(corpus, tmp_path, runs_of, method):
+    SCRIPTS[method].main(config_of(method, corpus, tmp_path, name="b", precision="bf16"))
     read = lambda folder: [json.loads(x)["loss"] for x in (folder / "log.jsonl").read_text().splitlines()]  # noqa: E731
-    half, full = read(tmp_path / "b"), read(mga_run[0])
+    half, full = read(tmp_path / "b"), read(runs_of(method)[0])
     assert half[:3] == pytest.approx(full[:3], abs=0.15) and half != full and np.isfinite(half).all()
 
 
@@ -85,36 +87,36 @@ def strip(path):
     return {**content["model"], **{f"opt{i}.{k}": v for i, s in content["optimiser"]["state"].items() for k, v in s.items()}}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, monkeypatch, mga_run, workers):
+@pytest.mark.parametrize("method, workers, other", [("mga_clap", 0, "codewords"), ("mga_clap", 2, "codewords"), ("t_clap", 2, "joint_dim")])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, method, workers, other):
     class Killed(Exception):
         pass
 
-    seed_step = common.seed_step
+    script, seed_step = SCRIPTS[method], common.seed_step
 
-    def killer(seed, step, rank=0):
-        if step == 5:  # after the write of last.pt at step 4 (end of the epoch)
+    def killer(seed, step, *place):
+        if step == 5:  # after the write of last.pt at step 4
             raise Killed
-        seed_step(seed, step, rank)
+        seed_step(seed, step, *place)
 
     monkeypatch.setattr(common, "seed_step", killer)
     with pytest.raises(Killed):
-        mga_clap.main(config(corpus, tmp_path, name="a", workers=workers))
+        script.main(config_of(method, corpus, tmp_path, name="a", workers=workers))
     monkeypatch.setattr(common, "seed_step", seed_step)
-    resumed = common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="a", runs=str(tmp_path))
-    assert resumed.codewords == SMALL["codewords"] and resumed.resume
-    result = mga_clap.main(resumed)
-    whole = strip(mga_run[0] / "last.pt")
+    resumed = common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
+    assert getattr(resumed, other) == SMALL_OF[method][other] and resumed.resume
+    result, (folder, uninterrupted) = script.main(resumed), runs_of(method)
+    whole = strip(folder / "last.pt")
     for key, value in strip(tmp_path / "a/last.pt").items():
         assert torch.equal(value, whole[key]), key
-    assert result["scores"] == mga_run[1]["scores"]
+    assert result["scores"] == uninterrupted["scores"]
     drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "pairs_per_s"}  # noqa: E731
-    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", mga_run[0])]
+    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", folder)]
     assert logs[0] == logs[1]
-    with pytest.raises(ValueError, match="--resume: --codewords is 7 but the run was started with 48"):
-        mga_clap.main(common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="a", runs=str(tmp_path), codewords=7))
+    with pytest.raises(ValueError, match=f"--resume: --{other.replace('_', '-')} is 7 but the run was started with"):
+        script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path), **{other: 7}))
     with pytest.raises(FileExistsError, match="already holds a run; continue it with --resume"):
-        mga_clap.main(config(corpus, tmp_path, name="a"))
+        script.main(config_of(method, corpus, tmp_path, name="a"))
 
 
 def test_runs_without_a_name_are_numbered(corpus, tmp_path):
@@ -125,30 +127,31 @@ def test_runs_without_a_name_are_numbered(corpus, tmp_path):
 
 TWO_PROCESSES = """
 import sys; sys.path.insert(0, {root!r})
-import torch, common, mga_clap
+import torch, common, {method} as script
 # DESIGN: SyncBatchNorm does not run on a CPU, so batch norm stays on running statistics, and masks
 # are off, since every process draws its own
-train = mga_clap.Model.train
-mga_clap.Model.train = lambda self, mode=True: train(self, False)
-mga_clap.main(common.cli(mga_clap.Config, mga_clap.PRESETS, "x"))
+train = script.Model.train
+script.Model.train = lambda self, mode=True: train(self, False)
+script.main(common.cli(script.Config, script.PRESETS, "x"))
 """
 
 
-@pytest.mark.parametrize("bad", [False, True], ids=["all readable", "one unreadable"])
-def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, bad):
+@pytest.mark.parametrize("method, bad, only_two", [("mga_clap", False, ()), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2"))],
+                         ids=["mga_clap", "mga_clap, one unreadable", "t_clap, one unreadable, gradient caching in two only"])
+def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, method, bad, only_two):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     if bad:
         (data / "audio/train4.wav").write_text("broken")
     script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT), method=method))
     flags = ["--data", str(data), "--runs", str(tmp_path), "--max-bad", "0.5", "--precision", "fp32"]
-    for key, value in SMALL.items():
+    for key, value in SMALL_OF[method].items():
         flags += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*PYTHON, script, *flags, "--name", "one"], check=True, env=env, capture_output=True, timeout=300)
     two = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags,
-                          "--name", "two"], env=env, capture_output=True, text=True, timeout=300)
+                          "--name", "two", *only_two], env=env, capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr[-2000:]
     one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
     losses = [[x["loss"] for x in run] for run in (one, two)]
@@ -345,34 +348,37 @@ def test_audio_start_from_the_audioset_file_and_from_a_transformers_folder(tmp_p
 
 
 # Bad input
-def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(corpus, tmp_path):
+@every_script
+def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(corpus, tmp_path, method):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     (data / "audio/train0.wav").write_text("not sound")
     (data / "audio/train1.wav").unlink()
     sf.write(data / "audio/val0.wav", np.zeros(16000), 16000)
-    result = mga_clap.main(config(data, tmp_path / "runs", name="s", max_bad=0.2))
+    result = SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="s", max_bad=0.2))
     skipped = sorted((tmp_path / "runs/s/skipped.txt").read_text().splitlines())
     assert len(skipped) == 2 and "train0.wav: cannot be read as audio" in skipped[0] and "train1.wav: file not found" in skipped[1]
     assert np.isfinite(result["scores"]["t2a_R@1"])
     with pytest.raises(ValueError, match=r"of 12 clips could not be used, more than --max-bad 5%; first: .*train"):
-        mga_clap.main(config(data, tmp_path / "runs", name="t"))
+        SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="t"))
 
 
-def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, monkeypatch):
-    loss = mga_clap.hard_negative_loss
+@pytest.mark.parametrize("method, name", [("mga_clap", "hard_negative_loss"), ("t_clap", "contrastive_loss")])
+def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, monkeypatch, method, name):
+    script = SCRIPTS[method]
+    loss = getattr(script, name)
     calls = []
 
     def poisoned(*args):
         calls.append(1)
         return loss(*args) * (float("nan") if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(mga_clap, "hard_negative_loss", poisoned)
+    monkeypatch.setattr(script, name, poisoned)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; the batch's files are listed in"):
-        mga_clap.main(config(corpus, tmp_path, name="n"))
+        script.main(config_of(method, corpus, tmp_path, name="n"))
     assert len((tmp_path / "n/nonfinite_batch.txt").read_text().splitlines()) == 6
     assert not (tmp_path / "n/last.pt").exists()  # broken weights are never saved
-    monkeypatch.setattr(mga_clap, "hard_negative_loss", loss)
+    monkeypatch.setattr(script, name, loss)
     step = torch.optim.Adam.step
 
     def breaks(self, *args):
@@ -381,7 +387,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
 
     monkeypatch.setattr(torch.optim.Adam, "step", breaks)
     with pytest.raises((FloatingPointError), match="a weight became NaN|the loss of step"):
-        mga_clap.main(config(corpus, tmp_path, name="m", log_steps=50, save_steps=1))
+        script.main(config_of(method, corpus, tmp_path, name="m", log_steps=50, save_steps=1))
     assert not (tmp_path / "m/last.pt").exists()
 
 
