@@ -5,7 +5,8 @@
   python eval.py embed A.pt --data MANIFEST --out embeds.npz            (embeddings of audio and captions)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
-(text-to-audio grounding), t_classify (temporal order), or all that the manifest has labels for.
+(text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe), or
+all that the manifest has labels for.
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import common
@@ -317,9 +319,99 @@ def t_classify(model, clips, classes, args) -> dict:
                                  for way, of in details.items()})
 
 
+def train_probe(train, val, n_classes: int, desc: str, layers: int = 4, width: int = 512, epochs: int = 60, seed: int = 0):
+    """A probe on frozen embeddings: an MLP whose best epoch is chosen on `val` -> function from inputs to logits.
+
+    train, val: inputs (N, D) float32 and targets (N,) class numbers (-1: no class, never right). AdamW at 1e-4, batches of 128;
+    a function of the seed alone. Without validation rows the last epoch counts.
+    """
+    torch.manual_seed(seed)
+    (inputs, targets), (val_inputs, val_targets) = ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in (train, val))
+    mean, deviation = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
+    sizes = [inputs.shape[1]] + [width] * (layers - 1) + [n_classes]
+    linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+    net = torch.nn.Sequential(*[part for layer in linear[:-1] for part in (layer, torch.nn.ReLU())], linear[-1])
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    logits = lambda x: net((x - mean) / deviation)  # noqa: E731
+    best, kept = -1.0, None
+    for epoch in tqdm(range(epochs), desc=desc, unit="epoch", leave=False):
+        for batch in torch.randperm(len(inputs)).split(128):
+            loss = torch.nn.functional.cross_entropy(logits(inputs[batch]), targets[batch])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        with torch.no_grad():
+            right = float((logits(val_inputs).argmax(1) == val_targets).float().mean()) if len(val_inputs) else float(epoch)
+        if right > best:
+            best, kept = right, {name: value.clone() for name, value in net.state_dict().items()}
+    net.load_state_dict(kept)
+    return lambda x: logits(torch.from_numpy(x)).detach().numpy()
+
+
+def aqa(model, clips, classes, args) -> dict:
+    """Audio question answering with a probe on frozen embeddings.
+
+    Clip and question embedding side by side go into a 4-layer MLP (train_probe), trained on the rows of split train,
+    chosen on val, scored on the evaluated split; one probe for yes/no questions, one for the others, whose classes are the
+    answers of the training rows. Word R@k: the answer among the k best; an answer never seen in training is
+    a miss. Of questions with a type, those that need a picture are left out. Source: Cacophony Table 5 (Clotho-AQA, MUSIC-AVQA;
+    its layer widths and learning rate are not stated).
+    """
+    own, others = set(map(id, clips["rows"])), args.all_rows
+    splits = {args.split: (clips["rows"], clips["audio_embeds"])}
+    for split in {"train", "val"} - {args.split}:
+        rows = [row for row in others if row.get("split") == split and row.get("qa") and id(row) not in own]
+        if rows:
+            kept, embeds, _, bad = common.embed_files(model, rows, args.batch_size, args.workers, args.crop,
+                                                      cache=checkpoint_cache(args, args.checkpoint), desc=f"embedding {split}")
+            report_left_out(bad, len(rows), args)
+            splits[split] = [rows[i] for i in kept], embeds
+    if "train" not in splits or args.split == "train":
+        raise ValueError("aqa trains a probe: it needs rows of split train with 'qa', and another split to score")
+    asked = {split: [(i, q["question"], str(q["answer"]).lower()) for i, row in enumerate(rows) for q in row.get("qa", [])
+                     if "Audio" in q.get("type", ["Audio"])] for split, (rows, _) in splits.items()}
+    scored, chance, details, told = {}, {}, {}, []
+    for kind in ("binary", "word"):
+        of = {split: [q for q in questions if (q[2] in ("yes", "no")) == (kind == "binary")] for split, questions in asked.items()}
+        if not of["train"] or not of[args.split]:
+            continue
+        answers = sorted({answer for _, _, answer in of["train"]})
+        number = {answer: k for k, answer in enumerate(answers)}
+
+        def data(split):
+            questions = of.get(split, [])
+            texts = common.embed_texts(model, [q for _, q, _ in questions]) if questions else np.zeros((0, clips["audio_embeds"].shape[1]))
+            audio = splits[split][1][[i for i, _, _ in questions]] if questions else texts
+            return np.concatenate([audio, texts], 1).astype(np.float32), np.array([number.get(a, -1) for _, _, a in questions], dtype=np.int64)
+
+        logits_of = train_probe(data("train"), data("val"), len(answers), f"aqa, {kind} probe")
+        inputs, targets = data(args.split)
+        logits = logits_of(inputs)
+        right = np.take_along_axis(logits, np.maximum(targets, 0)[:, None], 1)
+        rank = np.where(targets >= 0, (logits >= right).sum(1) - 1, max(10, len(answers)))  # never seen: never among the best
+        owner = np.array([i for i, _, _ in of[args.split]])
+        for name, k in {"binary": {"binary_accuracy": 1}, "word": {"word_R@1": 1, "word_R@5": 5, "word_R@10": 10}}[kind].items():
+            scored[name], chance[name] = (owner, rank < k), min(1.0, k / len(answers))
+        details[kind] = [{"clip": clips["rows"][i]["audio"], "question": q, "answer": a, "rank": int(r) + 1 if a in number else None}
+                         for (i, q, a), r in zip(of[args.split], rank)]
+        told.append(f"{len(of['train'])} {kind} questions for training, {len(of.get('val', []))} for the choice of the epoch, "
+                    f"{len(rank)} scored, {len(answers)} answers, {int((targets < 0).sum())} never seen in training")
+    if not scored:
+        raise ValueError("aqa: no kind of question (yes/no, or other) is both in split train and in the scored split")
+    n = len(clips["rows"])
+
+    def score(chosen):
+        times = np.bincount(chosen, minlength=n)
+        weigh = lambda owner, hit: float((hit * times[owner]).sum() / times[owner].sum()) if times[owner].sum() else float("nan")  # noqa: E731
+        return {name: weigh(*found) for name, found in scored.items()}
+
+    return result("aqa", score, n, chance, args, details=details, questions="; ".join(told), tie_rule="a tie is a miss",
+                  probe="MLP of 4 layers, width 512, AdamW 1e-4, 60 epochs, seed 0")
+
+
 PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classification, "labels"),
              "tagging": (tagging, "labels"), "frames": (frames, "events"), "sed": (sed, "events"),
-             "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives")}
+             "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives"), "aqa": (aqa, "qa")}
 FRAME_PROTOCOLS = {"frames", "sed", "grounding"}
 
 
@@ -655,7 +747,7 @@ def merge_rows(rows: list[dict]) -> list[dict]:
         if one.get("negatives") or row.get("negatives"):  # one entry a caption
             one["negatives"] = [(r.get("negatives", []) + [None] * len(r.get("captions", [])))[k]
                                 for r in (one, row) for k in range(len(r.get("captions", [])))]
-        for key in ("captions", "labels", "events", "phrases"):
+        for key in ("captions", "labels", "events", "phrases", "qa"):
             if row.get(key):
                 new = row[key] if key == "captions" else [x for x in row[key] if x not in one.get(key, [])]
                 one[key] = one.get(key, []) + new
@@ -702,6 +794,7 @@ def main(args) -> list[dict]:
         except OSError as error:
             raise PermissionError(f"--plot {args.plot}: this folder cannot be made ({error.strerror})") from None
     rows = common.read_manifest(args.data)
+    args.all_rows = rows
     if args.split is None:  # test rows where there are any, else everything
         args.split = "test" if any(row.get("split") == "test" for row in rows) else "all rows"
     if args.split != "all rows":
@@ -747,6 +840,9 @@ def evaluate(args, rows, results: list, save) -> None:
     args.window_s = model.window_s
     wanted = [args.protocol] if args.protocol != "all" else [
         name for name, (_, key) in PROTOCOLS.items() if any(row.get(key) for row in rows)]
+    if not wanted:
+        raise ValueError(f"no row of split {args.split} has anything to score; a protocol needs one of "
+                         f"{', '.join(dict.fromkeys(key for _, key in PROTOCOLS.values()))}")
     for name in wanted:
         if not any(row.get(PROTOCOLS[name][1]) for row in rows):
             raise ValueError(f"--protocol {name} needs '{PROTOCOLS[name][1]}' in the manifest; no row of split "

@@ -385,3 +385,77 @@ def test_broken_weights_and_a_damaged_cache(mga_run, corpus, tmp_path):
         assert run(mga_run[0] / "best.pt", corpus, *flags)[0]["scores"] == first[0]["scores"]
     with pytest.raises(FileNotFoundError, match="gone.pt"):  # said before the first model is scored
         evaluate.main(evaluate.parse([str(mga_run[0] / "best.pt"), "gone.pt", "--data", str(corpus)]))
+
+
+# Question answering
+
+
+def test_a_probe_learns_what_is_linear_in_its_inputs_and_keeps_the_best_validation_epoch():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(600, 8)).astype(np.float32)
+    targets = (inputs[:, 0] > 0).astype(np.int64) + 2 * (inputs[:, 1] > 0)
+    logits_of = evaluate.train_probe((inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe")
+    assert (logits_of(inputs[500:]).argmax(1) == targets[500:]).mean() > 0.8
+    again = evaluate.train_probe((inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe")
+    assert np.array_equal(logits_of(inputs[500:]), again(inputs[500:]))
+    # labels that are noise on training rows but wrong on validation rows: the first epochs, not the last, are kept
+    flipped = evaluate.train_probe((inputs[:100], targets[:100]), (inputs[:100], (targets[:100] + 1) % 4), 4, "probe", epochs=40)
+    assert (flipped(inputs[:100]).argmax(1) == targets[:100]).mean() < 0.7
+
+
+def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys):
+    """The logits are given: binary 2 of 3 right; words: rank 1, rank 2, and an answer never seen in training."""
+    rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
+    chosen = {split: [row for row in rows if row["split"] == split][:3] for split in ("train", "val", "test")}
+    qa = {"train": [("loud?", "yes"), ("loud?", "no"), ("what?", "bell")], "test": [("loud?", "yes"), ("loud?", "no"), ("loud?", "yes")]}
+    out = []
+    for split, of in chosen.items():
+        for i, row in enumerate(of):
+            questions = [dict(zip(("question", "answer"), qa.get(split, qa["train"])[i]))]
+            if split == "train":
+                questions.append({"question": "what?", "answer": ["siren", "hum", "bell"][i]})
+            if split == "test":
+                questions.append({"question": "what?", "answer": ["siren", "hum", "goat"][i]})
+                questions.append({"question": "seen?", "answer": "yes", "type": ["Visual", "Counting"]})  # needs a picture
+            out.append({"audio": str(corpus / row["audio"]), "split": split, "qa": questions})
+    common.write_lines(tmp_path / "qa.jsonl", [json.dumps(row) for row in out])
+    given = {2: np.array([[0, 1], [1, 0], [1, 0]]), 3: np.array([[0, 0, 1], [2, 1, 3], [1, 1, 1]])}  # no, yes; bell, hum, siren
+    seen = []
+
+    def probe(train, val, n_classes, desc, **options):
+        seen.append((train[0].shape, train[1].tolist(), val[1].tolist()))
+        return lambda inputs: given[n_classes].astype(np.float32)
+
+    class Stub:
+        window_s, sample_rate, pairwise = 10.0, 32000, False
+        clean_caption = staticmethod(lambda text: text)
+        to = lambda self, device: self  # noqa: E731
+        parameters = lambda self: iter([torch.zeros(1)])  # noqa: E731
+        embed_audio = lambda self, waveform, n: torch.nn.functional.normalize(waveform[:, :4], dim=-1)  # noqa: E731
+        embed_text = lambda self, texts: torch.eye(4)[[len(t) % 4 for t in texts]]  # noqa: E731
+
+    monkeypatch.setattr(evaluate, "load_model", lambda path, text: Stub())
+    monkeypatch.setattr(evaluate, "find_model", lambda path: None)
+    monkeypatch.setattr(evaluate, "train_probe", probe)
+    (r,) = evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "qa.jsonl"), "--bootstrap", "0"]))
+    assert {k: s["value"] for k, s in r["scores"].items()} == pytest.approx(
+        {"binary_accuracy": 2 / 3, "word_R@1": 1 / 3, "word_R@5": 2 / 3, "word_R@10": 2 / 3})
+    assert r["chance"] == pytest.approx({"binary_accuracy": 0.5, "word_R@1": 1 / 3, "word_R@5": 1.0, "word_R@10": 1.0})
+    assert seen[0] == ((2, 8), [1, 0], [1, 0]) and seen[1][:2] == ((4, 8), [2, 0, 1, 0])
+    assert [d["rank"] for d in r["details"]["word"]] == [1, 3, None] and "1 never seen in training" in capsys.readouterr().out
+    common.write_lines(tmp_path / "test.jsonl", [json.dumps(row) for row in out if row["split"] == "test"])
+    with pytest.raises(ValueError, match="aqa trains a probe: it needs rows of split train"):
+        evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "test.jsonl"), "--protocol", "aqa"]))
+    common.write_lines(tmp_path / "bare.jsonl", [json.dumps({"audio": row["audio"]}) for row in out])
+    with pytest.raises(ValueError, match="has anything to score; a protocol needs one of captions, labels"):
+        evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "bare.jsonl")]))
+
+
+def test_question_answering_from_a_manifest_to_a_printed_score(corpus, mga_run, tmp_path):
+    rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
+    common.write_lines(tmp_path / "qa.jsonl", [json.dumps({"audio": str(corpus / row["audio"]), "split": row["split"], "qa": [
+        {"question": "is there one sound?", "answer": "yes" if len(row["labels"]) == 1 else "no"},
+        {"question": "what is heard first?", "answer": row["labels"][0]}]}) for row in rows])
+    (r,) = evaluate.main(evaluate.parse([str(mga_run[0] / "best.pt"), "--data", str(tmp_path / "qa.jsonl"), "--bootstrap", "10"]))
+    assert r["protocol"] == "aqa" and set(r["scores"]) == {"binary_accuracy", "word_R@1", "word_R@5", "word_R@10"}
+    assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 for s in r["scores"].values())
