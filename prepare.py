@@ -124,7 +124,7 @@ IN_ORDER = ["{0} followed by {1}", "{0} and then {1}"]  # the two phrases that t
 
 
 def _mixed_job(job):
-    """One clip of ESC-mixed-up -> its row. Audio that an interrupted call has written is kept."""
+    """One clip of ESC-mixed-up -> its row: a recording, then one of another class. Audio that an interrupted call has written is kept."""
     split, number, args = job
     rng, pool = np.random.default_rng((args.seed, len(split), number)), _scene_job.pools[split]
     first = pool[int(rng.integers(len(pool)))]
@@ -215,7 +215,7 @@ def scenes(args) -> dict:
     for split, pool in pools.items():
         print(f"{split}: {counts[split]} scenes from {len({s['recording'] for s in pool})} recordings "
               f"of {len({s['label'] for s in pool})} classes")
-    print(f"wrote {out / 'manifest.jsonl'} and classes.txt ({len(classes)} classes with test recordings)")
+    print(f"wrote {out / 'manifest.jsonl'} and classes.txt ({len(classes)} classes of the {'test' if counts['test'] else 'training'} recordings)")
     return {"manifest": str(out / "manifest.jsonl"), "left_out": unusable}
 
 

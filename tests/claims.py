@@ -5,8 +5,8 @@
   python tests/claims.py mga_clap --data SCENES --compare --json results/compare_mga_clap.json
   python tests/claims.py mga_clap --data SCENES --ablation all --json results/ablation_mga_clap.json
   python prepare.py scenes --preset esc-mixed-up --sounds DIR --out MIXED
-  python tests/claims.py t_clap --data MIXED --seeds 3 --json results/claims_t_clap.json
-  python tests/claims.py t_clap --data MIXED SCENES --ablation mixing --json results/ablation_mixing.json
+  python prepare.py scenes --preset esc-mixed-up --overlay 1 --val 0 --test 0 --sounds DIR --out TOGETHER   (no order: positives only)
+  python tests/claims.py t_clap --data MIXED TOGETHER --start random --seeds 3 --json results/claims_t_clap.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
@@ -67,7 +67,7 @@ MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean
 T_ABLATIONS = {  # each row differs from T-CLAP in what it names; seed 0
     "lambda": {"0": dict(lt_weight=0.0), "0.5": dict(lt_weight=0.5), "1": {}, "2": dict(lt_weight=2.0)},
     "temperature": {"cosines times 14": {}, "cosines, as Eq. (3) prints them": dict(lt_scale=1.0)},
-    "mixing": {"no set without negatives": {}, "1 : 1": dict(mix=1.0), "1 : 4": dict(mix=4.0)}}  # with a second manifest, taken without its negatives
+    "mixing": {"1 : 0": dict(mix=0.0), "1 : 1": {}, "1 : 4": dict(mix=4.0)}}
 T_METRICS = ("t_classify_t2a", "t_classify_a2t", "t2a_R@1", "t2a_R@5", "a2t_R@1", "tagging_mAP")
 T_CLAIMS = [
     ("t_classify_t2a", "T-Classify, text to audio, at least 87 % (baseline near 50 %)", lambda m, b, spread: m >= 0.87 and abs(b - 0.5) < 0.1),
@@ -75,7 +75,7 @@ T_CLAIMS = [
     ("t2a_R@1", "T2A R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread),
     ("a2t_R@1", "A2T R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread)]
 SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap}
-BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny")}
+BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny", mix=1.0)}
 BASELINES = {"mga_clap": CLAP, "t_clap": dict(lt_weight=0.0)}
 CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS}
 METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS}
@@ -93,51 +93,49 @@ def stored(name: str, settings: dict, results: Path, run) -> dict:
 
 
 def data_hash(data: list[str]) -> str:
-    return hashlib.sha256(common.manifest_path(data[0]).read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(b"".join(common.manifest_path(item).read_bytes() for item in data)).hexdigest()[:12]
 
 
-def tagging_start(flags: dict, data: list[str], results: Path, steps: int = 250) -> str:
-    """One audio encoder for all methods and seeds, pre-trained to tag the training scenes -> its file.
+def tagging_start(method: str, flags: dict, data: list[str], results: Path, steps: int = 250) -> str:
+    """One start for all methods and seeds, its audio encoder pre-trained to tag the training scenes -> its file.
 
     Labels only: a linear layer on every frame, logits averaged over the frames, as HTS-AT's own
-    AudioSet training, which the paper starts from. The validation and test recordings are not heard.
+    AudioSet training, which the papers start from. The validation and test recordings are not heard.
     """
-    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, data=data, **flags)
+    cfg = common.configure(SCRIPTS[method].Config, SCRIPTS[method].PRESETS, data=data, **flags)
     shape = dict(dim=cfg.audio_dim, depths=cfg.audio_depths, heads=cfg.audio_heads, patch=cfg.audio_patch)
-    key = hashlib.sha256(json.dumps([shape, steps, cfg.batch_size, data_hash(data)]).encode()).hexdigest()[:12]
-    path = results / f"tagging_start_{key}.pt"
+    told = [shape, steps, cfg.batch_size, data_hash(data)] + ([method] if method != "mga_clap" else [])
+    path = results / f"tagging_start_{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}.pt"
     if path.exists():
         return str(path)
     torch.manual_seed(0)
     rows, _ = common.split_train_val(common.read_manifest(data))
     classes = sorted({label for row in rows for label in row["labels"]})
     targets = torch.from_numpy(common.label_targets(rows, classes)).float()
-    encoder, log_mel = common.HTSAT(**shape, drop_path=0.0).train(), common.LogMel()
+    if method == "mga_clap":
+        encoder, log_mel, rate = common.HTSAT(**shape, drop_path=0.0), common.LogMel(), 32000
+    else:
+        model = t_clap.start_model(cfg, [text for row in rows for text in row["captions"]])
+        encoder, log_mel, rate = model.audio_encoder, model.log_mel, model.sample_rate
+    encoder.train()
     head = torch.nn.Linear(encoder.out_dim, len(classes))
     optimiser = torch.optim.Adam([*encoder.parameters(), *head.parameters()])
     rng, batch_size = np.random.default_rng(0), min(cfg.batch_size, len(rows))
     batches = [rng.choice(len(rows), batch_size, replace=False).tolist() for _ in range(steps)]
-    loader = torch.utils.data.DataLoader(common.AudioFiles(rows, 32000, 10.0), batch_sampler=batches, num_workers=cfg.workers,
+    loader = torch.utils.data.DataLoader(common.AudioFiles(rows, rate, 10.0), batch_sampler=batches, num_workers=cfg.workers,
                                          collate_fn=common.collate_audio)
     for step, (indices, waveform, _, _) in enumerate(tqdm(loader, desc="tagging start", unit="step")):
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(step, steps // 8, steps)
-        waveform = torch.nn.functional.pad(waveform, (0, 320000 - waveform.shape[1]))
+        waveform = torch.nn.functional.pad(waveform, (0, 10 * rate - waveform.shape[1]))
         logits = head(encoder(log_mel(waveform))).mean(1)  # (B, T, classes) -> (B, classes)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[indices])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    common.save_checkpoint(path, encoder.state_dict())
-    return str(path)
-
-
-def without_negatives(data: str, runs: str) -> str:
-    """A manifest as a set of positives only -> its copy under runs/."""
-    rows = [{k: v for k, v in row.items() if k not in ("negatives", "swapped_audio", "where")} for row in common.read_manifest([data])]
-    path = Path(runs) / f"positives_{data_hash([data])}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_lines(path, [json.dumps({**row, "audio": str(Path(row["audio"]).resolve())}) for row in rows if row["split"] == "train"])
+    common.save_checkpoint(path, encoder.state_dict() if method == "mga_clap" else {
+        "method": "t_clap", "config": dataclasses.asdict(cfg), "shape": model.shape, "model": model.state_dict(),
+        "text_encoder": model.text_encoder.description()})
     return str(path)
 
 
@@ -145,35 +143,30 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
     """Train with `flags` over the budget, test the best validation checkpoint on the test scenes."""
     script, results = SCRIPTS[method], Path(args.results)
     flags = {**BUDGETS[method], **json.loads(args.budget), **flags}
-    data = args.data if method == "mga_clap" else args.data[:1]
-    if "mix" in flags:
-        data = [*data, *(without_negatives(item, args.runs) for item in args.data[1:])]
-    cfg = common.configure(script.Config, script.PRESETS, data=data, seed=seed, **flags)
+    cfg = common.configure(script.Config, script.PRESETS, data=args.data, seed=seed, **flags)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (
         "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device")}
-    start = args.start if method == "mga_clap" else "random"
     # what such a run never reads is not what tells it from another
     if method == "mga_clap" and cfg.aggregator != "codebook":
         settings = {k: v for k, v in settings.items() if k not in ("affinity", "sparsity", "codewords", "affinity_scale")}
-    if method == "t_clap":
-        settings = {k: v for k, v in settings.items() if not (k == "mix" and len(data) == 1 or k == "lt_scale" and not cfg.lt_weight)}
-        settings["positives"] = [data_hash([item]) for item in data[1:]]
-    settings = {"start": start, "data": data_hash(args.data), **settings}
+    if method == "t_clap" and not cfg.lt_weight:
+        settings.pop("lt_scale")
+    settings = {"start": args.start, "data": data_hash(args.data), **settings}
 
     def run(key):
         folder, weights, seconds = Path(args.runs) / key, {}, None
         if not (folder / "eval.json").exists():
-            if start == "tagging":
-                weights = {"audio_weights": tagging_start(flags, data, results)}
+            if args.start == "tagging":
+                weights = {"audio_weights" if method == "mga_clap" else "weights": tagging_start(method, flags, args.data, results)}
             resume = {"resume": True} if (folder / "last.pt").exists() else {}
             begin = time.perf_counter()
-            script.main(common.configure(script.Config, script.PRESETS, data=data, runs=args.runs, seed=seed,
+            script.main(common.configure(script.Config, script.PRESETS, data=args.data, runs=args.runs, seed=seed,
                                          name=key, **resume, **{**flags, **weights}))
             seconds = time.perf_counter() - begin
             common.write_lines(folder / "seconds.json", [json.dumps(seconds)])
         seconds = json.loads((folder / "seconds.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        scores, chance, n_clips = test_scores(folder / "best.pt", args.data[:1])
+        scores, chance, n_clips = test_scores(folder / "best.pt", args.data)
         return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(),
                 **{f"final_{k}" if k.startswith("loss") else k: log[-1][k] for k in ("loss", "loss_c", "loss_t", "active_codewords") if k in log[-1]}}
 
@@ -205,7 +198,7 @@ def claims(method: str, args) -> list[dict]:
         (m, m_std), (b, b_std) = spread(runs[method], metric), spread(runs[baseline], metric)
         out.append({"claim": claim, "method": method, "baseline": baseline, "metric": metric, "method_mean": m,
                     "method_std": m_std, "baseline_mean": b, "baseline_std": b_std,
-                    "seeds": args.seeds, "start": args.start if method == "mga_clap" else "random", "holds": bool(holds(m, b, max(m_std, b_std))), "chance": runs[baseline][0]["chance"][metric],
+                    "seeds": args.seeds, "start": args.start, "holds": bool(holds(m, b, max(m_std, b_std))), "chance": runs[baseline][0]["chance"][metric],
                     "n_clips": runs[baseline][0]["n_clips"], "machine": runs[baseline][0]["machine"],
                     "seconds": statistics.mean(r["seconds"] for r in runs[method] + runs[baseline])})
     print(f"\n| metric | {out[0]['baseline']} | {out[0]['method']} | chance | claim |\n|---|---|---|---|---|")
@@ -227,7 +220,7 @@ def tables(method: str, args) -> list[dict]:
         for row, (flags, most) in content.items():
             runs = [run_method(method, flags, seed, args) for seed in range(min(args.seeds, most))]
             scores = {m: dict(zip(("mean", "std"), spread(runs, m))) for m in METRICS[method] if m in runs[0]["scores"]}
-            out.append({"table": table, "row": row, "seeds": len(runs), "scores": scores, "flags": flags, "start": args.start if method == "mga_clap" else "random",
+            out.append({"table": table, "row": row, "seeds": len(runs), "scores": scores, "flags": flags, "start": args.start,
                         "n_clips": runs[0]["n_clips"], "machine": runs[0]["machine"],
                         "seconds": statistics.mean(run["seconds"] for run in runs)})
         of_table = [r for r in out if r["table"] == table]
@@ -241,10 +234,10 @@ def tables(method: str, args) -> list[dict]:
 def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("method", choices=[*SCRIPTS, "all"])
-    parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: then a second set, for --ablation mixing")
+    parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: with negatives, then a set without")
     parser.add_argument("--seeds", type=int, default=1, help="runs per method, seeds 0, 1, ...")
     parser.add_argument("--start", choices=["tagging", "random"], default="tagging",
-                        help="audio encoder of all runs: pre-trained to tag the training scenes, or random")
+                        help="of all runs: an audio encoder pre-trained to tag the training scenes, or random weights")
     parser.add_argument("--budget", default="{}", help="JSON of flags that change all runs alike")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where finished runs are kept")
     parser.add_argument("--json", help="write the list of claims to this file")

@@ -441,7 +441,7 @@ def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys
     assert {k: s["value"] for k, s in r["scores"].items()} == pytest.approx(
         {"binary_accuracy": 2 / 3, "word_R@1": 1 / 3, "word_R@5": 2 / 3, "word_R@10": 2 / 3})
     assert r["chance"] == pytest.approx({"binary_accuracy": 0.5, "word_R@1": 1 / 3, "word_R@5": 1.0, "word_R@10": 1.0})
-    assert seen[0] == ((2, 8), [1, 0], [1, 0]) and seen[1][:2] == ((4, 8), [2, 0, 1, 0])
+    assert seen[0] == ((2, 8), [1, 0], [1, 0]) and seen[1][:2] == ((4, 8), [2, 1, 0, 0])
     assert [d["rank"] for d in r["details"]["word"]] == [1, 3, None] and "1 never seen in training" in capsys.readouterr().out
     common.write_lines(tmp_path / "test.jsonl", [json.dumps(row) for row in out if row["split"] == "test"])
     with pytest.raises(ValueError, match="aqa trains a probe: it needs rows of split train"):

@@ -11,7 +11,8 @@ import bench
 import claims
 import common
 import mga_clap
-from conftest import ROOT, SMALL
+import t_clap
+from conftest import ROOT, SMALL, SMALL_OF
 
 RESULTS = ROOT / "results"
 
@@ -65,31 +66,59 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
 
 
 def test_stored_claims_and_tables_follow_from_the_stored_runs():
+    """Every number of results/claims_*.json and the tables is the mean of the stored runs whose settings it names."""
     runs = [json.loads(p.read_text()) for p in RESULTS.glob("run_*.json")]
+    own = {"mga_clap": "aggregator", "t_clap": "lt_weight"}  # settings that only its runs have
 
-    def mean(name, metric, seeds, **flags):
-        cfg = dataclasses.asdict(common.configure(mga_clap.Config, mga_clap.PRESETS, data=["x"], **{**claims.MGA_BUDGET, **flags}))
-        chosen = [r for r in runs if all(v == cfg[k] for k, v in r["settings"].items() if k in cfg and k not in ("seed", "data"))]
-        chosen = [r for r in chosen if r["settings"]["seed"] < seeds]
-        assert len(chosen) == seeds, (name, len(chosen))
+    def mean(method, metric, seeds, start, **flags):
+        script = claims.SCRIPTS[method]
+        cfg = dataclasses.asdict(common.configure(script.Config, script.PRESETS, data=["x"], **{**claims.BUDGETS[method], **flags}))
+        chosen = [r for r in runs if own[method] in r["settings"] and r["settings"]["start"] == start and r["settings"]["seed"] < seeds
+                  and all(v == cfg[k] for k, v in r["settings"].items() if k in cfg and k not in ("seed", "data"))]
+        assert len(chosen) == seeds, (method, flags, len(chosen))
         return sum(r["scores"][metric] for r in chosen) / seeds
 
-    for c in json.loads((RESULTS / "claims_mga_clap.json").read_text()):
-        for role, flags in (("method", {}), ("baseline", claims.CLAP)):
-            assert c[f"{role}_mean"] == pytest.approx(mean(role, c["metric"], c["seeds"], **flags))
+    stored = sorted(RESULTS.glob("claims_*.json"))
+    assert len(stored) > 1
+    for path in stored:
+        budget = dict(affinity_scale=100) if path.stem.endswith("scale_100") else {}
+        for c in json.loads(path.read_text()):
+            for role, flags in (("method", budget), ("baseline", {**budget, **claims.BASELINES[c["method"]]})):
+                assert c[f"{role}_mean"] == pytest.approx(mean(c["method"], c["metric"], c["seeds"], c["start"], **flags))
     tables = [RESULTS / "compare_mga_clap.json", *RESULTS.glob("ablation_*.json")]
     assert len(tables) > 1
     for path in tables:
         for r in json.loads(path.read_text()):
+            method = "t_clap" if r["table"] in claims.T_ABLATIONS else "mga_clap"
             for metric, value in r["scores"].items():
-                assert value["mean"] == pytest.approx(mean(r["row"], metric, r["seeds"], **r["flags"]))
+                assert value["mean"] == pytest.approx(mean(method, metric, r["seeds"], r["start"], **r["flags"]))
 
 
-def test_the_method_copied_out_trains_on_the_demo_in_an_empty_folder(tmp_path):
-    for name in ("mga_clap.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run([sys.executable, "mga_clap.py", "--data", "demo", "--epochs", "1"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=400)
+def test_t_clap_claims_and_ablations_in_miniature(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims.tagging_start, "__defaults__", (3,))
+    budget = {k: v for k, v in SMALL_OF["t_clap"].items() if k != "size"} | {"steps": 3, "eval_steps": 3}
+    rows = [{"audio": r["audio"], "captions": r["captions"]} for r in common.read_manifest([str(corpus)]) if r["split"] == "train"]
+    common.write_lines(tmp_path / "plain.jsonl", [json.dumps(r) for r in rows])
+    flags = ["t_clap", "--data", str(corpus), str(tmp_path / "plain.jsonl"), "--seeds", "1", "--budget", json.dumps(budget), "--results", str(tmp_path),
+             "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "c.json")]
+    out = claims.main([*flags, "--start", "tagging"])
+    assert [c["metric"] for c in out] == ["t_classify_t2a", "t_classify_a2t", "t2a_R@1", "a2t_R@1"] and len(list(tmp_path.glob("tagging_start_*.pt"))) == 1
+    assert {p.name.rpartition("_")[0] for p in tmp_path.glob("run_*.json")} == {"run_t_clap", "run_laion_clap"}
+    out = claims.main([*flags, "--start", "random", "--ablation", "mixing"])
+    assert [r["row"] for r in out] == ["1 : 0", "1 : 1", "1 : 4"] and len({r["scores"]["tagging_mAP"]["mean"] for r in out}) == 3
+    for rows in claims.T_ABLATIONS.values():
+        for row in rows.values():
+            common.configure(t_clap.Config, t_clap.PRESETS, data=["x"], **row)
+    for wrong in (["t_clap", "--ablation", "codewords"], ["mga_clap", "--ablation", "lambda"], ["t_clap", "--compare"]):
+        with pytest.raises(SystemExit):
+            claims.main([*wrong, "--data", "x"])
+
+
+@pytest.mark.parametrize("name, flags, shown", [("mga_clap", ["--epochs", "1"], "ln B 3.87"), ("t_clap", ["--steps", "12"], "ln B 3.47")])
+def test_the_method_copied_out_trains_on_the_demo_in_an_empty_folder(tmp_path, name, flags, shown):
+    for file in (f"{name}.py", "common.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    done = subprocess.run([sys.executable, f"{name}.py", "--data", "demo", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "chance" in done.stdout and "Next:" in done.stdout and (tmp_path / "runs/mga_clap-1/best.pt").exists()
-    assert "ln B 3.87" in done.stderr and "active" in done.stderr and "building the demo corpus" in done.stderr
+    assert "chance" in done.stdout and "Next:" in done.stdout and (tmp_path / f"runs/{name}-1/best.pt").exists()
+    assert shown in done.stderr and "building the demo corpus" in done.stderr
