@@ -6,7 +6,8 @@
   python tests/claims.py mga_clap --data SCENES --ablation all --json results/ablation_mga_clap.json
   python prepare.py scenes --preset esc-mixed-up --sounds DIR --out MIXED
   python prepare.py scenes --preset esc-mixed-up --overlay 1 --val 0 --test 0 --sounds DIR --out TOGETHER   (no order: positives only)
-  python tests/claims.py t_clap --data MIXED TOGETHER --start random --seeds 3 --json results/claims_t_clap.json
+  python tests/claims.py t_clap --data MIXED --start random --seeds 3 --json results/claims_t_clap.json
+  python tests/claims.py t_clap --data MIXED TOGETHER --start random --ablation mixing --json results/ablation_mixing.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
@@ -67,7 +68,7 @@ MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean
 T_ABLATIONS = {  # each row differs from T-CLAP in what it names; seed 0
     "lambda": {"0": dict(lt_weight=0.0), "0.5": dict(lt_weight=0.5), "1": {}, "2": dict(lt_weight=2.0)},
     "temperature": {"cosines times 14": {}, "cosines, as Eq. (3) prints them": dict(lt_scale=1.0)},
-    "mixing": {"1 : 0": dict(mix=0.0), "1 : 1": {}, "1 : 4": dict(mix=4.0)}}
+    "mixing": {"1 : 0": dict(mix=0.0), "1 : 1": dict(mix=1.0), "1 : 4": dict(mix=4.0)}}  # with a second set, of positives only
 T_METRICS = ("t_classify_t2a", "t_classify_a2t", "t2a_R@1", "t2a_R@5", "a2t_R@1", "tagging_mAP")
 T_CLAIMS = [
     ("t_classify_t2a", "T-Classify, text to audio, at least 87 % (baseline near 50 %)", lambda m, b, spread: m >= 0.87 and abs(b - 0.5) < 0.1),
@@ -75,7 +76,7 @@ T_CLAIMS = [
     ("t2a_R@1", "T2A R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread),
     ("a2t_R@1", "A2T R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread)]
 SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap}
-BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny", mix=1.0)}
+BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny")}
 BASELINES = {"mga_clap": CLAP, "t_clap": dict(lt_weight=0.0)}
 CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS}
 METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS}
@@ -234,7 +235,7 @@ def tables(method: str, args) -> list[dict]:
 def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("method", choices=[*SCRIPTS, "all"])
-    parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: with negatives, then a set without")
+    parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: with negatives, for --ablation mixing a second set without")
     parser.add_argument("--seeds", type=int, default=1, help="runs per method, seeds 0, 1, ...")
     parser.add_argument("--start", choices=["tagging", "random"], default="tagging",
                         help="of all runs: an audio encoder pre-trained to tag the training scenes, or random weights")
