@@ -210,7 +210,7 @@ def test_a_run_logs_both_losses_and_its_checkpoint_reloads_and_scores(runs_of, c
     assert [x["step"] for x in lines] == list(range(1, 9)) and lines[0]["ln_B"] == pytest.approx(math.log(6))
     for x in lines:
         assert x["loss"] == pytest.approx(x["loss_c"] + x["loss_t"], rel=1e-5)  # weight 1 at size tiny
-    assert lines[0]["lr"] == pytest.approx(3e-4 / 100) and lines[-1]["lr"] == pytest.approx(8 * 3e-4 / 100)
+    assert lines[0]["lr"] == pytest.approx(5e-4 / 200) and lines[-1]["lr"] == pytest.approx(8 * 5e-4 / 200)
     assert json.loads((folder / "eval.json").read_text()) == result and 0 <= result["scores"]["t_classify_t2a"] <= 1
     model = evaluator.load_model(folder / "best.pt")
     again, _ = t_clap.validate(model, [r for r in common.read_manifest([str(corpus)]) if r["split"] == "val"])
@@ -219,29 +219,20 @@ def test_a_run_logs_both_losses_and_its_checkpoint_reloads_and_scores(runs_of, c
     assert {"retrieval", "t_classify", "tagging", "frames"} <= {r["protocol"] for r in results}
 
 
-@pytest.mark.parametrize("side", ["audio", "text"])
-def test_the_temporal_loss_teaches_each_encoder_the_order_of_two_events(side):
-    """Fixed vectors on the other side: only a clip, or a caption, with its order reversed tells the two targets of a pair apart."""
+def test_the_temporal_loss_teaches_the_text_encoder_the_order_of_two_events():
+    """Fixed clip vectors: only a caption whose order is read tells the two clips of a pair apart."""
     torch.manual_seed(0)
-    model = t_clap.start_model(t_clap.Config(data=[], **{k: v for k, v in t_clap.TINY.items()}), ["dog bell rain siren then"])
-    model.eval()  # no dropout, no masks
-    t, names = torch.arange(5 * 48000) / 48000, ["dog", "bell", "rain"]
-    noise = torch.randn(240000, generator=torch.Generator().manual_seed(0))
-    sounds = [0.3 * torch.sin(2 * math.pi * 700 * t), 0.2 * noise, 0.3 * torch.sin(2 * math.pi * (500 * t + 300 * t ** 2))]
-    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    names = ["dog", "bell", "rain", "siren"]
+    model = t_clap.start_model(t_clap.Config(data=[], **t_clap.TINY), ["dog bell rain siren then"]).eval()
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
     swap = [pairs.index((j, i)) for i, j in pairs]
-    targets = F.normalize(torch.randn(len(pairs), 128, generator=torch.Generator().manual_seed(1)), dim=-1)
+    clips = F.normalize(torch.randn(len(pairs), 128, generator=torch.Generator().manual_seed(1)), dim=-1)
     tokens = model.text_encoder.tokenize([f"{names[i]} then {names[j]}" for i, j in pairs])
-    log_mel = model.log_mel(torch.stack([torch.cat([sounds[i], sounds[j]]) for i, j in pairs]))
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-4)
     orders = []
     for _ in range(40):
-        if side == "audio":
-            audio = F.normalize(model.audio_projection(model.audio_encoder(log_mel).mean(1)), dim=-1)
-            loss, order = t_clap.temporal_loss(audio, targets, targets[swap], 14.0)
-        else:
-            texts = F.normalize(model.text_feats(tokens["input_ids"], tokens["attention_mask"]), dim=-1)
-            loss, order = t_clap.temporal_loss(targets, texts, texts[swap], 14.0)
+        texts = F.normalize(model.text_feats(tokens["input_ids"], tokens["attention_mask"]), dim=-1)
+        loss, order = t_clap.temporal_loss(clips, texts, texts[swap], 14.0)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
