@@ -51,7 +51,7 @@ MGA_ABLATIONS = {  # each row differs from MGA-CLAP in what it names; seed 0
                    "no hard negatives": dict(hard_negatives=False), "CLAP": CLAP},
     "aggregation": {"max, sparsemax": {}, "mean, sparsemax": dict(affinity="mean"), "max, softmax": dict(sparsity="softmax")},
     "codewords": {"64": dict(codewords=64), "256": {}, "512": dict(codewords=512)},
-    "affinity_scale": {"35": dict(affinity_scale=35.0), "70": {}, "100": dict(affinity_scale=100)},
+    "affinity_scale": {"35": dict(affinity_scale=35.0), "70": {}, "100": dict(affinity_scale=100.0)},
     "gamma": {"0 (plain loss)": dict(hard_negatives=False), "0.15": {}, "0.3": dict(gamma=0.3)},
     "locality_blocks": {"0": dict(locality_blocks=0), "1": {}, "2": dict(locality_blocks=2)}}
 MGA_METRICS = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "tagging_mAP", "frame_mAP_raw", "frame_mAP_centred", "PSDS1", "PSDS1_st0", "PSDS2",

@@ -81,7 +81,7 @@ def test_stored_claims_and_tables_follow_from_the_stored_runs():
     stored = sorted(RESULTS.glob("claims_*.json"))
     assert len(stored) > 1
     for path in stored:
-        budget = dict(affinity_scale=100) if path.stem.endswith("scale_100") else {}
+        budget = dict(affinity_scale=100.0) if path.stem.endswith("scale_100") else {}
         for c in json.loads(path.read_text()):
             for role, flags in (("method", budget), ("baseline", {**budget, **claims.BASELINES[c["method"]]})):
                 assert c[f"{role}_mean"] == pytest.approx(mean(c["method"], c["metric"], c["seeds"], c["start"], **flags))
