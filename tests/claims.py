@@ -110,7 +110,7 @@ def tagging_start(method: str, flags: dict, data: list[str], results: Path, step
     if path.exists():
         return str(path)
     torch.manual_seed(0)
-    rows, _ = common.split_train_val(common.read_manifest(data))
+    rows = [row for row in common.split_train_val(common.read_manifest(data))[0] if row.get("labels")]
     classes = sorted({label for row in rows for label in row["labels"]})
     targets = torch.from_numpy(common.label_targets(rows, classes)).float()
     if method == "mga_clap":
