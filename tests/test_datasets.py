@@ -885,10 +885,14 @@ def test_every_adapter_takes_exclude(tmp_path):
 @pytest.mark.parametrize("make, protocol", [
     (make_audiocaps, "retrieval"), (make_clotho, "retrieval"), (make_wavcaps, "retrieval"), (make_fsd50k, "tagging"), (make_esc50, "classification"),
     (make_esc10, "classification"), (make_urbansound8k, "classification"), (make_vggsound, "classification"), (make_audioset, "tagging"),
-    (make_audioset_strong, "sed"), (make_desed, "sed"), (make_audiogrounding, "grounding"), (make_tut2017, "classification")],
+    (make_audioset_strong, "sed"), (make_desed, "sed"), (make_audiogrounding, "grounding"), (make_tut2017, "classification"),
+    (make_clotho_aqa, "aqa"), (make_music_avqa, "aqa")],
     ids=lambda value: getattr(value, "__name__", value).removeprefix("make_"))
 def test_native_files_to_a_printed_score(make, protocol, mga_run, tmp_path, capsys):
     name, path, flags = make(tmp_path)
+    if protocol == "aqa":  # the samples hold no training split
+        tables = {make_clotho_aqa: ("clotho_aqa_test.csv", "clotho_aqa_train.csv"), make_music_avqa: ("data/json/avqa-val.json", "data/json/avqa-train.json")}
+        shutil.copyfile(*(path / file for file in tables[make]))
     convert(name, path, tmp_path / "m", *flags)
     results = evaluate.main(evaluate.parse([str(mga_run[0] / "last.pt"), "--data", str(tmp_path / "m"), "--protocol", protocol, "--bootstrap", "0",
                                             "--device", "cpu"]))
