@@ -383,7 +383,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
 
     def breaks(self, *args):
         step(self, *args)
-        self.param_groups[0]["params"][0].data.fill_(float("inf"))
+        self.param_groups[0]["params"][1].data.fill_(float("inf"))  # the first, a scale, is clamped
 
     monkeypatch.setattr(torch.optim.Adam, "step", breaks)
     with pytest.raises((FloatingPointError), match="a weight became NaN|the loss of step"):
