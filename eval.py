@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import common
 
-METHODS = ("mga_clap", "t_clap")  # scripts whose checkpoints name them
+METHODS = ("mga_clap", "t_clap", "cacophony")  # scripts whose checkpoints name them
 PROMPTS = {  # class prompts by name (MGA-CLAP: its code, bare names elsewhere; CoLLAT's is assumed)
     "bare": "{}", "mga_clap": "{} can be heard", "t_clap": "A sound of {}", "cacophony": "This is a sound of {}",
     "cacophony_scene": "This is a sound on {}", "collat": "This is a sound of {}", "curation_clap": "this is a sound of {}",

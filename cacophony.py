@@ -1,0 +1,1034 @@
+"""Cacophony: an audio encoder first trained to fill in masked spectrograms, then CLAP with a captioner.
+
+Zhu, Darefsky, Duan: "Cacophony: An Improved Contrastive Audio-Text Model", IEEE/ACM TASLP 32, 2024,
+arXiv:2402.06986. Official code, inference only: github.com/gzhu06/Cacophony (JAX, and a torch port).
+
+The idea: CLAP needs good encoders and more captioned audio than people have captioned. So (1) the
+audio encoder, a plain ViT on spectrogram patches, learns from sound alone: it sees 20 % of the
+patches and must paint the others (a masked autoencoder); (2) noisy descriptions are rewritten and
+uncaptioned audio is captioned by machine (prepare.py rewrite --task clean, prepare.py recaption);
+(3) beside the contrastive loss a decoder must write the caption, which asks for more than telling
+the clips of a batch apart; (4) SAM, a flat-minimum optimiser, keeps all of this from overfitting.
+
+Equations (paper) -> code
+  Eq. (1)  contrastive loss, the sum of both directions   contrastive_loss
+  Eq. (2)  captioning loss                                caption_nll
+  Eq. (3)  the sum of the two losses                      training_loss
+  Eq. (4)  SAM: the worst loss within a distance rho      sam_backward
+  Eq. (5)  where it is, to first order                    sam_backward
+  Eq. (6)  the gradient there                             sam_backward
+
+Letters: B clips in a batch, S samples, T time steps of 0.16 s, F 8 patches of 16 mel bins in each, N = T F
+patches of 256 values, V visible patches, L text tokens, D joint dimension 768. rho 0.075, lambda
+[lambda] caption_weight 1.
+
+Deviations from the paper, what it leaves open, and the variants
+  D1  Spectrogram, details from the JAX code: magnitudes, frames padded at their end, triangles linear
+      in mel. --variant official, the torch port: window centred in 512 samples, triangles linear in Hz.
+  D2  Pooling heads: 8 and 8 (paper). jax: text 1. official: audio 2 (a slip of the port), text 1.
+  D3  LayerNorm eps 1e-6 in the audio encoder (jax). official: 1e-5.
+  D4  Not stated: the masked autoencoder's loss counts masked patches only; 750 patches of 15 s are 744.
+  D5  Eq. (2) averages over a caption's tokens, then over captions. jax, official: pads count as zeros.
+  D6  Not stated: 4 decoder layers (code), logit scale 1 / 0.07 and never clamped, AdamW betas 0.9, 0.999.
+  D7  Not stated: SAM moves all trained weights, by the gradient over all processes.
+  D8  Audio up to 5 minutes (Sec. 4's limit for Freesound); of longer files a random 5 minutes.
+  D9  Evaluation hears the whole clip, however long; over 60 s in pieces of 60 s that are pooled together.
+      The code draws patches at random (jax) or takes the first ones (port).
+  D10 Frames for zero-shot detection are each patch's value in the pooling layer, projected, mean over F.
+  D11 Not stated: the checkpoint with the best mAP@10 of both directions on the validation split.
+  D12 bf16 autocast on a GPU; the losses are always in fp32.
+
+Run:  python cacophony.py --data demo                                 (two CPU cores, both stages)
+      python cacophony.py --stage mae --data audioset acav --name full
+      python cacophony.py --stage contrastive --data audiocaps clotho freesound --name full --micro-batch 256
+      torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8 GPUs)
+      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
+Stage 1 starts near 1 (patches are normalised) and falls fast, then slowly; Eq. (1) starts near 2 ln B, Eq. (2)
+near the logarithm of the vocabulary's size.
+"""
+import dataclasses
+import json
+import math
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import common
+
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # data
+    data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo; stage 1 needs no captions
+    size: Literal["paper", "ablation", "tiny"] = "paper"  # ablation: the paper's smaller audio encoder (Table 8); tiny: small, from nothing
+    variant: Literal["paper", "jax", "official"] = "paper"  # details that differ: the authors' JAX code, or their torch port (D1-D3, D5)
+    stage: Literal["all", "mae", "contrastive"] = "all"  # masked autoencoder, contrastive captioning, or both in order
+    audio_weights: str = ""  # stage 2's audio encoder: a run's mae.pt, the authors' torch file, or none; empty: runs/NAME/mae.pt
+    text_model: str = "roberta-base"  # start of the text encoder: hub id or folder (Sec. 3), or none
+    max_tokens: int = 77  # captions are cut there (Sec. 3)
+    synthetic_share: float = 0.8  # of the draws from clips that have synthetic captions, how many take one (code)
+    # model
+    audio_dim: int = 768  # width of the audio encoder (Sec. 3)
+    audio_layers: int = 12  # its layers (Sec. 3)
+    audio_heads: int = 8  # its heads (Sec. 3)
+    audio_mlp: int = 3072  # width of its feed-forward layers (Sec. 3)
+    joint_dim: int = 768  # dimension shared by audio and text (Sec. 3)
+    decoder_layers: int = 4  # layers of the text decoder (code, D6)
+    text_dim: int = 768  # text encoder width, read only when --text-model none
+    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    # stage 1, masked autoencoder
+    mae_steps: int = 200000  # Sec. 4
+    mae_batch_size: int = 512  # clips over all processes (Sec. 4)
+    mae_lr: float = 2e-4  # peak of AdamW's learning rate (Sec. 4)
+    mae_crop_s: float = 15.0  # random crop in seconds (Sec. 4)
+    mae_layers: int = 12  # layers of the decoder that paints (Sec. 3)
+    mask_ratio: float = 0.8  # share of patches that the encoder never sees (Sec. 3)
+    # stage 2, contrastive captioning
+    steps: int = 300000  # Sec. 4
+    batch_size: int = 4096  # pairs over all processes (Sec. 4)
+    lr: float = 1e-5  # peak of AdamW's learning rate (Sec. 4)
+    patches: int = 512  # most patches of a clip; of longer clips as many are drawn (Sec. 4: those of 10.24 s)
+    caption_weight: float = 1.0  # lambda, weight of the captioning loss (Eq. 3); 0: no decoder
+    rho: float = 0.075  # SAM's distance (Eq. 4); 0: plain AdamW
+    # both stages
+    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
+    warmup_steps: int = 10000  # linear warm-up, then cosine to min_lr (Sec. 4)
+    min_lr: float = 1e-6  # end of the cosine (Sec. 4)
+    weight_decay: float = 0.01  # AdamW's (Sec. 4)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
+    seed: int = 0  # of weights, order, crops, captions, masks, patches
+    # run
+    name: str = ""  # folder under --runs; empty: cacophony-1, cacophony-2, ...
+    runs: str = "runs"  # where run folders go
+    resume: bool = False  # continue runs/NAME/last.pt with its stored settings, in the stage it was in
+    eval_steps: int = 1000  # steps of stage 2 between validations (each may write best.pt)
+    save_steps: int = 500  # steps between writes of last.pt
+    log_steps: int = 10  # steps between lines of log.jsonl
+    workers: int = 8  # processes that read audio and make patches
+    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
+    plot: bool = False  # after stage 1, draw runs/NAME/reconstructions.png (needs matplotlib)
+    device: str = "auto"  # auto, cpu or cuda
+
+
+ABLATION = dict(audio_dim=512, audio_mlp=1024)
+# A start from nothing needs larger steps; fewer patches of every clip make a step affordable on a CPU.
+TINY = dict(text_model="none", audio_dim=128, audio_layers=3, audio_heads=4, audio_mlp=512, joint_dim=128, decoder_layers=2,
+            text_dim=128, text_layers=2, mae_steps=300, mae_batch_size=32, mae_lr=1e-3, mae_crop_s=5.12, mae_layers=1, steps=300, batch_size=32,
+            lr=1e-3, patches=160, warmup_steps=40, min_lr=1e-5, eval_steps=100, save_steps=100, workers=1)
+PRESETS = {("size", "ablation"): ABLATION, ("size", "tiny"): TINY}
+SAMPLE_RATE, HOP, N_MELS = 16000, 160, 128  # 10 ms
+PATCH = 16  # frames and mel bins of a patch
+N_FREQ = N_MELS // PATCH  # patches of one time step
+STEP_SAMPLES = PATCH * HOP  # 0.16 s
+LONGEST_S = 300.0  # D8
+PIECE_S = 60.0  # D9
+# Three sources, one set of weights. heads: (audio, text) of the pooling layers
+VARIANTS = {"paper": dict(heads=(8, 8), eps=1e-6, window="start"), "jax": dict(heads=(8, 1), eps=1e-6, window="start"),
+            "official": dict(heads=(2, 1), eps=1e-5, window="centre")}  # D2, D3, D1
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+def tf_mel_filters():
+    """(257, 128) triangles over 0 to 8000 Hz, linear in mel, as TensorFlow makes them; nothing passes 0 Hz (D1)."""
+    mel = lambda hz: 1127 * torch.log1p(hz / 700)  # noqa: E731
+    bins = mel(torch.linspace(0, SAMPLE_RATE / 2, 257, dtype=torch.float64))[1:, None]
+    edges = torch.linspace(0, float(mel(torch.tensor(SAMPLE_RATE / 2.0, dtype=torch.float64))), N_MELS + 2, dtype=torch.float64)
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    filters = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp(min=0)
+    return F.pad(filters, (0, 0, 1, 0)).float()
+
+
+class MagnitudeMel(nn.Module):
+    """Waveform (B, S) at 16 kHz -> features (B, ceil(S / 160), 128): 0.2 ln(mel + 1e-5) + 0.9, about -1.4 to 1.
+
+    Frames of 25 ms start every 10 ms; those over the end see zeros. Source: Sec. 3 and the JAX code.
+    """
+
+    def __init__(self, window: str = "start"):
+        super().__init__()
+        before = 0 if window == "start" else 56  # the port's torch.stft centres 400 samples in 512 (D1)
+        self.spectrogram = torchaudio.transforms.Spectrogram(
+            512, 512, HOP, power=1.0, center=False, window_fn=lambda n: F.pad(torch.hann_window(400), (before, 112 - before)))
+        filters = tf_mel_filters() if window == "start" else torchaudio.functional.melscale_fbanks(257, 0, 8000, N_MELS, SAMPLE_RATE)
+        self.register_buffer("filters", filters)
+        common.keep_out_of_checkpoints(self)
+
+    def forward(self, waveform):
+        with torch.autocast(waveform.device.type, enabled=False):
+            n_frames = math.ceil(waveform.shape[1] / HOP)
+            waveform = F.pad(waveform.float(), (0, (n_frames - 1) * HOP + 512 - waveform.shape[1]))
+            magnitudes = self.spectrogram(waveform).transpose(1, 2)  # (B, T_mel, 257)
+            return 0.2 * (magnitudes @ self.filters + 1e-5).log() + 0.9
+
+
+def n_steps(n_samples):
+    """Whole time steps of 16 frames in n_samples (an int or a tensor): the remainder is dropped; one at least."""
+    steps = (n_samples + HOP - 1) // HOP // PATCH
+    return steps.clamp(min=1) if torch.is_tensor(steps) else max(1, steps)
+
+
+def to_patches(features):
+    """(B, T_mel, 128) -> (B, N, 256): patch number t * 8 + f, each 16 frames by 16 mel bins, row by row."""
+    B, T_mel, _ = features.shape
+    if T_mel < PATCH:  # under 0.16 s
+        features, T_mel = F.pad(features, (0, 0, 0, PATCH - T_mel), value=0.2 * math.log(1e-5) + 0.9), PATCH
+    T = T_mel // PATCH
+    x = features[:, :T * PATCH].reshape(B, T, PATCH, N_FREQ, PATCH)
+    return x.transpose(2, 3).reshape(B, T * N_FREQ, PATCH * PATCH)
+
+
+class AudioLayer(nn.Module):
+    """Pre-norm transformer layer with SiLU."""
+
+    def __init__(self, dim, heads, mlp, eps):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
+
+    def forward(self, x, valid_mask):
+        """x (B, N, C), valid_mask (B, N) bool, True = a real patch."""
+        B, N, C = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(*qkv, attn_mask=valid_mask[:, None, None])  # (B, heads, N, C / heads)
+        x = x + self.proj(h.transpose(1, 2).reshape(B, N, C))
+        return x + self.fc2(F.silu(self.fc1(self.norm2(x))))
+
+
+class PatchTransformer(nn.Module):
+    """Linear layer, positions, transformer layers: the audio encoder, and the autoencoder's decoder (Sec. 3)."""
+
+    def __init__(self, input_dim, dim, layers, heads, mlp, eps=1e-6):
+        super().__init__()
+        self.input_proj = nn.Linear(input_dim, dim)
+        self.freq_embedding = nn.Parameter(torch.randn(N_FREQ, dim) * 0.02)
+        self.layers = nn.ModuleList(AudioLayer(dim, heads, mlp, eps) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def positions(self, number):
+        """Patch numbers (B, N) -> (B, N, dim): sines and cosines of the time step, plus what is learnt for the band."""
+        dim = self.freq_embedding.shape[1]
+        rate = 10000 ** (-torch.arange(dim // 2, device=number.device) * 2 / dim)
+        angle = (number // N_FREQ)[..., None] * rate
+        return torch.cat([angle.sin(), angle.cos()], -1) + self.freq_embedding[number % N_FREQ]
+
+    def transform(self, x, valid_mask):
+        for layer in self.layers:
+            x = layer(x, valid_mask)
+        return self.norm(x)
+
+    def forward(self, patches, number, valid_mask):
+        """patches (B, N, input_dim), their numbers (B, N), valid_mask (B, N) bool, True = a real patch -> (B, N, dim)."""
+        return self.transform(self.input_proj(patches) + self.positions(number), valid_mask)
+
+
+class MAE(nn.Module):
+    """Stage 1: the audio encoder sees a fifth of the patches, a decoder of the same width paints the others (Sec. 3)."""
+
+    def __init__(self, audio: dict, layers: int = 12, mask_ratio: float = 0.8, eps: float = 1e-6):
+        super().__init__()
+        self.mask_ratio = mask_ratio
+        self.audio_encoder = PatchTransformer(PATCH * PATCH, **audio, eps=eps)
+        self.decoder = PatchTransformer(audio["dim"], **{**audio, "layers": layers}, eps=eps)
+        self.mask_token = nn.Parameter(torch.randn(audio["dim"]) * 0.02)
+        self.head = nn.Linear(audio["dim"], PATCH * PATCH)
+
+    def paint(self, patches, number, valid_mask):
+        """-> painted (B, N, 256), normalised values of every patch; visible_mask (B, N) bool."""
+        B, N, _ = patches.shape
+        n_visible = (valid_mask.sum(1) * (1 - self.mask_ratio)).round().long().clamp(min=1)  # (B,)
+        most = max(1, round(N * (1 - self.mask_ratio)))  # of any clip, known without waiting for a GPU
+        order = torch.rand(B, N, device=patches.device).masked_fill(~valid_mask, 2.0).argsort(1)  # real patches first
+        chosen = order[:, :most]  # (B, V)
+        seen = torch.arange(most, device=patches.device) < n_visible[:, None]  # (B, V)
+        take = lambda x: x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))  # noqa: E731
+        encoded = self.audio_encoder(take(patches), number.gather(1, chosen), seen)  # masked patches never get here
+        encoded = self.decoder.input_proj(encoded)  # (B, V, dim)
+
+        visible_mask = torch.zeros_like(valid_mask).scatter(1, chosen, seen)
+        tokens = self.mask_token.to(encoded.dtype).expand(B, N, -1)
+        tokens = tokens.scatter(1, chosen[..., None].expand_as(encoded), torch.where(seen[..., None], encoded, self.mask_token.to(encoded.dtype)))
+        tokens = self.decoder.transform(tokens + self.decoder.positions(number), valid_mask)
+        return self.head(tokens), visible_mask
+
+    def forward(self, patches, number, valid_mask):
+        """-> tuple of one: each clip's mean squared error (B,) over its masked patches (D4)."""
+        painted, visible_mask = self.paint(patches, number, valid_mask)
+        masked = (valid_mask & ~visible_mask).float()
+        error = (painted.float() - normalised(patches)).square().mean(-1)  # (B, N)
+        return ((error * masked).sum(1) / masked.sum(1).clamp(min=1),)
+
+
+def normalised(patches):
+    """Each patch (B, N, 256) with mean 0 and variance 1: the autoencoder's target. Source: MAE (He et al., CVPR 2022)."""
+    variance, mean = torch.var_mean(patches.float(), -1, keepdim=True)
+    return (patches.float() - mean) / (variance + 1e-6).sqrt()
+
+
+class AttentionPool(nn.Module):
+    """One learnt query attends to all positions. x (B, N, C), valid_mask (B, N) -> (B, out_dim)."""
+
+    def __init__(self, dim, heads, out_dim):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.randn(dim) * 0.02)
+        self.kv_proj, self.out_proj = nn.Linear(dim, 2 * dim), nn.Linear(dim, out_dim)
+
+    def forward(self, x, valid_mask):
+        B, N, C = x.shape
+        k, v = self.kv_proj(x).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, C / heads) each
+        q = self.query.to(k.dtype).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
+        pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_mask[:, None, None])
+        return self.out_proj(pooled.reshape(B, C))
+
+    def each(self, x):
+        """What every position would give if the query attended to it alone. (B, N, C) -> (B, N, out_dim)."""
+        return self.out_proj(self.kv_proj(x)[..., x.shape[2]:])
+
+
+class DecoderAttention(nn.Module):
+    """Post-norm attention as in RoBERTa's decoder layers, keys and values given, so that they can be kept."""
+
+    def __init__(self, dim, memory_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(memory_dim, dim), nn.Linear(memory_dim, dim)
+        self.dense, self.norm, self.dropout = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Dropout(0.1)
+
+    def split(self, x):
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, L, C / heads)
+
+    def keys_values(self, memory):
+        return self.split(self.key(memory)), self.split(self.value(memory))
+
+    def forward(self, x, keys_values, mask):
+        """x (B, L, C), mask (B or 1, 1, L or 1, positions of the keys) bool, True = may be attended to."""
+        out = F.scaled_dot_product_attention(self.split(self.query(x)), *keys_values, attn_mask=mask)
+        return self.norm(x + self.dropout(self.dense(out.transpose(1, 2).flatten(2))))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the audio, feed-forward; post-norm."""
+
+    def __init__(self, dim, audio_dim, heads):
+        super().__init__()
+        self.attention, self.crossattention = DecoderAttention(dim, dim, heads), DecoderAttention(dim, audio_dim, heads)
+        self.intermediate, self.output = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(0.1)
+
+    def forward(self, x, audio_kv, causal_mask, audio_mask, past=None):
+        """x (B, L, C); past: keys and values of earlier positions -> x, keys and values up to here."""
+        kv = self.attention.keys_values(x)
+        if past is not None:
+            kv = tuple(torch.cat(pair, 2) for pair in zip(past, kv))
+        x = self.attention(x, kv, causal_mask)
+        x = self.crossattention(x, audio_kv, audio_mask)
+        return self.norm(x + self.dropout(self.output(F.gelu(self.intermediate(x))))), kv
+
+
+def make_causal(text_encoder: common.TextEncoder) -> common.TextEncoder:
+    """Turn a transformers text encoder into one whose tokens see only earlier tokens, positions counted from 0 (Sec. 3)."""
+    text_encoder.model.config.is_decoder = True
+    for module in text_encoder.model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = True
+        if hasattr(module, "is_decoder"):
+            module.is_decoder = True
+    # RoBERTa counts from 2 and keeps row 1 for padding, out of training; counted from 0 it is the second token's
+    text_encoder.model.embeddings.position_embeddings.padding_idx = None
+    return text_encoder
+
+
+class Model(nn.Module):
+    """Stage 2: audio encoder and causal text encoder, attention poolers, text decoder.
+
+    Args
+        shape: audio (dim, layers, heads, mlp), joint_dim, decoder_layers, variant.
+        text_encoder: a common.TextEncoder (kept in checkpoints with its tokenizer).
+    """
+
+    sample_rate, window_s, frame_s = SAMPLE_RATE, 10.24, STEP_SAMPLES / SAMPLE_RATE
+    crop_rule = f"any length as one sequence of patches; over {PIECE_S:g} s in pieces that are pooled together"
+    clean_caption = staticmethod(lambda text: text)  # the code tokenises captions as they are
+
+    def __init__(self, shape: dict, text_encoder: common.TextEncoder):
+        super().__init__()
+        self.shape, variant, text_dim = shape, VARIANTS[shape["variant"]], text_encoder.out_dim
+        self.mel = MagnitudeMel(variant["window"])
+        self.audio_encoder = PatchTransformer(PATCH * PATCH, **shape["audio"], eps=variant["eps"])
+        self.text_encoder = make_causal(text_encoder)
+        self.audio_pool = AttentionPool(shape["audio"]["dim"], min(variant["heads"][0], shape["audio"]["heads"]), shape["joint_dim"])
+        self.text_pool = AttentionPool(text_dim, variant["heads"][1], shape["joint_dim"])
+        self.decoder = nn.ModuleList(DecoderLayer(text_dim, shape["audio"]["dim"], text_encoder.model.config.num_attention_heads)
+                                     for _ in range(shape["decoder_layers"]))
+        if self.decoder:
+            self.head = nn.Linear(text_dim, text_encoder.model.config.vocab_size)  # not tied to the embeddings (code)
+            nn.init.normal_(self.head.weight, std=0.01)
+            nn.init.zeros_(self.head.bias)
+            for module in self.decoder.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D6
+
+    def text_states(self, input_ids, attention_mask, cache=None):
+        """Token ids (B, L) -> (B, L, C); with a transformers cache the ids continue what it holds."""
+        start = cache.get_seq_length() if cache is not None else 0
+        position = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+        return self.text_encoder.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position,
+                                       past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    def next_logits(self, text_states, audio_kv, audio_mask, past=None):
+        """Logits (B, L, vocabulary) of the token after each; past: of each layer, keys and values so far, which are replaced."""
+        L, earlier = text_states.shape[1], past[0][0].shape[2] if past and past[0] else 0
+        causal_mask = torch.ones(L, earlier + L, dtype=torch.bool, device=text_states.device).tril(earlier)[None, None]
+        x = text_states
+        for i, layer in enumerate(self.decoder):
+            x, kv = layer(x, audio_kv[i], causal_mask, audio_mask[:, None, None], past[i] if past else None)
+            if past is not None:
+                past[i] = kv
+        return self.head(x)
+
+    def audio_keys_values(self, audio_states):
+        return [layer.crossattention.keys_values(audio_states) for layer in self.decoder]
+
+    def forward(self, patches, number, valid_mask, input_ids, attention_mask):
+        """One training batch -> audio_embeds, text_embeds (B, D), caption nll (B,), scale.
+
+        Shapes: patches (B, N, 256), number and valid_mask (B, N), input_ids and attention_mask (B, L).
+        """
+        audio_states = self.audio_encoder(patches, number, valid_mask)
+        text_states = self.text_states(input_ids, attention_mask)
+        audio_embeds = F.normalize(self.audio_pool(audio_states, valid_mask).float(), dim=-1)
+        text_embeds = F.normalize(self.text_pool(text_states, attention_mask.bool()).float(), dim=-1)
+        nll = audio_embeds.new_zeros(len(patches))
+        if self.decoder:  # the last token has no successor
+            logits = self.next_logits(text_states[:, :-1], self.audio_keys_values(audio_states), valid_mask)
+            n_most = None if self.shape["variant"] == "paper" else self.text_encoder.max_tokens - 1  # D5
+            nll = caption_nll(logits, input_ids[:, 1:], attention_mask[:, 1:], n_most)
+        return audio_embeds, text_embeds, nll, self.log_scale.exp()
+
+    def audio_states(self, waveform, n_samples=None):
+        """waveform (B, S), n_samples (B,) valid ones -> states (B, N, C), valid_mask (B, N): the whole clip (D9)."""
+        n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples.cpu()
+        piece = min(int(PIECE_S * SAMPLE_RATE) // STEP_SAMPLES * STEP_SAMPLES, waveform.shape[1])
+        pieces, owner, weight = common.cut_windows(waveform, n_samples, piece)
+        steps = n_steps((weight.cpu() * n_samples[owner]).round().long())
+        patches = torch.cat([to_patches(self.mel(part)) for part in pieces.split(8)])
+        number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(len(patches), -1)
+        valid_mask = number < (N_FREQ * steps.to(waveform.device))[:, None]
+        states = torch.cat([self.audio_encoder(*part) for part in zip(patches.split(8), number.split(8), valid_mask.split(8))])
+        if len(pieces) == len(waveform):
+            return states, valid_mask
+        of_clip = [states[owner == b][valid_mask[owner == b]] for b in range(len(waveform))]
+        lengths = torch.tensor([len(x) for x in of_clip], device=waveform.device)
+        states = nn.utils.rnn.pad_sequence(of_clip, batch_first=True)
+        return states, torch.arange(states.shape[1], device=waveform.device) < lengths[:, None]
+
+    @torch.no_grad()
+    def embed_audio(self, waveform, n_samples=None):
+        """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised; never random."""
+        with common.evaluating(self):
+            return F.normalize(self.audio_pool(*self.audio_states(waveform, n_samples)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_frames(self, waveform, n_samples=None):
+        """As embed_audio -> (B, T, D), normalised, every 0.16 s (D10); zeros behind a clip's last frame.
+
+        What is left of a clip after its last whole step repeats that step's frame.
+        """
+        with common.evaluating(self):
+            states, valid_mask = self.audio_states(waveform, n_samples)
+            frames = self._steps(self.audio_pool.each(states), valid_mask, waveform, n_samples)
+            return nn.utils.rnn.pad_sequence([F.normalize(x.float(), dim=-1) for x in frames], True)
+
+    @torch.no_grad()
+    def event_feats(self, waveform, n_samples=None):
+        """The encoder's own states, mean over the bands -> (B, T, C), every 0.16 s; HEAR's time stamps use these (Sec. 5)."""
+        with common.evaluating(self):
+            states, valid_mask = self.audio_states(waveform, n_samples)
+            return nn.utils.rnn.pad_sequence([x.float() for x in self._steps(states, valid_mask, waveform, n_samples)], True)
+
+    def _steps(self, x, valid_mask, waveform, n_samples) -> list:
+        """x (B, N, C) -> of each clip (ceil(its time steps), C), mean over the bands."""
+        lengths = [waveform.shape[1]] * len(x) if n_samples is None else n_samples.tolist()
+        out = []
+        for clip, mask, n in zip(x, valid_mask, lengths):
+            steps = clip[mask].view(-1, N_FREQ, x.shape[2]).mean(1)
+            missing = max(0, math.ceil(n / STEP_SAMPLES) - len(steps))
+            out.append(torch.cat([steps, steps[-1:].expand(missing, -1)]))
+        return out
+
+    @torch.no_grad()
+    def embed_text(self, texts: list[str]):
+        """-> (B, D), normalised."""
+        with common.evaluating(self):
+            tokens = {k: v.to(self.log_scale.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            states = self.text_states(tokens["input_ids"], tokens["attention_mask"])
+            return F.normalize(self.text_pool(states, tokens["attention_mask"].bool()).float(), dim=-1)
+
+    @torch.no_grad()
+    def caption(self, waveform, n_samples=None, temperature: float = 0.0, seed: int = 0, max_tokens: int = 100) -> list[str]:
+        """A caption for each clip of waveform (B, S) at 16 kHz, token by token.
+
+        temperature: 0 takes the likeliest token, else tokens are drawn (the paper: 0.1); what a clip draws
+        depends on `seed` alone, not on the other clips. Keys and values of earlier tokens are kept.
+        """
+        if not self.decoder:
+            raise ValueError("this model was trained without a captioner (--caption-weight 0)")
+        from transformers import DynamicCache
+        tokenizer = self.text_encoder.tokenizer
+        with common.evaluating(self):
+            audio_states, audio_mask = self.audio_states(waveform, n_samples)
+            audio_kv, cache, past = self.audio_keys_values(audio_states), DynamicCache(), [None] * len(self.decoder)
+            ids = torch.full((len(waveform), 1), tokenizer.cls_token_id, device=audio_states.device)
+            ended, generator = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), torch.Generator().manual_seed(seed)
+            for _ in range(min(max_tokens, self.text_encoder.model.config.max_position_embeddings) - 1):
+                states = self.text_states(ids[:, -1:], torch.ones_like(ids), cache)
+                logits = self.next_logits(states, audio_kv, audio_mask, past)[:, -1].float()
+                logits[:, [tokenizer.pad_token_id, tokenizer.cls_token_id]] = -math.inf
+                if temperature > 0:  # the largest of logits plus Gumbel noise is a draw from the softmax
+                    noise = -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
+                    logits = logits / temperature + noise.to(logits.device)
+                token = torch.where(ended, tokenizer.pad_token_id, logits.argmax(-1))
+                ids, ended = torch.cat([ids, token[:, None]], 1), ended | (token == tokenizer.sep_token_id)
+                if ended.all():
+                    break
+        return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True).strip() for row in ids.tolist()]
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """A run's last.pt or best.pt of stage 2."""
+        content = common.read_checkpoint(path, "cacophony")
+        if content["stage"] != "contrastive":
+            raise ValueError(f"{path}: holds stage 1 only, an audio encoder that knows no text; stage 2 takes it as --audio-weights")
+        text_encoder = common.text_encoder_from_description(content["text_encoder"], content["config"]["max_tokens"])
+        model = cls(content["shape"], text_encoder)
+        common.load_strict(model, content["model"], path)
+        return model.eval()
+
+    @classmethod
+    def from_published(cls, source, text_model: str = "roberta-base", variant: str = "official"):
+        """The authors' torch file. variant "official" computes as their port, "jax" as the code it was trained with."""
+        state = port_state(common.read_weights(source))
+        text_encoder = common.text_encoder_from_pretrained(text_model, 100)  # the code's length
+        dim, layers, mlp, joint, decoders = port_size(state)
+        model = cls(dict(audio=dict(dim=dim, layers=layers, heads=max(1, dim // 96), mlp=mlp), joint_dim=joint, decoder_layers=decoders,
+                         variant=variant), text_encoder)
+        common.load_strict(model, state, source)
+        return model.eval()
+
+
+def port_state(weights: dict) -> dict:
+    """Names of the authors' torch port -> ours. Unknown names stay, so that strict loading lists them."""
+    for wrapper in ("model_state_dict", "state_dict"):
+        weights = weights.get(wrapper, weights)
+    state = {}
+    for key, value in weights.items():
+        if key.endswith("position_ids") or key.endswith("token_type_ids"):
+            continue
+        for theirs, ours in (
+                (r"^audio_module\.freq_positional_embedding$", "audio_encoder.freq_embedding"), (r"^audio_module\.", "audio_encoder."),
+                (r"^audio_attention_pool\.", "audio_pool."), (r"^text_module\.pooler\.attention_pool_query$", "text_pool.query"),
+                (r"^text_module\.pooler\.", "text_pool."), (r"^text_module\.encoder\.layers\.", "text_encoder.model.encoder.layer."),
+                (r"^text_module\.", "text_encoder.model."), (r"^text_proj\.", "text_pool.out_proj."),
+                (r"^decoder_module\.decoder_proj\.", "head."), (r"^decoder_module\.encoder\.layers\.", "decoder."),
+                (r"^logit_scale$", "log_scale")):
+            key = re.sub(theirs, ours, key)
+        if key.startswith("audio_encoder."):
+            key = key.replace(".attn.in_proj_", ".qkv.").replace(".attn.out_proj.", ".proj.").replace(".mlp.", ".")
+        if key.startswith("decoder."):
+            key = key.replace("attention.self.", "attention.").replace("attention.output.dense", "attention.dense")
+            key = key.replace("attention.output.LayerNorm", "attention.norm").replace(".intermediate.dense", ".intermediate")
+            key = key.replace(".output.dense", ".output").replace(".output.LayerNorm", ".norm")
+        state[key] = value.reshape(-1) if key == "text_pool.query" else value
+    for kind in ("weight", "bias"):
+        parts = [state.pop(f"text_pool.{name}_proj.{kind}", None) for name in ("key", "value")]
+        if all(part is not None for part in parts):
+            state[f"text_pool.kv_proj.{kind}"] = torch.cat(parts)
+    return state
+
+
+def port_size(state: dict) -> tuple:
+    """dim, layers, mlp, joint_dim, decoder layers, read from shapes; the paper's where keys are missing."""
+    count = lambda prefix: len({m[1] for k in state if (m := re.match(rf"{prefix}\.(\d+)\.", k))})  # noqa: E731
+    size = lambda key, default: len(state[key]) if key in state else default  # noqa: E731
+    return (size("audio_encoder.norm.weight", 768), count(r"audio_encoder\.layers") or 12,
+            size("audio_encoder.layers.0.fc1.weight", 3072), size("audio_pool.out_proj.weight", 768), count("decoder") or 4)
+
+
+def audio_start(encoder: PatchTransformer, path) -> None:
+    """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
+    content = common.read_weights(path)
+    state = content["model"] if content.get("method") == "cacophony" else port_state(content)
+    state = {k.removeprefix("audio_encoder."): v for k, v in state.items() if k.startswith("audio_encoder.")}
+    common.load_strict(encoder, state, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss: embeds (B, D) normalised, of all processes
+# ------------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(sim, scale):
+    """sim (B, B) cosine, audio in rows; sum (not mean) of both directions' cross-entropy of the right partner."""
+    target = torch.arange(len(sim), device=sim.device)
+    return F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)  # Eq. (1)
+
+
+def caption_nll(logits, targets, target_mask, n_most: int | None = None):
+    """Each caption's negative log-likelihood (B,), mean over its tokens, or sum over them divided by n_most (D5).
+
+    logits (B, L, vocabulary); targets (B, L): the tokens that follow; target_mask (B, L), 1 = a real token.
+    """
+    nll = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none") * target_mask
+    return nll.sum(1) / (n_most or target_mask.sum(1))  # Eq. (2)
+
+
+def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
+    """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
+    audio_embeds, text_embeds, nll = (common.gather_with_grad(x) for x in (audio_embeds, text_embeds, nll))
+    sim = audio_embeds @ text_embeds.T  # (B, B)
+    contrastive, captioning = contrastive_loss(sim, scale), nll.mean()
+    loss = contrastive + cfg.caption_weight * captioning  # Eq. (3)
+    return loss, sim.detach(), {"loss_con": contrastive.detach(), "loss_cap": captioning.detach(),
+                                "modality_gap": modality_gap(audio_embeds.detach(), text_embeds.detach())}
+
+
+def modality_gap(audio_embeds, text_embeds):
+    """Distance between the mean clip and the mean caption. Source: Liang et al., NeurIPS 2022."""
+    return (audio_embeds.mean(0) - text_embeds.mean(0)).norm()
+
+
+def sam_backward(parameters: list, backward, rho: float):
+    """Leave the gradient of sharpness-aware minimisation in the parameters; their values stay.
+
+    Foret et al., ICLR 2021. SAM minimises the largest loss within distance rho of the weights: one pass
+    finds the direction in which it grows fastest, a second one, on the same batch with the same
+    random draws, the gradient there.
+
+    Args: backward: computes the loss and adds its gradient to the parameters; called twice -> its first result.
+    """
+    result = backward()
+    if rho == 0:
+        return result
+    held = [p for p in parameters if p.grad is not None]
+    with torch.no_grad():
+        kept = [p.clone() for p in held]
+        norm = torch.stack([p.grad.float().norm() for p in held]).norm()
+        scale = rho / (norm + 1e-12)  # Eq. (4): the farthest point of the ball, as the loss grows linearly
+        for p in held:
+            p.add_(p.grad * scale)  # Eq. (5)
+            p.grad = None
+    backward()  # Eq. (6)
+    with torch.no_grad():
+        for p, value in zip(held, kept):
+            p.copy_(value)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+class Clips(Dataset):
+    """Patches of clips, with one caption each in stage 2. Items are asked for as (epoch, index), which seeds all draws.
+
+    Patches are made here, not on the GPU: of a clip of 5 minutes only 512 of 15,000 patches go there.
+    """
+
+    def __init__(self, rows: list[dict], cfg: Config, tokenize=None):
+        self.rows, self.cfg, self.tokenize, self.mel = rows, cfg, tokenize, MagnitudeMel(VARIANTS[cfg.variant]["window"])
+
+    def __getitem__(self, key):
+        row = self.rows[key[1]]
+        rng = np.random.default_rng((self.cfg.seed, *key))
+        length_s = LONGEST_S if self.tokenize else self.cfg.mae_crop_s
+        try:
+            waveform = common.read_audio(row["audio"], SAMPLE_RATE, length_s, rng, row.get("duration"))
+        except common.AudioError as error:
+            return error
+        patches = to_patches(self.mel(torch.from_numpy(waveform)[None]))[0]  # (N, 256)
+        number = torch.arange(len(patches))
+        if self.tokenize and len(patches) > self.cfg.patches:
+            number = torch.from_numpy(np.sort(rng.choice(len(patches), self.cfg.patches, replace=False)))
+        return patches[number], number, self.draw_caption(row, rng) if self.tokenize else None, row["audio"]
+
+    def draw_caption(self, row: dict, rng) -> str:
+        """One of the synthetic captions with the set share of the draws, where there are any, else one of the others."""
+        written, synthetic = row.get("captions", []), row.get("synthetic", [])
+        texts = synthetic if synthetic and (not written or rng.random() < self.cfg.synthetic_share) else written
+        return texts[int(rng.integers(len(texts)))]
+
+    def collate(self, items):
+        """-> list of dicts of tensors for the model (one a micro-batch), file names, error texts."""
+        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
+        good = [item for item in items if not isinstance(item, common.AudioError)]
+        part = self.cfg.micro_batch or max(1, len(good))
+        return [self.tensors(good[i:i + part]) for i in range(0, len(good), part)], [item[-1] for item in good], bad
+
+    def tensors(self, items) -> dict:
+        patches, numbers, captions, _ = zip(*items)
+        lengths = torch.tensor([len(p) for p in patches])
+        batch = {"patches": nn.utils.rnn.pad_sequence(patches, True), "number": nn.utils.rnn.pad_sequence(numbers, True),
+                 "valid_mask": torch.arange(int(lengths.max())) < lengths[:, None]}
+        if self.tokenize:
+            tokens = self.tokenize(list(captions))
+            batch |= {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return batch
+
+
+# ------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------
+
+
+def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
+    """Linear warm-up to the peak, then half a cosine to min_lr (Sec. 4)."""
+    factor = common.warmup_cosine(step, cfg.warmup_steps, total)
+    return peak * factor if step < cfg.warmup_steps else cfg.min_lr + (peak - cfg.min_lr) * factor
+
+
+def audio_shape(cfg: Config) -> dict:
+    return dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp)
+
+
+def wrap(model, device):
+    """For several processes; alone the model itself."""
+    return model if common.rank_and_world()[1] == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+
+
+def check(cfg: Config, n_clips: int, batch_size: int) -> None:
+    common.check_counts(cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches", "max_tokens")
+    if min(cfg.micro_batch, cfg.rho, cfg.caption_weight, cfg.warmup_steps) < 0 or not 0 <= cfg.synthetic_share <= 1:
+        raise ValueError("--micro-batch, --rho, --caption-weight and --warmup-steps must not be negative, --synthetic-share lies in 0 to 1")
+    if not 0 < cfg.mask_ratio < 1 or not 0.16 <= cfg.mae_crop_s <= LONGEST_S:
+        raise ValueError(f"--mask-ratio {cfg.mask_ratio}, --mae-crop-s {cfg.mae_crop_s}: expected a share between 0 and 1, and 0.16 to "
+                         f"{LONGEST_S:g} seconds")
+    world = common.rank_and_world()[1]
+    if min(batch_size, n_clips) < 2 * world:
+        raise ValueError(f"a batch of {min(batch_size, n_clips)} of {n_clips} training clip(s) on {world} process(es): at least 2 clips "
+                         "in each are needed")
+
+
+def train_mae(cfg: Config, device, autocast, say) -> Path:
+    """Stage 1, masked autoencoding (Sec. 3) -> runs/NAME/mae.pt; needs sound only."""
+    rank, world = common.rank_and_world()
+    rows = common.read_manifest(cfg.data)
+    train_rows, _ = common.split_train_val(rows, cfg.seed)
+    check(cfg, len(train_rows), cfg.mae_batch_size)
+    torch.manual_seed(cfg.seed)
+    model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, VARIANTS[cfg.variant]["eps"]).to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=cfg.mae_lr, weight_decay=cfg.weight_decay, fused=True)
+    step = 0
+    run = common.RunFolder(cfg.runs, cfg.name, "cacophony", cfg.resume, len(train_rows), cfg.max_bad)
+    if cfg.resume:
+        checkpoint = common.read_checkpoint(run.path / "last.pt", "cacophony")
+        common.load_strict(model, checkpoint["model"], run.path / "last.pt")
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        step = checkpoint["step"]
+        run.drop_log_after(step, stage="mae")
+    cfg.name = run.name
+    wrapped = wrap(model, device)
+    batch_size = min(cfg.mae_batch_size, len(train_rows))
+    say(f"cacophony, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}")
+
+    def save(name):
+        common.save_checkpoint(run.path / name, {
+            "method": "cacophony", "stage": "mae", "config": dataclasses.asdict(cfg) | {"resume": False}, "step": step,
+            "shape": audio_shape(cfg), "model": model.state_dict(), "optimiser": optimiser.state_dict(), "versions": common.versions()})
+
+    dataset = Clips(train_rows, cfg)
+    durations = [min(row.get("duration") or cfg.mae_crop_s, cfg.mae_crop_s) for row in train_rows]
+    loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.mae_steps),
+                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+    bar = tqdm(total=cfg.mae_steps, initial=step, unit="step", desc="stage 1", disable=rank > 0, dynamic_ncols=True)
+    recent, unreadable, clock, clips_seen = [], [], time.perf_counter(), 0
+    model.train()
+    for parts, names, bad in loader:
+        unreadable += bad
+        if not parts:
+            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(cfg, cfg.mae_lr, step, cfg.mae_steps)
+
+        optimiser.zero_grad(set_to_none=True)
+        loss, = common.cached_backward(wrapped, parts, lambda of_clips: (common.gather_with_grad(of_clips).mean(),),
+                                       lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+        optimiser.step()
+
+        recent.append((step, loss.detach(), names))
+        step += 1
+        clips_seen += len(names) * world
+        bar.update()
+        if step % cfg.log_steps == 0 or step == cfg.mae_steps:
+            common.check_finite(recent, run)
+            run.settle_skipped(unreadable)
+            unreadable.clear()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            run.log({"stage": "mae", "step": step, "loss": loss.item(), "lr": optimiser.param_groups[0]["lr"],
+                     "clips_per_s": clips_seen / seconds, "skipped": len(run.skipped)})
+            bar.set_postfix_str(f"loss {loss.item():.3f} {clips_seen / seconds:.0f} clips/s")
+            clips_seen = 0
+        if step % cfg.save_steps == 0 or step == cfg.mae_steps:
+            common.check_finite(recent, run, model)
+            if rank == 0:
+                save("last.pt")
+            common.barrier()
+    bar.close()
+    if rank == 0:
+        shutil.copyfile(run.path / "last.pt", run.path / "mae.tmp")
+        (run.path / "mae.tmp").replace(run.path / "mae.pt")
+        if cfg.plot:
+            say(f"picture: {plot_reconstructions(model, dataset, run.path / 'reconstructions.png')}")
+    common.barrier()
+    return run.path / "mae.pt"
+
+
+@torch.no_grad()
+def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3) -> Path:
+    """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    items = [item for item in (dataset[0, i] for i in range(min(20, len(dataset.rows)))) if not isinstance(item, common.AudioError)][:clips]
+    figure, axes = plt.subplots(4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained")
+    device = model.mask_token.device
+    for column, item in zip(axes.T, items):
+        batch = {k: v.to(device) for k, v in dataset.tensors([item]).items()}
+        torch.manual_seed(0)
+        painted, visible_mask = model.paint(**batch)
+        whole, target = batch["patches"], normalised(batch["patches"])
+        rows = [("spectrogram: " + Path(item[-1]).name, whole), ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
+                ("target: each patch with mean 0 and variance 1", target), ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float()))]
+        for row, (axis, (title, patches)) in enumerate(zip(column, rows)):
+            image = patches[0].view(-1, N_FREQ, PATCH, PATCH).transpose(1, 2).reshape(-1, N_MELS).T.cpu()
+            low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)
+            axis.imshow(image, origin="lower", aspect="auto", vmin=low, vmax=high, extent=(0, image.shape[1] * HOP / SAMPLE_RATE, 0, N_MELS))
+            axis.set_title(title, fontsize=9)
+            axis.set_ylabel("mel bin")
+        column[-1].set_xlabel("time (s)")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
+    """A new model: the audio encoder from stage 1, the text encoder from --text-model, the rest from nothing."""
+    if cfg.text_model == "none":
+        text_encoder = common.text_encoder_from_scratch(captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), cfg.max_tokens)
+    else:
+        text_encoder = common.text_encoder_from_pretrained(cfg.text_model, cfg.max_tokens)
+    model = Model(dict(audio=audio_shape(cfg), joint_dim=cfg.joint_dim, decoder_layers=cfg.decoder_layers if cfg.caption_weight else 0,
+                       variant=cfg.variant), text_encoder)
+    if cfg.audio_weights != "none":
+        if not cfg.audio_weights and not mae.is_file():
+            raise FileNotFoundError(f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's mae.pt, "
+                                    "the authors' torch file, or none)")
+        audio_start(model.audio_encoder, cfg.audio_weights or mae)
+    return model
+
+
+@torch.no_grad()
+def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[dict, dict]:
+    """Retrieval with whole clips, and the losses of the rows as one batch (first captions) -> scores, what chance gives."""
+    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
+    for text in bad:
+        tqdm.write(f"validation: left out {text}")
+    rows = [rows[i] for i in kept]
+    texts = [row.get("captions") or row["synthetic"] for row in rows]
+    owner = np.repeat(np.arange(len(rows)), [len(of) for of in texts])
+    sim = common.similarities(model, audio_embeds, None, [c for of in texts for c in of])
+    scores, chance = common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(owner, len(rows))
+    first = np.concatenate([[0], np.cumsum([len(of) for of in texts])[:-1]])
+    scale = model.log_scale.exp().cpu()
+    scores["loss_con"] = float(contrastive_loss(torch.from_numpy(sim[:, first]), scale))
+    chance["loss_con"] = 2 * math.log(len(rows))
+    if model.decoder:
+        dataset = Clips(rows, cfg, model.text_encoder.tokenize)
+        device, nll = model.log_scale.device, []
+        dataset.draw_caption = lambda row, rng: (row.get("captions") or row["synthetic"])[0]
+        with common.evaluating(model):
+            for i in range(0, len(rows), 32):
+                items = [dataset[0, j] for j in range(i, min(i + 32, len(rows)))]
+                batch = {k: v.to(device) for k, v in dataset.tensors(items).items()}
+                nll += model(**batch)[2].tolist()
+        scores["loss_cap"], chance["loss_cap"] = float(np.mean(nll)), math.log(model.text_encoder.model.config.vocab_size)
+    return scores, chance
+
+
+def train_contrastive(cfg: Config, device, autocast, say) -> dict:
+    """Stage 2, contrastive captioning (Eq. 1-6) -> runs/NAME/last.pt, best.pt; its scores on the validation split."""
+    rank, world = common.rank_and_world()
+    rows = common.read_manifest(cfg.data)
+    train_rows, val_rows = common.split_train_val(rows, cfg.seed)
+    for row in train_rows + val_rows:
+        if not row.get("synthetic"):
+            common.require([row], "captions")
+    check(cfg, len(train_rows), cfg.batch_size)
+    last = Path(cfg.runs) / cfg.name / "last.pt"
+    stored = common.read_checkpoint(last, "cacophony") if cfg.name and last.exists() else None
+    after_mae = bool(stored) and stored["stage"] == "mae" and stored["step"] == stored["config"]["mae_steps"]
+    checkpoint = stored if cfg.resume and not after_mae else None
+    torch.manual_seed(cfg.seed)
+    if checkpoint:
+        model = Model.from_checkpoint(last)
+    else:
+        texts = [text for row in train_rows for text in (*row.get("captions", []), *row.get("synthetic", []))]
+        model = start_model(cfg, texts, last.with_name("mae.pt"))
+    model.to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    step, best = 0, {"score": -1.0, "step": 0}
+    run = common.RunFolder(cfg.runs, cfg.name, "cacophony", cfg.resume or after_mae, len(train_rows), cfg.max_bad)
+    if checkpoint:
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        step, best = checkpoint["step"], checkpoint["best"]
+    run.drop_log_after(step, stage="contrastive")
+    wrapped = wrap(model, device)
+    batch_size = min(cfg.batch_size, len(train_rows))
+    say(f"cacophony, stage 2: {len(train_rows)} clips, {len(val_rows)} for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
+        f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
+        f"writing to {run.path}")
+
+    def save(name):
+        common.save_checkpoint(run.path / name, {
+            "method": "cacophony", "stage": "contrastive", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+            "step": step, "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+
+    # Loop
+    dataset = Clips(train_rows, cfg, model.text_encoder.tokenize)
+    durations = [min(row.get("duration") or 10.0, LONGEST_S) for row in train_rows]
+    loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
+                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="stage 2", disable=rank > 0, dynamic_ncols=True)
+    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
+    model.train()
+    for parts, names, bad in loader:
+        unreadable += bad
+        if not parts:
+            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(cfg, cfg.lr, step, cfg.steps)
+
+        optimiser.zero_grad(set_to_none=True)
+        loss, sim, of_loss = sam_backward(parameters, lambda: common.cached_backward(
+            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast), cfg.rho)
+        optimiser.step()
+
+        # Log: the only place, with saving, where a GPU is waited for
+        recent.append((step, loss.detach(), names))
+        step += 1
+        pairs_seen += len(sim)
+        bar.update()
+        if step % cfg.log_steps == 0 or step == cfg.steps:
+            common.check_finite(recent, run)
+            run.settle_skipped(unreadable)
+            unreadable.clear()
+            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            line = {"stage": "contrastive", "step": step, "loss": loss.item(), "ln_B": math.log(len(sim)),
+                    **{k: v.item() for k, v in of_loss.items()}, "batch_R@1": r1, "scale": model.log_scale.exp().item(),
+                    "lr": optimiser.param_groups[0]["lr"], "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            run.log(line)
+            bar.set_postfix_str(f"loss {line['loss_con']:.2f} (2 ln B {2 * line['ln_B']:.2f}) + {line['loss_cap']:.2f} R@1 {r1:.2f} "
+                                f"gap {line['modality_gap']:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            pairs_seen = 0
+        eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
+        if eval_now or step % cfg.save_steps == 0:
+            common.check_finite(recent, run, model)
+            if eval_now and rank == 0:
+                score = selection_score(model, val_rows, cfg, say, step)
+                if score > best["score"]:
+                    best = {"score": score, "step": step}
+                    save("best.pt")
+                model.train()
+            if rank == 0:
+                save("last.pt")
+            common.barrier()
+            clock, pairs_seen = time.perf_counter(), 0
+    bar.close()
+
+    # Result: the best checkpoint on the validation split
+    common.barrier()
+    if rank > 0 or not val_rows:
+        return {}
+    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    scores, chance = validate(model, val_rows, cfg, quiet=False)
+    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
+    common.print_scores(f"cacophony on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    if model.decoder:
+        print()
+        for row in val_rows[:3]:
+            waveform = torch.from_numpy(common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S))[None].to(device)
+            print(f"  heard: {model.caption(waveform)[0]}\n  truth: {(row.get('captions') or row['synthetic'])[0]}")
+    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+          f"  python cacophony.py --data {' '.join(cfg.data)} --size {cfg.size} --rho 0 --caption-weight 0     (plain CLAP, to compare)")
+    return result
+
+
+def selection_score(model, val_rows, cfg, say, step) -> float:
+    """mAP@10 of both directions on the validation split (D11); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows, cfg)
+    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "loss_con", "loss_cap") if k in scores]
+    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
+    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
+
+
+def main(cfg: Config) -> dict:
+    device = common.start_device(cfg.device)
+    say = tqdm.write if common.rank_and_world()[0] == 0 else (lambda text: None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
+        cfg.precision == "auto" and device.type == "cuda"))
+    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
+        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+    stage = "mae"
+    if cfg.resume:
+        checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "cacophony")
+        common.check_resume(cfg, checkpoint["config"])
+        stage = checkpoint["stage"]
+    if cfg.stage != "contrastive" and stage == "mae":
+        mae = train_mae(cfg, device, autocast, say)
+        if cfg.stage == "mae":
+            say(f"\nNext:\n  python cacophony.py --stage contrastive --name {cfg.name} --data {' '.join(cfg.data)} --size {cfg.size}")
+            return {"mae": str(mae)}
+    return train_contrastive(cfg, device, autocast, say)
+
+
+# ------------------------------------------------------------------------------------------------
+# Entry point
+# ------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
