@@ -164,8 +164,7 @@ def scenes(args) -> dict:
     """
     args = argparse.Namespace(**{**SCENES[args.preset], **vars(args)})
     out, mixed = Path(args.out), args.preset == "esc-mixed-up"
-    if (out / "manifest.jsonl").exists():
-        raise FileExistsError(f"--out {out}: already holds a manifest.jsonl; choose another folder or remove it")
+    check_output(out / "manifest.jsonl")
     if not 0 <= args.overlay <= 1 or (args.overlay and not mixed):
         raise ValueError(f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset esc-mixed-up")
     found = list_sounds(Path(args.sounds))
@@ -447,6 +446,30 @@ def path_in(folder: Path, path: str) -> str:
     return path if shared == os.path.dirname(shared) else os.path.relpath(path, base)
 
 
+def check_output(out: Path) -> None:
+    """Said now, not after hours of work: the file is not there yet, and it can be written."""
+    if out.exists():
+        raise FileExistsError(f"--out {out}: already there; choose another name or remove it")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise PermissionError(f"--out {out}: cannot be written ({'no permission for' if parent.is_dir() else 'a file:'} {parent})")
+
+
+def write_manifest(out: Path, rows: list[dict], classes=None) -> None:
+    """The rows as manifest `out`, their paths relative to it, and classes.txt beside it."""
+    clean = lambda text: text.encode("utf-8", "replace").decode("utf-8")  # noqa: E731  half a surrogate pair, from cut JSON
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if classes:
+            common.write_lines(out.parent / "classes.txt", map(clean, classes))
+        common.write_lines(out, (clean(json.dumps({
+            key: path_in(out.parent, value) if key in ("audio", "image", "swapped_audio") else value
+            for key, value in row.items() if key != "where"}, ensure_ascii=False)) for row in rows))
+    except OSError as error:
+        raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"wrote {out}" + (f" and classes.txt ({len(classes)} classes)" if classes else ""))
+
+
 COUNTED = ("captions", "events", "phrases", "qa")
 
 
@@ -458,12 +481,8 @@ def convert(args) -> dict:
     order), and where needed `path` (tried first), `inside` (the folder it lies in, see AudioTree.find)
     and `group` (what it is counted under; default: its split).
     """
-    out = Path(args.out)
-    if (out / "manifest.jsonl").exists():
-        raise FileExistsError(f"--out {out}: already holds a manifest.jsonl; choose another folder or remove it")
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):  # said now, not after hours of reading headers
-        raise PermissionError(f"--out {out}: cannot be written ({'no permission for' if parent.is_dir() else 'a file:'} {parent})")
+    out = Path(args.out) / "manifest.jsonl"
+    check_output(out)
     for manifest in args.exclude:
         common.manifest_path(manifest)
     listed, rows, missing, wordless, tried = collections.Counter(), [], [], [], []
@@ -495,7 +514,7 @@ def convert(args) -> dict:
     rows, unreadable = with_durations(rows, args.workers)
     outside = sum(drop_outside(row) for row in rows)
     rows = exclude(rows, args.exclude)
-    report = {"manifest": str(out / "manifest.jsonl"), "splits": {}, "missing": missing, "unreadable": unreadable}
+    report = {"manifest": str(out), "splits": {}, "missing": missing, "unreadable": unreadable}
     for group in [*published, *(g for g in listed if g not in published)]:
         members = [row for row in rows if row["group"] == group]
         units = {unit: sum(len(row.get(unit, [])) for row in members) for unit in COUNTED}
@@ -519,17 +538,9 @@ def convert(args) -> dict:
         print(f"{late:,} events end after their file does (kept as published)")
     if not rows:
         raise ValueError(f"{args.path}: no clip is left to write; every one was unreadable or excluded")
-    clean = lambda text: text.encode("utf-8", "replace").decode("utf-8")  # noqa: E731  half a surrogate pair, from cut JSON
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if classes:
-            common.write_lines(out / "classes.txt", map(clean, classes))
-        common.write_lines(out / "manifest.jsonl", (clean(json.dumps({
-            key: path_in(out, value) if key == "audio" else value for key, value in row.items() if key != "group"}, ensure_ascii=False))
-            for row in rows))
-    except OSError as error:
-        raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
-    print(f"wrote {out / 'manifest.jsonl'}" + (f" and classes.txt ({len(classes)} classes)" if classes else ""))
+    for row in rows:
+        del row["group"]
+    write_manifest(out, rows, classes)
     return report
 
 
