@@ -6,6 +6,7 @@
   python prepare.py check data/audiocaps data/mine
   python prepare.py rewrite --task negatives --data data/audiocaps --out data/audiocaps_order
   python prepare.py rewrite --task clean --data data/freesound --out data/freesound_clean --llm Qwen/Qwen2.5-7B-Instruct
+  python prepare.py recaption --data data/audioset --model runs/cacophony-1/best.pt --out data/audioset_captioned
 
 The manifest format is described in README.md; training and evaluation read nothing else.
 """
@@ -2148,6 +2149,60 @@ def rewrite(args) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
+# Captions by a captioner of ours
+# ------------------------------------------------------------------------------------------------
+
+
+def recaption(args) -> dict:
+    """Write a manifest again with `synthetic` captions, those that a model of ours gives its clips; `captions` stay.
+
+    The model's `caption` hears a whole clip; what it does with one that is longer than its window is its own affair.
+    """
+    import eval as evaluation  # here alone a model of ours runs
+    rows, classes, out = open_rows(args)
+    device = common.start_device(args.device)
+    model = evaluation.load_model(args.model).to(device)
+    if not hasattr(model, "caption"):
+        raise ValueError(f"--model {args.model}: a model of {type(model).__module__}.py, which writes no captions; give a checkpoint of a "
+                         "script whose Model has caption()")
+    rows, left_out = of_length(rows, args.min_s, args.max_s, os.cpu_count())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cache = out.with_suffix(".captions.jsonl")
+    key = {"model": file_hash(args.model) if os.path.isfile(args.model) else args.model, "temperature": args.temperature, "seed": args.seed}
+    answers, versions = stored_answers(cache, key, "audio"), range(args.versions)
+    files = {common.file_key(row): row for row in rows}  # rows of one file are one question
+    todo = [name for name in files if not all((name, version) in answers for version in versions)]
+    print(f"{cache}: {len(files) - len(todo):,} of {len(files):,} files captioned before")
+    loader = torch.utils.data.DataLoader(
+        common.AudioFiles([files[name] for name in todo], model.sample_rate), num_workers=args.workers, collate_fn=common.collate_audio,
+        batch_sampler=common.length_batches([files[name]["duration"] for name in todo], args.batch_size))
+    unreadable = []
+    with open(cache, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="captions", unit="clip") as bar, torch.inference_mode():
+        for indices, waveform, n_samples, errors in loader:  # waveform (B, S)
+            names = [todo[i] for i in indices]
+            made = {}
+            for version in versions if names else ():
+                seed = draw_seed(args.seed, version, [os.path.basename(files[name]["audio"]) for name in names])
+                texts = model.caption(waveform.to(device), n_samples, temperature=args.temperature, seed=seed)
+                made |= {(name, version): text for name, text in zip(names, texts)}
+            store_answers(file, key, "audio", made)
+            answers |= made
+            unreadable += [text for _, text in errors]
+            bar.update(len(names) + len(errors))
+    say_unreadable(unreadable)
+    heard = [row for row in rows if (common.file_key(row), 0) in answers]
+    left_out["unreadable"] += len(rows) - len(heard)
+    said = [[(row["audio"], answers[common.file_key(row), version]) for version in versions] for row in heard]
+    spoken = lambda _, text: (" ".join(text.split()), None) if re.search(r"\w", text) else (None, "empty")  # noqa: E731
+    made = checked_answers(itertools.chain(*said), spoken, out.with_suffix(".rejected.jsonl"), "audio")
+    for row, pairs in zip(heard, said):
+        row["synthetic"] = distinct(made[pair] for pair in pairs)
+    heard, pairs, report = finished(heard, "synthetic", "audio", {"left_out": left_out})
+    write_rows(out, heard, classes, pairs, args)
+    return {"manifest": str(out), **report}
+
+
+# ------------------------------------------------------------------------------------------------
 # Entry point
 # ------------------------------------------------------------------------------------------------
 
@@ -2238,6 +2293,22 @@ def parse(argv=None):
     p.add_argument("--show", type=int, default=5, help="random pairs to print")
     p.add_argument("--seed", type=int, default=0, help="of the draws and of the pairs to print")
     p.set_defaults(run=rewrite)
+    p = add("recaption", help="caption a manifest's clips with a captioner trained here, as synthetic captions")
+    p.add_argument("--data", required=True, metavar="MANIFEST", help="a manifest, a folder that holds one, or the word demo")
+    p.add_argument("--model", required=True, metavar="CKPT", help="a checkpoint of a script whose Model has caption()")
+    p.add_argument("--out", required=True, metavar="MANIFEST_OR_FOLDER", help="NAME.jsonl, or a folder for manifest.jsonl, with the key synthetic in "
+                   "each row, and its captions where it has some; classes.txt is copied beside it, the answers are kept in NAME.captions.jsonl, from "
+                   "which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl")
+    p.add_argument("--versions", type=int, default=1, help="captions drawn for a clip, equal ones kept once")
+    p.add_argument("--temperature", type=float, default=0.1, help="of the draws (the paper's); 0: greedy")
+    p.add_argument("--min-s", type=float, default=1.0, help="leave out shorter clips, seconds (the paper's)")
+    p.add_argument("--max-s", type=float, default=300.0, help="leave out longer clips, seconds (the paper's)")
+    p.add_argument("--batch-size", type=int, default=16, help="clips at a time, fewer where they are longer than 30 s")
+    p.add_argument("--workers", type=int, default=4, help="processes that read audio")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--show", type=int, default=5, help="random captions to print")
+    p.add_argument("--seed", type=int, default=0, help="of the draws and of the captions to print")
+    p.set_defaults(run=recaption)
     return parser.parse_args(argv)
 
 

@@ -2,9 +2,13 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
+import soundfile as sf
+import torch
 
 import common
+import eval as evaluation
 import prepare
 from test_rewrite import jsonl, manifest
 
@@ -183,3 +187,120 @@ def test_a_real_model_draws_versions_that_the_seed_decides(tmp_path, tiny_llm, m
             for name, more in (("a", ()), ("b", ()), ("c", ("--seed", 1)), ("d", ("--versions", 1)))]
     assert made[0] == made[1] != made[2] and all(len(set(captions)) == 5 for captions in made[0])
     assert all(len(captions) == 1 for captions in made[3])
+
+
+# ---- recaption ----
+
+
+class Captioner(torch.nn.Module):
+    """Says how loud a clip is; a clip all of whose samples are above 0 leaves it speechless."""
+    sample_rate = 8000
+
+    def __init__(self):
+        super().__init__()
+        self.heard, self.seeds, self.die_at = [], [], 99
+
+    def caption(self, waveform, n_samples=None, temperature=0.0, seed=0):
+        if len(self.heard) >= self.die_at:
+            raise KeyboardInterrupt
+        assert waveform.shape == (len(n_samples), int(n_samples.max())) and waveform.dtype == torch.float32
+        self.seeds.append(seed)
+        texts = []
+        for clip, n in zip(waveform, n_samples.tolist()):
+            level = round(clip[:n].abs().max().item(), 1)
+            texts.append("" if clip[:n].min() > 0 else f"a tone of {level}" + " again" * (temperature > 0.5 and seed % 2))
+            self.heard.append(level)
+        return texts
+
+
+@pytest.fixture
+def captioner(monkeypatch):
+    model = Captioner()
+    monkeypatch.setattr(evaluation, "load_model", lambda path: model)
+    return model
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    """Tones of amplitudes 0.1 to 0.6 and 1 to 2 s, stereo at 16 kHz; clips that are broken, missing, too short, or not a tone."""
+    rows, folder = [], tmp_path / "data"
+    folder.mkdir()
+    for i in range(1, 7):
+        t = np.arange(16000 + 2000 * i) / 16000
+        sf.write(folder / f"{i}.wav", np.stack([np.sin(2 * np.pi * 440 * t) * i / 10] * 2, 1), 16000)
+        rows.append({"audio": f"{i}.wav", "split": "train", **({"duration": len(t) / 16000, "captions": [f"caption {i}"]} if i < 4 else {})})
+    sf.write(folder / "short.wav", np.ones(4000) * 0.5, 8000)
+    sf.write(folder / "flat.wav", np.ones(16000) * 0.5, 8000)
+    (folder / "broken.wav").write_bytes(b"RIFF nothing")
+    rows += [{"audio": "short.wav"}, {"audio": "flat.wav"}, {"audio": "flat.wav", "duration": 2.0, "captions": ["a plateau"]}, {"audio": "broken.wav"},
+             {"audio": "missing.wav", "duration": 3.0, "captions": ["lost"]}, {"audio": "1.wav", "captions": ["another of 1"], "synthetic": ["old"]}]
+    return manifest(folder, rows)
+
+
+def recaption(data, out, *flags):
+    report = prepare.recaption(prepare.parse(["recaption", "--data", str(data), "--model", "runs/a/best.pt", "--out", str(out), "--workers", "0",
+                                              "--device", "cpu", *map(str, flags)]))
+    return report, common.read_manifest([report["manifest"]])
+
+
+def test_clips_are_captioned_by_what_is_heard(tmp_path, sounds, captioner, capsys):
+    report, rows = recaption(sounds, tmp_path / "out", "--batch-size", 4)
+    assert [(row["audio"].rsplit("/", 1)[1], row.get("captions"), row["synthetic"]) for row in rows] == [
+        *((f"{i}.wav", [f"caption {i}"] if i < 4 else None, [f"a tone of {i / 10}"]) for i in range(1, 7)),
+        ("flat.wav", ["a plateau"], []), ("1.wav", ["another of 1"], ["a tone of 0.1"])]
+    assert report["left_out"] == {"unreadable": 2, "not of 1 to 300 s": 1, "without an accepted answer": 1}
+    assert report["clips"] == 8 and report["synthetic"] == 7
+    rejected = jsonl(tmp_path / "out/manifest.rejected.jsonl")
+    assert [(r["reason"], r["audio"], r["answer"]) for r in rejected] == [("empty", str(sounds / "flat.wav"), "")]
+    assert all(row["duration"] >= 1 for row in rows) and (tmp_path / "out/classes.txt").is_file()
+    assert len(captioner.heard) == 7 and len(set(captioner.seeds)) == 2  # seven files, two batches; the file told twice is heard once
+    printed = capsys.readouterr().out
+    assert "missing.wav: file not found" in printed and "8 clips with 7 texts under 'synthetic'" in printed
+
+
+def test_a_killed_captioning_goes_on_where_it_was(tmp_path, sounds, captioner, monkeypatch):
+    captioner.die_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        recaption(sounds, tmp_path / "out", "--batch-size", 2)
+    assert sorted(captioner.heard) == [0.1, 0.2, 0.3, 0.4] and not (tmp_path / "out/manifest.jsonl").exists()
+    captioner.die_at = 99
+    rows = recaption(sounds, tmp_path / "out", "--batch-size", 2)[1]
+    assert sorted(captioner.heard) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.6] and rows[0]["synthetic"] == ["a tone of 0.1"]
+    seeds, whole = captioner.seeds[:], Captioner()
+    monkeypatch.setattr(evaluation, "load_model", lambda path: whole)
+    recaption(sounds, tmp_path / "whole", "--batch-size", 2)
+    assert whole.seeds == seeds  # the draws are those of an uninterrupted run
+    assert recaption(sounds, tmp_path / "whole/b.jsonl", "--temperature", 0.5)[0]["synthetic"] == 7
+    assert len(whole.heard) == 14
+
+
+def test_versions_are_different_draws(tmp_path, sounds, captioner):
+    report, rows = recaption(sounds, tmp_path / "out", "--versions", 8, "--temperature", 1)
+    assert rows[1]["synthetic"] and set(rows[1]["synthetic"]) == {"a tone of 0.2", "a tone of 0.2 again"}
+    assert len(set(captioner.seeds)) == 8 and report["synthetic"] == 14
+
+
+def test_bad_inputs_of_recaption_are_one_sentence(tmp_path, sounds, captioner, monkeypatch):
+    with pytest.raises(ValueError, match="--versions 2, --temperature 0: expected 1 or more, and a temperature above 0"):
+        recaption(sounds, tmp_path / "out", "--versions", 2, "--temperature", 0)
+    with pytest.raises(ValueError, match="--batch-size 0: expected 1 or more"):
+        recaption(sounds, tmp_path / "out", "--batch-size", 0)
+    with pytest.raises(ValueError, match="--seed -1: expected 0 or more"):
+        recaption(sounds, tmp_path / "out", "--seed", -1)
+    with pytest.raises(FileExistsError, match="already there; choose another name or remove it"):
+        recaption(sounds, sounds)
+    with pytest.raises(ValueError, match="not one answer was accepted, nothing is written .left out: 1 unreadable, 11 not of 200 to 300 s"):
+        recaption(sounds, tmp_path / "none", "--min-s", 200)
+    monkeypatch.setattr(evaluation, "load_model", lambda path: torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="--model runs/a/best.pt: a model of .*linear.py, which writes no captions; give a checkpoint of a script"):
+        recaption(sounds, tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="runs/a/best.pt: no such weight file"):
+        recaption(sounds, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_synthetic_captions_are_checked_as_captions_are(tmp_path):
+    for bad, message in (([" "], "synthetic caption 1 is empty"), ("text", "'synthetic' has the wrong type str")):
+        with pytest.raises(ValueError, match=message):
+            common.read_manifest([str(manifest(tmp_path / "bad", [{"audio": "a.wav", "synthetic": bad}]))])
