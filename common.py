@@ -222,8 +222,8 @@ def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor, window: int):
 # ------------------------------------------------------------------------------------------------
 
 MANIFEST_KEYS = {
-    "audio": str, "duration": (int, float), "captions": list, "negatives": list, "labels": list,
-    "events": list, "phrases": list, "id": (str, int), "image": str, "split": str,
+    "audio": str, "duration": (int, float), "captions": list, "synthetic": list, "description": str, "negatives": list,
+    "labels": list, "events": list, "phrases": list, "id": (str, int), "image": str, "split": str,
     "fold": (int, str), "qa": list, "swapped_audio": str}
 
 
@@ -297,9 +297,10 @@ def _parse_row(line: str, where: str) -> dict:
     if not row.get("audio"):
         raise ValueError(f"{where}: no key 'audio' (keys there: {', '.join(row) or 'none'}); "
                          "it must name the sound file")
-    for number, caption in enumerate(row.get("captions", []), 1):
-        if not isinstance(caption, str) or not re.search(r"\w", caption):
-            raise ValueError(f"{where}: caption {number} is empty ({caption!r}); write one or remove it")
+    for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
+        for number, caption in enumerate(row.get(key, []), 1):
+            if not isinstance(caption, str) or not re.search(r"\w", caption):
+                raise ValueError(f"{where}: {name} {number} is empty ({caption!r}); write one or remove it")
     duration = row.get("duration", 1.0)
     if isinstance(duration, bool) or not 0 < duration < math.inf:
         raise ValueError(f"{where}: duration {duration!r}; expected seconds above 0, or no such key")
@@ -1356,6 +1357,18 @@ def collate_audio(items):
     return [i for i, _ in good], waveform, n_samples, bad
 
 
+def length_batches(seconds: list[float], batch_size: int, done=()) -> list[list[int]]:
+    """Indices of the clips not in `done`, short with short: little padding, and at most batch_size times 30 s at once."""
+    batches = [[]]
+    for i in np.argsort(seconds, kind="stable").tolist():
+        if i in done:
+            continue
+        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
+            batches.append([])
+        batches[-1].append(i)
+    return [batch for batch in batches if batch]
+
+
 @torch.no_grad()
 def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", frames=False, desc="embedding audio",
                 quiet=False, cache: Path | None = None):
@@ -1386,15 +1399,8 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
         for i, row in enumerate(rows):
             if file_key(row) in stored:
                 found[i] = stored[file_key(row)]
-    batches = [[]]
-    for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
-        if i in found:
-            continue
-        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
-            batches.append([])
-        batches[-1].append(i)
-    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=[b for b in batches if b],
-                                         num_workers=workers, collate_fn=collate_audio)
+    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), num_workers=workers, collate_fn=collate_audio,
+                                         batch_sampler=length_batches(seconds, batch_size, found))
     device = next(model.parameters()).device
     for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=quiet):
         bad.update(errors)

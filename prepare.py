@@ -1,10 +1,12 @@
-"""Turn recordings into manifests: public datasets as they ship, one's own tables, scenes; check any of them; rewrite captions.
+"""Turn recordings into manifests: public datasets as they ship, one's own tables, scenes; check any of them; make captions.
 
   python prepare.py audiocaps audiocaps --audio audiocaps_wavs --out data/audiocaps
   python prepare.py csv mine.csv --audio file --caption text --out data/mine
   python prepare.py scenes --sounds ESC-50-master --out data/scenes
   python prepare.py check data/audiocaps data/mine
   python prepare.py rewrite --task negatives --data data/audiocaps --out data/audiocaps_order
+  python prepare.py rewrite --task clean --data data/freesound --out data/freesound_clean --llm Qwen/Qwen2.5-7B-Instruct
+  python prepare.py recaption --data data/audioset --model runs/cacophony-1/best.pt --out data/audioset_captioned
 
 The manifest format is described in README.md; training and evaluation read nothing else.
 """
@@ -164,8 +166,7 @@ def scenes(args) -> dict:
     """
     args = argparse.Namespace(**{**SCENES[args.preset], **vars(args)})
     out, mixed = Path(args.out), args.preset == "esc-mixed-up"
-    if (out / "manifest.jsonl").exists():
-        raise FileExistsError(f"--out {out}: already holds a manifest.jsonl; choose another folder or remove it")
+    check_output(out / "manifest.jsonl")
     if not 0 <= args.overlay <= 1 or (args.overlay and not mixed):
         raise ValueError(f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset esc-mixed-up")
     found = list_sounds(Path(args.sounds))
@@ -447,6 +448,30 @@ def path_in(folder: Path, path: str) -> str:
     return path if shared == os.path.dirname(shared) else os.path.relpath(path, base)
 
 
+def check_output(out: Path) -> None:
+    """Said now, not after hours of work: the file is not there yet, and it can be written."""
+    if out.exists():
+        raise FileExistsError(f"--out {out}: already there; choose another name or remove it")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise PermissionError(f"--out {out}: cannot be written ({'no permission for' if parent.is_dir() else 'a file:'} {parent})")
+
+
+def write_manifest(out: Path, rows: list[dict], classes=None) -> None:
+    """The rows as manifest `out`, their paths relative to it, and classes.txt beside it."""
+    clean = lambda text: text.encode("utf-8", "replace").decode("utf-8")  # noqa: E731  half a surrogate pair, from cut JSON
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if classes:
+            common.write_lines(out.parent / "classes.txt", map(clean, classes))
+        common.write_lines(out, (clean(json.dumps({
+            key: path_in(out.parent, value) if key in ("audio", "image", "swapped_audio") else value
+            for key, value in row.items() if key != "where"}, ensure_ascii=False)) for row in rows))
+    except OSError as error:
+        raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"wrote {out}" + (f" and classes.txt ({len(classes)} classes)" if classes else ""))
+
+
 COUNTED = ("captions", "events", "phrases", "qa")
 
 
@@ -458,12 +483,8 @@ def convert(args) -> dict:
     order), and where needed `path` (tried first), `inside` (the folder it lies in, see AudioTree.find)
     and `group` (what it is counted under; default: its split).
     """
-    out = Path(args.out)
-    if (out / "manifest.jsonl").exists():
-        raise FileExistsError(f"--out {out}: already holds a manifest.jsonl; choose another folder or remove it")
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):  # said now, not after hours of reading headers
-        raise PermissionError(f"--out {out}: cannot be written ({'no permission for' if parent.is_dir() else 'a file:'} {parent})")
+    out = Path(args.out) / "manifest.jsonl"
+    check_output(out)
     for manifest in args.exclude:
         common.manifest_path(manifest)
     listed, rows, missing, wordless, tried = collections.Counter(), [], [], [], []
@@ -495,7 +516,7 @@ def convert(args) -> dict:
     rows, unreadable = with_durations(rows, args.workers)
     outside = sum(drop_outside(row) for row in rows)
     rows = exclude(rows, args.exclude)
-    report = {"manifest": str(out / "manifest.jsonl"), "splits": {}, "missing": missing, "unreadable": unreadable}
+    report = {"manifest": str(out), "splits": {}, "missing": missing, "unreadable": unreadable}
     for group in [*published, *(g for g in listed if g not in published)]:
         members = [row for row in rows if row["group"] == group]
         units = {unit: sum(len(row.get(unit, [])) for row in members) for unit in COUNTED}
@@ -519,17 +540,9 @@ def convert(args) -> dict:
         print(f"{late:,} events end after their file does (kept as published)")
     if not rows:
         raise ValueError(f"{args.path}: no clip is left to write; every one was unreadable or excluded")
-    clean = lambda text: text.encode("utf-8", "replace").decode("utf-8")  # noqa: E731  half a surrogate pair, from cut JSON
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if classes:
-            common.write_lines(out / "classes.txt", map(clean, classes))
-        common.write_lines(out / "manifest.jsonl", (clean(json.dumps({
-            key: path_in(out, value) if key == "audio" else value for key, value in row.items() if key != "group"}, ensure_ascii=False))
-            for row in rows))
-    except OSError as error:
-        raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
-    print(f"wrote {out / 'manifest.jsonl'}" + (f" and classes.txt ({len(classes)} classes)" if classes else ""))
+    for row in rows:
+        del row["group"]
+    write_manifest(out, rows, classes)
     return report
 
 
@@ -1751,10 +1764,10 @@ def load_llm(name: str, device: str):
     return model.to(device).eval(), tokenizer
 
 
-def generate(llm, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers to one batch of prompts, in the tokenizer's chat template where it has one.
+def generate(llm, prompts: list[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+    """Answers to one batch of prompts, in the tokenizer's chat template where it has one; temperature 0: greedy.
 
-    A model without a template continues the text, often with further examples: its answer ends at the line's end.
+    Above 0 all tokens are drawn from, whatever top-k or top-p the model's own settings name. A model without a template continues the text, often with further examples: its answer ends at the line's end.
     """
     model, tokenizer = llm
     chat = tokenizer.chat_template is not None
@@ -1762,110 +1775,190 @@ def generate(llm, prompts: list[str], max_new_tokens: int) -> list[str]:
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
                                                  enable_thinking=False) for prompt in prompts]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     with torch.inference_mode():
-        tokens = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, num_beams=1,
-                                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+        tokens = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_beams=1,
+                                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
     answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return [answer.strip() if chat else (answer.strip().splitlines() or [""])[0] for answer in answers]
 
 
-def ask_llm(captions: list[str], prompt: str, args, cache: Path, max_new_tokens: int = 96) -> dict[str, str]:
-    """{caption: answer} of args.llm to `prompt`, which holds {caption}; answers in `cache` are not asked for again.
+def stored_answers(file: Path, key: dict, field: str) -> dict:
+    """{(what was asked about, version): answer} of a file that `store_answers` wrote under the same settings `key`.
 
-    The cache is JSON Lines, one answer a line, found by model, prompt hash and caption. It is written after every
-    batch: a killed run goes on where it was, a line cut in two is asked for again.
+    A line that a kill cut in two is taken out of the file: it is asked for again.
     """
-    key = {"model": args.llm, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16]}
-    print(f"prompt {key['prompt']}, once a caption:\n\n{prompt}\n")
     answers, whole = {}, []
-    for line in read_text(cache).split("\n") if cache.is_file() else []:
+    for line in file.read_bytes().decode("utf-8", "replace").split("\n") if file.is_file() else []:
         try:
             record = json.loads(line)
-            answers |= {record["caption"]: record["answer"]} if {k: record[k] for k in key} == key else {}
+            if {name: record.get(name) for name in key} == key:
+                answers[record[field], record.get("version", 0)] = record["answer"]
             whole.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             continue  # blank, or cut by the kill
-    todo = sorted({caption for caption in captions if caption not in answers}, key=lambda c: (len(c), c))  # alike in length: little padding
-    print(f"{cache}: {len(set(captions)) - len(todo):,} of {len(set(captions)):,} captions answered before")
+    if file.is_file():
+        common.write_lines(file, whole)
+    return answers
+
+
+def store_answers(file, key: dict, field: str, answers: dict) -> None:
+    """Append a batch of {(what was asked about, version): answer} to an open file, JSON Lines, one answer a line."""
+    for (asked, version), answer in answers.items():
+        file.write(json.dumps({**key, field: asked, "version": version, "answer": answer}, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def draw_seed(*parts) -> int:
+    """A seed that is a function of `parts`: a batch draws the same whatever was asked before it."""
+    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16)
+
+
+def ask_llm(texts: list[str], prompt: str, args, cache: Path, field="caption", versions=1, temperature=0.0, max_new_tokens: int = 96) -> dict:
+    """{(text, version): answer} of args.llm to `prompt`, which holds {caption}; answers in `cache` are not asked for again.
+
+    An answer there is found by model, prompt hash, temperature and seed (null if greedy), text and version. It is
+    written after every batch: a killed run goes on where it was.
+    """
+    key = {"model": args.llm, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+           "temperature": temperature or None, "seed": args.seed if temperature else None}
+    print(f"prompt {key['prompt']}, once a {field}:\n\n{prompt}\n")
+    answers, asked = stored_answers(cache, key, field), {(text, version) for text in texts for version in range(versions)}
+    todo = sorted(asked - set(answers), key=lambda question: (len(question[0]), question))  # alike in length: little padding
+    print(f"{cache}: {len(asked) - len(todo):,} of {len(asked):,} questions answered before")
     if todo:
         llm = load_llm(args.llm, args.device)
-        common.write_lines(cache, whole)
-        with open(cache, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc=args.llm, unit="caption") as bar:
+        with open(cache, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc=args.llm, unit=field) as bar:
             for start in range(0, len(todo), args.batch_size):
                 batch = todo[start:start + args.batch_size]
-                for caption, answer in zip(batch, generate(llm, [prompt.replace("{caption}", c) for c in batch], max_new_tokens)):
-                    answers[caption] = answer
-                    file.write(json.dumps({**key, "caption": caption, "answer": answer}, ensure_ascii=False) + "\n")
-                file.flush()
+                torch.manual_seed(draw_seed(args.seed, batch))
+                made = generate(llm, [prompt.replace("{caption}", text) for text, _ in batch], max_new_tokens, temperature)
+                store_answers(file, key, field, dict(zip(batch, made)))
+                answers |= dict(zip(batch, made))
                 bar.update(len(batch))
     return answers
 
 
-def checked_answers(captions: list[str], answers: dict[str, str], check, rejects: Path) -> dict[str, str | None]:
-    """{caption: text or None} of what `check(caption, answer) -> (text, reason)` lets pass; the rest is counted and listed in a file."""
+def checked_answers(pairs, check, rejects: Path, field="caption") -> dict:
+    """{(asked, answer): text or None} of what `check(asked, answer) -> (text, reason)` lets pass; the rest is counted and listed in a file."""
     results, rejected = {}, []
-    for caption in dict.fromkeys(captions):
-        results[caption], reason = check(caption, answers[caption])
+    for asked, answer in dict.fromkeys(pairs):
+        results[asked, answer], reason = check(asked, answer)
         if reason:
-            rejected.append({"reason": reason, "caption": caption, "answer": answers[caption]})
-    print(f"answers to {len(results):,} captions: {sum(text is not None for text in results.values()):,} taken, {len(rejected):,} rejected"
+            rejected.append({"reason": reason, field: asked, "answer": answer})
+    print(f"{len(results):,} different answers: {sum(text is not None for text in results.values()):,} taken, {len(rejected):,} rejected"
           + "".join(f"; {reason} {n:,}" for reason, n in collections.Counter(r["reason"] for r in rejected).most_common()))
     common.write_lines(rejects, [json.dumps(r, ensure_ascii=False) for r in rejected])
     return results
 
 
-def import_texts(file: Path, rows: list[dict], field: str) -> tuple[dict, dict]:
-    """Texts that others made: JSON Lines {"caption", field, "id" or "audio"} -> ({(row number, caption): text}, counts).
-
-    A record belongs to the rows with its caption and, where it gives them, its id and its audio file (name without
-    folder and suffix). A record with a null text, or a copy of its caption, gives none.
-    """
+def json_lines(flag: str, file: Path, need: tuple[str, ...], optional=()):
+    """The objects of a JSON Lines file -> [("FLAG FILE:NUMBER", object)]. `need` are its keys; those and `optional` hold texts or null."""
+    wanted = " and ".join(f"'{name}'" for name in need)
     if not file.is_file():
-        raise FileNotFoundError(f"--import {file}: no such file; expected JSON Lines with 'caption', '{field}' and, to tell clips apart, "
-                                "'id' or 'audio'")
-    owners, texts, unused, copies, empty = collections.defaultdict(list), {}, 0, 0, 0
-    for n, row in enumerate(rows):
-        for caption in set(row.get("captions", [])):
-            owners[" ".join(caption.split())].append((n, caption))
-    records = 0
+        raise FileNotFoundError(f"{flag} {file}: no such file; expected JSON Lines with {wanted}")
+    records = []
     for number, line in enumerate(read_text(file).split("\n"), 1):
+        where = f"{flag} {file}:{number}"
         if not line.strip():
             continue
-        records += 1
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"--import {file}:{number}: not valid JSON ({error.msg}); expected one object a line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("caption"), str) or field not in record:
-            raise ValueError(f"--import {file}:{number}: expected an object with 'caption' and '{field}', found {line.strip()[:80]}")
-        caption, text = record["caption"], record[field]
-        if not (text is None or isinstance(text, str)):
-            raise ValueError(f"--import {file}:{number}: '{field}' is {text!r}; expected a text or null")
-        found = [(n, own) for n, own in owners.get(" ".join(caption.split()), [])
-                 if record.get("id") in (None, "", rows[n].get("id"), str(rows[n].get("id")))
-                 and (not record.get("audio") or stem_of(Path(str(record["audio"])).name) == stem_of(Path(rows[n]["audio"]).name))]
+            raise ValueError(f"{where}: not valid JSON ({error.msg}); expected one object a line") from None
+        if not isinstance(record, dict) or not set(need) <= set(record):
+            raise ValueError(f"{where}: expected an object with {wanted}, found {line.strip()[:80]}")
+        for name in (*need, *optional):
+            if not isinstance(record.get(name), (str, type(None))):
+                raise ValueError(f"{where}: '{name}' is {record[name]!r}; expected a text or null")
+        records.append((where, record))
+    return records
+
+
+def import_texts(file: Path, places: list[tuple[int, str]], rows: list[dict], source: str, field: str) -> tuple[dict, dict]:
+    """Texts that others made: JSON Lines {source, field, "id" or "audio"} -> ({(row number, source text): [texts]}, counts).
+
+    A record belongs to those of `places` (row number, source text) with its source text, its id and its audio file (name
+    without folder and suffix), as far as it gives them. A record with a null text, or a copy of its caption, gives none.
+    """
+    stem, squeeze = lambda path: stem_of(Path(str(path)).name), lambda text: " ".join(text.split())  # noqa: E731
+    owners, texts, unused, copies, empty = collections.defaultdict(list), collections.defaultdict(list), 0, 0, 0
+    for place in dict.fromkeys(places):
+        names = {source: squeeze(place[1]), "id": str(rows[place[0]].get("id")), "audio": stem(rows[place[0]]["audio"])}
+        for name in names.items():
+            owners[name].append((place, names))
+    records = json_lines("--import", file, ("caption", "negative") if field == "negative" else (field,), (source,))
+    for where, record in records:
+        given = {source: squeeze(record.get(source) or ""), "id": str(record.get("id") or ""), "audio": stem(record.get("audio") or "")}
+        given = {name: value for name, value in given.items() if value}
+        if not given or (field == "negative" and "caption" not in given):
+            raise ValueError(f"{where}: does not tell what it belongs to; expected '{source}'" + " or 'id' or 'audio'" * (field != "negative"))
+        found = [place for place, names in owners.get(next(iter(given.items())), []) if given.items() <= names.items()]
+        text = record[field]
         unused += not found
         if not text or not re.search(r"\w", text):
             empty += bool(found)
-        elif same_text(caption, text):
+        elif field == "negative" and same_text(record["caption"], text):  # a description may be a good caption as it is
             copies += bool(found)
         else:
-            texts |= {place: " ".join(text.split()) for place in found}
-    counts = {"records": records, "matched": records - unused, "unused": unused, "copies": copies, "empty": empty}
-    print(f"--import {file}: {records:,} records, {records - unused:,} matched a caption ({copies:,} copies of it and {empty:,} null or empty "
-          f"left out), {unused:,} not used")
+            for place in found:
+                texts[place].append(squeeze(text))
+    counts = {"records": len(records), "matched": len(records) - unused, "unused": unused, "copies": copies, "empty": empty}
+    print(f"--import {file}: {len(records):,} records, {len(records) - unused:,} matched a {source} ({copies:,} copies of it and {empty:,} null "
+          f"or empty left out), {unused:,} not used")
     return texts, counts
 
 
-def rewrite(args) -> dict:
-    """Write a manifest again with a text of another order for each of its captions, by rules, a language model or a file."""
-    source, out = common.manifest_path(args.data), Path(args.out)
-    out = out if out.suffix == ".jsonl" else out / "manifest.jsonl"
-    if out.exists():
-        raise FileExistsError(f"--out {out}: already there; choose another name or remove it")
+def told(counts: dict) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "0"
+
+
+def distinct(texts) -> list[str]:
+    """Versions of a caption without those that are None or there already."""
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def check_counts(args) -> None:
+    """ValueError for a flag whose number makes no sense; --versions and --temperature where the command has them."""
     if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: expected 1 or more captions")
-    rows = common.read_manifest([str(source)])
+        raise ValueError(f"--batch-size {args.batch_size}: expected 1 or more")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    versions, temperature = getattr(args, "versions", 1), getattr(args, "temperature", 0.0)
+    if versions < 1 or not 0 <= temperature < math.inf or (versions > 1 and not temperature):
+        raise ValueError(f"--versions {versions}, --temperature {temperature:g}: expected 1 or more, and a temperature above 0 where there "
+                         "are several, which would be equal without")
+
+
+def say_unreadable(errors: list[str]) -> None:
+    if errors:
+        print(f"left out, unreadable: {len(errors):,}, such as {errors[0]}")
+
+
+def of_length(rows: list[dict], min_s: float, max_s: float, workers: int):
+    """-> rows of min_s to max_s seconds, {why: how many others}. A row that does not tell its seconds is given its file header's."""
+    if not 0 <= min_s < max_s:
+        raise ValueError(f"--min-s {min_s:g}, --max-s {max_s:g}: expected seconds, the first below the second")
+    unknown = [row for row in rows if not row.get("duration")]
+    unreadable = with_durations(unknown, workers)[1] if unknown else []
+    say_unreadable(unreadable)
+    kept = [row for row in rows if min_s <= (row.get("duration") or -1) <= max_s]
+    return kept, collections.Counter({"unreadable": len(unreadable), f"not of {min_s:g} to {max_s:g} s": len(rows) - len(kept) - len(unreadable)})
+
+
+def finished(rows: list[dict], key: str, source: str, report: dict):
+    """Print what was made -> rows without those that have no text at all, (row's `source`, text) pairs, report."""
+    kept = [row for row in rows if row.get(key) or row.get("captions")]
+    report["left_out"]["without an accepted answer"] = len(rows) - len(kept)
+    pairs = [(row[source], text) for row in kept for text in row.get(key, [])]
+    print(f"{len(kept):,} clips with {len(pairs):,} texts under '{key}'; left out: {told(report['left_out'])}")
+    if not pairs:
+        raise ValueError(f"not one answer was accepted, nothing is written (left out: {told(report['left_out'])})")
+    return kept, pairs, report | {"clips": len(kept), key: len(pairs), "left_out": dict(report["left_out"])}
+
+
+def fill_negatives(rows: list[dict], out: Path, args):
+    """Task negatives, by rules, a language model or a file -> rows, (caption, negative) pairs, report."""
     for row in rows:
         old = row.get("negatives", [])
         if old and len(old) != len(row.get("captions", [])):
@@ -1875,23 +1968,18 @@ def rewrite(args) -> dict:
     todo = [(n, k, caption) for n, row in enumerate(rows) for k, caption in enumerate(row.get("captions", [])) if row["negatives"][k] is None]
     captions, total = [caption for *_, caption in todo], sum(len(row.get("captions", [])) for row in rows)
     if not total:
-        raise ValueError(f"{source}: not one of its {len(rows):,} clips has 'captions', which --task {args.task} rewrites")
-    print(f"{source}: {len(rows):,} clips, {total:,} captions, {total - len(todo):,} negatives kept")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
-    if not os.access(out.parent, os.W_OK):  # said now, not after hours of a model's work
-        raise PermissionError(f"--out {out}: cannot be written (no permission for {out.parent})")
-
-    report, how = {"manifest": str(out), "captions": total}, collections.Counter()
+        raise ValueError(f"--data {args.data}: not one of its {len(rows):,} clips has 'captions', which --task negatives rewrites")
+    print(f"{args.data}: {len(rows):,} clips, {total:,} captions, {total - len(todo):,} negatives kept")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report, how = {"captions": total}, collections.Counter()
     if args.llm:
         answers = ask_llm(captions, NEGATIVES_PROMPT, args, out.with_suffix(".llm.jsonl"))
-        made = checked_answers(captions, answers, check_order, out.with_suffix(".rejected.jsonl"))
-        texts = [made[caption] for caption in captions]
+        made = checked_answers([(caption, answers[caption, 0]) for caption in captions], check_order, out.with_suffix(".rejected.jsonl"))
+        texts = [made[caption, answers[caption, 0]] for caption in captions]
     elif args.import_file:
-        made, report["import"] = import_texts(Path(args.import_file), rows, "negative")
-        texts = [made.get((n, caption)) for n, _, caption in todo]
+        made, report["import"] = import_texts(
+            Path(args.import_file), [(n, caption) for n, row in enumerate(rows) for caption in row.get("captions", [])], rows, "caption", "negative")
+        texts = [made[n, caption][-1] if (n, caption) in made else None for n, _, caption in todo]
     else:
         made = {caption: reverse_order(caption) for caption in tqdm(dict.fromkeys(captions), desc="captions", leave=False)}
         texts = [made[caption][0] for caption in captions]
@@ -1899,10 +1987,6 @@ def rewrite(args) -> dict:
     for (n, k, _), text in zip(todo, texts):
         rows[n]["negatives"][k] = text
 
-    if (source.parent / "classes.txt").is_file() and not (out.parent / "classes.txt").exists():
-        common.write_lines(out.parent / "classes.txt", read_text(source.parent / "classes.txt").splitlines())
-    common.write_lines(out, [json.dumps({key: path_in(out.parent, value) if key in ("audio", "image", "swapped_audio") else value
-                                         for key, value in row.items() if key != "where"}, ensure_ascii=False) for row in rows])
     pairs = [(caption, text) for row in rows for caption, text in zip(row.get("captions", []), row.get("negatives", [])) if text]
     report |= {"negatives": len(pairs), "splits": {}, "how": dict(how)}
     for split in sorted({row.get("split", "none") for row in rows}):
@@ -1913,10 +1997,209 @@ def rewrite(args) -> dict:
     for name, count in how.most_common():
         print(f"  {name} {count:,}")
     print(f"without a negative: {total - len(pairs):,} captions")
+    return rows, pairs, report
+
+
+# ---- cleaned captions ----
+
+CLEAN_PROMPT = """The uploader of a recording describes it. Write what is heard in it as one caption: one plain English sentence. \
+Keep only sounds that the description or its tags tell of; leave out names, places, dates, equipment, files, addresses and remarks. \
+If no sound is told of, answer NONE. Answer with one line.
+
+"""
+CLEAN_EXAMPLES = [  # ours: the ten of Cacophony are not published
+    ("dog_bark_02.wav. My neighbour's dog barking at the postman, recorded with a Zoom H4n from the kitchen window (tags: dog, bark)",
+     "A dog is barking"),
+    ("Rain on tent. Heavy rain falling on my tent at the campsite near Lake Garda, 12/08/2011. Some thunder far away. Enjoy!",
+     "Heavy rain falls on a tent with thunder far away"),
+    ("Door Slam 3. wooden door slammed shut, 24bit/96kHz, Rode NT1-A. Please credit me if you use it!",
+     "A wooden door slams shut"),
+    ("Tram line 4. Tram arriving at the stop, doors opening, then it pulls away again. Recorded in Zagreb, spring 2009",
+     "A tram arrives at a stop, its doors open, and it pulls away"),
+    ("kettle. Water boiling in an old kettle until it starts to whistle. more of my sounds on www.kettles.example",
+     "Water boils in a kettle until it whistles"),
+    ("Market ambience. Stereo recording of a busy market: people talking, vendors shouting, a child laughing. iPhone, so sorry for the quality",
+     "People talk and vendors shout at a busy market while a child laughs"),
+    ("BD_808_hit (tags: drum, kick, one-shot)", "A single hit of a kick drum"),
+    ("typing. Me writing my thesis on a mechanical keyboard at 3 a.m., the chair squeaks near the end. For a film project by M. Weber",
+     "Someone types on a mechanical keyboard and then a chair squeaks"),
+    ("church bells sunday. bells of the village church from about 200 m, with swallows and a car passing by :) contact: bells@mail.example",
+     "Church bells ring at a distance while birds chirp and a car passes by"),
+    ("untitled 17. Test upload, please ignore. Levels are too low, will be replaced soon", "NONE")]
+MOST_WORDS = 40  # of a caption; a description is cut after 150, what follows is about its uploader
+LEFT_OVER = {name: re.compile(pattern, re.I) for name, pattern in {  # what no caption of a sound holds
+    "refusal": r"\bI(?: a|['’])m (?:sorry|unable)|\bI can(?:no|['’])t\b|\bas an AI\b|\blanguage model\b",
+    "address": r"https?:|www\.|\S@\S|\w\.(?:com|org|net)\b",
+    "file name": r"\w\.(?:wav|aiff?|flac|ogg|mp3|m4a)\b|\w_\w",
+    "date": r"\b\d{1,4}[./-]\d{1,2}[./-]\d{2,4}\b|\b(?:19|20)\d\d\b",
+    "recording gear": r"\brecorded (?:with|on|using|by|via|through|at|in)\b|\bzoom h\d|\bh[1-6]n\b|\br[oø]de nt|\b(?:16|24|32)[ -]?bits?\b|"
+                      r"\b(?:44|48|96|192)[.,\d]* ?khz\b|\b(?:tascam|sennheiser|neumann|marantz|edirol|audacity|iphone|shure|olympus)\b"}.items()}
+
+
+def described(row: dict) -> str:
+    """What --task clean asks about: the row's `description`, cut after 150 words, and its labels as tags."""
+    tags = ", ".join(row.get("labels", [])).replace("_", " ")
+    return " ".join(row["description"].split()[:150]) + f" (tags: {tags})" * bool(tags)
+
+
+def check_caption(description: str, answer: str) -> tuple[str | None, str | None]:
+    """A cleaned caption -> (caption or None, why it is rejected or None).
+
+    One line and one sentence of at most MOST_WORDS words, nothing of LEFT_OVER, and at least one `content` word of the
+    description or its tags: a caption that shares none is made up (or a translation, which is lost).
+    """
+    answer = answer.strip().strip("\"“”").strip()
+    words = lambda text: set(content([w for w in re.findall(r"[^\W\d_]+", text.lower()) if w not in BEFORE_NOUNS]))  # noqa: E731
+    if not re.search(r"\w", answer):
+        return None, "empty"
+    if re.fullmatch(r"none\W*", answer, re.I):
+        return None, "NONE: no sound is told of"
+    for reason, pattern in LEFT_OVER.items():
+        if pattern.search(answer):
+            return None, reason
+    if "\n" in answer or re.search(r"[.!?]\s+[^\W\d_]", answer):
+        return None, "more than one sentence"
+    if len(answer.split()) > MOST_WORDS:
+        return None, f"more than {MOST_WORDS} words"
+    if not words(answer) & words(description):
+        return None, "no word of the description"
+    return answer, None
+
+
+def clean_prompt(file: str | None) -> str:
+    """CLEAN_PROMPT with the examples of --examples, JSON Lines {"description", "caption"}, or with our own."""
+    examples = CLEAN_EXAMPLES
+    if file:
+        examples = []
+        for where, record in json_lines("--examples", Path(file), ("description", "caption")):
+            examples.append(tuple(" ".join((record[name] or "").split()) for name in ("description", "caption")))
+            if not all(examples[-1]) or "{caption}" in "".join(examples[-1]):
+                raise ValueError(f"{where}: expected two texts that are not empty and do not hold the word {{caption}}")
+        if not examples:
+            raise ValueError(f"--examples {file}: no example there; expected JSON Lines with 'description' and 'caption'")
+    return CLEAN_PROMPT + "".join(f"Description: {text}\nCaption: {caption}\n\n" for text, caption in examples) + "Description: {caption}\nCaption:"
+
+
+def clean(rows: list[dict], out: Path, args):
+    """Task clean (Cacophony's of Freesound): noisy descriptions -> rows with captions, (description, caption) pairs, report.
+
+    A description is no caption, so `captions` hold the cleaned ones alone; the text stays as `description`. `negatives`,
+    which belong to the old texts, go.
+    """
+    if not (args.llm or args.import_file):
+        raise ValueError("--task clean: no rules can do this; give --llm HF_ID or --import FILE")
+    prompt = clean_prompt(args.examples)
+    rows, left_out = of_length(rows, args.min_s, args.max_s, os.cpu_count())
+    for row in rows:
+        row["description"] = row.get("description") or ". ".join(row.pop("captions", []))
+        row.pop("negatives", None)
+    left_out["without a description"] = sum(not row["description"].strip() for row in rows)
+    rows = [row for row in rows if row["description"].strip()]
+    if not rows:
+        raise ValueError(f"--data {args.data}: no clip is left ({told(left_out)}); a description is the key 'description' or the captions")
+    print(f"{args.data}: {len(rows):,} descriptions; left out: {told(left_out)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts, report = [described(row) for row in rows], {}
+    if args.llm:
+        temperature = args.temperature if args.versions > 1 else 0.0
+        answers = ask_llm(texts, prompt, args, out.with_suffix(".llm.jsonl"), "description", args.versions, temperature)
+        answers = [[answers[text, version] for version in range(args.versions)] for text in texts]
+    else:
+        places = [(n, row["description"]) for n, row in enumerate(rows)]
+        found, report["import"] = import_texts(Path(args.import_file), places, rows, "description", "caption")
+        answers = [found.get(place, []) for place in places]
+    pairs = [(text, answer) for text, several in zip(texts, answers) for answer in several]
+    made = checked_answers(pairs, check_caption, out.with_suffix(".rejected.jsonl"), "description")
+    for row, text, several in zip(rows, texts, answers):
+        row["captions"] = distinct(made[text, answer] for answer in several)
+    return finished(rows, "captions", "description", report | {"left_out": left_out})
+
+
+TASK_FLAGS = {"negatives": {"overwrite_negatives": False},  # what a flag is where it is not given; no other task knows it
+              "clean": {"examples": None, "versions": 5, "temperature": 0.7, "min_s": 1.0, "max_s": 300.0}}
+
+
+def open_rows(args):
+    """What rewrite and recaption begin with, before hours of work -> rows of --data, class list or None, manifest to write."""
+    source, out = common.manifest_path(args.data), Path(args.out)
+    out = out if out.suffix == ".jsonl" else out / "manifest.jsonl"
+    check_output(out)
+    check_counts(args)
+    classes = source.parent / "classes.txt"
+    keep = classes.is_file() and not (out.parent / "classes.txt").exists()
+    return common.read_manifest([str(source)]), read_text(classes).splitlines() if keep else None, out
+
+
+def write_rows(out: Path, rows: list[dict], classes, pairs, args) -> None:
+    """What they end with: some pairs to look at, the manifest."""
     for i in np.random.default_rng(args.seed).permutation(len(pairs))[:args.show]:
         print(f"  {pairs[i][0]}\n    -> {pairs[i][1]}")
-    print(f"wrote {out}")
-    return report
+    write_manifest(out, rows, classes)
+
+
+def rewrite(args) -> dict:
+    """Write a manifest again with texts made from its texts, by rules, a language model or a file."""
+    for flag in (flag for task, flags in TASK_FLAGS.items() if task != args.task for flag in flags if flag in vars(args)):
+        raise ValueError(f"--{flag.replace('_', '-')}: --task {args.task} has no such flag")
+    args = argparse.Namespace(**{**TASK_FLAGS[args.task], **vars(args)})
+    rows, classes, out = open_rows(args)
+    rows, pairs, report = (clean if args.task == "clean" else fill_negatives)(rows, out, args)
+    write_rows(out, rows, classes, pairs, args)
+    return {"manifest": str(out), **report}
+
+
+# ------------------------------------------------------------------------------------------------
+# Captions by a captioner of ours
+# ------------------------------------------------------------------------------------------------
+
+
+def recaption(args) -> dict:
+    """Write a manifest again with `synthetic` captions, those that a model of ours gives its clips; `captions` stay.
+
+    The model's `caption` hears a whole clip; what it does with one that is longer than its window is its own affair.
+    """
+    import eval as evaluation  # here alone a model of ours runs
+    rows, classes, out = open_rows(args)
+    device = common.start_device(args.device)
+    model = evaluation.load_model(args.model).to(device)
+    if not hasattr(model, "caption"):
+        raise ValueError(f"--model {args.model}: a model of {type(model).__module__}.py, which writes no captions; give a checkpoint of a "
+                         "script whose Model has caption()")
+    rows, left_out = of_length(rows, args.min_s, args.max_s, os.cpu_count())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cache = out.with_suffix(".captions.jsonl")
+    key = {"model": file_hash(args.model) if os.path.isfile(args.model) else args.model, "temperature": args.temperature, "seed": args.seed}
+    answers, versions = stored_answers(cache, key, "audio"), range(args.versions)
+    files = {common.file_key(row): row for row in rows}  # rows of one file are one question
+    todo = [name for name in files if not all((name, version) in answers for version in versions)]
+    print(f"{cache}: {len(files) - len(todo):,} of {len(files):,} files captioned before")
+    loader = torch.utils.data.DataLoader(
+        common.AudioFiles([files[name] for name in todo], model.sample_rate), num_workers=args.workers, collate_fn=common.collate_audio,
+        batch_sampler=common.length_batches([files[name]["duration"] for name in todo], args.batch_size))
+    unreadable = []
+    with open(cache, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="captions", unit="clip") as bar, torch.inference_mode():
+        for indices, waveform, n_samples, errors in loader:  # waveform (B, S)
+            names = [todo[i] for i in indices]
+            made = {}
+            for version in versions if names else ():
+                seed = draw_seed(args.seed, version, [os.path.basename(files[name]["audio"]) for name in names])
+                texts = model.caption(waveform.to(device), n_samples, temperature=args.temperature, seed=seed)
+                made |= {(name, version): text for name, text in zip(names, texts)}
+            store_answers(file, key, "audio", made)
+            answers |= made
+            unreadable += [text for _, text in errors]
+            bar.update(len(names) + len(errors))
+    say_unreadable(unreadable)
+    heard = [row for row in rows if (common.file_key(row), 0) in answers]
+    left_out["unreadable"] += len(rows) - len(heard)
+    said = [[(row["audio"], answers[common.file_key(row), version]) for version in versions] for row in heard]
+    spoken = lambda _, text: (" ".join(text.split()), None) if re.search(r"\w", text) else (None, "empty")  # noqa: E731
+    made = checked_answers(itertools.chain(*said), spoken, out.with_suffix(".rejected.jsonl"), "audio")
+    for row, pairs in zip(heard, said):
+        row["synthetic"] = distinct(made[pair] for pair in pairs)
+    heard, pairs, report = finished(heard, "synthetic", "audio", {"left_out": left_out})
+    write_rows(out, heard, classes, pairs, args)
+    return {"manifest": str(out), **report}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1986,21 +2269,46 @@ def parse(argv=None):
     p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     p.set_defaults(run=check)
-    p = add("rewrite", help="fill what a manifest's captions lack: --task negatives, the same events in another order")
-    p.add_argument("--task", required=True, choices=["negatives"], help="negatives: for each caption the same events in another order in time, "
-                   "or null where it tells no order. A negative that is there already is kept")
+    p = add("rewrite", help="make texts from a manifest's texts: captions in another order, captions from noisy descriptions")
+    p.add_argument("--task", required=True, choices=list(TASK_FLAGS), help="negatives: for each caption the same events in another order in time, "
+                   "or null where it tells no order; one that is there already is kept. clean: captions of what is heard from the key "
+                   "description, else from the captions (title, description), which stay as description; labels count as tags")
     p.add_argument("--data", required=True, metavar="MANIFEST", help="a manifest, a folder that holds one, or the word demo")
     p.add_argument("--out", required=True, metavar="MANIFEST_OR_FOLDER", help="NAME.jsonl, or a folder for manifest.jsonl; classes.txt is copied beside it")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--llm", metavar="HF_ID", help="ask this language model, an id on the hub or a folder, instead of using rules; its answers are kept in "
+    how.add_argument("--llm", metavar="HF_ID", help="ask this language model, an id on the hub or a folder; its answers are kept in "
                      "NAME.llm.jsonl beside the output, from which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl")
-    how.add_argument("--import", dest="import_file", metavar="FILE", help="take the texts from JSON Lines {caption, negative, and if you like id or audio}")
-    p.add_argument("--overwrite-negatives", action="store_true", help="make all negatives anew; otherwise those that are there stay and only gaps are filled")
-    p.add_argument("--batch-size", type=int, default=32, help="captions the language model answers at a time")
+    how.add_argument("--import", dest="import_file", metavar="FILE", help="take the texts from JSON Lines: {caption, negative, and if you like id or audio}; clean: {caption, and "
+                     "description, id or audio}, one line a version")
+    of_task = {"default": argparse.SUPPRESS}
+    p.add_argument("--overwrite-negatives", action="store_true", **of_task, help="negatives: make all anew; otherwise those that are there stay "
+                   "and only gaps are filled")
+    p.add_argument("--examples", metavar="FILE", **of_task, help="clean: examples for the prompt, JSON Lines {description, caption} [ten of our own]")
+    p.add_argument("--versions", type=int, **of_task, help="clean: captions asked for a clip, equal ones kept once [5, the paper's]")
+    p.add_argument("--temperature", type=float, **of_task, help="clean: of the draws where there are several versions, one is greedy [0.7]")
+    p.add_argument("--min-s", type=float, **of_task, help="clean: leave out shorter clips, seconds [1, the paper's]")
+    p.add_argument("--max-s", type=float, **of_task, help="clean: leave out longer clips, seconds [300, the paper's]")
+    p.add_argument("--batch-size", type=int, default=32, help="prompts the language model answers at a time")
     p.add_argument("--device", default="auto", help="of the language model: auto, cpu or cuda")
     p.add_argument("--show", type=int, default=5, help="random pairs to print")
-    p.add_argument("--seed", type=int, default=0, help="of the pairs to print")
+    p.add_argument("--seed", type=int, default=0, help="of the draws and of the pairs to print")
     p.set_defaults(run=rewrite)
+    p = add("recaption", help="caption a manifest's clips with a captioner trained here, as synthetic captions")
+    p.add_argument("--data", required=True, metavar="MANIFEST", help="a manifest, a folder that holds one, or the word demo")
+    p.add_argument("--model", required=True, metavar="CKPT", help="a checkpoint of a script whose Model has caption()")
+    p.add_argument("--out", required=True, metavar="MANIFEST_OR_FOLDER", help="NAME.jsonl, or a folder for manifest.jsonl, with the key synthetic in "
+                   "each row, and its captions where it has some; classes.txt is copied beside it, the answers are kept in NAME.captions.jsonl, from "
+                   "which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl")
+    p.add_argument("--versions", type=int, default=1, help="captions drawn for a clip, equal ones kept once")
+    p.add_argument("--temperature", type=float, default=0.1, help="of the draws (the paper's); 0: greedy")
+    p.add_argument("--min-s", type=float, default=1.0, help="leave out shorter clips, seconds (the paper's)")
+    p.add_argument("--max-s", type=float, default=300.0, help="leave out longer clips, seconds (the paper's)")
+    p.add_argument("--batch-size", type=int, default=16, help="clips at a time, fewer where they are longer than 30 s")
+    p.add_argument("--workers", type=int, default=4, help="processes that read audio")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--show", type=int, default=5, help="random captions to print")
+    p.add_argument("--seed", type=int, default=0, help="of the draws and of the captions to print")
+    p.set_defaults(run=recaption)
     return parser.parse_args(argv)
 
 

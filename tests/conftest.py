@@ -13,10 +13,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import soundfile as sf  # noqa: E402
+import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import common  # noqa: E402
+import prepare  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -95,3 +97,18 @@ def clap_folder(tmp_path_factory):
     transformers.ClapFeatureExtractor(feature_size=64, sampling_rate=48000, hop_length=480, fft_window_size=1024, padding="repeatpad",
                                       truncation="rand_trunc", frequency_min=50, frequency_max=14000).save_pretrained(folder)
     return folder, model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory):
+    """A random GPT-2 of two layers and a word tokenizer trained here, saved as a folder."""
+    folder = tmp_path_factory.mktemp("llm")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.train_from_iterator([prepare.NEGATIVES_PROMPT], tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"]))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=backend.get_vocab_size(), n_positions=512, n_embd=32, n_layer=2, n_head=2,
+                                     bos_token_id=1, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder

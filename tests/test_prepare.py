@@ -51,7 +51,7 @@ def test_one_folder_per_class(class_folders, tmp_path, capsys):
     build(*flags, "--out", tmp_path / "b", "--workers", 1)  # the number of workers changes nothing
     for name in ("manifest.jsonl", "audio/train_00003.wav"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    with pytest.raises(FileExistsError, match="already holds a manifest"):
+    with pytest.raises(FileExistsError, match="already there; choose another name or remove it"):
         build(*flags, "--out", tmp_path / "a")
 
 

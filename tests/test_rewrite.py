@@ -309,8 +309,8 @@ def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, c
     data = manifest(tmp_path / "data", [{"audio": "a.wav", "captions": captions + ["Rain then wind"]}])
     asked, die_at = [], [2]
 
-    def generate(llm, prompts, max_new_tokens):
-        assert llm == "loaded" and len(prompts) <= 2
+    def generate(llm, prompts, max_new_tokens, temperature):
+        assert llm == "loaded" and len(prompts) <= 2 and temperature == 0
         if len(asked) >= die_at[0]:
             raise KeyboardInterrupt
         asked.extend(p.rsplit("Caption: ", 1)[1].removesuffix("\nAnswer:") for p in prompts)
@@ -334,31 +334,13 @@ def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, c
     assert {(r["caption"], r["reason"]) for r in jsonl(out / "manifest.rejected.jsonl")} == {
         ("Dogs then cats", "copy of the caption"), ("A bell, then a bang", "other events"), ("Birds then a plane", "more than one line")}
     printed = capsys.readouterr().out
-    assert prepare.NEGATIVES_PROMPT in printed and "2 of 6 captions answered before" in printed
-    assert "answers to 6 captions: 2 taken, 3 rejected" in printed
+    assert prepare.NEGATIVES_PROMPT in printed and "2 of 6 questions answered before" in printed
+    assert "6 different answers: 2 taken, 3 rejected" in printed
 
     (out / "manifest.jsonl").unlink()
     monkeypatch.setattr(prepare, "NEGATIVES_PROMPT", "Other words. Caption: {caption}\nAnswer:")  # another prompt is another question
     run(data, out, *flags)
     assert len(asked) == 12 and len(jsonl(cache)) == 12
-
-
-@pytest.fixture(scope="module")
-def tiny_llm(tmp_path_factory):
-    """A random GPT-2 of two layers and a word tokenizer trained here, saved as a folder."""
-    import tokenizers
-    import torch
-    import transformers
-    folder = tmp_path_factory.mktemp("llm")
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.train_from_iterator([prepare.NEGATIVES_PROMPT], tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"]))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=backend.get_vocab_size(), n_positions=512, n_embd=32, n_layer=2, n_head=2,
-                                     bos_token_id=1, eos_token_id=1)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
 
 
 def test_a_real_model_answers_from_a_folder(tmp_path, tiny_llm):
