@@ -1352,6 +1352,24 @@ def collate_audio(items):
     return [i for i, _ in good], waveform, n_samples, bad
 
 
+def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", done=()):
+    """Loader of all files but those at the indices `done`, in batches of similar length, as `collate_audio` returns them.
+
+    crop "all": whole files; "first": at most the model's first window.
+    """
+    length_s = model.window_s if crop == "first" else None
+    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
+    batches = [[]]
+    for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
+        if i in done:
+            continue
+        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
+            batches.append([])
+        batches[-1].append(i)
+    return torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=[b for b in batches if b],
+                                       num_workers=workers, collate_fn=collate_audio)
+
+
 @torch.no_grad()
 def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", frames=False, desc="embedding audio",
                 quiet=False, cache: Path | None = None):
@@ -1363,8 +1381,6 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
         frames cut off, or None; bad: error texts of the files left out.
     """
-    length_s = model.window_s if crop == "first" else None
-    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     found, bad, stored = {}, {}, {}
     if cache is not None:
         try:
@@ -1382,15 +1398,7 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
         for i, row in enumerate(rows):
             if file_key(row) in stored:
                 found[i] = stored[file_key(row)]
-    batches = [[]]
-    for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
-        if i in found:
-            continue
-        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
-            batches.append([])
-        batches[-1].append(i)
-    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=[b for b in batches if b],
-                                         num_workers=workers, collate_fn=collate_audio)
+    loader = file_batches(model, rows, batch_size, workers, crop, done=found)
     device = next(model.parameters()).device
     for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=quiet):
         bad.update(errors)

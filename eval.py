@@ -5,13 +5,14 @@
   python eval.py embed A.pt --data MANIFEST --out embeds.npz            (embeddings of audio and captions)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
-(text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe), or
-all that the manifest has labels for.
+(text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe),
+captioning, or all that the manifest has labels for.
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
 """
 import argparse
+import collections
 import hashlib
 import importlib
 import json
@@ -19,6 +20,7 @@ import math
 import os
 import re
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -409,9 +411,43 @@ def aqa(model, clips, classes, args) -> dict:
                   probe="MLP of 4 layers, width 512, AdamW 1e-4, 60 epochs, seed 0")
 
 
+def captioning(model, clips, classes, args) -> dict:
+    """What the model says about each clip, against all the captions of the clip.
+
+    BLEU-1 to 4, ROUGE-L and CIDEr-D as the COCO caption toolkit defines them (`bleu`, `rouge_l`, `cider_d`). Words are those of
+    `caption_words`; the toolkit's own tokenizer needs Java, and so do METEOR and SPICE, which are not run. chance: always
+    saying the most frequent reference (of equally frequent ones the first in the alphabet). Above temperature 0 each clip
+    is captioned alone, seeded by its file's name, so that neither batches nor the order of files change a word. CIDEr-D's
+    document frequencies are those of all clips, in every bootstrap draw. Source: Cacophony, automatic captioning (AudioCaps,
+    Clotho; its temperature is 0.1).
+    """
+    common.require(clips["rows"], "captions")
+    rows, said = clips["rows"], caption_files(model, clips["rows"], args)
+    references = [[caption_words(c) for c in row["captions"]] for row in rows]
+    times = collections.Counter(" ".join(words) for of in references for words in of)
+    commonest = min(times, key=lambda text: (-times[text], text))
+    evidence = caption_evidence([caption_words(text) for text in said], references)
+    blind = caption_evidence([commonest.split()] * len(rows), references)
+
+    def score(chosen, evidence=evidence):
+        part = evidence[chosen]
+        names = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"]
+        return {name: float(v) for name, v in zip(names, [*bleu(part[:, :10]), *part[:, 10:].mean(0)])}
+
+    details = {"captions": [{"clip": row["audio"], "said": text, "references": row["captions"], "CIDEr-D": float(cider)}
+                            for row, text, cider in zip(rows, said, evidence[:, 11])]}
+    return result("captioning", score, len(rows), score(np.arange(len(rows)), blind), args, n_captions=sum(map(len, references)),
+                  details=details, crop="first window only" if args.crop == "first" else "whole files, longer ones as the model does it",
+                  temperature=f"{args.temperature:g}" + (" (greedy)" if args.temperature == 0 else ""),
+                  words="lower case, punctuation removed but for hyphens and apostrophes inside a word",
+                  not_run="METEOR, SPICE and what is made of them: they need Java",
+                  chance_is=f"always saying {commonest!r}, the most frequent of the references ({times[commonest]} times)")
+
+
 PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classification, "labels"),
              "tagging": (tagging, "labels"), "frames": (frames, "events"), "sed": (sed, "events"),
-             "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives"), "aqa": (aqa, "qa")}
+             "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives"), "aqa": (aqa, "qa"),
+             "captioning": (captioning, "captions")}
 FRAME_PROTOCOLS = {"frames", "sed", "grounding"}
 
 
@@ -540,6 +576,126 @@ def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
             found = np.round(overlap[right].sum(0), 6) >= np.round(0.5 * (offset - onset), 6)
             points[k, level] = found.sum(), (~right).sum()
     return points
+
+
+# ------------------------------------------------------------------------------------------------
+# Captions: lists of words against several references, one row a clip
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def caption_files(model, rows: list[dict], args) -> list[str]:
+    """One caption a row."""
+    said = [""] * len(rows)
+    loader = common.file_batches(model, rows, args.batch_size if args.temperature == 0 else 1, args.workers, args.crop)
+    for indices, waveform, n_samples, errors in tqdm(loader, desc="captioning", unit="batch", leave=False):
+        if errors:
+            raise ValueError(f"captioning: {errors[0][1]}")
+        seed = zlib.crc32(Path(rows[indices[0]]["audio"]).name.encode())
+        texts = model.caption(waveform.to(next(model.parameters()).device), n_samples, temperature=args.temperature, seed=seed)
+        for i, text in zip(indices, texts):
+            said[i] = text
+    return said
+
+
+def caption_words(text: str) -> list[str]:
+    """Lower case; what is no letter or digit separates words, but for a hyphen or an apostrophe inside one."""
+    return re.findall(r"\w+(?:[-']\w+)*", text.lower())
+
+
+def ngrams(words: list[str]) -> collections.Counter:
+    """How often each run of one to four words occurs."""
+    return collections.Counter(tuple(words[i:i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1))
+
+
+def caption_evidence(said: list, references: list) -> np.ndarray:
+    """All that the scores need of each clip, (N, 12): ten BLEU counts, ROUGE-L, CIDEr-D."""
+    return np.column_stack([bleu_counts(said, references), rouge_l(said, references), cider_d(said, references)])
+
+
+def bleu_counts(said: list, references: list) -> np.ndarray:
+    """(N, 10): n-grams that are also in a reference (n = 1 ... 4; each as often as in one reference at most), n-grams
+    said (n = 1 ... 4), words said, and words of the reference closest to that length (of two the shorter)."""
+    counts = np.zeros((len(said), 10))
+    for row, words, of in zip(counts, said, references):
+        allowed = collections.Counter()
+        for reference in of:
+            allowed |= ngrams(reference)  # the larger of the two counts
+        for gram, times in (ngrams(words) & allowed).items():  # the smaller of the two counts
+            row[len(gram) - 1] += times
+        row[4:8] = [max(0, len(words) - n) for n in range(4)]
+        row[8:] = len(words), min((abs(len(reference) - len(words)), len(reference)) for reference in of)[1]
+    return counts
+
+
+def bleu(counts: np.ndarray) -> np.ndarray:
+    """BLEU-1 to 4 (4,) of a set of clips from its `bleu_counts`: counts are summed first, then divided.
+
+    Source: Papineni et al., ACL 2002, with the COCO toolkit's 1e-15 and 1e-9 against 0 / 0.
+    """
+    total = counts.sum(0)
+    precision = (total[:4] + 1e-15) / (total[4:8] + 1e-9)
+    length_ratio = (total[8] + 1e-15) / (total[9] + 1e-9)
+    brevity = math.exp(min(0.0, 1 - 1 / length_ratio))
+    return np.cumprod(precision) ** (1 / np.arange(1, 5)) * brevity
+
+
+def longest_common_subsequence(a: list, b: list) -> int:
+    """Length of the longest sequence that both contain in order, gaps allowed."""
+    best = [0] * (len(b) + 1)  # best[j]: of the words of a so far and b[:j]
+    for word in a:
+        above = best[:]
+        for j, other in enumerate(b):
+            best[j + 1] = above[j] + 1 if word == other else max(above[j + 1], best[j])
+    return best[-1]
+
+
+def rouge_l(said: list, references: list, beta: float = 1.2) -> np.ndarray:
+    """ROUGE-L of each clip (N,): F-measure of the best precision and the best recall over its references.
+
+    Source: Lin, 2004; beta and the two separate maxima are the COCO toolkit's.
+    """
+    scores = np.zeros(len(said))
+    for i, (words, of) in enumerate(zip(said, references)):
+        shared = [longest_common_subsequence(words, reference) for reference in of]
+        precision = max(shared) / max(1, len(words))
+        recall = max(n / max(1, len(reference)) for n, reference in zip(shared, of))
+        if precision > 0:
+            scores[i] = (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision)
+    return scores
+
+
+def cider_d(said: list, references: list, sigma: float = 6.0) -> np.ndarray:
+    """CIDEr-D of each clip (N,), at most 10: cosine of tf-idf n-gram vectors, n = 1 ... 4, mean over n and references.
+
+    An n-gram's idf comes from the number of clips with it in a reference. What is said more often than in the
+    reference counts no more than there, and a difference in length is punished (sigma, in words).
+    Source: Vedantam et al., CVPR 2015, the variant D, as the COCO toolkit's `Cider`.
+    """
+    grams = [[ngrams(words) for words in of] for of in references]
+    clips_with = collections.Counter(gram for of in grams for gram in set().union(*of))
+
+    def weigh(counts):
+        """-> weight of each n-gram, norm of the vector of each n (4,)."""
+        weights = {gram: times * math.log(len(references) / max(1, clips_with[gram])) for gram, times in counts.items()}
+        squares = np.zeros(4)
+        for gram, weight in weights.items():
+            squares[len(gram) - 1] += weight ** 2
+        return weights, np.sqrt(squares)
+
+    scores = np.zeros(len(said))
+    for i, (words, of) in enumerate(zip(said, grams)):
+        weights, norm = weigh(ngrams(words))
+        for reference, counts in zip(references[i], of):
+            own, own_norm = weigh(counts)
+            product = np.zeros(4)
+            for gram in weights.keys() & own.keys():
+                product[len(gram) - 1] += min(weights[gram], own[gram]) * own[gram]
+            scale = norm * own_norm
+            cosine = product / np.where(scale > 0, scale, 1)
+            apart = max(0, len(words) - 1) - max(0, len(reference) - 1)  # the toolkit's length is the number of bigrams
+            scores[i] += 10 * cosine.mean() * math.exp(-apart ** 2 / (2 * sigma ** 2)) / len(of)
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------
@@ -781,6 +937,8 @@ def main(args) -> list[dict]:
         raise ValueError(f"--median-s {args.median_s}: expected seconds, 0 for no filter")
     if args.batch_size < 1 or not 0 <= args.max_bad <= 1:
         raise ValueError(f"--batch-size {args.batch_size}, --max-bad {args.max_bad}: expected at least 1, and a share between 0 and 1")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: expected 0 (greedy) or more")
     for flag in ("json", "out"):
         target = getattr(args, flag)
         if target and (Path(target).is_dir() or not os.access(Path(target).absolute().parent, os.W_OK)):
@@ -847,6 +1005,12 @@ def evaluate(args, rows, results: list, save) -> None:
         if not any(row.get(PROTOCOLS[name][1]) for row in rows):
             raise ValueError(f"--protocol {name} needs '{PROTOCOLS[name][1]}' in the manifest; no row of split "
                              f"{args.split} has them")
+    if "captioning" in wanted and not hasattr(model, "caption"):
+        message = f"{args.checkpoint} is a model that writes no captions (it has no caption method)"
+        if args.protocol == "captioning":
+            raise ValueError(f"--protocol captioning: {message}")
+        wanted.remove("captioning")
+        print(f"captioning: not run, {message}")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
         model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
@@ -903,6 +1067,7 @@ def parse(argv=None):
     parser.add_argument("--crop", choices=["all", "first"], default="all", help="windows of longer audio")
     parser.add_argument("--prompt", default="bare", help=f"text a class name is put into, for example 'a sound of {{}}', or one of {', '.join(PROMPTS)}")
     parser.add_argument("--median-s", type=float, default=0.94, help="sed and grounding: length of the median filter in seconds")
+    parser.add_argument("--temperature", type=float, default=0.0, help="captioning: 0 takes the likeliest word, above 0 draws (Cacophony: 0.1)")
     parser.add_argument("--text-model", help="folder or hub id of the tokenizer, read only for "
                         "MGA-CLAP's model.pt (default bert-base-uncased) and LAION-CLAP's .pt (default roberta-base)")
     parser.add_argument("--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none")
