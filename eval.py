@@ -6,7 +6,7 @@
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
 (text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe),
-captioning, or all that the manifest has labels for.
+captioning, gap (distance between the modalities), or all that the manifest has labels for.
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
@@ -444,10 +444,38 @@ def captioning(model, clips, classes, args) -> dict:
                   chance_is=f"always saying {commonest!r}, the most frequent of the references ({times[commonest]} times)")
 
 
+def gap(model, clips, classes, args) -> dict:
+    """Modality gap: the distance between the mean audio embedding and the mean text embedding, all of length 1.
+
+    Every caption and its clip are one pair; the means are over pairs. 0: both modalities lie around the same point; 2 at
+    most. No score to maximise: what it says depends on the model's temperature and dimensions. chance: the same vectors
+    with their modality drawn at random, mean over 20 draws. Source: Liang et al., NeurIPS 2022; Cacophony's gap on its
+    validation pairs.
+    """
+    common.require(clips["rows"], "captions")
+    captions = [(i, model.clean_caption(c)) for i, row in enumerate(clips["rows"]) for c in row["captions"]]
+    owner, n = np.array([i for i, _ in captions]), len(clips["rows"])
+    text_embeds = common.embed_texts(model, [c for _, c in captions]).astype(float)  # (Q, D)
+    audio_embeds = clips["audio_embeds"][owner].astype(float)  # (Q, D)
+    n_pairs, difference = np.bincount(owner, minlength=n), np.zeros((n, text_embeds.shape[1]))
+    np.add.at(difference, owner, audio_embeds - text_embeds)  # (N, D), summed over the pairs of a clip
+
+    def score(chosen):
+        times = np.bincount(chosen, minlength=n)
+        return {"gap": float(np.linalg.norm(times @ difference) / (times @ n_pairs))}
+
+    both, rng, drawn = np.concatenate([audio_embeds, text_embeds]), np.random.default_rng(0), []
+    for _ in range(20):
+        order = rng.permutation(len(both))
+        drawn.append(np.linalg.norm(both[order[:len(owner)]].mean(0) - both[order[len(owner):]].mean(0)))
+    return result("gap", score, n, {"gap": float(np.mean(drawn))}, args, n_captions=len(owner),
+                  prompt="captions as written, cleaned by the method", chance_is="modality drawn at random, mean of 20 draws")
+
+
 PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classification, "labels"),
              "tagging": (tagging, "labels"), "frames": (frames, "events"), "sed": (sed, "events"),
              "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives"), "aqa": (aqa, "qa"),
-             "captioning": (captioning, "captions")}
+             "captioning": (captioning, "captions"), "gap": (gap, "captions")}
 FRAME_PROTOCOLS = {"frames", "sed", "grounding"}
 
 
@@ -755,6 +783,33 @@ def plot_frames(model, clips, classes, args, folder: Path) -> list[Path]:
     return paths
 
 
+def principal_plane(vectors: np.ndarray):
+    """vectors (N, D) -> their first two principal components (N, 2), the share of the variance each holds (2,)."""
+    left, size, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    return left[:, :2] * size[:2], size[:2] ** 2 / (size ** 2).sum()
+
+
+def plot_gap(model, clips, folder: Path) -> list[Path]:
+    """Clips and the first caption of each in the plane of their joint principal components (numpy's SVD), lines join
+    forty pairs at equal distances in the data. Cacophony draws UMAP, which needs a package of its own and keeps no distances."""
+    plt, rows = pyplot(), clips["rows"]
+    texts = common.embed_texts(model, [model.clean_caption(row["captions"][0]) for row in rows])
+    points, share = principal_plane(np.concatenate([clips["audio_embeds"], texts]))
+    audio, text = points[:len(rows)], points[len(rows):]
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    for k in np.unique(np.linspace(0, len(rows) - 1, 40).astype(int)):
+        axis.plot(*zip(audio[k], text[k]), color="gray", lw=0.5, zorder=1)
+    axis.scatter(*audio.T, s=8, label="audio")
+    axis.scatter(*text.T, s=8, label="text")
+    axis.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
+    axis.set_ylabel(f"second ({share[1]:.0%})")
+    axis.set_title("embeddings of clips and captions, PCA of both together", fontsize=10)
+    axis.legend()
+    figure.savefig(folder / "gap.png", dpi=110)
+    plt.close(figure)
+    return [folder / "gap.png"]
+
+
 def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
     """Loss, in-batch R@1 and whatever else the run logged beside the checkpoint."""
     path = Path(checkpoint).parent / "log.jsonl"
@@ -1049,6 +1104,8 @@ def evaluate(args, rows, results: list, save) -> None:
         paths = plot_learning(args.checkpoint, folder)
         if frame_embeds is not None and any(row.get("events") for row in clips["rows"]):
             paths += plot_frames(model, clips, classes, args, folder)
+        if any(r["protocol"] == "gap" for r in results):
+            paths += plot_gap(model, clips, folder)
         script = importlib.import_module(type(model).__module__)
         if hasattr(script, "plot") and classes:
             order = clip_order(clips, common.embed_texts(model, class_prompts(classes, args)), classes, model.frame_s) if frame_embeds else [0]

@@ -1,4 +1,4 @@
-"""eval.py's captioning protocol: the metrics by hand and against pycocoevalcap, the protocol on a made-up model."""
+"""eval.py's captioning and gap protocols: the metrics by hand and against pycocoevalcap, the protocols on a made-up model."""
 import csv
 import json
 import time
@@ -201,7 +201,7 @@ def test_a_model_without_captions_is_passed_over_or_named(talker, monkeypatch, c
     with pytest.raises(ValueError, match="--protocol captioning: talker is a model that writes no captions") as error:
         talker[1]("--protocol", "captioning")
     assert "\n" not in str(error.value)
-    assert [r["protocol"] for r in talker[1]("--bootstrap", 0)] == ["retrieval"]
+    assert [r["protocol"] for r in talker[1]("--bootstrap", 0)] == ["retrieval", "gap"]
     assert "captioning: not run, talker is a model that writes no captions" in capsys.readouterr().out
 
 
@@ -216,3 +216,48 @@ def test_the_bootstrap_of_captions_is_fast(monkeypatch):
         part = evidence[rng.integers(0, 1000, 1000)]
         evaluate.bleu(part[:, :10]), part[:, 10:].mean(0)
     assert time.perf_counter() - start < 2
+
+
+# The gap between the modalities
+
+
+def test_gap_by_hand(talker, monkeypatch):
+    """Pairs: axis 1 with (.6, 0, 0, .8) twice, axis 2 with (0, .6, 0, .8) twice, axis 3 with that twice, axis 1 with each once."""
+    (r,) = talker[1]("--protocol", "gap", "--bootstrap", 20)
+    audio = np.array([4, 2, 2, 0]) / 8
+    text = np.array([0.6 * 3, 0.6 * 5, 0, 0.8 * 8]) / 8
+    assert r["scores"]["gap"]["value"] == pytest.approx(np.linalg.norm(audio - text))
+    assert r["n_clips"] == 4 and r["n_captions"] == 8 and r["scores"]["gap"]["low"] < r["scores"]["gap"]["value"] < r["scores"]["gap"]["high"]
+    assert 0 < r["chance"]["gap"] < 0.5 and talker[1]("--protocol", "gap", "--bootstrap", 0)[0]["chance"] == r["chance"]
+    monkeypatch.setattr(Talker, "embed_text", lambda self, texts: torch.eye(4)[[3] * len(texts)])  # far from every clip
+    (r,) = talker[1]("--protocol", "gap", "--bootstrap", 0)
+    assert r["scores"]["gap"]["value"] == pytest.approx((0.5 ** 2 + 0.25 ** 2 * 2 + 1) ** 0.5) and r["chance"]["gap"] < 0.6
+
+
+def test_a_bootstrap_draw_of_the_gap_is_the_gap_of_the_drawn_clips():
+    class Model:
+        clean_caption = staticmethod(lambda text: text)
+        embed_text = staticmethod(lambda texts: torch.nn.functional.one_hot(torch.tensor([int(t) for t in texts]), 5).float())
+
+    class Args:
+        bootstrap, crop, split, window_s, checkpoint, data = 10, "all", "test", 10.0, "x", ["y"]
+
+    rng = np.random.default_rng(0)
+    audio = np.linalg.qr(rng.normal(size=(5, 5)))[0].astype(np.float32)
+    rows = [{"where": "x", "captions": [str(k) for k in rng.integers(0, 5, 1 + i)]} for i in range(5)]
+    draws = evaluate.gap(Model, {"rows": rows, "audio_embeds": audio}, [], Args)["draws"]
+    rng = np.random.default_rng(0)
+    for draw in draws:
+        chosen = rng.integers(0, 5, 5)
+        pairs = [(audio[i], np.eye(5)[int(c)]) for i in chosen for c in rows[i]["captions"]]
+        assert draw["gap"] == pytest.approx(np.linalg.norm(np.mean([a - t for a, t in pairs], 0)), abs=1e-6)
+
+
+def test_the_picture_of_the_gap(talker, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import matplotlib.image
+    talker[1]("--protocol", "gap", "--bootstrap", 0, "--plot", tmp_path / "pictures")
+    assert matplotlib.image.imread(tmp_path / "pictures" / "gap.png")[..., :3].std() > 0.05 and "gap.png" in capsys.readouterr().out
+    corners = np.array([[3.0, 1, 7], [-3, 1, 7], [3, -1, 7], [-3, -1, 7]])  # a rectangle of 6 x 2 in a plane
+    points, share = evaluate.principal_plane(corners)
+    assert np.abs(points) == pytest.approx(np.array([[3.0, 1]] * 4)) and share == pytest.approx([0.9, 0.1])
