@@ -1357,7 +1357,7 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", 
 
     crop "all": whole files; "first": at most the model's first window.
     """
-    length_s = model.window_s if crop == "first" else None
+    length_s = model.window_s if crop == "first" and math.isfinite(model.window_s) else None
     seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     batches = [[]]
     for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory

@@ -321,33 +321,51 @@ def t_classify(model, clips, classes, args) -> dict:
                                  for way, of in details.items()})
 
 
-def train_probe(train, val, n_classes: int, desc: str, layers: int = 4, width: int = 512, epochs: int = 60, seed: int = 0):
+def train_probe(train, val, n_classes: int, desc: str, layers: int = 4, width: int = 512, epochs: int = 60, seed: int = 0,
+                lr: float = 1e-4, batch_size: int = 128, weight_decay: float = 0.01, dropout: float = 0.0, batch_norm: bool = False,
+                standardise: bool = True, patience: int | None = None, score_of=None, device="cpu"):
     """A probe on frozen embeddings: an MLP whose best epoch is chosen on `val` -> function from inputs to logits.
 
-    train, val: inputs (N, D) float32 and targets (N,) class numbers (-1: no class, never right). AdamW at 1e-4, batches of 128;
-    a function of the seed alone. Without validation rows the last epoch counts.
+    train, val: inputs (N, D) float32, and targets: class numbers (N,) (-1: no class, never right) for the cross entropy of a
+    softmax, or 0 and 1 (N, n_classes) float32 for that of one sigmoid a class. AdamW, which without weight_decay is Adam; a
+    function of the seed alone.
+    Args
+        standardise: bring every input to mean 0 and deviation 1 over the training rows.
+        layers: linear ones; each but the last is followed by batch norm if wanted, ReLU and dropout.
+        patience: epochs without a better one after which training ends.
+        score_of: validation logits (N, n_classes) -> what the best epoch has most of; default: accuracy. Of equal epochs
+            the first counts, without validation rows the last.
     """
     torch.manual_seed(seed)
-    (inputs, targets), (val_inputs, val_targets) = ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in (train, val))
-    mean, deviation = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
+    (inputs, targets), (val_inputs, val_targets) = ((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in (train, val))
+    mean, deviation = (inputs.mean(0), inputs.std(0).clamp(min=1e-6)) if standardise else (0.0, 1.0)
     sizes = [inputs.shape[1]] + [width] * (layers - 1) + [n_classes]
     linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-    net = torch.nn.Sequential(*[part for layer in linear[:-1] for part in (layer, torch.nn.ReLU())], linear[-1])
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    between = lambda: ([torch.nn.BatchNorm1d(width)] if batch_norm else []) + [torch.nn.ReLU(), torch.nn.Dropout(dropout)]  # noqa: E731
+    net = torch.nn.Sequential(*[part for layer in linear[:-1] for part in (layer, *between())], linear[-1]).to(device)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    loss_of = torch.nn.functional.cross_entropy if targets.dim() == 1 else torch.nn.functional.binary_cross_entropy_with_logits
+    accuracy = lambda logits: float((logits.argmax(1) == val_targets.cpu().numpy()).mean())  # noqa: E731
     logits = lambda x: net((x - mean) / deviation)  # noqa: E731
-    best, kept = -1.0, None
+    best, best_epoch, kept = -1.0, 0, None
     for epoch in tqdm(range(epochs), desc=desc, unit="epoch", leave=False):
-        for batch in torch.randperm(len(inputs)).split(128):
-            loss = torch.nn.functional.cross_entropy(logits(inputs[batch]), targets[batch])
+        net.train()
+        for batch in torch.randperm(len(inputs)).split(batch_size):
+            if batch_norm and len(batch) == 1:  # one row has no variance
+                continue
+            loss = loss_of(logits(inputs[batch]), targets[batch])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+        net.eval()
         with torch.no_grad():
-            right = float((logits(val_inputs).argmax(1) == val_targets).float().mean()) if len(val_inputs) else float(epoch)
-        if right > best:
-            best, kept = right, {name: value.clone() for name, value in net.state_dict().items()}
+            score = (score_of or accuracy)(logits(val_inputs).cpu().numpy()) if len(val_inputs) else float(epoch)
+        if score > best:
+            best, best_epoch, kept = score, epoch, {name: value.clone() for name, value in net.state_dict().items()}
+        if patience is not None and epoch - best_epoch >= patience:
+            break
     net.load_state_dict(kept)
-    return lambda x: logits(torch.from_numpy(x)).detach().numpy()
+    return lambda x: logits(torch.from_numpy(x).to(device)).detach().cpu().numpy()
 
 
 def aqa(model, clips, classes, args) -> dict:
