@@ -3,6 +3,7 @@
   python eval.py runs/NAME/best.pt --data MANIFEST --protocol all --json scores.json
   python eval.py A.pt B.pt laion/clap-htsat-unfused --data MANIFEST     (side by side, paired differences)
   python eval.py embed A.pt --data MANIFEST --out embeds.npz            (embeddings of audio and captions)
+  python eval.py hear A.pt --task FOLDER --json scores.json             (a task of the HEAR benchmark)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
 (text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe),
@@ -10,9 +11,11 @@ captioning, gap (distance between the modalities), or all that the manifest has 
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
+This module also is one of HEAR's interface: load_model, get_scene_embeddings, get_timestamp_embeddings.
 """
 import argparse
 import collections
+import csv
 import hashlib
 import importlib
 import json
@@ -517,6 +520,12 @@ def median_filter(x: np.ndarray, width: int) -> np.ndarray:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width, axis=0), axis=-1)
 
 
+def runs(active: np.ndarray):
+    """active (T,) of 0 and 1, or bool -> where each run of ones starts and stops (exclusive)."""
+    change = np.diff(np.concatenate([[0], active.astype(int), [0]]))
+    return np.flatnonzero(change > 0), np.flatnonzero(change < 0)
+
+
 def largest_matching(pairs: list[tuple]) -> int:
     """Size of the largest set of (detection, event) pairs in which nothing occurs twice."""
     events, owner = {}, {}
@@ -612,8 +621,7 @@ def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
         active = (1 / (1 + np.exp(-v)))[:, None] > thresholds  # (T, 50)
         active = median_filter(active.astype(np.int8), width) > 0.5
         for level in np.flatnonzero(active.any(0)):
-            change = np.diff(np.concatenate([[0], active[:, level].astype(int), [0]]))
-            start, stop = np.flatnonzero(change > 0), np.flatnonzero(change < 0)
+            start, stop = runs(active[:, level])
             apart = start[1:] - stop[:-1] > gap
             start, stop = start[np.append(True, apart)], stop[np.append(apart, True)]
             overlap = np.minimum(edges[stop][:, None], offset) - np.maximum(edges[start][:, None], onset)
@@ -742,6 +750,247 @@ def cider_d(said: list, references: list, sigma: float = 6.0) -> np.ndarray:
             apart = max(0, len(words) - 1) - max(0, len(reference) - 1)  # the toolkit's length is the number of bigrams
             scores[i] += 10 * cosine.mean() * math.exp(-apart ** 2 / (2 * sigma ** 2)) / len(of)
     return scores
+
+
+# ------------------------------------------------------------------------------------------------
+# HEAR (hearbenchmark.com): its common interface, with load_model, and a probe for its task folders
+# ------------------------------------------------------------------------------------------------
+
+
+def get_scene_embeddings(audio, model):
+    """HEAR's interface: audio (n_sounds, n_samples) in [-1, 1] at model.sample_rate -> (n_sounds, scene_embedding_size)."""
+    return model.embed_audio(audio)
+
+
+def get_timestamp_embeddings(audio, model):
+    """HEAR's interface: audio as above -> embeddings (n_sounds, n_timestamps, timestamp_embedding_size), timestamps
+    (n_sounds, n_timestamps) in milliseconds: the centres of the frames, those behind the audio's end left out.
+
+    True times: Cacophony's evaluation stretches them so that the last is the end of the audio, which moves events.
+    """
+    n_frames = max(1, math.floor(audio.shape[1] / model.sample_rate / model.frame_s + 0.5 + 1e-6))
+    embeds = model.embed_frames(audio)[:, :n_frames]
+    centre_ms = (torch.arange(embeds.shape[1], device=embeds.device) + 0.5) * model.frame_s * 1000
+    return embeds, centre_ms.repeat(len(audio), 1)
+
+
+HEAR_GRID = [dict(layers=1 + hidden, lr=lr) for hidden in (1, 2) for lr in (3.2e-3, 1e-3, 3.2e-4, 1e-4)]
+HEAR_PROBE = dict(width=1024, dropout=0.1, batch_norm=True, batch_size=1024, epochs=500, patience=20, weight_decay=0.0,
+                  standardise=False)
+HEAR_MEDIAN_S, HEAR_MIN_S = 0.25, (0.125, 0.25)
+
+
+def read_json(path: Path) -> dict:
+    """An object of a HEAR task folder."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --task expects a task folder as hear-preprocess writes it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_hear_task(folder: Path, sample_rate: int) -> dict:
+    """A folder that hear-preprocess wrote -> {"name", "kind", "classes", "tolerance_s", "splits": {split: rows}}.
+
+    kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). Audio comes from the folder
+    RATE/SPLIT of the model's own rate, else of the highest.
+    """
+    metadata, path = read_json(folder / "task_metadata.json"), folder / "labelvocabulary.csv"
+    kind = "event" if metadata.get("embedding_type") == "event" else metadata.get("prediction_type")
+    if kind not in ("multiclass", "multilabel", "event") or (kind == "event" and metadata.get("prediction_type") != "multilabel"):
+        raise ValueError(f"{folder / 'task_metadata.json'}: embedding_type {metadata.get('embedding_type')!r}, prediction_type "
+                         f"{metadata.get('prediction_type')!r}; expected scene with multiclass or multilabel, or event with multilabel")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it lists the task's classes (columns idx,label)")
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not all((line.get("idx") or "").isdigit() and line.get("label") is not None for line in lines):
+        raise ValueError(f"{path}: expected the columns idx,label, with a number and a name on every line")
+    classes = [line["label"] for line in sorted(lines, key=lambda line: int(line["idx"]))]
+    names = ["train", "valid", "test"] if (folder / "train.json").exists() else sorted(f.stem for f in folder.glob("fold*.json"))
+    if len(names) < 3:
+        raise ValueError(f"{folder}: expected train.json, valid.json and test.json, or at least three of fold00.json, fold01.json ...")
+    rates = sorted((int(f.name) for f in folder.iterdir() if f.is_dir() and f.name.isdigit()), key=lambda hz: (hz != sample_rate, -hz))
+    if not rates:
+        raise ValueError(f"{folder}: holds no folder of audio, which is named by its sample rate, as 48000")
+    onset_ms = re.findall(r"event_onset_(\d+)ms_fms", " ".join(map(str, metadata.get("evaluation") or [])))
+    return {"name": metadata.get("task_name", folder.name), "kind": kind, "classes": classes,
+            "tolerance_s": int(onset_ms[0]) / 1000 if onset_ms else 0.2,
+            "splits": {name: hear_rows(folder / f"{name}.json", folder / str(rates[0]) / name, kind, classes) for name in names}}
+
+
+def hear_rows(path: Path, audio: Path, kind: str, classes: list[str]) -> list[dict]:
+    """Rows of one split: file name -> labels, or events from `start` to `end` in milliseconds."""
+    rows = []
+    for name, told in read_json(path).items():
+        if not isinstance(told, list) or kind == "event" and not all(isinstance(e, dict) and {"label", "start", "end"} <= e.keys() for e in told):
+            raise ValueError(f"{path}: {name}: expected a list of " + ("{label, start, end}" if kind == "event" else "labels"))
+        labels = [str(e["label"] if kind == "event" else e) for e in told]  # spoken_digit has numbers, the vocabulary has text
+        unknown = sorted(set(labels) - set(classes))
+        if unknown:
+            raise ValueError(f"{path}: {name}: label {unknown[0]!r} is not in labelvocabulary.csv")
+        if kind == "multiclass" and len(labels) != 1:
+            raise ValueError(f"{path}: {name} has {len(labels)} labels; a multiclass task has one a file")
+        events = [{"label": x, "onset": e["start"] / 1000, "offset": e["end"] / 1000} for x, e in zip(labels, told)] if kind == "event" else []
+        rows.append({"audio": str(audio / name), "labels": labels, "events": events})
+    if not any(row["labels"] for row in rows):
+        raise ValueError(f"{path}: not one label in it")
+    return rows
+
+
+def hear_inputs(model, task: dict, split: str, args) -> dict:
+    """Embeddings and targets of one split's clips, of a timestamp task's frames: {"rows", "inputs", "targets", "lengths"}."""
+    rows, event = task["splits"][split], task["kind"] == "event"
+    kept, embeds, frame_embeds, bad = common.embed_files(
+        model, rows, args.batch_size, args.workers, args.crop, frames=event, cache=checkpoint_cache(args, args.checkpoint),
+        desc=f"embedding {split}")
+    report_left_out(bad, len(rows), args)
+    rows = [rows[i] for i in kept]
+    if event:
+        targets = np.concatenate([common.frame_targets(row, task["classes"], len(f), model.frame_s) for row, f in zip(rows, frame_embeds)])
+        return {"rows": rows, "inputs": np.concatenate(frame_embeds), "targets": targets.astype(np.float32), "lengths": [len(f) for f in frame_embeds]}
+    targets = common.label_targets(rows, task["classes"])
+    targets = targets.argmax(1) if task["kind"] == "multiclass" else targets.astype(np.float32)
+    return {"rows": rows, "inputs": embeds, "targets": targets, "lengths": [1] * len(rows)}
+
+
+def join_inputs(parts: list[dict]) -> dict:
+    """Several splits as one."""
+    return {key: np.concatenate([part[key] for part in parts]) if key in ("inputs", "targets") else [x for part in parts for x in part[key]]
+            for key in parts[0]}
+
+
+def onset_counts(logits, row: dict, classes: list[str], frame_s: float, width: int, min_s: float, tolerance_s: float) -> np.ndarray:
+    """Events of one file found, detections, and true events, all classes together (3,).
+
+    A frame is active where its probability, median-filtered over `width` frames, is above one half; active frames in a row
+    are one detection, from where the first begins to where the last ends, if that lasts `min_s`. A detection is right if its
+    onset lies within the tolerance of an event's; of each at most one. logits (T, C).
+    """
+    active, counts = median_filter(logits, width) > 0, np.zeros(3)
+    for c, name in enumerate(classes):
+        start, stop = runs(active[:, c])
+        start = start[np.round((stop - start) * frame_s - min_s, 6) >= 0] * frame_s
+        onset = np.array([e["onset"] for e in row["events"] if e["label"] == name])
+        near = np.round(np.abs(start[:, None] - onset) - tolerance_s, 6) <= 0
+        counts += largest_matching(list(zip(*np.nonzero(near)))), len(start), len(onset)
+    return counts
+
+
+def hear_evidence(task: dict, logits, part: dict, frame_s, min_s: float, shift: int = 0) -> np.ndarray:
+    """What the score needs of each file, one row a file: right or not, logits and targets, or `onset_counts`.
+
+    shift: events are held against the detections of the file so many places on (for the chance level).
+    """
+    if task["kind"] == "multiclass":
+        right = logits[np.arange(len(logits)), part["targets"]]
+        return ((logits >= right[:, None]).sum(1) == 1)[:, None]  # a tie is a miss
+    if task["kind"] == "multilabel":
+        return np.concatenate([logits, part["targets"]], 1)
+    files = np.split(logits, np.cumsum(part["lengths"])[:-1])
+    files, width = files[shift:] + files[:shift], median_frames(HEAR_MEDIAN_S, frame_s)
+    return np.stack([onset_counts(x, row, task["classes"], frame_s, width, min_s, task["tolerance_s"]) for x, row in zip(files, part["rows"])])
+
+
+def hear_score(kind: str, evidence: np.ndarray) -> float:
+    """Accuracy, macro mAP over classes that occur, or F1 of onsets, events of all classes counted together."""
+    if kind == "multiclass":
+        return float(evidence.mean())
+    if kind == "multilabel":
+        scores, targets = np.split(evidence, 2, axis=1)
+        precisions = common.class_average_precisions(scores, targets > 0)
+        return float(np.nanmean(precisions)) if np.isfinite(precisions).any() else float("nan")
+    found, detections, events = evidence.sum(0)
+    return float(2 * found / max(1, detections + events))
+
+
+def hear_probe(task: dict, train: dict, valid: dict, grid: list[dict], frame_s, device, desc: str) -> dict:
+    """The probe of `grid` with the largest score on `valid`: {"score", "point", "min_s", "logits_of"}, the first of equals."""
+    best = {"score": -1.0}
+    lengths_s = HEAR_MIN_S if task["kind"] == "event" else (0.0,)
+
+    def score_of(logits):
+        return max(hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s)) for min_s in lengths_s)
+
+    for k, point in enumerate(grid, 1):
+        logits_of = train_probe((train["inputs"], train["targets"]), (valid["inputs"], valid["targets"]), len(task["classes"]),
+                                f"{desc}, probe {k} of {len(grid)}", score_of=score_of, device=device, **HEAR_PROBE, **point)
+        logits = logits_of(valid["inputs"])
+        for min_s in lengths_s:
+            score = hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s))
+            if score > best["score"]:
+                best = {"score": score, "point": point, "min_s": min_s, "logits_of": logits_of}
+    return best
+
+
+def hear_chance(task: dict, train: dict, test: dict, logits, frame_s, min_s: float) -> float:
+    """The commonest class of the training rows; the mean share of clips with a class; the next file's detections."""
+    if task["kind"] == "multiclass":
+        return float((test["targets"] == np.bincount(train["targets"]).argmax()).mean())
+    if task["kind"] == "multilabel":
+        return float(test["targets"].mean(0)[test["targets"].any(0)].mean())
+    return hear_score("event", hear_evidence(task, logits, test, frame_s, min_s, shift=1)) if len(test["rows"]) > 1 else 0.0
+
+
+def hear(model, task: dict, args) -> dict:
+    """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, for timestamp tasks of single frames.
+
+    Score: accuracy (multiclass), macro mAP (multilabel), F1 of event onsets (event; within 200 ms unless the task's
+    metadata names another tolerance). All eight probes of HEAR's grid are trained, each up to 500 epochs until 20 bring no
+    better score on split valid; epoch, probe and shortest event are those with the best score there. With folds each is tested
+    once, the next one is for validation, the others for training; the grid is searched with the first one tested, as HEAR's
+    evaluator does, and the score is the mean over folds. Differences from that evaluator: torch's own first weights,
+    validation after every epoch, true frame times, detections that last to the end of their last frame, an odd median filter. chance: `hear_chance`. Source: Turian et al., HEAR 2021; Cacophony's
+    evaluation on it.
+    """
+    kind, folds, told = task["kind"], [], []
+    if kind == "event" and not hasattr(model, "embed_frames"):
+        raise ValueError(f"{task['name']} is a timestamp task: it needs a model with embed_frames, which this one has not")
+    frame_s = getattr(model, "frame_s", None)
+    splits = {name: hear_inputs(model, task, name, args) for name in task["splits"]}
+    names, grid = list(splits), HEAR_GRID
+    turns = [(names[:1], "valid", "test")] if "train" in names else [
+        ([f for f in names if f not in (test, valid)], valid, test) for test, valid in zip(names, names[1:] + names[:1])]
+    for train_names, valid, test_name in turns:
+        train, test = join_inputs([splits[name] for name in train_names]), splits[test_name]
+        best = hear_probe(task, train, splits[valid], grid, frame_s, next(model.parameters()).device, f"{task['name']} {test_name}")
+        grid, logits = [best["point"]], best["logits_of"](test["inputs"])
+        evidence = hear_evidence(task, logits, test, frame_s, best["min_s"])
+        folds.append({"split": test_name, "evidence": evidence, "rows": test["rows"], "valid": best["score"], "score": hear_score(kind, evidence),
+                      "chance": hear_chance(task, train, test, logits, frame_s, best["min_s"]), "min_s": best["min_s"]})
+        told.append(f"{test_name}: {best['score']:.3f}" + (f", events of at least {best['min_s']:g} s" if kind == "event" else ""))
+    of_fold = np.concatenate([np.full(len(fold["rows"]), k) for k, fold in enumerate(folds)])
+    evidence = np.concatenate([fold["evidence"] for fold in folds])
+
+    def score(chosen):
+        of_folds = [hear_score(kind, evidence[chosen[of_fold[chosen] == k]]) for k in np.unique(of_fold[chosen])]
+        return {name: float(np.mean(of_folds))}
+
+    name = {"multiclass": "accuracy", "multilabel": "mAP", "event": "onset_F1"}[kind]
+    settings = {"tolerance": f"{task['tolerance_s'] * 1000:g} ms", "frame_s": frame_s, "median":
+                f"{median_frames(HEAR_MEDIAN_S, frame_s)} frames (250 ms)"} if kind == "event" else {}
+    details = {"folds": {fold["split"]: {"value": fold["score"], "valid": fold["valid"], "files": len(fold["rows"])} for fold in folds}}
+    if kind != "multilabel":
+        details["clips"] = [{"clip": row["audio"], **dict(zip(("right",) if kind == "multiclass" else ("found", "detected", "events"), map(int, counts)))}
+                            for fold in folds for row, counts in zip(fold["rows"], fold["evidence"])]
+    return result(f"hear_{task['name']}", score, len(evidence), {name: float(np.mean([fold["chance"] for fold in folds]))}, args,
+                  n_classes=len(task["classes"]), details=details, task=f"{kind}, {len(folds)} fold(s), mean over folds",
+                  probe=f"MLP, {grid[0]['layers'] - 1} hidden layer(s) of {HEAR_PROBE['width']}, lr {grid[0]['lr']:g}: the best of {len(HEAR_GRID)}",
+                  validation="; ".join(told), tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold", **settings)
+
+
+def hear_command(args) -> list[dict]:
+    """`eval.py hear`: one model on one task folder."""
+    args.checkpoint, args.data, args.split = args.checkpoint[0], [args.task], "test"
+    model = load_model(args.checkpoint, args.text_model).to(common.start_device(args.device))
+    args.window_s = model.window_s
+    r = hear(model, read_hear_task(Path(args.task), model.sample_rate), args)
+    show(r)
+    return write_json(args, [[r]])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -926,8 +1175,21 @@ def find_model(path) -> None:
         raise FileNotFoundError(f"{path}: no such weight file, folder or hub id (owner/name)")
 
 
-def load_model(path, text_model=None):
+def load_model(model_file_path, text_model=None):
     """The Model that a checkpoint, a published file, a folder or a hub id is of, in evaluation mode.
+
+    With the sizes of its embeddings, HEAR's interface: scene_embedding_size, and timestamp_embedding_size if it has frames.
+    """
+    model = read_model(model_file_path, text_model)
+    hum = torch.full((1, model.sample_rate // 10), 0.1)
+    model.scene_embedding_size = model.embed_audio(hum).shape[1]
+    if hasattr(model, "embed_frames"):
+        model.timestamp_embedding_size = model.embed_frames(hum).shape[2]
+    return model
+
+
+def read_model(path, text_model=None):
+    """The same without sizes.
 
     Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt and LAION-CLAP's
     .pt have theirs (both need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
@@ -1024,6 +1286,8 @@ def main(args) -> list[dict]:
             Path(args.plot).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PermissionError(f"--plot {args.plot}: this folder cannot be made ({error.strerror})") from None
+    if args.command == "hear":
+        return hear_command(args)
     rows = common.read_manifest(args.data)
     args.all_rows = rows
     if args.split is None:  # test rows where there are any, else everything
@@ -1135,8 +1399,9 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", nargs="+", help="one or more models: a run's best.pt or last.pt, MGA-CLAP's released model.pt, "
-                        "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed: the one to embed with")
-    parser.add_argument("--data", nargs="+", required=True, help="manifests, folders that hold manifest.jsonl, or demo")
+                        "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed or hear: the one to embed with")
+    parser.add_argument("--data", nargs="+", help="manifests, folders that hold manifest.jsonl, or demo")
+    parser.add_argument("--task", help="hear: a task folder as hear-preprocess writes it")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for")
     parser.add_argument("--split", help="rows to use; default: test where there is one, else all")
     parser.add_argument("--crop", choices=["all", "first"], default="all", help="windows of longer audio")
@@ -1155,11 +1420,13 @@ def parse(argv=None):
     parser.add_argument("--out", default="embeds.npz", help="embed: where the embeddings go")
     parser.add_argument("--plot", help="draw pictures into this folder (needs matplotlib)")
     args = parser.parse_args(argv)
-    args.command = args.checkpoint.pop(0) if args.checkpoint[0] == "embed" else "scores"
-    if not args.checkpoint or (args.command == "embed" and len(args.checkpoint) > 1):
-        parser.error("embed takes exactly one checkpoint")
+    args.command = args.checkpoint.pop(0) if args.checkpoint[0] in ("embed", "hear") else "scores"
+    if not args.checkpoint or (args.command != "scores" and len(args.checkpoint) > 1):
+        parser.error(f"{args.command} takes exactly one checkpoint")
     if args.command == "embed" and args.json:
         parser.error("embed writes to --out; --json is for scores")
+    if (args.command == "hear") != bool(args.task) or (args.command == "hear") == bool(args.data):
+        parser.error("hear takes a --task and no --data; everything else takes --data and no --task")
     return args
 
 
