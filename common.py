@@ -1357,16 +1357,22 @@ def collate_audio(items):
     return [i for i, _ in good], waveform, n_samples, bad
 
 
-def length_batches(seconds: list[float], batch_size: int, done=()) -> list[list[int]]:
-    """Indices of the clips not in `done`, short with short: little padding, and at most batch_size times 30 s at once."""
+def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", done=()):
+    """Loader of all files but those at the indices `done`, in batches of similar length, as `collate_audio` returns them.
+
+    crop "all": whole files; "first": at most the model's first window.
+    """
+    length_s = model.window_s if crop == "first" and math.isfinite(model.window_s) else None
+    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     batches = [[]]
-    for i in np.argsort(seconds, kind="stable").tolist():
+    for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
         if i in done:
             continue
         if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
             batches.append([])
         batches[-1].append(i)
-    return [batch for batch in batches if batch]
+    return torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=[b for b in batches if b],
+                                       num_workers=workers, collate_fn=collate_audio)
 
 
 @torch.no_grad()
@@ -1374,15 +1380,15 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
                 quiet=False, cache: Path | None = None):
     """Embed every readable file of `rows`.
 
-    Args: crop "all": every consecutive window; "first": the first window only; cache: a folder of
-        this model and crop, where finished batches are kept: an interrupted call continues.
+    Args: crop "all": every consecutive window; "first": the first window only; frames: the name of the model's
+        method that gives them (True: embed_frames), or False; cache: a folder of this model and crop,
+        where finished batches are kept: an interrupted call continues.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
         frames cut off, or None; bad: error texts of the files left out.
     """
-    length_s = model.window_s if crop == "first" else None
-    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     found, bad, stored = {}, {}, {}
+    frames = "embed_frames" if frames is True else frames
     if cache is not None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -1392,15 +1398,14 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
             try:
                 with np.load(part) as held:
                     for k, key in enumerate(held["keys"].tolist()):
-                        if not frames or f"frames{k}" in held:
-                            stored[key] = held["embeds"][k], held[f"frames{k}"] if frames else None
+                        if not frames or f"{frames}{k}" in held:
+                            stored[key] = held["embeds"][k], held[f"{frames}{k}"] if frames else None
             except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
                 tqdm.write(f"{part}: a damaged part of the cache, embedded again")
         for i, row in enumerate(rows):
             if file_key(row) in stored:
                 found[i] = stored[file_key(row)]
-    loader = torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), num_workers=workers, collate_fn=collate_audio,
-                                         batch_sampler=length_batches(seconds, batch_size, found))
+    loader = file_batches(model, rows, batch_size, workers, crop, done=found)
     device = next(model.parameters()).device
     for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=quiet):
         bad.update(errors)
@@ -1410,13 +1415,13 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
         embeds = model.embed_audio(waveform, n_samples).cpu().numpy()
         if not np.isfinite(embeds).all():
             raise FloatingPointError("some embeddings are NaN or infinite; the model's weights are broken")
-        clips = model.embed_frames(waveform, n_samples).cpu().numpy() if frames else [None] * len(indices)
+        clips = getattr(model, frames)(waveform, n_samples).cpu().numpy() if frames else [None] * len(indices)
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
             found[i] = embed, clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if frames else None
         if cache is not None:
-            held = {f"frames{k}": found[i][1] for k, i in enumerate(indices) if frames}
+            held = {f"{frames}{k}": found[i][1] for k, i in enumerate(indices) if frames}
             keys = [file_key(rows[i]) for i in indices]
-            name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + ("_frames" if frames else "")
+            name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + (f"_{frames}" if frames else "")
             with open(cache / f"{name}.tmp", "wb") as file:
                 np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
             os.replace(cache / f"{name}.tmp", cache / f"{name}.npz")

@@ -3,15 +3,19 @@
   python eval.py runs/NAME/best.pt --data MANIFEST --protocol all --json scores.json
   python eval.py A.pt B.pt laion/clap-htsat-unfused --data MANIFEST     (side by side, paired differences)
   python eval.py embed A.pt --data MANIFEST --out embeds.npz            (embeddings of audio and captions)
+  python eval.py hear A.pt --task FOLDER --json scores.json             (a task of the HEAR benchmark)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
-(text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe), or
-all that the manifest has labels for.
+(text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe),
+captioning, gap (distance between the modalities), or all that the manifest has labels for.
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
+This module also is one of HEAR's interface: load_model, get_scene_embeddings, get_timestamp_embeddings.
 """
 import argparse
+import collections
+import csv
 import hashlib
 import importlib
 import json
@@ -19,6 +23,7 @@ import math
 import os
 import re
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -319,33 +324,51 @@ def t_classify(model, clips, classes, args) -> dict:
                                  for way, of in details.items()})
 
 
-def train_probe(train, val, n_classes: int, desc: str, layers: int = 4, width: int = 512, epochs: int = 60, seed: int = 0):
+def train_probe(train, val, n_classes: int, desc: str, layers: int = 4, width: int = 512, epochs: int = 60, seed: int = 0,
+                lr: float = 1e-4, batch_size: int = 128, weight_decay: float = 0.01, dropout: float = 0.0, batch_norm: bool = False,
+                standardise: bool = True, patience: int | None = None, score_of=None, device="cpu"):
     """A probe on frozen embeddings: an MLP whose best epoch is chosen on `val` -> function from inputs to logits.
 
-    train, val: inputs (N, D) float32 and targets (N,) class numbers (-1: no class, never right). AdamW at 1e-4, batches of 128;
-    a function of the seed alone. Without validation rows the last epoch counts.
+    train, val: inputs (N, D) float32, and targets: class numbers (N,) (-1: no class, never right) for the cross entropy of a
+    softmax, or 0 and 1 (N, n_classes) float32 for that of one sigmoid a class. AdamW, which without weight_decay is Adam; a
+    function of the seed alone.
+    Args
+        standardise: bring every input to mean 0 and deviation 1 over the training rows.
+        layers: linear ones; each but the last is followed by batch norm if wanted, ReLU and dropout.
+        patience: epochs without a better one after which training ends.
+        score_of: validation logits (N, n_classes) -> what the best epoch has most of; default: accuracy. Of equal epochs
+            the first counts, without validation rows the last.
     """
     torch.manual_seed(seed)
-    (inputs, targets), (val_inputs, val_targets) = ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in (train, val))
-    mean, deviation = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
+    (inputs, targets), (val_inputs, val_targets) = ((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in (train, val))
+    mean, deviation = (inputs.mean(0), inputs.std(0).clamp(min=1e-6)) if standardise else (0.0, 1.0)
     sizes = [inputs.shape[1]] + [width] * (layers - 1) + [n_classes]
     linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-    net = torch.nn.Sequential(*[part for layer in linear[:-1] for part in (layer, torch.nn.ReLU())], linear[-1])
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    between = lambda: ([torch.nn.BatchNorm1d(width)] if batch_norm else []) + [torch.nn.ReLU(), torch.nn.Dropout(dropout)]  # noqa: E731
+    net = torch.nn.Sequential(*[part for layer in linear[:-1] for part in (layer, *between())], linear[-1]).to(device)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    loss_of = torch.nn.functional.cross_entropy if targets.dim() == 1 else torch.nn.functional.binary_cross_entropy_with_logits
+    accuracy = lambda logits: float((logits.argmax(1) == val_targets.cpu().numpy()).mean())  # noqa: E731
     logits = lambda x: net((x - mean) / deviation)  # noqa: E731
-    best, kept = -1.0, None
+    best, best_epoch, kept = -1.0, 0, None
     for epoch in tqdm(range(epochs), desc=desc, unit="epoch", leave=False):
-        for batch in torch.randperm(len(inputs)).split(128):
-            loss = torch.nn.functional.cross_entropy(logits(inputs[batch]), targets[batch])
+        net.train()
+        for batch in torch.randperm(len(inputs)).split(batch_size):
+            if batch_norm and len(batch) == 1:  # one row has no variance
+                continue
+            loss = loss_of(logits(inputs[batch]), targets[batch])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+        net.eval()
         with torch.no_grad():
-            right = float((logits(val_inputs).argmax(1) == val_targets).float().mean()) if len(val_inputs) else float(epoch)
-        if right > best:
-            best, kept = right, {name: value.clone() for name, value in net.state_dict().items()}
+            score = (score_of or accuracy)(logits(val_inputs).cpu().numpy()) if len(val_inputs) else float(epoch)
+        if score > best:
+            best, best_epoch, kept = score, epoch, {name: value.clone() for name, value in net.state_dict().items()}
+        if patience is not None and epoch - best_epoch >= patience:
+            break
     net.load_state_dict(kept)
-    return lambda x: logits(torch.from_numpy(x)).detach().numpy()
+    return lambda x: logits(torch.from_numpy(x).to(device)).detach().cpu().numpy()
 
 
 def aqa(model, clips, classes, args) -> dict:
@@ -409,9 +432,71 @@ def aqa(model, clips, classes, args) -> dict:
                   probe="MLP of 4 layers, width 512, AdamW 1e-4, 60 epochs, seed 0")
 
 
+def captioning(model, clips, classes, args) -> dict:
+    """What the model says about each clip, against all the captions of the clip.
+
+    BLEU-1 to 4, ROUGE-L and CIDEr-D as the COCO caption toolkit defines them (`bleu`, `rouge_l`, `cider_d`). Words are those of
+    `caption_words`; the toolkit's own tokenizer needs Java, and so do METEOR and SPICE, which are not run. chance: always
+    saying the most frequent reference (of equally frequent ones the first in the alphabet). Above temperature 0 each clip
+    is captioned alone, seeded by its file's name, so that neither batches nor the order of files change a word. CIDEr-D's
+    document frequencies are those of all clips, in every bootstrap draw. Source: Cacophony, automatic captioning (AudioCaps,
+    Clotho; its temperature is 0.1).
+    """
+    common.require(clips["rows"], "captions")
+    rows, said = clips["rows"], caption_files(model, clips["rows"], args)
+    references = [[caption_words(c) for c in row["captions"]] for row in rows]
+    times = collections.Counter(" ".join(words) for of in references for words in of)
+    commonest = min(times, key=lambda text: (-times[text], text))
+    evidence = caption_evidence([caption_words(text) for text in said], references)
+    blind = caption_evidence([commonest.split()] * len(rows), references)
+
+    def score(chosen, evidence=evidence):
+        part = evidence[chosen]
+        names = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"]
+        return {name: float(v) for name, v in zip(names, [*bleu(part[:, :10]), *part[:, 10:].mean(0)])}
+
+    details = {"captions": [{"clip": row["audio"], "said": text, "references": row["captions"], "CIDEr-D": float(cider)}
+                            for row, text, cider in zip(rows, said, evidence[:, 11])]}
+    return result("captioning", score, len(rows), score(np.arange(len(rows)), blind), args, n_captions=sum(map(len, references)),
+                  details=details, crop="first window only" if args.crop == "first" else "whole files, longer ones as the model does it",
+                  temperature=f"{args.temperature:g}" + (" (greedy)" if args.temperature == 0 else ""),
+                  words="lower case, punctuation removed but for hyphens and apostrophes inside a word",
+                  not_run="METEOR, SPICE and what is made of them: they need Java",
+                  chance_is=f"always saying {commonest!r}, the most frequent of the references ({times[commonest]} times)")
+
+
+def gap(model, clips, classes, args) -> dict:
+    """Modality gap: the distance between the mean audio embedding and the mean text embedding, all of length 1.
+
+    Every caption and its clip are one pair; the means are over pairs. 0: both modalities lie around the same point; 2 at
+    most. No score to maximise: what it says depends on the model's temperature and dimensions. chance: the same vectors
+    with their modality drawn at random, mean over 20 draws. Source: Liang et al., NeurIPS 2022; Cacophony's gap on its
+    validation pairs.
+    """
+    common.require(clips["rows"], "captions")
+    captions = [(i, model.clean_caption(c)) for i, row in enumerate(clips["rows"]) for c in row["captions"]]
+    owner, n = np.array([i for i, _ in captions]), len(clips["rows"])
+    text_embeds = common.embed_texts(model, [c for _, c in captions]).astype(float)  # (Q, D)
+    audio_embeds = clips["audio_embeds"][owner].astype(float)  # (Q, D)
+    n_pairs, difference = np.bincount(owner, minlength=n), np.zeros((n, text_embeds.shape[1]))
+    np.add.at(difference, owner, audio_embeds - text_embeds)  # (N, D), summed over the pairs of a clip
+
+    def score(chosen):
+        times = np.bincount(chosen, minlength=n)
+        return {"gap": float(np.linalg.norm(times @ difference) / (times @ n_pairs))}
+
+    both, rng, drawn = np.concatenate([audio_embeds, text_embeds]), np.random.default_rng(0), []
+    for _ in range(20):
+        order = rng.permutation(len(both))
+        drawn.append(np.linalg.norm(both[order[:len(owner)]].mean(0) - both[order[len(owner):]].mean(0)))
+    return result("gap", score, n, {"gap": float(np.mean(drawn))}, args, n_captions=len(owner),
+                  prompt="captions as written, cleaned by the method", chance_is="modality drawn at random, mean of 20 draws")
+
+
 PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classification, "labels"),
              "tagging": (tagging, "labels"), "frames": (frames, "events"), "sed": (sed, "events"),
-             "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives"), "aqa": (aqa, "qa")}
+             "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives"), "aqa": (aqa, "qa"),
+             "captioning": (captioning, "captions"), "gap": (gap, "captions")}
 FRAME_PROTOCOLS = {"frames", "sed", "grounding"}
 
 
@@ -433,6 +518,12 @@ def median_filter(x: np.ndarray, width: int) -> np.ndarray:
     """x (T, ...), median over `width` (odd) frames; the first and last frame are repeated beyond the ends."""
     padded = np.concatenate([np.repeat(x[:1], width // 2, 0), x, np.repeat(x[-1:], width // 2, 0)])
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width, axis=0), axis=-1)
+
+
+def runs(active: np.ndarray):
+    """active (T,) of 0 and 1, or bool -> where each run of ones starts and stops (exclusive)."""
+    change = np.diff(np.concatenate([[0], active.astype(int), [0]]))
+    return np.flatnonzero(change > 0), np.flatnonzero(change < 0)
 
 
 def largest_matching(pairs: list[tuple]) -> int:
@@ -530,8 +621,7 @@ def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
         active = (1 / (1 + np.exp(-v)))[:, None] > thresholds  # (T, 50)
         active = median_filter(active.astype(np.int8), width) > 0.5
         for level in np.flatnonzero(active.any(0)):
-            change = np.diff(np.concatenate([[0], active[:, level].astype(int), [0]]))
-            start, stop = np.flatnonzero(change > 0), np.flatnonzero(change < 0)
+            start, stop = runs(active[:, level])
             apart = start[1:] - stop[:-1] > gap
             start, stop = start[np.append(True, apart)], stop[np.append(apart, True)]
             overlap = np.minimum(edges[stop][:, None], offset) - np.maximum(edges[start][:, None], onset)
@@ -540,6 +630,372 @@ def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
             found = np.round(overlap[right].sum(0), 6) >= np.round(0.5 * (offset - onset), 6)
             points[k, level] = found.sum(), (~right).sum()
     return points
+
+
+# ------------------------------------------------------------------------------------------------
+# Captions: lists of words against several references, one row a clip
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def caption_files(model, rows: list[dict], args) -> list[str]:
+    """One caption a row."""
+    said = [""] * len(rows)
+    loader = common.file_batches(model, rows, args.batch_size if args.temperature == 0 else 1, args.workers, args.crop)
+    for indices, waveform, n_samples, errors in tqdm(loader, desc="captioning", unit="batch", leave=False):
+        if errors:
+            raise ValueError(f"captioning: {errors[0][1]}")
+        seed = zlib.crc32(Path(rows[indices[0]]["audio"]).name.encode())
+        texts = model.caption(waveform.to(next(model.parameters()).device), n_samples, temperature=args.temperature, seed=seed)
+        for i, text in zip(indices, texts):
+            said[i] = text
+    return said
+
+
+def caption_words(text: str) -> list[str]:
+    """Lower case; what is no letter or digit separates words, but for a hyphen or an apostrophe inside one."""
+    return re.findall(r"\w+(?:[-']\w+)*", text.lower())
+
+
+def ngrams(words: list[str]) -> collections.Counter:
+    """How often each run of one to four words occurs."""
+    return collections.Counter(tuple(words[i:i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1))
+
+
+def caption_evidence(said: list, references: list) -> np.ndarray:
+    """All that the scores need of each clip, (N, 12): ten BLEU counts, ROUGE-L, CIDEr-D."""
+    return np.column_stack([bleu_counts(said, references), rouge_l(said, references), cider_d(said, references)])
+
+
+def bleu_counts(said: list, references: list) -> np.ndarray:
+    """(N, 10): n-grams that are also in a reference (n = 1 ... 4; each as often as in one reference at most), n-grams
+    said (n = 1 ... 4), words said, and words of the reference closest to that length (of two the shorter)."""
+    counts = np.zeros((len(said), 10))
+    for row, words, of in zip(counts, said, references):
+        allowed = collections.Counter()
+        for reference in of:
+            allowed |= ngrams(reference)  # the larger of the two counts
+        for gram, times in (ngrams(words) & allowed).items():  # the smaller of the two counts
+            row[len(gram) - 1] += times
+        row[4:8] = [max(0, len(words) - n) for n in range(4)]
+        row[8:] = len(words), min((abs(len(reference) - len(words)), len(reference)) for reference in of)[1]
+    return counts
+
+
+def bleu(counts: np.ndarray) -> np.ndarray:
+    """BLEU-1 to 4 (4,) of a set of clips from its `bleu_counts`: counts are summed first, then divided.
+
+    Source: Papineni et al., ACL 2002, with the COCO toolkit's 1e-15 and 1e-9 against 0 / 0.
+    """
+    total = counts.sum(0)
+    precision = (total[:4] + 1e-15) / (total[4:8] + 1e-9)
+    length_ratio = (total[8] + 1e-15) / (total[9] + 1e-9)
+    brevity = math.exp(min(0.0, 1 - 1 / length_ratio))
+    return np.cumprod(precision) ** (1 / np.arange(1, 5)) * brevity
+
+
+def longest_common_subsequence(a: list, b: list) -> int:
+    """Length of the longest sequence that both contain in order, gaps allowed."""
+    best = [0] * (len(b) + 1)  # best[j]: of the words of a so far and b[:j]
+    for word in a:
+        above = best[:]
+        for j, other in enumerate(b):
+            best[j + 1] = above[j] + 1 if word == other else max(above[j + 1], best[j])
+    return best[-1]
+
+
+def rouge_l(said: list, references: list, beta: float = 1.2) -> np.ndarray:
+    """ROUGE-L of each clip (N,): F-measure of the best precision and the best recall over its references.
+
+    Source: Lin, 2004; beta and the two separate maxima are the COCO toolkit's.
+    """
+    scores = np.zeros(len(said))
+    for i, (words, of) in enumerate(zip(said, references)):
+        shared = [longest_common_subsequence(words, reference) for reference in of]
+        precision = max(shared) / max(1, len(words))
+        recall = max(n / max(1, len(reference)) for n, reference in zip(shared, of))
+        if precision > 0:
+            scores[i] = (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision)
+    return scores
+
+
+def cider_d(said: list, references: list, sigma: float = 6.0) -> np.ndarray:
+    """CIDEr-D of each clip (N,), at most 10: cosine of tf-idf n-gram vectors, n = 1 ... 4, mean over n and references.
+
+    An n-gram's idf comes from the number of clips with it in a reference. What is said more often than in the
+    reference counts no more than there, and a difference in length is punished (sigma, in words).
+    Source: Vedantam et al., CVPR 2015, the variant D, as the COCO toolkit's `Cider`.
+    """
+    grams = [[ngrams(words) for words in of] for of in references]
+    clips_with = collections.Counter(gram for of in grams for gram in set().union(*of))
+
+    def weigh(counts):
+        """-> weight of each n-gram, norm of the vector of each n (4,)."""
+        weights = {gram: times * math.log(len(references) / max(1, clips_with[gram])) for gram, times in counts.items()}
+        squares = np.zeros(4)
+        for gram, weight in weights.items():
+            squares[len(gram) - 1] += weight ** 2
+        return weights, np.sqrt(squares)
+
+    scores = np.zeros(len(said))
+    for i, (words, of) in enumerate(zip(said, grams)):
+        weights, norm = weigh(ngrams(words))
+        for reference, counts in zip(references[i], of):
+            own, own_norm = weigh(counts)
+            product = np.zeros(4)
+            for gram in weights.keys() & own.keys():
+                product[len(gram) - 1] += min(weights[gram], own[gram]) * own[gram]
+            scale = norm * own_norm
+            cosine = product / np.where(scale > 0, scale, 1)
+            apart = max(0, len(words) - 1) - max(0, len(reference) - 1)  # the toolkit's length is the number of bigrams
+            scores[i] += 10 * cosine.mean() * math.exp(-apart ** 2 / (2 * sigma ** 2)) / len(of)
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------
+# HEAR (hearbenchmark.com): its common interface, with load_model, and a probe for its task folders
+# ------------------------------------------------------------------------------------------------
+
+
+def get_scene_embeddings(audio, model):
+    """HEAR's interface: audio (n_sounds, n_samples) in [-1, 1] at model.sample_rate -> (n_sounds, scene_embedding_size)."""
+    return model.embed_audio(audio)
+
+
+def hear_frames(model) -> str:
+    """The method whose frames HEAR gets: the encoder's own where a model offers them beside those in the joint space."""
+    return "event_feats" if hasattr(model, "event_feats") else "embed_frames"
+
+
+def get_timestamp_embeddings(audio, model):
+    """HEAR's interface: audio as above -> embeddings (n_sounds, n_timestamps, timestamp_embedding_size), timestamps
+    (n_sounds, n_timestamps) in milliseconds: the centres of the frames, those behind the audio's end left out.
+
+    True times: Cacophony's evaluation stretches them so that the last is the end of the audio, which moves events.
+    """
+    n_frames = max(1, math.floor(audio.shape[1] / model.sample_rate / model.frame_s + 0.5 + 1e-6))
+    embeds = getattr(model, hear_frames(model))(audio)[:, :n_frames]
+    centre_ms = (torch.arange(embeds.shape[1], device=embeds.device) + 0.5) * model.frame_s * 1000
+    return embeds, centre_ms.repeat(len(audio), 1)
+
+
+HEAR_GRID = [dict(layers=1 + hidden, lr=lr) for hidden in (1, 2) for lr in (3.2e-3, 1e-3, 3.2e-4, 1e-4)]
+HEAR_PROBE = dict(width=1024, dropout=0.1, batch_norm=True, batch_size=1024, epochs=500, patience=20, weight_decay=0.0,
+                  standardise=False)
+HEAR_MEDIAN_S, HEAR_MIN_S = 0.25, (0.125, 0.25)
+
+
+def read_json(path: Path) -> dict:
+    """An object of a HEAR task folder."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --task expects a task folder as hear-preprocess writes it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_hear_task(folder: Path, sample_rate: int) -> dict:
+    """A folder that hear-preprocess wrote -> {"name", "kind", "classes", "tolerance_s", "splits": {split: rows}}.
+
+    kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). Audio comes from the folder
+    RATE/SPLIT of the model's own rate, else of the highest.
+    """
+    metadata, path = read_json(folder / "task_metadata.json"), folder / "labelvocabulary.csv"
+    kind = "event" if metadata.get("embedding_type") == "event" else metadata.get("prediction_type")
+    if kind not in ("multiclass", "multilabel", "event") or (kind == "event" and metadata.get("prediction_type") != "multilabel"):
+        raise ValueError(f"{folder / 'task_metadata.json'}: embedding_type {metadata.get('embedding_type')!r}, prediction_type "
+                         f"{metadata.get('prediction_type')!r}; expected scene with multiclass or multilabel, or event with multilabel")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it lists the task's classes (columns idx,label)")
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not all((line.get("idx") or "").isdigit() and line.get("label") is not None for line in lines):
+        raise ValueError(f"{path}: expected the columns idx,label, with a number and a name on every line")
+    classes = [line["label"] for line in sorted(lines, key=lambda line: int(line["idx"]))]
+    names = ["train", "valid", "test"] if (folder / "train.json").exists() else sorted(f.stem for f in folder.glob("fold*.json"))
+    if len(names) < 3:
+        raise ValueError(f"{folder}: expected train.json, valid.json and test.json, or at least three of fold00.json, fold01.json ...")
+    rates = sorted((int(f.name) for f in folder.iterdir() if f.is_dir() and f.name.isdigit()), key=lambda hz: (hz != sample_rate, -hz))
+    if not rates:
+        raise ValueError(f"{folder}: holds no folder of audio, which is named by its sample rate, as 48000")
+    onset_ms = re.findall(r"event_onset_(\d+)ms_fms", " ".join(map(str, metadata.get("evaluation") or [])))
+    return {"name": metadata.get("task_name", folder.name), "kind": kind, "classes": classes,
+            "tolerance_s": int(onset_ms[0]) / 1000 if onset_ms else 0.2,
+            "splits": {name: hear_rows(folder / f"{name}.json", folder / str(rates[0]) / name, kind, classes) for name in names}}
+
+
+def hear_rows(path: Path, audio: Path, kind: str, classes: list[str]) -> list[dict]:
+    """Rows of one split: file name -> labels, or events from `start` to `end` in milliseconds."""
+    rows = []
+    for name, told in read_json(path).items():
+        if not isinstance(told, list) or kind == "event" and not all(isinstance(e, dict) and {"label", "start", "end"} <= e.keys() for e in told):
+            raise ValueError(f"{path}: {name}: expected a list of " + ("{label, start, end}" if kind == "event" else "labels"))
+        labels = [str(e["label"] if kind == "event" else e) for e in told]  # spoken_digit has numbers, the vocabulary has text
+        unknown = sorted(set(labels) - set(classes))
+        if unknown:
+            raise ValueError(f"{path}: {name}: label {unknown[0]!r} is not in labelvocabulary.csv")
+        if kind == "multiclass" and len(labels) != 1:
+            raise ValueError(f"{path}: {name} has {len(labels)} labels; a multiclass task has one a file")
+        events = [{"label": x, "onset": e["start"] / 1000, "offset": e["end"] / 1000} for x, e in zip(labels, told)] if kind == "event" else []
+        rows.append({"audio": str(audio / name), "labels": labels, "events": events})
+    if not any(row["labels"] for row in rows):
+        raise ValueError(f"{path}: not one label in it")
+    return rows
+
+
+def hear_inputs(model, task: dict, split: str, args) -> dict:
+    """Embeddings and targets of one split's clips, of a timestamp task's frames: {"rows", "inputs", "targets", "lengths"}."""
+    rows, event = task["splits"][split], task["kind"] == "event"
+    kept, embeds, frame_embeds, bad = common.embed_files(
+        model, rows, args.batch_size, args.workers, args.crop, frames=event and hear_frames(model), cache=checkpoint_cache(args, args.checkpoint),
+        desc=f"embedding {split}")
+    report_left_out(bad, len(rows), args)
+    rows = [rows[i] for i in kept]
+    if event:
+        targets = np.concatenate([common.frame_targets(row, task["classes"], len(f), model.frame_s) for row, f in zip(rows, frame_embeds)])
+        return {"rows": rows, "inputs": np.concatenate(frame_embeds), "targets": targets.astype(np.float32), "lengths": [len(f) for f in frame_embeds]}
+    targets = common.label_targets(rows, task["classes"])
+    targets = targets.argmax(1) if task["kind"] == "multiclass" else targets.astype(np.float32)
+    return {"rows": rows, "inputs": embeds, "targets": targets, "lengths": [1] * len(rows)}
+
+
+def join_inputs(parts: list[dict]) -> dict:
+    """Several splits as one."""
+    return {key: np.concatenate([part[key] for part in parts]) if key in ("inputs", "targets") else [x for part in parts for x in part[key]]
+            for key in parts[0]}
+
+
+def onset_counts(logits, row: dict, classes: list[str], frame_s: float, width: int, min_s: float, tolerance_s: float) -> np.ndarray:
+    """Events of one file found, detections, and true events, all classes together (3,).
+
+    A frame is active where its probability, median-filtered over `width` frames, is above one half; active frames in a row
+    are one detection, from where the first begins to where the last ends, if that lasts `min_s`. A detection is right if its
+    onset lies within the tolerance of an event's; of each at most one. logits (T, C).
+    """
+    active, counts = median_filter(logits, width) > 0, np.zeros(3)
+    for c, name in enumerate(classes):
+        start, stop = runs(active[:, c])
+        start = start[np.round((stop - start) * frame_s - min_s, 6) >= 0] * frame_s
+        onset = np.array([e["onset"] for e in row["events"] if e["label"] == name])
+        near = np.round(np.abs(start[:, None] - onset) - tolerance_s, 6) <= 0
+        counts += largest_matching(list(zip(*np.nonzero(near)))), len(start), len(onset)
+    return counts
+
+
+def hear_evidence(task: dict, logits, part: dict, frame_s, min_s: float, shift: int = 0) -> np.ndarray:
+    """What the score needs of each file, one row a file: right or not, logits and targets, or `onset_counts`.
+
+    shift: events are held against the detections of the file so many places on (for the chance level).
+    """
+    if task["kind"] == "multiclass":
+        right = logits[np.arange(len(logits)), part["targets"]]
+        return ((logits >= right[:, None]).sum(1) == 1)[:, None]  # a tie is a miss
+    if task["kind"] == "multilabel":
+        return np.concatenate([logits, part["targets"]], 1)
+    files = np.split(logits, np.cumsum(part["lengths"])[:-1])
+    files, width = files[shift:] + files[:shift], median_frames(HEAR_MEDIAN_S, frame_s)
+    return np.stack([onset_counts(x, row, task["classes"], frame_s, width, min_s, task["tolerance_s"]) for x, row in zip(files, part["rows"])])
+
+
+def hear_score(kind: str, evidence: np.ndarray) -> float:
+    """Accuracy, macro mAP over classes that occur, or F1 of onsets, events of all classes counted together."""
+    if kind == "multiclass":
+        return float(evidence.mean())
+    if kind == "multilabel":
+        scores, targets = np.split(evidence, 2, axis=1)
+        precisions = common.class_average_precisions(scores, targets > 0)
+        return float(np.nanmean(precisions)) if np.isfinite(precisions).any() else float("nan")
+    found, detections, events = evidence.sum(0)
+    return float(2 * found / max(1, detections + events))
+
+
+def hear_probe(task: dict, train: dict, valid: dict, grid: list[dict], frame_s, device, desc: str) -> dict:
+    """The probe of `grid` with the largest score on `valid`: {"score", "point", "min_s", "logits_of"}, the first of equals."""
+    best = {"score": -1.0}
+    lengths_s = HEAR_MIN_S if task["kind"] == "event" else (0.0,)
+
+    def score_of(logits):
+        return max(hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s)) for min_s in lengths_s)
+
+    for k, point in enumerate(grid, 1):
+        logits_of = train_probe((train["inputs"], train["targets"]), (valid["inputs"], valid["targets"]), len(task["classes"]),
+                                f"{desc}, probe {k} of {len(grid)}", score_of=score_of, device=device, **HEAR_PROBE, **point)
+        logits = logits_of(valid["inputs"])
+        for min_s in lengths_s:
+            score = hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s))
+            if score > best["score"]:
+                best = {"score": score, "point": point, "min_s": min_s, "logits_of": logits_of}
+    return best
+
+
+def hear_chance(task: dict, train: dict, test: dict, logits, frame_s, min_s: float) -> float:
+    """The commonest class of the training rows; the mean share of clips with a class; the next file's detections."""
+    if task["kind"] == "multiclass":
+        return float((test["targets"] == np.bincount(train["targets"]).argmax()).mean())
+    if task["kind"] == "multilabel":
+        return float(test["targets"].mean(0)[test["targets"].any(0)].mean())
+    return hear_score("event", hear_evidence(task, logits, test, frame_s, min_s, shift=1)) if len(test["rows"]) > 1 else 0.0
+
+
+def hear(model, task: dict, args) -> dict:
+    """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, for timestamp tasks of single frames.
+
+    Score: accuracy (multiclass), macro mAP (multilabel), F1 of event onsets (event; within 200 ms unless the task's
+    metadata names another tolerance). All eight probes of HEAR's grid are trained, each up to 500 epochs until 20 bring no
+    better score on split valid; epoch, probe and shortest event are those with the best score there. With folds each is tested
+    once, the next one is for validation, the others for training; the grid is searched with the first one tested, as HEAR's
+    evaluator does, and the score is the mean over folds. Differences from that evaluator: torch's own first weights,
+    validation after every epoch, true frame times, detections that last to the end of their last frame, an odd median filter. chance: `hear_chance`. Source: Turian et al., HEAR 2021; Cacophony's
+    evaluation on it.
+    """
+    kind, folds, told = task["kind"], [], []
+    if kind == "event" and not hasattr(model, "embed_frames"):
+        raise ValueError(f"{task['name']} is a timestamp task: it needs a model with embed_frames, which this one has not")
+    frame_s = getattr(model, "frame_s", None)
+    splits = {name: hear_inputs(model, task, name, args) for name in task["splits"]}
+    names, grid = list(splits), HEAR_GRID
+    turns = [(names[:1], "valid", "test")] if "train" in names else [
+        ([f for f in names if f not in (test, valid)], valid, test) for test, valid in zip(names, names[1:] + names[:1])]
+    for train_names, valid, test_name in turns:
+        train, test = join_inputs([splits[name] for name in train_names]), splits[test_name]
+        best = hear_probe(task, train, splits[valid], grid, frame_s, next(model.parameters()).device, f"{task['name']} {test_name}")
+        grid, logits = [best["point"]], best["logits_of"](test["inputs"])
+        evidence = hear_evidence(task, logits, test, frame_s, best["min_s"])
+        folds.append({"split": test_name, "evidence": evidence, "rows": test["rows"], "valid": best["score"], "score": hear_score(kind, evidence),
+                      "chance": hear_chance(task, train, test, logits, frame_s, best["min_s"]), "min_s": best["min_s"]})
+        told.append(f"{test_name}: {best['score']:.3f}" + (f", events of at least {best['min_s']:g} s" if kind == "event" else ""))
+    of_fold = np.concatenate([np.full(len(fold["rows"]), k) for k, fold in enumerate(folds)])
+    evidence = np.concatenate([fold["evidence"] for fold in folds])
+
+    def score(chosen):
+        of_folds = [hear_score(kind, evidence[chosen[of_fold[chosen] == k]]) for k in np.unique(of_fold[chosen])]
+        return {name: float(np.mean(of_folds))}
+
+    name = {"multiclass": "accuracy", "multilabel": "mAP", "event": "onset_F1"}[kind]
+    settings = {"tolerance": f"{task['tolerance_s'] * 1000:g} ms", "frame_s": frame_s, "median":
+                f"{median_frames(HEAR_MEDIAN_S, frame_s)} frames (250 ms)"} if kind == "event" else {}
+    details = {"folds": {fold["split"]: {"value": fold["score"], "valid": fold["valid"], "files": len(fold["rows"])} for fold in folds}}
+    if kind != "multilabel":
+        details["clips"] = [{"clip": row["audio"], **dict(zip(("right",) if kind == "multiclass" else ("found", "detected", "events"), map(int, counts)))}
+                            for fold in folds for row, counts in zip(fold["rows"], fold["evidence"])]
+    return result(f"hear_{task['name']}", score, len(evidence), {name: float(np.mean([fold["chance"] for fold in folds]))}, args,
+                  n_classes=len(task["classes"]), details=details, task=f"{kind}, {len(folds)} fold(s), mean over folds",
+                  probe=f"MLP, {grid[0]['layers'] - 1} hidden layer(s) of {HEAR_PROBE['width']}, lr {grid[0]['lr']:g}: the best of {len(HEAR_GRID)}",
+                  validation="; ".join(told), tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold", **settings)
+
+
+def hear_command(args) -> list[dict]:
+    """`eval.py hear`: one model on one task folder."""
+    args.checkpoint, args.data, args.split = args.checkpoint[0], [args.task], "test"
+    model = load_model(args.checkpoint, args.text_model).to(common.start_device(args.device))
+    args.window_s, args.crop_rule = model.window_s, getattr(model, "crop_rule", None)
+    r = hear(model, read_hear_task(Path(args.task), model.sample_rate), args)
+    show(r)
+    return write_json(args, [[r]])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,6 +1053,33 @@ def plot_frames(model, clips, classes, args, folder: Path) -> list[Path]:
         figure.savefig(paths[-1], dpi=110)
         plt.close(figure)
     return paths
+
+
+def principal_plane(vectors: np.ndarray):
+    """vectors (N, D) -> their first two principal components (N, 2), the share of the variance each holds (2,)."""
+    left, size, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    return left[:, :2] * size[:2], size[:2] ** 2 / (size ** 2).sum()
+
+
+def plot_gap(model, clips, folder: Path) -> list[Path]:
+    """Clips and the first caption of each in the plane of their joint principal components (numpy's SVD), lines join
+    forty pairs at equal distances in the data. Cacophony draws UMAP, which needs a package of its own and keeps no distances."""
+    plt, rows = pyplot(), clips["rows"]
+    texts = common.embed_texts(model, [model.clean_caption(row["captions"][0]) for row in rows])
+    points, share = principal_plane(np.concatenate([clips["audio_embeds"], texts]))
+    audio, text = points[:len(rows)], points[len(rows):]
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    for k in np.unique(np.linspace(0, len(rows) - 1, 40).astype(int)):
+        axis.plot(*zip(audio[k], text[k]), color="gray", lw=0.5, zorder=1)
+    axis.scatter(*audio.T, s=8, label="audio")
+    axis.scatter(*text.T, s=8, label="text")
+    axis.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
+    axis.set_ylabel(f"second ({share[1]:.0%})")
+    axis.set_title("embeddings of clips and captions, PCA of both together", fontsize=10)
+    axis.legend()
+    figure.savefig(folder / "gap.png", dpi=110)
+    plt.close(figure)
+    return [folder / "gap.png"]
 
 
 def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
@@ -661,7 +1144,7 @@ def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, de
             raise ValueError(f"{protocol}: {name} has no value on these clips")
         scores[name] = {"value": value, "low": low and float(low), "high": high and float(high)}
     window = "first window only" if args.crop == "first" else "all consecutive windows, averaged by their seconds"
-    settings = {"crop": f"zero-padded to {args.window_s:g} s; {window}", "split": args.split, "bootstrap_draws": len(draws),
+    settings = {"crop": args.crop_rule if args.crop == "all" and args.crop_rule else f"zero-padded to {args.window_s:g} s; {window}", "split": args.split, "bootstrap_draws": len(draws),
                 "checkpoint": str(args.checkpoint), "data": args.data, **settings}
     return {"protocol": protocol, "settings": settings, "n_clips": n_clips, "n_captions": n_captions, "n_classes": n_classes,
             "scores": scores, "chance": {k: chance[k] for k in scores}, "details": details or {}, "draws": draws}
@@ -697,11 +1180,24 @@ def find_model(path) -> None:
         raise FileNotFoundError(f"{path}: no such weight file, folder or hub id (owner/name)")
 
 
-def load_model(path, text_model=None):
+def load_model(model_file_path, text_model=None):
     """The Model that a checkpoint, a published file, a folder or a hub id is of, in evaluation mode.
 
-    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt and LAION-CLAP's
-    .pt have theirs (both need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
+    With the sizes of its embeddings, HEAR's interface: scene_embedding_size, and timestamp_embedding_size if it has frames.
+    """
+    model = read_model(model_file_path, text_model)
+    hum = torch.full((1, model.sample_rate // 10), 0.1)
+    model.scene_embedding_size = model.embed_audio(hum).shape[1]
+    if hasattr(model, "embed_frames"):
+        model.timestamp_embedding_size = getattr(model, hear_frames(model))(hum).shape[2]
+    return model
+
+
+def read_model(path, text_model=None):
+    """The same without sizes.
+
+    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt, LAION-CLAP's .pt
+    and Cacophony's torch file have theirs (all need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
     """
     find_model(path)
     if not Path(path).is_file():
@@ -711,11 +1207,13 @@ def load_model(path, text_model=None):
         return importlib.import_module(content["method"]).Model.from_checkpoint(path)
     if "codebook" in content.get("model", {}):
         return importlib.import_module("mga_clap").Model.from_checkpoint(path, text_model or "bert-base-uncased")
-    keys = {str(key).removeprefix("module.") for key in content.get("state_dict", content)}
+    keys = {str(key).removeprefix("module.") for key in content.get("state_dict", content.get("model_state_dict", content))}
+    if any(key.startswith("audio_module.") for key in keys):
+        return importlib.import_module("cacophony").Model.from_published(path, text_model or "roberta-base")
     if any(key.startswith("audio_branch.") for key in keys):
         return importlib.import_module("t_clap").Model.from_published(path, text_model or "roberta-base")
     raise ValueError(f"{path}: not a checkpoint this evaluator knows (method {content.get('method')!r}; known: {', '.join(METHODS)}, "
-                     "MGA-CLAP's model.pt, LAION-CLAP's .pt, transformers CLAP folders)")
+                     "MGA-CLAP's model.pt, LAION-CLAP's .pt, Cacophony's torch file, transformers CLAP folders)")
 
 
 def checkpoint_cache(args, checkpoint) -> Path | None:
@@ -781,6 +1279,8 @@ def main(args) -> list[dict]:
         raise ValueError(f"--median-s {args.median_s}: expected seconds, 0 for no filter")
     if args.batch_size < 1 or not 0 <= args.max_bad <= 1:
         raise ValueError(f"--batch-size {args.batch_size}, --max-bad {args.max_bad}: expected at least 1, and a share between 0 and 1")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: expected 0 (greedy) or more")
     for flag in ("json", "out"):
         target = getattr(args, flag)
         if target and (Path(target).is_dir() or not os.access(Path(target).absolute().parent, os.W_OK)):
@@ -793,6 +1293,8 @@ def main(args) -> list[dict]:
             Path(args.plot).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PermissionError(f"--plot {args.plot}: this folder cannot be made ({error.strerror})") from None
+    if args.command == "hear":
+        return hear_command(args)
     rows = common.read_manifest(args.data)
     args.all_rows = rows
     if args.split is None:  # test rows where there are any, else everything
@@ -837,7 +1339,7 @@ def write_json(args, all_results) -> list[dict]:
 def evaluate(args, rows, results: list, save) -> None:
     """One model on every wanted protocol: each result is printed, appended to `results` and saved at once."""
     model = load_model(args.checkpoint, args.text_model).to(common.start_device(args.device))
-    args.window_s = model.window_s
+    args.window_s, args.crop_rule = model.window_s, getattr(model, "crop_rule", None)
     wanted = [args.protocol] if args.protocol != "all" else [
         name for name, (_, key) in PROTOCOLS.items() if any(row.get(key) for row in rows)]
     if not wanted:
@@ -847,6 +1349,12 @@ def evaluate(args, rows, results: list, save) -> None:
         if not any(row.get(PROTOCOLS[name][1]) for row in rows):
             raise ValueError(f"--protocol {name} needs '{PROTOCOLS[name][1]}' in the manifest; no row of split "
                              f"{args.split} has them")
+    if "captioning" in wanted and not hasattr(model, "caption"):
+        message = f"{args.checkpoint} is a model that writes no captions (it has no caption method)"
+        if args.protocol == "captioning":
+            raise ValueError(f"--protocol captioning: {message}")
+        wanted.remove("captioning")
+        print(f"captioning: not run, {message}")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
         model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
@@ -885,6 +1393,8 @@ def evaluate(args, rows, results: list, save) -> None:
         paths = plot_learning(args.checkpoint, folder)
         if frame_embeds is not None and any(row.get("events") for row in clips["rows"]):
             paths += plot_frames(model, clips, classes, args, folder)
+        if any(r["protocol"] == "gap" for r in results):
+            paths += plot_gap(model, clips, folder)
         script = importlib.import_module(type(model).__module__)
         if hasattr(script, "plot") and classes:
             order = clip_order(clips, common.embed_texts(model, class_prompts(classes, args)), classes, model.frame_s) if frame_embeds else [0]
@@ -896,13 +1406,15 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", nargs="+", help="one or more models: a run's best.pt or last.pt, MGA-CLAP's released model.pt, "
-                        "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed: the one to embed with")
-    parser.add_argument("--data", nargs="+", required=True, help="manifests, folders that hold manifest.jsonl, or demo")
+                        "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed or hear: the one to embed with")
+    parser.add_argument("--data", nargs="+", help="manifests, folders that hold manifest.jsonl, or demo")
+    parser.add_argument("--task", help="hear: a task folder as hear-preprocess writes it")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for")
     parser.add_argument("--split", help="rows to use; default: test where there is one, else all")
     parser.add_argument("--crop", choices=["all", "first"], default="all", help="windows of longer audio")
     parser.add_argument("--prompt", default="bare", help=f"text a class name is put into, for example 'a sound of {{}}', or one of {', '.join(PROMPTS)}")
     parser.add_argument("--median-s", type=float, default=0.94, help="sed and grounding: length of the median filter in seconds")
+    parser.add_argument("--temperature", type=float, default=0.0, help="captioning: 0 takes the likeliest word, above 0 draws (Cacophony: 0.1)")
     parser.add_argument("--text-model", help="folder or hub id of the tokenizer, read only for "
                         "MGA-CLAP's model.pt (default bert-base-uncased) and LAION-CLAP's .pt (default roberta-base)")
     parser.add_argument("--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none")
@@ -915,11 +1427,13 @@ def parse(argv=None):
     parser.add_argument("--out", default="embeds.npz", help="embed: where the embeddings go")
     parser.add_argument("--plot", help="draw pictures into this folder (needs matplotlib)")
     args = parser.parse_args(argv)
-    args.command = args.checkpoint.pop(0) if args.checkpoint[0] == "embed" else "scores"
-    if not args.checkpoint or (args.command == "embed" and len(args.checkpoint) > 1):
-        parser.error("embed takes exactly one checkpoint")
+    args.command = args.checkpoint.pop(0) if args.checkpoint[0] in ("embed", "hear") else "scores"
+    if not args.checkpoint or (args.command != "scores" and len(args.checkpoint) > 1):
+        parser.error(f"{args.command} takes exactly one checkpoint")
     if args.command == "embed" and args.json:
         parser.error("embed writes to --out; --json is for scores")
+    if (args.command == "hear") != bool(args.task) or (args.command == "hear") == bool(args.data):
+        parser.error("hear takes a --task and no --data; everything else takes --data and no --task")
     return args
 
 

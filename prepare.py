@@ -2173,9 +2173,7 @@ def recaption(args) -> dict:
     files = {common.file_key(row): row for row in rows}  # rows of one file are one question
     todo = [name for name in files if not all((name, version) in answers for version in versions)]
     print(f"{cache}: {len(files) - len(todo):,} of {len(files):,} files captioned before")
-    loader = torch.utils.data.DataLoader(
-        common.AudioFiles([files[name] for name in todo], model.sample_rate), num_workers=args.workers, collate_fn=common.collate_audio,
-        batch_sampler=common.length_batches([files[name]["duration"] for name in todo], args.batch_size))
+    loader = common.file_batches(model, [files[name] for name in todo], args.batch_size, args.workers)
     unreadable = []
     with open(cache, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="captions", unit="clip") as bar, torch.inference_mode():
         for indices, waveform, n_samples, errors in loader:  # waveform (B, S)
