@@ -1144,7 +1144,10 @@ def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, de
             raise ValueError(f"{protocol}: {name} has no value on these clips")
         scores[name] = {"value": value, "low": low and float(low), "high": high and float(high)}
     window = "first window only" if args.crop == "first" else "all consecutive windows, averaged by their seconds"
-    settings = {"crop": args.crop_rule if args.crop == "all" and args.crop_rule else f"zero-padded to {args.window_s:g} s; {window}", "split": args.split, "bootstrap_draws": len(draws),
+    crop = f"zero-padded to {args.window_s:g} s; {window}"
+    if args.crop_rule:
+        crop = f"the first {args.window_s:g} s only" if args.crop == "first" else args.crop_rule
+    settings = {"crop": crop, "split": args.split, "bootstrap_draws": len(draws),
                 "checkpoint": str(args.checkpoint), "data": args.data, **settings}
     return {"protocol": protocol, "settings": settings, "n_clips": n_clips, "n_captions": n_captions, "n_classes": n_classes,
             "scores": scores, "chance": {k: chance[k] for k in scores}, "details": details or {}, "draws": draws}

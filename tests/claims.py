@@ -8,6 +8,8 @@
   python prepare.py scenes --preset esc-mixed-up --overlay 1 --val 0 --test 0 --sounds DIR --out TOGETHER   (no order: positives only)
   python tests/claims.py t_clap --data MIXED TOGETHER --start random --seeds 3 --json results/claims_t_clap.json
   python tests/claims.py t_clap --data MIXED TOGETHER --start random --ablation mixing --json results/ablation_mixing.json
+  python tests/claims.py cacophony --data SCENES --start random --seeds 3 --json results/claims_cacophony.json
+  python tests/claims.py cacophony --data SCENES --start random --ablation rho --json results/ablation_rho.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
@@ -32,6 +34,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import bench  # noqa: E402
+import cacophony  # noqa: E402
 import common  # noqa: E402
 import eval as evaluator  # noqa: E402
 import mga_clap  # noqa: E402
@@ -75,12 +78,23 @@ T_CLAIMS = [
     ("t_classify_a2t", "T-Classify, audio to text, at least 72 % (baseline near 50 %)", lambda m, b, spread: m >= 0.72 and abs(b - 0.5) < 0.1),
     ("t2a_R@1", "T2A R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread),
     ("a2t_R@1", "A2T R@1 not below the baseline's by more than the spread", lambda m, b, spread: m >= b - spread)]
-SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap}
-BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny")}
-BASELINES = {"mga_clap": CLAP, "t_clap": dict(lt_weight=0.0)}
-CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS}
-METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS}
-ABLATIONS = {"mga_clap": MGA_ABLATIONS, "t_clap": T_ABLATIONS}
+# Every run starts stage 2 from one stage 1 of its seed; what each part is worth (the paper's Table 8)
+CACO_BASELINES = {"no_mae": dict(audio_weights="none"), "no_captioning": dict(caption_weight=0.0), "no_sam": dict(rho=0.0)}
+CACO_ABLATIONS = {"rho": {"0": dict(rho=0.0), "0.025": dict(rho=0.025), "0.075": {}, "0.15": dict(rho=0.15)}}
+CACO_METRICS = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5", "val_loss_con", "val_loss_cap", "CIDEr-D", "gap")
+CACO_CLAIMS = [(metric, f"{name} {'below' if 'loss' in metric else 'above'} that without {left_out}", holds, baseline)
+               for baseline, left_out in (("no_mae", "the MAE start"), ("no_captioning", "the captioning head"), ("no_sam", "SAM"))
+               for metric, name, holds in (
+                   ("t2a_R@1", "T2A R@1", lambda m, b, spread: m > b), ("t2a_R@5", "T2A R@5", lambda m, b, spread: m > b),
+                   ("a2t_R@1", "A2T R@1", lambda m, b, spread: m > b), ("a2t_R@5", "A2T R@5", lambda m, b, spread: m > b),
+                   ("val_loss_con", "contrastive validation loss", lambda m, b, spread: m < b))]
+CACO_CLAIMS.append(("CIDEr-D", "CIDEr-D at least 3 times that of always saying the most frequent caption", lambda m, b, spread: m >= 3 * b, "chance"))
+SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony}
+BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny"), "cacophony": dict(size="tiny", stage="contrastive")}
+BASELINES = {"mga_clap": {"clap": CLAP}, "t_clap": {"laion_clap": dict(lt_weight=0.0)}, "cacophony": CACO_BASELINES}
+CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS, "cacophony": CACO_CLAIMS}  # a fourth entry names the baseline, where there are several
+METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS, "cacophony": CACO_METRICS}
+ABLATIONS = {"mga_clap": MGA_ABLATIONS, "t_clap": T_ABLATIONS, "cacophony": CACO_ABLATIONS}
 
 
 def stored(name: str, settings: dict, results: Path, run) -> dict:
@@ -152,6 +166,9 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
         settings = {k: v for k, v in settings.items() if k not in ("affinity", "sparsity", "codewords", "affinity_scale")}
     if method == "t_clap" and not cfg.lt_weight:
         settings.pop("lt_scale")
+    if method == "cacophony":
+        settings["audio_weights"] = cfg.audio_weights or "stage 1"
+        settings = {k: v for k, v in settings.items() if k not in ("plot", "stage") and not (cfg.audio_weights and k.startswith(("mae_", "mask_")))}
     settings = {"start": args.start, "data": data_hash(args.data), **settings}
 
     def run(key):
@@ -159,6 +176,8 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
         if not (folder / "eval.json").exists():
             if args.start == "tagging":
                 weights = {"audio_weights" if method == "mga_clap" else "weights": tagging_start(method, flags, args.data, results)}
+            if method == "cacophony" and not cfg.audio_weights:
+                weights = {"audio_weights": mae_start(flags, seed, args)}
             resume = {"resume": True} if (folder / "last.pt").exists() else {}
             begin = time.perf_counter()
             script.main(common.configure(script.Config, script.PRESETS, data=args.data, runs=args.runs, seed=seed,
@@ -167,8 +186,13 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
             common.write_lines(folder / "seconds.json", [json.dumps(seconds)])
         seconds = json.loads((folder / "seconds.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        scores, chance, n_clips = test_scores(folder / "best.pt", args.data)
-        return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(),
+        scores, chance, n_clips, said = test_scores(folder / "best.pt", args.data)
+        if method == "cacophony":
+            of_val = json.loads((folder / "eval.json").read_text())
+            for name in ("loss_con", "loss_cap"):
+                if name in of_val["scores"]:
+                    scores[f"val_{name}"], chance[f"val_{name}"] = of_val["scores"][name], of_val["chance"][name]
+        return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(), **said,
                 **{f"final_{k}" if k.startswith("loss") else k: log[-1][k] for k in ("loss", "loss_c", "loss_t", "active_codewords") if k in log[-1]}}
 
     names = {"mean": "clap", "codebook": "mga_clap"}
@@ -176,13 +200,29 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
     return stored(name, settings, results, run)
 
 
-def test_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict, int]:
-    """Every protocol of eval.py that the scenes have labels for, on the test split -> scores, chance, clips."""
+def mae_start(flags: dict, seed: int, args) -> str:
+    """Stage 1 of a seed, once for all of its runs -> its mae.pt."""
+    cfg = common.configure(cacophony.Config, cacophony.PRESETS, data=args.data, seed=seed, **{**flags, "stage": "mae"})
+    told = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith(("mae_", "mask_", "audio_")) or k in (
+        "seed", "variant", "warmup_steps", "min_lr", "weight_decay", "precision")}
+    key = hashlib.sha256(json.dumps([told, data_hash(args.data)]).encode()).hexdigest()[:12]
+    folder = Path(args.runs) / f"mae_{key}"
+    if not (folder / "mae.pt").exists():
+        begin = time.perf_counter()
+        cacophony.main(dataclasses.replace(cfg, runs=args.runs, name=folder.name, resume=(folder / "last.pt").exists()))
+        common.write_lines(folder / "seconds.json", [json.dumps(time.perf_counter() - begin)])
+    return str(folder / "mae.pt")
+
+
+def test_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict, int, dict]:
+    """Every protocol of eval.py that the scenes have labels for, on the test split -> scores, chance, clips, ten captions."""
     results = evaluator.main(evaluator.parse([str(checkpoint), "--data", *data, "--split", "test", "--bootstrap", "0"]))
     prefix = {"tagging": "tagging_", "frames": "frame_", "t_classify": "t_classify_"}
     scores = {prefix.get(r["protocol"], "") + name: s["value"] for r in results for name, s in r["scores"].items()}
     chance = {prefix.get(r["protocol"], "") + name: value for r in results for name, value in r["chance"].items()}
-    return scores, chance, results[0]["n_clips"]
+    said = {"captions": [{"clip": Path(c["clip"]).name, "said": c["said"], "truth": c["references"][0]} for c in r["details"]["captions"][:10]]
+            for r in results if r["protocol"] == "captioning"}
+    return scores, chance, results[0]["n_clips"], said
 
 
 def spread(runs: list[dict], metric: str) -> tuple[float, float]:
@@ -191,20 +231,21 @@ def spread(runs: list[dict], metric: str) -> tuple[float, float]:
 
 
 def claims(method: str, args) -> list[dict]:
-    baseline = "clap" if method == "mga_clap" else "laion_clap"
     runs = {name: [run_method(method, flags, seed, args) for seed in range(args.seeds)]
-            for name, flags in ((method, {}), (baseline, BASELINES[method]))}
+            for name, flags in {method: {}, **BASELINES[method]}.items()}
     out = []
-    for metric, claim, holds in CLAIMS[method]:
-        (m, m_std), (b, b_std) = spread(runs[method], metric), spread(runs[baseline], metric)
+    for metric, claim, holds, *named in CLAIMS[method]:
+        baseline = named[0] if named else next(iter(BASELINES[method]))
+        chance = runs[method][0]["chance"][metric]
+        (m, m_std), (b, b_std) = spread(runs[method], metric), spread(runs[baseline], metric) if baseline in runs else (chance, 0.0)
+        compared = runs[method] + runs.get(baseline, [])
         out.append({"claim": claim, "method": method, "baseline": baseline, "metric": metric, "method_mean": m,
-                    "method_std": m_std, "baseline_mean": b, "baseline_std": b_std,
-                    "seeds": args.seeds, "start": args.start, "holds": bool(holds(m, b, max(m_std, b_std))), "chance": runs[baseline][0]["chance"][metric],
-                    "n_clips": runs[baseline][0]["n_clips"], "machine": runs[baseline][0]["machine"],
-                    "seconds": statistics.mean(r["seconds"] for r in runs[method] + runs[baseline])})
-    print(f"\n| metric | {out[0]['baseline']} | {out[0]['method']} | chance | claim |\n|---|---|---|---|---|")
+                    "method_std": m_std, "baseline_mean": b, "baseline_std": b_std, "seeds": args.seeds, "start": args.start,
+                    "holds": bool(holds(m, b, max(m_std, b_std))), "chance": chance, "n_clips": runs[method][0]["n_clips"],
+                    "machine": runs[method][0]["machine"], "seconds": statistics.mean(r["seconds"] for r in compared)})
+    print(f"\n| metric | baseline | its score | {out[0]['method']} | chance | claim |\n|---|---|---|---|---|---|")
     for c in out:
-        print(f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
+        print(f"| {c['metric']} | {c['baseline']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
               f"| {c['chance']:.3f} | {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |")
     return out
 
@@ -238,14 +279,16 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: with negatives, for --ablation mixing a second set without")
     parser.add_argument("--seeds", type=int, default=1, help="runs per method, seeds 0, 1, ...")
     parser.add_argument("--start", choices=["tagging", "random"], default="tagging",
-                        help="of all runs: an audio encoder pre-trained to tag the training scenes, or random weights")
+                        help="of all runs: an audio encoder pre-trained to tag the training scenes, or random weights (cacophony: with its stage 1)")
     parser.add_argument("--budget", default="{}", help="JSON of flags that change all runs alike")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where finished runs are kept")
     parser.add_argument("--json", help="write the list of claims to this file")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "claims"), help="where checkpoints are kept")
     parser.add_argument("--compare", action="store_true", help="all methods of the paper's Table 4 (seeds: up to 3 for CLAP and MGA-CLAP)")
-    parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, *T_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
+    parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, *T_ABLATIONS, *CACO_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
     args = parser.parse_args(argv)
+    if args.method == "cacophony" and args.start == "tagging":
+        parser.error("cacophony starts from its own stage 1; give --start random")
     if args.ablation not in (None, "all", *ABLATIONS.get(args.method, ())) or (args.compare and args.method != "mga_clap"):
         parser.error(f"{args.method} has no --ablation {args.ablation}" if args.ablation else "--compare is mga_clap's")
     names = [args.method] if args.method != "all" else SCRIPTS

@@ -14,6 +14,7 @@ import pytest
 import soundfile as sf
 import torch
 
+import cacophony
 import common
 import mga_clap
 import t_clap
@@ -21,7 +22,7 @@ from conftest import ROOT, SMALL_OF
 from conftest import config as config_of
 
 PYTHON = [sys.executable]
-SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap}
+SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony}
 every_script = pytest.mark.parametrize("method", SCRIPTS)
 config = functools.partial(config_of, "mga_clap")
 
@@ -119,6 +120,35 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, m
         script.main(config_of(method, corpus, tmp_path, name="a"))
 
 
+@pytest.mark.parametrize("stage", ["mae", "contrastive"])
+def test_cacophony_killed_in_either_stage_resumes_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, stage):
+    class Killed(Exception):
+        pass
+
+    seed_step = common.seed_step
+
+    def killer(seed, step, *place):
+        if step == 3 and (tmp_path / "a/mae.pt").exists() == (stage == "contrastive"):  # after the write of last.pt at step 2
+            raise Killed
+        seed_step(seed, step, *place)
+
+    monkeypatch.setattr(common, "seed_step", killer)
+    with pytest.raises(Killed):
+        cacophony.main(config_of("cacophony", corpus, tmp_path, name="a"))
+    monkeypatch.setattr(common, "seed_step", seed_step)
+    assert torch.load(tmp_path / "a/last.pt", weights_only=True)["stage"] == stage
+    result = cacophony.main(common.configure(cacophony.Config, cacophony.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    folder, uninterrupted = runs_of("cacophony")
+    for name in ("mae.pt", "last.pt"):
+        whole = strip(folder / name)
+        for key, value in strip(tmp_path / "a" / name).items():
+            assert torch.equal(value, whole[key]), key
+    assert result == uninterrupted
+    drop = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}  # noqa: E731
+    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", folder)]
+    assert logs[0] == logs[1] and [x["stage"] for x in logs[0]] == ["mae"] * 4 + ["contrastive"] * 4
+
+
 def test_runs_without_a_name_are_numbered(corpus, tmp_path):
     for number in (1, 2):
         mga_clap.main(config(corpus, tmp_path, epochs=1))
@@ -136,8 +166,10 @@ script.main(common.cli(script.Config, script.PRESETS, "x"))
 """
 
 
-@pytest.mark.parametrize("method, bad, only_two", [("mga_clap", False, ()), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2"))],
-                         ids=["mga_clap", "mga_clap, one unreadable", "t_clap, one unreadable, gradient caching in two only"])
+@pytest.mark.parametrize("method, bad, only_two", [("mga_clap", False, ()), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2")),
+                                                   ("cacophony", True, ("--micro-batch", "2"))],
+                         ids=["mga_clap", "mga_clap, one unreadable", "t_clap, one unreadable, gradient caching in two only",
+                              "cacophony with SAM, one unreadable, gradient caching in two only"])
 def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, method, bad, only_two):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
@@ -146,6 +178,8 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, met
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT), method=method))
     flags = ["--data", str(data), "--runs", str(tmp_path), "--max-bad", "0.5", "--precision", "fp32"]
+    if method == "cacophony":  # stage 1 masks at random, in every process anew
+        flags += ["--stage", "contrastive", "--audio-weights", "none"]
     for key, value in SMALL_OF[method].items():
         flags += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -363,9 +397,10 @@ def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(co
         SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="t"))
 
 
-@pytest.mark.parametrize("method, name", [("mga_clap", "hard_negative_loss"), ("t_clap", "contrastive_loss")])
+@pytest.mark.parametrize("method, name", [("mga_clap", "hard_negative_loss"), ("t_clap", "contrastive_loss"),
+                                          ("cacophony", "contrastive_loss")])
 def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, monkeypatch, method, name):
-    script = SCRIPTS[method]
+    script, flags = SCRIPTS[method], dict(stage="contrastive", audio_weights="none", rho=0.0) if method == "cacophony" else {}
     loss = getattr(script, name)
     calls = []
 
@@ -375,7 +410,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
 
     monkeypatch.setattr(script, name, poisoned)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; the batch's files are listed in"):
-        script.main(config_of(method, corpus, tmp_path, name="n"))
+        script.main(config_of(method, corpus, tmp_path, name="n", **flags))
     assert len((tmp_path / "n/nonfinite_batch.txt").read_text().splitlines()) == 6
     assert not (tmp_path / "n/last.pt").exists()  # broken weights are never saved
     monkeypatch.setattr(script, name, loss)
@@ -387,7 +422,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
 
     monkeypatch.setattr(torch.optim.Adam, "step", breaks)
     with pytest.raises((FloatingPointError), match="a weight became NaN|the loss of step"):
-        script.main(config_of(method, corpus, tmp_path, name="m", log_steps=50, save_steps=1))
+        script.main(config_of(method, corpus, tmp_path, name="m", log_steps=50, save_steps=1, **flags))
     assert not (tmp_path / "m/last.pt").exists()
 
 
