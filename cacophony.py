@@ -167,7 +167,7 @@ class MagnitudeMel(nn.Module):
         super().__init__()
         before = 0 if window == "start" else 56  # the port's torch.stft centres 400 samples in 512 (D1)
         self.spectrogram = torchaudio.transforms.Spectrogram(
-            512, 512, HOP, power=1.0, center=False, window_fn=lambda n: F.pad(torch.hann_window(400), (before, 112 - before)))
+            512, 512, HOP, power=None, center=False, window_fn=lambda n: F.pad(torch.hann_window(400), (before, 112 - before)))
         filters = tf_mel_filters() if window == "start" else torchaudio.functional.melscale_fbanks(257, 0, 8000, N_MELS, SAMPLE_RATE)
         self.register_buffer("filters", filters)
         common.keep_out_of_checkpoints(self)
@@ -176,8 +176,9 @@ class MagnitudeMel(nn.Module):
         with torch.autocast(waveform.device.type, enabled=False):
             n_frames = math.ceil(waveform.shape[1] / HOP)
             waveform = F.pad(waveform.float(), (0, (n_frames - 1) * HOP + 512 - waveform.shape[1]))
-            magnitudes = self.spectrogram(waveform).transpose(1, 2)  # (B, T_mel, 257)
-            return 0.2 * (magnitudes @ self.filters + 1e-5).log() + 0.9
+            spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, 257, T_mel, 2)
+            magnitudes = (spectrum[..., 0].square() + spectrum[..., 1].square()).sqrt()  # faster than torch's complex abs()
+            return 0.2 * (magnitudes.transpose(1, 2) @ self.filters + 1e-5).log() + 0.9
 
 
 def n_steps(n_samples):
