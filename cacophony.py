@@ -736,6 +736,8 @@ def check(cfg: Config, n_clips: int, batch_size: int) -> None:
 def train_mae(cfg: Config, device, autocast, say) -> Path:
     """Stage 1, masked autoencoding (Sec. 3) -> runs/NAME/mae.pt; needs sound only."""
     rank, world = common.rank_and_world()
+    if cfg.plot:
+        common.pyplot()  # a missing matplotlib is better known now
     rows = common.read_manifest(cfg.data)
     train_rows, _ = common.split_train_val(rows, cfg.seed)
     check(cfg, len(train_rows), cfg.mae_batch_size)
@@ -812,12 +814,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
 @torch.no_grad()
 def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3) -> Path:
     """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     items = [item for item in (dataset[0, i] for i in range(min(20, len(dataset.rows)))) if not isinstance(item, common.AudioError)][:clips]
     figure, axes = plt.subplots(4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained")
     device = model.mask_token.device

@@ -1327,6 +1327,17 @@ def print_scores(title: str, scores: dict, chance: dict) -> None:
         print(f"  {key:<22}{value:>9.3f}{chance[key]:>9.3f}")
 
 
+def pyplot():
+    """matplotlib without a screen, or one sentence on how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
 # ------------------------------------------------------------------------------------------------
 # Embedding files
 # ------------------------------------------------------------------------------------------------

@@ -1003,17 +1003,6 @@ def hear_command(args) -> list[dict]:
 # ------------------------------------------------------------------------------------------------
 
 
-def pyplot():
-    """matplotlib without a screen, or one sentence on how to get it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
 def clip_order(clips, class_embeds, classes, frame_s) -> list[int]:
     """Clips with events in some but not all frames, best first: mean over the clip's classes of the
     average precision of that class's cosine over the clip's own frames."""
@@ -1032,7 +1021,7 @@ def plot_frames(model, clips, classes, args, folder: Path) -> list[Path]:
     The two best and the two worst clips by `clip_order`: a rule, not a choice by hand. As Fig. 1, 8
     and 9 of MGA-CLAP.
     """
-    plt, class_embeds = pyplot(), common.embed_texts(model, class_prompts(classes, args))
+    plt, class_embeds = common.pyplot(), common.embed_texts(model, class_prompts(classes, args))
     order, paths = clip_order(clips, class_embeds, classes, model.frame_s), []
     for label, i in [*((f"best{k + 1}", i) for k, i in enumerate(order[:2])), *((f"worst{k + 1}", i) for k, i in enumerate(order[:1:-1][:2]))]:
         row, cosines = clips["rows"][i], clips["frame_embeds"][i] @ class_embeds.T
@@ -1064,7 +1053,7 @@ def principal_plane(vectors: np.ndarray):
 def plot_gap(model, clips, folder: Path) -> list[Path]:
     """Clips and the first caption of each in the plane of their joint principal components (numpy's SVD), lines join
     forty pairs at equal distances in the data. Cacophony draws UMAP, which needs a package of its own and keeps no distances."""
-    plt, rows = pyplot(), clips["rows"]
+    plt, rows = common.pyplot(), clips["rows"]
     texts = common.embed_texts(model, [model.clean_caption(row["captions"][0]) for row in rows])
     points, share = principal_plane(np.concatenate([clips["audio_embeds"], texts]))
     audio, text = points[:len(rows)], points[len(rows):]
@@ -1087,7 +1076,7 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
     path = Path(checkpoint).parent / "log.jsonl"
     if not path.exists():
         return []
-    plt, lines = pyplot(), []
+    plt, lines = common.pyplot(), []
     for line in path.read_text().splitlines():
         try:
             lines.append(json.loads(line))
@@ -1291,7 +1280,7 @@ def main(args) -> list[dict]:
     for checkpoint in args.checkpoint:
         find_model(checkpoint)
     if args.plot:
-        pyplot()
+        common.pyplot()
         try:
             Path(args.plot).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1401,7 +1390,7 @@ def evaluate(args, rows, results: list, save) -> None:
         script = importlib.import_module(type(model).__module__)
         if hasattr(script, "plot") and classes:
             order = clip_order(clips, common.embed_texts(model, class_prompts(classes, args)), classes, model.frame_s) if frame_embeds else [0]
-            paths += script.plot(model, clips["rows"][order[0]], class_prompts(classes, args), folder, pyplot())
+            paths += script.plot(model, clips["rows"][order[0]], class_prompts(classes, args), folder, common.pyplot())
         print("\npictures: " + " ".join(str(path) for path in paths))
 
 
