@@ -129,7 +129,7 @@ class Config:
 ABLATION = dict(audio_dim=512, audio_mlp=1024)
 # A start from nothing needs larger steps; fewer patches of every clip make a step affordable on a CPU.
 TINY = dict(text_model="none", audio_dim=128, audio_layers=3, audio_heads=4, audio_mlp=512, joint_dim=128, decoder_layers=2,
-            text_dim=128, text_layers=2, mae_steps=300, mae_batch_size=32, mae_lr=1e-3, mae_crop_s=5.12, mae_layers=1, steps=300, batch_size=32,
+            text_dim=128, text_layers=2, mae_steps=500, mae_batch_size=32, mae_lr=3e-3, mae_crop_s=2.56, mae_layers=1, steps=300, batch_size=32,
             lr=1e-3, patches=160, warmup_steps=40, min_lr=1e-5, eval_steps=100, save_steps=100, workers=1)
 PRESETS = {("size", "ablation"): ABLATION, ("size", "tiny"): TINY}
 SAMPLE_RATE, HOP, N_MELS = 16000, 160, 128  # 10 ms
