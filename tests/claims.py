@@ -195,8 +195,10 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
         return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(), **said,
                 **{f"final_{k}" if k.startswith("loss") else k: log[-1][k] for k in ("loss", "loss_c", "loss_t", "active_codewords") if k in log[-1]}}
 
-    names = {"mean": "clap", "codebook": "mga_clap"}
-    name = names.get(cfg.aggregator, cfg.aggregator) if method == "mga_clap" else method if cfg.lt_weight else "laion_clap"
+    if method == "mga_clap":
+        name = {"mean": "clap", "codebook": "mga_clap"}.get(cfg.aggregator, cfg.aggregator)
+    else:
+        name = "laion_clap" if method == "t_clap" and not cfg.lt_weight else method
     return stored(name, settings, results, run)
 
 
