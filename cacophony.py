@@ -987,7 +987,10 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     if model.decoder:
         print()
         for row in val_rows[:3]:
-            waveform = torch.from_numpy(common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S))[None].to(device)
+            try:
+                waveform = torch.from_numpy(common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S))[None].to(device)
+            except common.AudioError:  # named by the validation
+                continue
             print(f"  heard: {model.caption(waveform)[0]}\n  truth: {(row.get('captions') or row['synthetic'])[0]}")
     print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
           f"  python cacophony.py --data {' '.join(cfg.data)} --size {cfg.size} --rho 0 --caption-weight 0     (plain CLAP, to compare)")

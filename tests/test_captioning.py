@@ -240,7 +240,7 @@ def test_a_bootstrap_draw_of_the_gap_is_the_gap_of_the_drawn_clips():
         embed_text = staticmethod(lambda texts: torch.nn.functional.one_hot(torch.tensor([int(t) for t in texts]), 5).float())
 
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data = 10, "all", "test", 10.0, "x", ["y"]
+        bootstrap, crop, split, window_s, checkpoint, data, crop_rule = 10, "all", "test", 10.0, "x", ["y"], ""
 
     rng = np.random.default_rng(0)
     audio = np.linalg.qr(rng.normal(size=(5, 5)))[0].astype(np.float32)

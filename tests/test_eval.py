@@ -114,7 +114,7 @@ def test_prompt_reaches_the_text_encoder(results, mga_run, corpus):
 
 def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data = 100, "all", "test", 10.0, "x", ["y"]
+        bootstrap, crop, split, window_s, checkpoint, data, crop_rule = 100, "all", "test", 10.0, "x", ["y"], ""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
         hits = rng.random(80) < 0.3
@@ -129,7 +129,7 @@ def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
         def embed_text(texts):
             return torch.eye(3)[[int(t) for t in texts]]
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt = 0, "all", "test", 10.0, "x", ["y"], "{}"
+        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = 0, "all", "test", 10.0, "x", ["y"], "{}", ""
     rows = [{"labels": [x], "where": "x"} for x in "012"] + [{"labels": ["0", "1"], "where": "x"}]
     audio = np.array([[1, 0, 0], [0.5, 0.5, 0], [0, 0.1, 0.9], [1, 1, 0]], np.float32)
     out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1", "2"], Args)
@@ -142,7 +142,7 @@ def test_folds_are_averaged_when_they_are_unequal():
         def embed_text(texts):
             return torch.eye(2)[[int(t) for t in texts]]
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt = 0, "all", "test", 10.0, "x", ["y"], "{}"
+        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = 0, "all", "test", 10.0, "x", ["y"], "{}", ""
     rows = [{"labels": ["0"], "fold": f, "where": "x"} for f in (1, 1, 1, 2)]
     audio = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
     out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1"], Args)
@@ -272,7 +272,7 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
         embed_text = staticmethod(lambda texts: torch.tensor([vectors[t] for t in texts], dtype=torch.float32))
 
     class Args:
-        bootstrap, crop, window_s, split, checkpoint, data = 0, "all", 10.0, "test", "x", ["x"]
+        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = 0, "all", 10.0, "test", "x", ["x"], ""
 
     rows = [{"where": "a.jsonl:1", "captions": ["x then y", "x, y"], "negatives": ["y then x", "y, x"]},
             {"where": "b.jsonl:1", "captions": ["first x", "x followed by y", "alone"], "negatives": ["first y", "y followed by x", None]}]

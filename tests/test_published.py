@@ -208,7 +208,7 @@ def test_ten_thousand_clips_and_fifty_thousand_captions_stay_in_a_block():
 
 def test_the_interval_covers_the_truth_about_95_times_in_100():
     class Args:
-        bootstrap, crop, window_s, split, checkpoint, data = 200, "all", 10.0, "test", "x", ["x"]
+        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = 200, "all", 10.0, "test", "x", ["x"], ""
 
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
