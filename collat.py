@@ -1,0 +1,755 @@
+"""CoLLAT: audio put into the words of a locked text encoder, token by token.
+
+Silva, Whitehead, Lengerich, Leather: "CoLLAT: On Adding Fine-grained Audio Understanding to Language
+Models using Token-Level Locked-Language Tuning", NeurIPS 2023 (OpenReview 2NncD8AaFK). No code or
+weights were released.
+
+The idea: CLAP tunes both encoders on audio, and the text encoder forgets language for it. Here the
+text encoder (CLIP's) is locked, and the audio side must speak to it: random slots are turned,
+block by block, into what the text encoder would have read, one token embedding a slot. The same
+locked encoder then gives both global embeddings. Three losses: the tokens must be those of the
+label prompt, in any order; the global embeddings must tell the clips of a batch apart; noise on
+the audio must not move the tokens. What comes out can prompt whatever was built on that text encoder.
+
+Equations (paper) -> code
+  Eq. (1)  cross-token loss: matched tokens             cross_token_loss
+  Eq. (2)  cross-global loss: contrastive               cross_global_loss
+  Eq. (3)  uni-token loss: clean against noisy          uni_token_loss
+  Eq. (4)  the weighted sum                             training_loss
+
+Letters: B clips in a batch, S samples, T_mel 1024 frames of 10 ms, M 128 mel bins, P audio patches (12 bands x
+101 times, and two class tokens), N slots 77, L text tokens, C width of the text encoder, D joint dimension.
+
+Deviations from the paper, and what it leaves open
+  D1  Not stated: 16 kHz, AST's normalisation, 1024 frames (10.24 s, zero-padded). The window is the paper's Hamming
+      window; AST's weights were trained with a Hann window.
+  D2  Not stated: CLIP ViT-L/14's text tower, as wide as AST. Other transformers encoders pool the mean of their
+      tokens; CLIP pools text at its end token, and audio, which has none, at the last slot.
+  D3  The block's inner parts are not given: pre-norm cross-attention to the audio, then a feed-forward layer; at
+      the end LayerNorm and a linear layer, which finds the small scale of token embeddings.
+  D4  Not stated: slots are drawn anew for every clip and step, once and for all in evaluation; the same for the
+      clean and the noisy view.
+  D5  Matching: by L1 distance, the loss's own, without gradient, over a text's real tokens; padding has no slot.
+      --matching optimal is the paper's future work. f_t reads the slots in their own order.
+  D6  Not stated: Eq. (1) and (3) are means over tokens and their values, not sums.
+  D7  Eq. (2) is printed without its minus sign; embeddings are normalised; the scale starts at 1 / 0.07, is learnt
+      and stays below 100, as CLIP's.
+  D8  Not stated: the noise has deviation 0.1 on the normalised log-mel, which the paper calls the audio.
+  D9  Not stated: AdamW, learning rates, weight decay, warm-up, batch, steps, gradient norm at most 1, and the choice
+      of the checkpoint (mean of the validation scores that the manifest has labels or captions for).
+  D10 Rows with labels give the prompt "This is a sound of A, B, and C"; rows without, one of their captions.
+  D11 bf16 autocast on a GPU; the losses and the matching are always in fp32.
+
+Run:  python collat.py --data demo                              (two CPU cores, about 4 minutes)
+      python collat.py --data audioset --batch-size 256 --micro-batch 32
+      torchrun --nproc-per-node 8 collat.py --data ...          (one node, 8 GPUs)
+      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
+Eq. (2) starts near ln B; Eq. (1) falls in a few steps to what one mean token gives, then slowly.
+"""
+import dataclasses
+import json
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import common
+
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # data
+    data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
+    size: Literal["paper", "tiny"] = "paper"  # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
+    audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"  # AST's start (Table 4b): transformers folder or hub id, AST's own file, or none
+    text_model: str = "openai/clip-vit-large-patch14"  # the locked text encoder: hub id or folder (D2), or none: random, from the training texts
+    max_tokens: int = 77  # slots, and where texts are cut (Sec. 3: the text encoder's most)
+    # model
+    audio_dim: int = 768  # width of AST and of the slots
+    audio_layers: int = 12  # AST's layers
+    audio_heads: int = 12  # heads of AST and of the blocks
+    audio_patch: int = 16  # frames and mel bins of a patch (Sec. 4)
+    audio_stride: int = 10  # from patch to patch; the paper's overlap of 6 (Sec. 4)
+    blocks: int = 8  # cross-attention blocks of the token interaction module (Fig. 4a)
+    text_dim: int = 768  # text encoder width, read only when --text-model none
+    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    # loss
+    token_weight: float = 1.0  # lambda 1, of the cross-token loss (Sec. 4)
+    global_weight: float = 0.1  # lambda 2, of the cross-global loss (Sec. 4)
+    uni_weight: float = 0.01  # lambda 3, of the uni-token loss (Sec. 4); 0: no noisy view
+    matching: Literal["greedy", "optimal"] = "greedy"  # of slots to text tokens: Sec. 3, or the best assignment
+    token_layer: int = 0  # text encoder layer whose states the token losses compare; 0: its static embeddings (Fig. 4b)
+    # optimisation
+    steps: int = 80000  # D9, 10 passes over AudioSet (ours)
+    batch_size: int = 256  # clips over all processes (ours)
+    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
+    lr: float = 1e-4  # peak of AdamW's learning rate, all but AST (ours)
+    audio_lr: float = 1e-5  # the same for AST (ours)
+    warmup_steps: int = 1000  # linear warm-up, then cosine to 0 (ours)
+    weight_decay: float = 0.01  # AdamW's (ours)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D11)
+    seed: int = 0  # of weights, order, crops, slots, noise
+    # run
+    name: str = ""  # folder under --runs; empty: collat-1, collat-2, ...
+    runs: str = "runs"  # where run folders go
+    resume: bool = False  # continue runs/NAME/last.pt with its stored settings
+    eval_steps: int = 1000  # steps between validations (each may write best.pt)
+    save_steps: int = 500  # steps between writes of last.pt
+    log_steps: int = 10  # steps between lines of log.jsonl
+    workers: int = 8  # processes that read audio and make features
+    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
+    device: str = "auto"  # auto, cpu or cuda
+
+
+# A start from nothing needs one larger learning rate; larger patches make a step affordable on a CPU
+TINY = dict(audio_weights="none", text_model="none", max_tokens=32, audio_dim=128, audio_layers=3, audio_heads=4, audio_patch=32,
+            audio_stride=28, blocks=4, text_dim=128, text_layers=2, steps=400, batch_size=32, lr=1e-3, audio_lr=1e-3, warmup_steps=40,
+            eval_steps=100, save_steps=100, workers=1)
+PRESETS = {("size", "tiny"): TINY}
+SAMPLE_RATE, N_MELS, N_FRAMES = 16000, 128, 1024  # 10 ms frames
+WINDOW_S = 10.24  # D1
+NOISE_STD = 0.1  # D8
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+def fbank(waveform):
+    """waveform (S,) at 16 kHz, at most 10.24 s -> normalised log-mel (1024, 128), frames of 25 ms every 10 ms (D1).
+
+    Source: kaldi's filterbank as AST uses it; padding is 0 before the normalisation.
+    """
+    waveform = F.pad(waveform, (0, max(0, 400 - len(waveform))))  # one frame at least
+    features = torchaudio.compliance.kaldi.fbank(
+        (waveform - waveform.mean())[None], htk_compat=True, sample_frequency=SAMPLE_RATE, use_energy=False,
+        window_type="hamming", num_mel_bins=N_MELS, dither=0.0, frame_shift=10)[:N_FRAMES]
+    features = F.pad(features, (0, 0, 0, N_FRAMES - len(features)))
+    return (features + 4.2677393) / (2 * 4.5689974)
+
+
+class AST(nn.Module):
+    """Audio Spectrogram Transformer: log-mel (B, 1024, 128) -> states (B, 2 + P, dim), class tokens first.
+
+    Patches are ordered band by band. Names are those of AST's own weights. Source: Gong et al., Interspeech 2021.
+    """
+
+    def __init__(self, dim=768, layers=12, heads=12, patch=16, stride=10):
+        super().__init__()
+        self.grid = ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1)  # bands, times
+        self.cls_token, self.dist_token = (nn.Parameter(torch.randn(1, 1, dim) * 0.02) for _ in range(2))
+        self.pos_embed = nn.Parameter(torch.randn(1, 2 + math.prod(self.grid), dim) * 0.02)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, patch, stride)})
+        self.blocks = nn.ModuleList(common.Block(dim, heads, eps=1e-12) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+
+    def forward(self, log_mel):
+        x = self.patch_embed["proj"](log_mel.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)  # (B, P, dim)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.dist_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class CrossBlock(nn.Module):
+    """One step of the token interaction module: the slots look at the audio (D3)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query, self.key_value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def queries_keys_values(self, slots, audio):
+        split = lambda x: x.view(*x.shape[:2], -1, self.heads, slots.shape[2] // self.heads).permute(2, 0, 3, 1, 4)  # noqa: E731
+        return *split(self.query(self.norm1(slots))), *split(self.key_value(audio))  # (B, heads, N or P, dim / heads) each
+
+    def forward(self, slots, audio):
+        """slots (B, N, dim), audio (B, P, dim) -> slots."""
+        attended = F.scaled_dot_product_attention(*self.queries_keys_values(slots, audio))
+        slots = slots + self.proj(attended.transpose(1, 2).flatten(2))
+        return slots + self.fc2(F.gelu(self.fc1(self.norm2(slots))))
+
+
+class TokenInteraction(nn.Module):
+    """f_a-t: random slots (B, N, dim) and audio states -> text-token embeddings (B, N, C). Source: Sec. 3."""
+
+    def __init__(self, dim, heads, blocks, out_dim):
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossBlock(dim, heads) for _ in range(blocks))
+        self.norm, self.out_proj = nn.LayerNorm(dim), nn.Linear(dim, out_dim)
+
+    def forward(self, slots, audio):
+        for block in self.blocks:
+            slots = block(slots, audio)
+        return self.out_proj(self.norm(slots))
+
+    def attention(self, slots, audio):
+        """Share of its attention that each slot gives to each audio state in the last block, mean over heads -> (B, N, P)."""
+        for block in self.blocks[:-1]:
+            slots = block(slots, audio)
+        q, k, _ = self.blocks[-1].queries_keys_values(slots, audio)
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(-1).mean(1)
+
+
+class LockedText(nn.Module):
+    """f_t: a transformers text encoder that is never trained and never in training mode, read from token embeddings on.
+
+    Gradients pass through it to its input. Args: encoder: a common.TextEncoder.
+    """
+
+    def __init__(self, encoder: common.TextEncoder):
+        super().__init__()
+        self.encoder, model = encoder, encoder.model
+        self.is_clip = hasattr(model, "text_model")  # CLIPTextModelWithProjection
+        self.dim = encoder.out_dim
+        self.joint_dim = model.text_projection.out_features if self.is_clip else self.dim
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def token_embeds(self, input_ids):
+        """Static embeddings (B, L, C) of token ids (B, L), without positions."""
+        return self.encoder.model.get_input_embeddings()(input_ids)
+
+    def states(self, token_embeds, attention_mask=None) -> list:
+        """Token embeddings (B, L, C) -> what enters the first layer, then what leaves each, the last normalised; (B, L, C) each."""
+        if not self.is_clip:
+            out = self.encoder.model(inputs_embeds=token_embeds, attention_mask=attention_mask, output_hidden_states=True)
+            return list(out.hidden_states)
+        tower, L = self.encoder.model.text_model, token_embeds.shape[1]
+        states = [tower.embeddings(inputs_embeds=token_embeds)]
+        causal = torch.full((L, L), -math.inf, dtype=states[0].dtype, device=token_embeds.device).triu(1)[None, None]
+        for layer in tower.encoder.layers:  # padding stands behind the end token, so the causal mask hides it
+            out = layer(states[-1], attention_mask=causal)
+            states.append(out[0] if isinstance(out, tuple) else out)
+        return [*states[:-1], tower.final_layer_norm(states[-1])]
+
+    def pool(self, last_states, attention_mask=None):
+        """(B, L, C) -> (B, D); attention_mask (B, L), 1 = a real token; none: all are slots (D2)."""
+        if self.is_clip:
+            end = -1 if attention_mask is None else attention_mask.sum(1) - 1
+            return self.encoder.model.text_projection(last_states[torch.arange(len(last_states), device=last_states.device), end])
+        mask = torch.ones_like(last_states[..., 0]) if attention_mask is None else attention_mask.to(last_states.dtype)
+        return (last_states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+class Model(nn.Module):
+    """AST, token interaction module and the locked text encoder, which both branches end in.
+
+    Args: shape: audio (dim, layers, heads, patch, stride), blocks; text_encoder: a common.TextEncoder (kept in checkpoints).
+    """
+
+    sample_rate, window_s = SAMPLE_RATE, WINDOW_S
+    clean_caption = staticmethod(lambda text: text)
+
+    def __init__(self, shape: dict, text_encoder: common.TextEncoder):
+        super().__init__()
+        self.shape, audio = shape, shape["audio"]
+        self.audio_encoder, self.text = AST(**audio), LockedText(text_encoder)
+        self.interaction = TokenInteraction(audio["dim"], audio["heads"], shape["blocks"], self.text.dim)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D7
+        self.patch_s, self.frame_s = audio["stride"] / 100, None
+        slots = torch.randn(1, text_encoder.max_tokens, audio["dim"], generator=torch.Generator().manual_seed(0))
+        self.register_buffer("slots", slots)  # of evaluation (D4)
+
+    @property
+    def text_encoder(self) -> common.TextEncoder:
+        return self.text.encoder
+
+    def forward(self, log_mel, input_ids, attention_mask, matching="greedy", token_layer=0, noisy=True):
+        """One training batch -> audio_embeds, text_embeds (B, D), cross-token sums (B,) and counts (B,), uni-token means (B,), scale.
+
+        Shapes: log_mel (B, 1024, 128), input_ids and attention_mask (B, L).
+        """
+        B = len(log_mel)
+        slots = torch.randn(B, *self.slots.shape[1:], device=log_mel.device)  # D4
+        views = torch.cat([log_mel, log_mel + NOISE_STD * torch.randn_like(log_mel)]) if noisy else log_mel  # D8
+        predicted = self.interaction(slots.repeat(len(views) // B, 1, 1), self.audio_encoder(views))  # (B or 2 B, N, C)
+        with torch.no_grad():
+            text = self.text.token_embeds(input_ids)
+            text_states = self.text.states(text, attention_mask)
+            text_embeds = F.normalize(self.text.pool(text_states[-1], attention_mask).float(), dim=-1)
+        states = self.text.states(predicted[:B])
+        audio_embeds = F.normalize(self.text.pool(states[-1]).float(), dim=-1)
+        if token_layer:
+            text, compared = text_states[token_layer], states[token_layer]
+            other = self.text.states(predicted[B:])[token_layer] if noisy else None
+        else:
+            compared, other = predicted[:B], predicted[B:] if noisy else None
+        matched = match(compared.detach(), text, attention_mask, matching)
+        token_sums, token_counts = cross_token_loss(compared, text, attention_mask, matched)
+        uni = uni_token_loss(compared, other) if noisy else token_sums.new_zeros(B)
+        return audio_embeds, text_embeds, token_sums, token_counts, uni, self.log_scale.exp()
+
+    def first_window(self, waveform, n_samples=None):
+        """waveform (B, S), n_samples (B,) -> log-mel (B, 1024, 128) of each clip's first 10.24 s."""
+        n_samples = [waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()
+        window = round(WINDOW_S * SAMPLE_RATE)
+        return torch.stack([fbank(clip[:min(n, window)].float()) for clip, n in zip(waveform, n_samples)])
+
+    @torch.no_grad()
+    def embed_audio(self, waveform, n_samples=None):
+        """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised; never random."""
+        with common.evaluating(self):
+            n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
+            windows, owner, weight = common.cut_windows(waveform, n_samples, round(WINDOW_S * SAMPLE_RATE))
+            valid = (weight.cpu() * n_samples[owner].cpu()).round().long()
+            embeds = []
+            for part, n in zip(windows.split(32), valid.split(32)):
+                tokens = self._tokens(self.first_window(part, n))
+                embeds.append(F.normalize(self.text.pool(self.text.states(tokens)[-1]).float(), dim=-1))
+            embeds = torch.cat(embeds) * weight[:, None]
+            total = embeds.new_zeros(len(waveform), embeds.shape[1])
+            return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
+
+    def _tokens(self, log_mel):
+        return self.interaction(self.slots.expand(len(log_mel), -1, -1), self.audio_encoder(log_mel))
+
+    @torch.no_grad()
+    def token_embeds(self, waveform, n_samples=None):
+        """h^(a-t) of the first 10.24 s: (B, N, C), to be read where the text encoder's static token embeddings are."""
+        with common.evaluating(self):
+            return self._tokens(self.first_window(waveform, n_samples)).float()
+
+    @torch.no_grad()
+    def prompt_embeds(self, waveform, n_samples=None):
+        """The text encoder's last states (B, N, C) for the first 10.24 s, as if it had read a prompt.
+
+        What `prompt_embeds` means in diffusers: pipeline(prompt_embeds=model.prompt_embeds(waveform)), for a
+        pipeline built on this text encoder (Stable Diffusion 1.x on CLIP ViT-L/14).
+        """
+        with common.evaluating(self):
+            return self.text.states(self._tokens(self.first_window(waveform, n_samples)))[-1].float()
+
+    @torch.no_grad()
+    def token_attention(self, waveform, texts: list[str]):
+        """Which audio patches the slot of each text token attends to, in the first 10.24 s.
+
+        -> tokens: of each clip its text's tokens; maps: of each (tokens, bands, times), shares of the attention to patches.
+        """
+        with common.evaluating(self):
+            ids = {k: v.to(self.slots.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            audio = self.audio_encoder(self.first_window(waveform))
+            slots = self.slots.expand(len(audio), -1, -1)
+            matched = match(self.interaction(slots, audio), self.text.token_embeds(ids["input_ids"]), ids["attention_mask"])
+            shares = self.interaction.attention(slots, audio)[:, :, 2:].unflatten(2, self.audio_encoder.grid)
+        tokens, maps = [], []
+        for b, length in enumerate(ids["attention_mask"].sum(1).tolist()):
+            tokens.append(self.text_encoder.tokenizer.convert_ids_to_tokens(ids["input_ids"][b, :length].tolist()))
+            maps.append(shares[b, matched[b, :length]].cpu().numpy())
+        return tokens, maps
+
+    @torch.no_grad()
+    def embed_text(self, texts: list[str]):
+        """-> (B, D), normalised."""
+        with common.evaluating(self):
+            tokens = {k: v.to(self.slots.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            states = self.text.states(self.text.token_embeds(tokens["input_ids"]), tokens["attention_mask"])
+            return F.normalize(self.text.pool(states[-1], tokens["attention_mask"]).float(), dim=-1)
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """A run's last.pt or best.pt."""
+        content = common.read_checkpoint(path, "collat")
+        model = cls(content["shape"], common.text_encoder_from_description(content["text_encoder"], content["config"]["max_tokens"]))
+        common.load_strict(model, content["model"], path)
+        return model.eval()
+
+
+def ast_state(weights: dict) -> dict:
+    """transformers' ASTModel -> AST's own names, which are ours. Unknown names stay, so that strict loading lists them."""
+    state = {}
+    for key, value in weights.items():
+        key = re.sub(r"^(module\.v\.|audio_spectrogram_transformer\.)", "", key)
+        for theirs, ours in ((r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"),
+                             (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+                             (r"^layers\.", "blocks."), (r"^layernorm\.", "norm."), (r"\.layernorm_before\.", ".norm1."),
+                             (r"\.layernorm_after\.", ".norm2."), (r"\.attention\.o_proj\.", ".attn.proj.")):
+            key = re.sub(theirs, ours, key)
+        state[key] = value
+    for key in [k for k in state if ".attention.q_proj." in k]:
+        parts = [state.pop(key.replace("q_proj", name), None) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(part is not None for part in parts):
+            state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is used
+    return {k: v for k, v in state.items() if not re.match(r"^(head|head_dist|module\.mlp_head|classifier)\.", k)}
+
+
+def load_ast(encoder: AST, source: str) -> None:
+    """Start the audio encoder from a transformers folder or hub id, AST's own .pth file, or a file of this AST's state."""
+    if Path(source).is_file():
+        weights = common.read_weights(source)
+    else:
+        transformers = common.quiet_transformers()
+        try:
+            weights = transformers.ASTModel.from_pretrained(source).state_dict()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--audio-weights {source}: not a file, not a local folder and not to be had from the hub "
+                             f"({str(error).strip().splitlines()[0]}); give AST's weights, or none") from None
+    common.load_strict(encoder, ast_state(weights), source)
+
+
+def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
+    """A pre-trained text encoder and its tokenizer: of a CLIP only the text tower and its projection."""
+    transformers = common.quiet_transformers()
+    try:
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--text-model {name}: not a local folder and not to be had from the hub ({str(error).strip().splitlines()[0]}); give a "
+                         "folder that holds config.json, weights and tokenizer, or none, or connect to a network") from None
+    if not kind.startswith("clip"):
+        return common.text_encoder_from_pretrained(name, max_tokens)
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(name, dtype=torch.float32)
+    return common.TextEncoder(model, transformers.AutoTokenizer.from_pretrained(name), max_tokens)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def match(predicted, text, attention_mask, matching: str = "greedy"):
+    """A slot of its own for every text token -> (B, L) numbers of slots; arbitrary ones where the text is padded.
+
+    predicted (B, N, C), text (B, L, C), attention_mask (B, L), 1 = a real token; N >= L. Distance: L1 (D5).
+    """
+    distance = torch.cdist(text.float(), predicted.float(), p=1)  # (B, L, N)
+    real = attention_mask.bool()
+    return match_greedy(distance, real) if matching == "greedy" else match_optimal(distance, real)
+
+
+def match_greedy(distance, real):
+    """From a text's last token to its first, each takes the nearest slot that is left; the first of equals. Source: Sec. 3.
+
+    distance (B, L, N), real (B, L) bool, True = not padding -> (B, L).
+    """
+    B, L, N = distance.shape
+    taken, matched = torch.zeros(B, N, dtype=torch.bool, device=distance.device), []
+    for column in range(L - 1, -1, -1):
+        nearest = distance[:, column].masked_fill(taken, math.inf).argmin(1, keepdim=True)  # (B, 1)
+        taken = taken.scatter(1, nearest, taken.gather(1, nearest) | real[:, column, None])
+        matched.append(nearest)
+    return torch.cat(matched[::-1], 1)
+
+
+def match_optimal(distance, real):
+    """The assignment with the smallest sum of distances, for all texts at once: shortest augmenting paths (Jonker, Volgenant 1987).
+
+    Same arguments and result as match_greedy. Number 0 is a root that holds the token being placed; slots count from 1.
+    """
+    B, L, N = distance.shape
+    cost = distance.double() * real[..., None]  # padding costs the same everywhere, so it takes what is left
+    rows, device = torch.arange(B, device=distance.device), distance.device
+    token_price, slot_price = cost.new_zeros(B, L + 1), cost.new_zeros(B, N + 1)
+    holder, came_from = (torch.zeros(B, N + 1, dtype=torch.long, device=device) for _ in range(2))  # token of a slot, 0 = free
+    for token in range(1, L + 1):
+        holder[:, 0] = token
+        slot = torch.zeros(B, dtype=torch.long, device=device)
+        reach = cost.new_full((B, N + 1), math.inf)  # shortest known way to each slot
+        visited, active = torch.zeros(B, N + 1, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
+        while active.any():
+            visited[rows[active], slot[active]] = True
+            held = holder[rows, slot]  # (B,)
+            step = cost[rows, held - 1] - token_price[rows, held, None] - slot_price[:, 1:]  # (B, N)
+            shorter = (step < reach[:, 1:]) & ~visited[:, 1:] & active[:, None]
+            reach[:, 1:] = torch.where(shorter, step, reach[:, 1:])
+            came_from[:, 1:] = torch.where(shorter, slot[:, None], came_from[:, 1:])
+            delta, nearest = reach.masked_fill(visited, math.inf)[:, 1:].min(1)
+            change = torch.where(active[:, None] & visited, delta[:, None], 0.0)
+            token_price.scatter_add_(1, holder, change)
+            slot_price -= change
+            reach = torch.where(active[:, None] & ~visited, reach - delta[:, None], reach)
+            slot = torch.where(active, nearest + 1, slot)
+            active &= holder[rows, slot] != 0
+        while (slot != 0).any():  # move every token of the way one slot on
+            before = came_from[rows, slot]
+            moving = slot != 0
+            holder[rows[moving], slot[moving]] = holder[rows[moving], before[moving]]
+            slot = torch.where(moving, before, slot)
+    matched = torch.zeros(B, L + 1, dtype=torch.long, device=device)
+    matched.scatter_(1, holder[:, 1:], torch.arange(N, device=device).expand(B, -1))
+    return matched[:, 1:]
+
+
+def cross_token_loss(predicted, text, attention_mask, matched):
+    """L1 distance of each real text token to its slot, mean over values (D6) -> each clip's sum over tokens (B,), their number (B,).
+
+    predicted (B, N, C); text (B, L, C); attention_mask (B, L), 1 = a real token; matched (B, L) as from `match`.
+    """
+    reordered = predicted.gather(1, matched[..., None].expand(-1, -1, predicted.shape[2]))  # g(h^(a-t)), (B, L, C)
+    distance = (reordered.float() - text.float()).abs().mean(-1)  # Eq. (1)
+    return (distance * attention_mask).sum(1), attention_mask.sum(1).float()
+
+
+def cross_global_loss(sim, scale):
+    """sim (B, B) cosine, audio in rows; mean cross-entropy of the right partner, half of it in each direction (D7)."""
+    target = torch.arange(len(sim), device=sim.device)
+    return (F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)) / 2  # Eq. (2)
+
+
+def uni_token_loss(predicted, noisy):
+    """L1 distance of a clip's tokens with and without noise, both (B, N, C), slot by slot; mean (D6) -> (B,)."""
+    return (predicted.float() - noisy.float()).abs().mean((1, 2))  # Eq. (3)
+
+
+def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_counts, uni, scale):
+    """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
+    audio_embeds, text_embeds, token_sums, token_counts, uni = (
+        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, token_sums, token_counts, uni))
+    sim = audio_embeds @ text_embeds.T  # (B, B)
+    token, of_global, uni = token_sums.sum() / token_counts.sum(), cross_global_loss(sim, scale), uni.mean()
+    loss = cfg.token_weight * token + cfg.global_weight * of_global + cfg.uni_weight * uni  # Eq. (4)
+    return loss, sim.detach(), {"loss_token": token.detach(), "loss_global": of_global.detach(), "loss_uni": uni.detach()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+def label_prompt(labels: list[str]) -> str:
+    """["a", "b", "c"] -> "This is a sound of a, b, and c". Source: Sec. 4."""
+    return "This is a sound of " + ", ".join([*labels[:-1], ("and " if len(labels) > 1 else "") + labels[-1]])
+
+
+def texts_of(row: dict) -> list[str]:
+    return [label_prompt(row["labels"])] if row.get("labels") else row["captions"]  # D10
+
+
+class Clips(Dataset):
+    """One item a clip with its text. Items are asked for as (epoch, index), which seeds the crop and the choice of a caption."""
+
+    def __init__(self, rows: list[dict], cfg: Config, tokenize):
+        self.rows, self.cfg, self.tokenize = rows, cfg, tokenize
+
+    def __getitem__(self, key):
+        row = self.rows[key[1]]
+        rng = np.random.default_rng((self.cfg.seed, *key))
+        try:
+            waveform = common.read_audio(row["audio"], SAMPLE_RATE, WINDOW_S, rng, row.get("duration"))
+        except common.AudioError as error:
+            return error
+        texts = texts_of(row)
+        return fbank(torch.from_numpy(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
+
+    def collate(self, items):
+        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
+        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
+        good = [item for item in items if not isinstance(item, common.AudioError)]
+        part = self.cfg.micro_batch or max(1, len(good))
+        return [self.tensors(good[i:i + part]) for i in range(0, len(good), part)], [item[-1] for item in good], bad
+
+    def tensors(self, items) -> dict:
+        features, texts, _ = zip(*items)
+        tokens = self.tokenize(list(texts))
+        return {"log_mel": torch.stack(features), "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------
+
+
+def start_model(cfg: Config, texts: list[str]) -> Model:
+    """AST from --audio-weights, the locked text encoder from --text-model, the token interaction module from nothing."""
+    if cfg.text_model == "none":
+        text_encoder = common.text_encoder_from_scratch(texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), cfg.max_tokens)
+    else:
+        text_encoder = locked_text(cfg.text_model, cfg.max_tokens)
+    audio = dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, patch=cfg.audio_patch, stride=cfg.audio_stride)
+    model = Model(dict(audio=audio, blocks=cfg.blocks), text_encoder)
+    n_layers = text_encoder.model.config.num_hidden_layers
+    if not 0 <= cfg.token_layer <= n_layers:
+        raise ValueError(f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 for its static embeddings")
+    if cfg.audio_weights != "none":
+        load_ast(model.audio_encoder, cfg.audio_weights)
+    return model
+
+
+def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
+    """Tagging by single-label prompts where rows have labels, retrieval where they have captions -> scores, what chance gives."""
+    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
+    for text in bad:
+        tqdm.write(f"validation: left out {text}")
+    rows, scores, chance = [rows[i] for i in kept], {}, {}
+    classes = sorted({label for row in rows for label in row.get("labels", [])})
+    if classes:
+        targets = common.label_targets(rows, classes)
+        sim = audio_embeds @ common.embed_texts(model, [label_prompt([c]) for c in classes]).T
+        scores["tagging_mAP"], chance["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets))), float(targets.mean())
+    owner = np.array([i for i, row in enumerate(rows) for _ in row.get("captions", [])])
+    if len(owner):
+        sim = common.similarities(model, audio_embeds, None, [c for row in rows for c in row.get("captions", [])])
+        scores |= common.retrieval_scores(common.retrieval_ranks(sim, owner))
+        chance |= common.retrieval_chance(owner, len(rows))
+    return scores, chance
+
+
+def main(cfg: Config) -> dict:
+    device = common.start_device(cfg.device)
+    rank, world = common.rank_and_world()
+    say = tqdm.write if rank == 0 else (lambda text: None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
+        cfg.precision == "auto" and device.type == "cuda"))
+    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
+        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+
+    # Data
+    rows = common.read_manifest(cfg.data)
+    train_rows, val_rows = common.split_train_val(rows, cfg.seed)
+    for row in train_rows + val_rows:
+        if not row.get("labels"):
+            common.require([row], "captions")
+    common.check_counts(cfg, "steps", "eval_steps", "save_steps", "log_steps", "max_tokens", "blocks")
+    if min(cfg.micro_batch, cfg.token_weight, cfg.global_weight, cfg.uni_weight, cfg.warmup_steps) < 0:
+        raise ValueError("--micro-batch, --warmup-steps and the weights of the losses must not be negative")
+    if not (cfg.token_weight or cfg.global_weight):
+        raise ValueError("--token-weight 0 --global-weight 0: nothing ties audio to text; at least one must be above 0")
+    if not 1 <= cfg.audio_stride <= cfg.audio_patch <= N_MELS:
+        raise ValueError(f"--audio-patch {cfg.audio_patch} --audio-stride {cfg.audio_stride}: expected 1 <= stride <= patch <= {N_MELS}")
+    batch_size = min(cfg.batch_size, len(train_rows))
+    if batch_size < 2 * world:
+        raise ValueError(f"--batch-size {cfg.batch_size} with {len(train_rows)} training clip(s) on {world} process(es): "
+                         "a contrastive loss needs at least 2 clips in each")
+
+    # Model
+    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "collat") if cfg.resume else None
+    torch.manual_seed(cfg.seed)
+    if checkpoint:
+        common.check_resume(cfg, checkpoint["config"])
+        model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
+    else:
+        classes = sorted({label for row in train_rows for label in row.get("labels", [])})
+        model = start_model(cfg, [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))] + classes)
+    model.to(device)
+    wrapped = model if world == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio], "peak": peak}
+              for of_audio, peak in ((True, cfg.audio_lr), (False, cfg.lr))]
+    optimiser = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    dataset = Clips(train_rows, cfg, model.text_encoder.tokenize)
+    step, best = 0, {"score": -1.0, "step": 0}
+    run = common.RunFolder(cfg.runs, cfg.name, "collat", cfg.resume, len(train_rows), cfg.max_bad)
+    if checkpoint:
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        step, best = checkpoint["step"], checkpoint["best"]
+        run.drop_log_after(step)
+    n_locked = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained.values())
+    say(f"collat: {len(train_rows)} clips, {len(val_rows)} for validation; {sum(p.numel() for p in trained.values()) / 1e6:.1f} M parameters "
+        f"and {n_locked / 1e6:.1f} M locked ones; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; "
+        f"ln B = {math.log(batch_size):.2f}; writing to {run.path}")
+
+    def save(name):
+        common.save_checkpoint(run.path / name, {
+            "method": "collat", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
+            "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+
+    # Loop
+    durations = [min(row.get("duration") or WINDOW_S, WINDOW_S) for row in train_rows]
+    loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
+                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+    options = dict(matching=cfg.matching, token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
+    model.train()
+    for parts, names, bad in loader:
+        unreadable += bad
+        if not parts:
+            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} | options for part in parts]
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * common.warmup_cosine(step, cfg.warmup_steps, cfg.steps)
+
+        optimiser.zero_grad(set_to_none=True)
+        loss, sim, of_loss = common.cached_backward(
+            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)  # D9
+        optimiser.step()
+        with torch.no_grad():
+            model.log_scale.clamp_(0, math.log(100))
+
+        # Log: the only place, with saving, where a GPU is waited for
+        recent.append((step, loss.detach(), names))
+        step += 1
+        pairs_seen += len(sim)
+        bar.update()
+        if step % cfg.log_steps == 0 or step == cfg.steps:
+            common.check_finite(recent, run)
+            run.settle_skipped(unreadable)
+            unreadable.clear()
+            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            line = {"step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), **{k: v.item() for k, v in of_loss.items()},
+                    "batch_R@1": r1, "scale": model.log_scale.exp().item(), "lr": optimiser.param_groups[1]["lr"],
+                    "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            run.log(line)
+            bar.set_postfix_str(f"token {line['loss_token']:.4f} global {line['loss_global']:.3f} (ln B {line['ln_B']:.2f}) uni "
+                                f"{line['loss_uni']:.4f} R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            pairs_seen = 0
+        eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
+        if eval_now or step % cfg.save_steps == 0:
+            common.check_finite(recent, run, model)
+            if eval_now and rank == 0:
+                score = selection_score(model, val_rows, say, step)
+                if score > best["score"]:
+                    best = {"score": score, "step": step}
+                    save("best.pt")
+                model.train()
+            if rank == 0:
+                save("last.pt")
+            common.barrier()
+            clock, pairs_seen = time.perf_counter(), 0
+    bar.close()
+
+    # Result: the best checkpoint on the validation split
+    common.barrier()
+    if rank > 0 or not val_rows:
+        return {}
+    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    scores, chance = validate(model, val_rows, quiet=False)
+    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
+    common.print_scores(f"collat on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+          f"  python collat.py --data {' '.join(cfg.data)} --size {cfg.size} --token-weight 0 --uni-weight 0 --global-weight 1     "
+          "(the global loss alone: CLAP with a locked text encoder, to compare)")
+    return result
+
+
+def selection_score(model, val_rows, say, step) -> float:
+    """Mean of tagging mAP and both directions' mAP@10, as far as the validation split has them (D9); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows)
+    used = [scores[k] for k in ("tagging_mAP", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
+    shown = [k for k in ("tagging_mAP", "t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
+    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
+    return sum(used) / len(used)
+
+
+# ------------------------------------------------------------------------------------------------
+# Entry point
+# ------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
