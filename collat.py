@@ -117,8 +117,8 @@ class Config:
 
 
 # A start from nothing needs one larger learning rate; larger patches make a step affordable on a CPU
-TINY = dict(audio_weights="none", text_model="none", max_tokens=32, audio_dim=128, audio_layers=3, audio_heads=4, audio_patch=32,
-            audio_stride=28, blocks=4, text_dim=128, text_layers=2, steps=400, batch_size=32, lr=1e-3, audio_lr=1e-3, warmup_steps=40,
+TINY = dict(audio_weights="none", text_model="none", max_tokens=24, audio_dim=128, audio_layers=3, audio_heads=4, audio_patch=32,
+            audio_stride=28, blocks=4, text_dim=128, text_layers=2, steps=400, batch_size=16, lr=1e-3, audio_lr=1e-3, warmup_steps=40,
             eval_steps=100, save_steps=100, workers=1)
 PRESETS = {("size", "tiny"): TINY}
 SAMPLE_RATE, N_MELS, N_FRAMES = 16000, 128, 1024  # 10 ms frames

@@ -977,7 +977,11 @@ def text_encoder_from_description(description: dict, max_tokens: int, pooler: bo
     transformers = quiet_transformers()
     from tokenizers import Tokenizer
     config = json.loads(description["config"])
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config)).float()
+    config = transformers.AutoConfig.for_model(**config)
+    if config.model_type == "clip_text_model":  # CoLLAT needs its projection
+        model = transformers.CLIPTextModelWithProjection(config).float()
+    else:
+        model = transformers.AutoModel.from_config(config).float()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(description["tokenizer"]), **json.loads(description["special_tokens"]))
     return TextEncoder(model, tokenizer, max_tokens, pooler)

@@ -20,7 +20,7 @@ import transformers  # noqa: E402
 import common  # noqa: E402
 import prepare  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def write_corpus(folder: Path, n_train=12, n_val=4, n_test=6, rate=16000) -> Path:
@@ -52,7 +52,9 @@ SHARED = dict(size="tiny", audio_dim=16, audio_depths=[1, 2], audio_heads=[2, 4]
 SMALL_OF = {"mga_clap": dict(**SHARED, codewords=48, epochs=2, eval_epochs=1), "t_clap": dict(**SHARED, steps=8, eval_steps=4),
             "cacophony": dict(size="tiny", audio_dim=16, audio_layers=1, audio_heads=2, audio_mlp=32, joint_dim=32, decoder_layers=1, text_dim=64,
                               text_layers=1, mae_steps=4, mae_batch_size=6, mae_crop_s=2.0, steps=4, batch_size=6, patches=48, warmup_steps=2,
-                              eval_steps=2, save_steps=2, log_steps=1, workers=0, device="cpu")}
+                              eval_steps=2, save_steps=2, log_steps=1, workers=0, device="cpu"),
+            "collat": dict(size="tiny", audio_dim=16, audio_layers=1, audio_heads=2, audio_patch=64, audio_stride=48, blocks=2, text_dim=64, text_layers=1,
+                           steps=8, batch_size=6, warmup_steps=2, eval_steps=4, save_steps=3, log_steps=1, workers=0, device="cpu")}
 SMALL = SMALL_OF["mga_clap"]
 
 

@@ -28,7 +28,7 @@ config = functools.partial(config_of, "mga_clap")
 
 
 def run_cli(*args, script="mga_clap.py"):
-    return subprocess.run([*PYTHON, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run([*PYTHON, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 
 # Training
@@ -183,9 +183,9 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, met
     for key, value in SMALL_OF[method].items():
         flags += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*PYTHON, script, *flags, "--name", "one"], check=True, env=env, capture_output=True, timeout=300)
+    subprocess.run([*PYTHON, script, *flags, "--name", "one"], check=True, env=env, capture_output=True, timeout=600)
     two = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags,
-                          "--name", "two", *only_two], env=env, capture_output=True, text=True, timeout=300)
+                          "--name", "two", *only_two], env=env, capture_output=True, text=True, timeout=600)
     assert two.returncode == 0, two.stderr[-2000:]
     one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
     losses = [[x["loss"] for x in run] for run in (one, two)]
