@@ -7,7 +7,8 @@
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
 (text-to-audio grounding), t_classify (temporal order), aqa (question answering by a trained probe),
-captioning, gap (distance between the modalities), or all that the manifest has labels for.
+captioning, gap (distance between the modalities), image (audio-image retrieval), probe (trained
+classifiers), noise (robustness), or all that the manifest has labels for but for the last two.
 Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
 consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
 the first window only). Scores carry a 95 % bootstrap interval over clips.
@@ -326,49 +327,91 @@ def t_classify(model, clips, classes, args) -> dict:
 
 def train_probe(train, val, n_classes: int, desc: str, layers: int = 4, width: int = 512, epochs: int = 60, seed: int = 0,
                 lr: float = 1e-4, batch_size: int = 128, weight_decay: float = 0.01, dropout: float = 0.0, batch_norm: bool = False,
-                standardise: bool = True, patience: int | None = None, score_of=None, device="cpu"):
-    """A probe on frozen embeddings: an MLP whose best epoch is chosen on `val` -> function from inputs to logits.
+                standardise: bool = True, patience: int | None = None, score_of=None, network=None, device="cpu"):
+    """A probe on frozen embeddings whose best epoch is chosen on `val` -> function from inputs to logits.
 
-    train, val: inputs (N, D) float32, and targets: class numbers (N,) (-1: no class, never right) for the cross entropy of a
-    softmax, or 0 and 1 (N, n_classes) float32 for that of one sigmoid a class. AdamW, which without weight_decay is Adam; a
-    function of the seed alone.
+    train, val: inputs (N, ..., D), and targets: class numbers (N,) or (N, W) for the cross entropy of a softmax (-1: no class,
+    never right, nothing to learn), or 0 and 1 (N, n_classes) float32 for that of one sigmoid a class. AdamW, which without
+    weight_decay is Adam; a function of the seed alone.
     Args
         standardise: bring every input to mean 0 and deviation 1 over the training rows.
-        layers: linear ones; each but the last is followed by batch norm if wanted, ReLU and dropout.
+        layers: linear ones of an MLP; each but the last is followed by batch norm if wanted, ReLU and dropout.
+        network: D, n_classes -> the network to train in place of that MLP; layers, width, dropout and batch_norm are then its own.
         patience: epochs without a better one after which training ends.
-        score_of: validation logits (N, n_classes) -> what the best epoch has most of; default: accuracy. Of equal epochs
-            the first counts, without validation rows the last.
+        score_of: validation logits (N, n_classes) -> what the best epoch has most of (of tuples the first entry decides, then
+            the next); default: accuracy. Of equal epochs the first counts, without validation rows the last.
     """
     torch.manual_seed(seed)
     (inputs, targets), (val_inputs, val_targets) = ((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in (train, val))
-    mean, deviation = (inputs.mean(0), inputs.std(0).clamp(min=1e-6)) if standardise else (0.0, 1.0)
-    sizes = [inputs.shape[1]] + [width] * (layers - 1) + [n_classes]
-    linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-    between = lambda: ([torch.nn.BatchNorm1d(width)] if batch_norm else []) + [torch.nn.ReLU(), torch.nn.Dropout(dropout)]  # noqa: E731
-    net = torch.nn.Sequential(*[part for layer in linear[:-1] for part in (layer, *between())], linear[-1]).to(device)
+    vectors = inputs.flatten(0, -2)  # (N, D), of tokens (N L, D)
+    mean, deviation = (vectors.mean(0), vectors.std(0).clamp(min=1e-6)) if standardise else (0, 1)
+    sizes = [inputs.shape[-1]] + [width] * (layers - 1) + [n_classes]
+    if network is None:
+        linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+        between = lambda: ([torch.nn.BatchNorm1d(width)] if batch_norm else []) + [torch.nn.ReLU(), torch.nn.Dropout(dropout)]  # noqa: E731
+        network = lambda *_: torch.nn.Sequential(*[part for layer in linear[:-1] for part in (layer, *between())], linear[-1])  # noqa: E731
+    net = network(sizes[0], n_classes).to(device)
     optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    loss_of = torch.nn.functional.cross_entropy if targets.dim() == 1 else torch.nn.functional.binary_cross_entropy_with_logits
     accuracy = lambda logits: float((logits.argmax(1) == val_targets.cpu().numpy()).mean())  # noqa: E731
-    logits = lambda x: net((x - mean) / deviation)  # noqa: E731
-    best, best_epoch, kept = -1.0, 0, None
+    logits = lambda x: net((x - mean) / deviation if standardise else x)  # noqa: E731
+    best, best_epoch, kept = -math.inf, 0, None
+
+    @torch.no_grad()
+    def logits_of(x):
+        return torch.cat([logits(part) for part in x.split(1024)]).cpu().numpy()
+
     for epoch in tqdm(range(epochs), desc=desc, unit="epoch", leave=False):
         net.train()
         for batch in torch.randperm(len(inputs)).split(batch_size):
             if batch_norm and len(batch) == 1:  # one row has no variance
                 continue
-            loss = loss_of(logits(inputs[batch]), targets[batch])
+            loss = probe_loss(logits(inputs[batch]), targets[batch])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         net.eval()
-        with torch.no_grad():
-            score = (score_of or accuracy)(logits(val_inputs).cpu().numpy()) if len(val_inputs) else float(epoch)
-        if score > best:
+        score = (score_of or accuracy)(logits_of(val_inputs)) if len(val_inputs) else float(epoch)
+        if kept is None or score > best:
             best, best_epoch, kept = score, epoch, {name: value.clone() for name, value in net.state_dict().items()}
         if patience is not None and epoch - best_epoch >= patience:
             break
     net.load_state_dict(kept)
-    return lambda x: logits(torch.from_numpy(x).to(device)).detach().cpu().numpy()
+    return lambda x: logits_of(torch.from_numpy(x).to(device))
+
+
+def probe_loss(logits, targets):
+    """Cross entropy of one sigmoid a class (N, C) for float targets, else of a softmax, -1 left out; for numpy arrays a float."""
+    if isinstance(logits, np.ndarray):
+        return float(probe_loss(torch.from_numpy(logits), torch.from_numpy(targets)))
+    if targets.is_floating_point():
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
+
+
+def embed_splits(model, clips, args, key: str, what: str, tokens: bool = False) -> dict:
+    """What a trained probe needs of the scored split and of train and val where they have `key`.
+
+    Returns: split -> rows (one a file), audio_embeds (N, D), with `tokens` prompt embeddings (N, L, D') else None.
+    """
+    trainable = {split: [row for row in args.all_rows if row.get("split") == split and row.get(key)] for split in ("train", "val")}
+    if args.split in ("train", "all rows") or not trainable["train"]:
+        raise ValueError(f"{what}: it needs rows of split train with '{key}', and another split to score (--split)")
+    return {args.split: scored_split(model, clips, args, tokens), **{
+        split: embed_rows(model, merge_rows(rows), args, split, tokens) for split, rows in trainable.items() if rows and split != args.split}}
+
+
+def scored_split(model, clips, args, tokens: bool):
+    """What `embed_rows` gives, of the clips to score, whose own embeddings are there already."""
+    return embed_rows(model, clips["rows"], args, args.split, True) if tokens else (clips["rows"], clips["audio_embeds"], None)
+
+
+def embed_rows(model, rows: list[dict], args, name: str, tokens: bool):
+    """-> rows that could be read, audio_embeds (N, D), prompt embeddings (N, L, D) or None."""
+    kept, embeds, held, bad = common.embed_files(
+        model, rows, args.batch_size, args.workers, args.crop, frames=tokens and "prompt_embeds",
+        cache=checkpoint_cache(args, args.checkpoint), desc=f"embedding {name}")
+    report_left_out(bad, len(rows), args)
+    return [rows[i] for i in kept], embeds, np.stack(held) if tokens else None
 
 
 def aqa(model, clips, classes, args) -> dict:
@@ -380,19 +423,9 @@ def aqa(model, clips, classes, args) -> dict:
     a miss. Of questions with a type, those that need a picture are left out. Source: Cacophony Table 5 (Clotho-AQA, MUSIC-AVQA;
     its layer widths and learning rate are not stated).
     """
-    own, others = set(map(id, clips["rows"])), args.all_rows
-    splits = {args.split: (clips["rows"], clips["audio_embeds"])}
-    for split in {"train", "val"} - {args.split}:
-        rows = [row for row in others if row.get("split") == split and row.get("qa") and id(row) not in own]
-        if rows:
-            kept, embeds, _, bad = common.embed_files(model, rows, args.batch_size, args.workers, args.crop,
-                                                      cache=checkpoint_cache(args, args.checkpoint), desc=f"embedding {split}")
-            report_left_out(bad, len(rows), args)
-            splits[split] = [rows[i] for i in kept], embeds
-    if "train" not in splits or args.split == "train":
-        raise ValueError("aqa trains a probe: it needs rows of split train with 'qa', and another split to score")
+    splits = embed_splits(model, clips, args, "qa", "aqa trains a probe")
     asked = {split: [(i, q["question"], str(q["answer"]).lower()) for i, row in enumerate(rows) for q in row.get("qa", [])
-                     if "Audio" in q.get("type", ["Audio"])] for split, (rows, _) in splits.items()}
+                     if "Audio" in q.get("type", ["Audio"])] for split, (rows, *_) in splits.items()}
     scored, chance, details, told = {}, {}, {}, []
     for kind in ("binary", "word"):
         of = {split: [q for q in questions if (q[2] in ("yes", "no")) == (kind == "binary")] for split, questions in asked.items()}
@@ -432,6 +465,252 @@ def aqa(model, clips, classes, args) -> dict:
                   probe="MLP of 4 layers, width 512, AdamW 1e-4, 60 epochs, seed 0")
 
 
+class TokenProbe(torch.nn.Module):
+    """One transformer decoder layer whose one learned query reads a clip's tokens (B, L, D), then a linear layer -> (B, C).
+
+    Source: CoLLAT, linear probing ("a 1-layer transformer decoder").
+    """
+
+    def __init__(self, width: int, n_classes: int):
+        super().__init__()
+        self.query = torch.nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.layer = decoder_layer(width)
+        self.classify = torch.nn.Linear(width, n_classes)
+
+    def forward(self, tokens):
+        return self.classify(self.layer(self.query.expand(len(tokens), -1, -1), tokens)[:, 0])
+
+
+def decoder_layer(width: int) -> torch.nn.TransformerDecoderLayer:
+    """torch's own, heads of at least 64 dimensions."""
+    heads = max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
+    return torch.nn.TransformerDecoderLayer(width, heads, 4 * width, dropout=0.1, batch_first=True)
+
+
+PROBES = {  # name -> what it reads, train_probe's settings; ours: the paper names none
+    "linear": ("audio_embeds", dict(layers=1, lr=1e-2, weight_decay=0.0, batch_size=64, epochs=100, patience=20)),
+    "decoder": ("tokens", dict(network=TokenProbe, lr=5e-4, weight_decay=0.01, batch_size=64, epochs=100, patience=20))}
+
+
+def label_task(rows: list[dict], classes: list[str]):
+    """-> kind ("multiclass" where no row has two labels, else "multilabel"), targets as the probes take them, rows that count.
+
+    Without a label in the class list a row counts only beside rows of several labels, as no class's example.
+    """
+    targets = common.label_targets(rows, classes)
+    if (targets.sum(1) > 1).any():
+        return "multilabel", targets.astype(np.float32), np.arange(len(rows))
+    return "multiclass", targets.argmax(1), np.flatnonzero(targets.any(1))
+
+
+def probe(model, clips, classes, args) -> dict:
+    """Labels from frozen features, by classifiers trained on split train, chosen on val, scored on the evaluated split.
+
+    linear: one linear layer on the clip embedding. decoder, for models with prompt_embeds: a transformer decoder layer with one
+    learned query over the token embeddings of the first window (TokenProbe). Accuracy where no clip has two labels, else macro
+    mAP, as classification and tagging count them; of epochs equal on val the one with the smallest loss there. Inputs are
+    standardised over the training clips. Rows with folds and no split train: each fold is tested once, the next one chooses
+    the epoch, the others train; mean over folds. chance:
+    `hear_chance`. Source: CoLLAT, linear probing (ESC-50, UrbanSound8K, TUT, FSD50K, AudioSet); its settings are not stated.
+    """
+    tokens = hasattr(model, "prompt_embeds")
+    folds = sorted({str(row["fold"]) for row in clips["rows"] if "fold" in row})
+    if folds and not any(row.get("split") == "train" for row in args.all_rows):
+        if len(folds) < 3:
+            raise ValueError(f"probe: rows of {len(folds)} fold(s) and none of split train; it needs three folds, or split train")
+        turns, splits = fold_turns(folds), {"all": scored_split(model, clips, args, tokens)}
+        fold_of = np.array([str(row.get("fold")) for row in splits["all"][0]])
+    else:
+        splits = embed_splits(model, clips, args, "labels", "probe trains a classifier", tokens)
+        turns = [(["train"], "val" if args.split != "val" else None, args.split)]
+        fold_of = np.array([split for split, (rows, *_) in splits.items() for _ in rows])  # the splits are the folds of one turn
+    rows = [row for of, *_ in splits.values() for row in of]
+    inputs = {"audio_embeds": np.concatenate([embeds for _, embeds, _ in splits.values()])}
+    if tokens:
+        inputs["tokens"] = np.concatenate([held for *_, held in splits.values()])
+    kind, targets, counted = label_task(rows, classes)
+    parts = {}
+    for name in sorted({name for train, val, test in turns for name in (*train, val, test) if name}):
+        at = counted[fold_of[counted] == name]
+        parts[name] = {"rows": [rows[i] for i in at], "targets": targets[at], **{key: x[at] for key, x in inputs.items()}}
+        if name != "val" and not len(at):
+            raise ValueError(f"probe: no clip of {name} has a label of the class list")
+    task, metric, evidence, chance, of_fold = {"kind": kind, "classes": classes}, METRIC_OF[kind], {}, {}, []
+    for k, (train_names, val_name, test_name) in enumerate(turns):
+        train, test = join_inputs([parts[name] for name in train_names]), parts[test_name]
+        val = parts[val_name] if val_name else {key: x[:0] for key, x in test.items()}
+        of_fold += [k] * len(test["rows"])
+        for name, (key, settings) in PROBES.items():
+            if key in inputs:
+                logits_of = train_probe((train[key], train["targets"]), (val[key], val["targets"]), len(classes), f"{name} probe, {test_name}",
+                                        score_of=lambda logits: (hear_score(kind, hear_evidence(task, logits, val, None, 0)), -probe_loss(logits, val["targets"])),
+                                        device=next(model.parameters()).device, **settings)
+                evidence.setdefault(name, []).append(hear_evidence(task, logits_of(test[key]), test, None, 0))
+                chance.setdefault(f"{name}_{metric}", []).append(hear_chance(task, train, test, None, None, 0))
+    evidence, of_fold = {name: np.concatenate(of) for name, of in evidence.items()}, np.array(of_fold)
+
+    def score(chosen):
+        turns_of = [chosen[of_fold[chosen] == k] for k in np.unique(of_fold[chosen])]
+        return {f"{name}_{metric}": float(np.mean([hear_score(kind, of[at]) for at in turns_of])) for name, of in evidence.items()}
+
+    details = {f"{name}_folds": {turn[2]: hear_score(kind, of[of_fold == k]) for k, turn in enumerate(turns)} for name, of in evidence.items()}
+    if kind == "multilabel":
+        details |= {f"{name}_AP": per_class(classes, common.class_average_precisions(*np.split(of, 2, axis=1))) for name, of in evidence.items()}
+    read = {"linear": "one linear layer on the clip embedding", "decoder": "one decoder layer with one query over the tokens of the first window"}
+    return result("probe", score, len(of_fold), {name: float(np.mean(of)) for name, of in chance.items()}, args, n_classes=len(classes),
+                  details=details, clips=", ".join(f"{name} {len(part['rows'])}" for name, part in parts.items()),
+                  turns=f"{len(turns)} folds, each tested once, the next chooses the epoch; mean over folds" if folds == sorted(parts) else
+                  "trained on split train, the epoch " + ("chosen on val" if turns[0][1] and parts["val"]["rows"] else "is the last: no split val"),
+                  left_out=f"{len(rows) - sum(len(part['rows']) for part in parts.values())} clips without a label of the class list",
+                  **{name: f"{read[name]}, {told_settings(PROBES[name][1])}" for name in evidence},
+                  tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold")
+
+
+def told_settings(settings: dict) -> str:
+    """Of train_probe, for print."""
+    return f"AdamW {settings['lr']:g}, batch {settings['batch_size']}, at most {settings['epochs']} epochs, seed 0"
+
+
+class NoisyModel:
+    """A model that hears every clip with Gaussian noise added, behind which it is as it was.
+
+    The noise is drawn by a generator seeded by the clip's own samples, so neither batches nor the order of files change it, and
+    it has the same shape at every level. Args: std: its standard deviation, or snr_db: 10 log10 of the clip's power to its.
+    """
+
+    def __init__(self, model, std: float | None = None, snr_db: float | None = None):
+        self.model, self.std, self.snr_db = model, std, snr_db
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def noisy(self, waveform, n_samples):
+        heard = waveform.clone()
+        for row, n in zip(heard, n_samples.tolist()):
+            samples = row[:n].cpu().numpy()
+            drawn = torch.randn(n, generator=torch.Generator().manual_seed(zlib.crc32(samples.tobytes())))
+            power = float(np.mean(samples.astype(float) ** 2))
+            row[:n] += (self.std if self.snr_db is None else (power / 10 ** (self.snr_db / 10)) ** 0.5) * drawn.to(row.device)
+        return heard
+
+    def embed_audio(self, waveform, n_samples):
+        return self.model.embed_audio(self.noisy(waveform, n_samples), n_samples)
+
+    def embed_frames(self, waveform, n_samples):
+        return self.model.embed_frames(self.noisy(waveform, n_samples), n_samples)
+
+
+NOISE = {"clean": {}, "std0.1": dict(std=0.1), **{f"snr{db}": dict(snr_db=db) for db in (20, 15, 10, 5, 0)}}
+
+
+def noise(model, clips, classes, args) -> dict:
+    """Zero-shot accuracy (macro mAP where a clip has several labels) of clips with Gaussian noise added to their samples.
+
+    clean: without; std0.1: mean 0, standard deviation 0.1, of samples in [-1, 1] (the paper's); snr20 to snr0: the noise scaled to
+    lie so many dB below each clip's own power. Added at the model's rate before any padding, not clipped, one draw a clip
+    (NoisyModel). Ties as in classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K, std 0.1).
+    """
+    kind, targets, counted = label_task(clips["rows"], classes)
+    task, part, evidence = {"kind": kind, "classes": classes}, {"targets": targets[counted]}, {}
+    for name, added in NOISE.items():
+        embeds, frame_embeds, cache = clips["audio_embeds"], clips["frame_embeds"], checkpoint_cache(args, args.checkpoint)
+        if added:
+            _, embeds, frame_embeds, bad = common.embed_files(
+                NoisyModel(model, **added), clips["rows"], args.batch_size, args.workers, args.crop, getattr(model, "pairwise", False),
+                desc=f"embedding, noise {name}", cache=cache and cache / f"noise_{name}")
+            if bad:
+                raise ValueError(f"noise: a file that could be read before cannot any more: {bad[0]}")
+        sim = common.similarities(model, embeds, frame_embeds, class_prompts(classes, args))[counted]
+        evidence[name] = hear_evidence(task, sim, part, None, 0)
+    metric, level = METRIC_OF[kind], 1 / len(classes) if kind == "multiclass" else float(targets.mean(0)[targets.any(0)].mean())
+    score = lambda chosen: {f"{metric}_{name}": hear_score(kind, of[chosen]) for name, of in evidence.items()}  # noqa: E731
+    return result("noise", score, len(counted), dict.fromkeys((f"{metric}_{name}" for name in NOISE), level), args, prompt=args.prompt,
+                  n_classes=len(classes) if kind == "multiclass" else int(targets.any(0).sum()),
+                  noise="Gaussian, added to the samples at the model's rate before padding, seeded by the clip",
+                  left_out=f"{len(clips['rows']) - len(counted)} clips without a label of the class list",
+                  tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold")
+
+
+def pillow():
+    """pillow's Image, or one sentence on how to get it."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError("image needs pillow to read pictures; install it with: pip install pillow") from None
+    return Image
+
+
+def load_image_model(name: str, dim: int):
+    """CLIP's image tower and its preprocessing from a folder or hub id, for audio embeddings of `dim` dimensions."""
+    pillow()  # the preprocessing needs it as well
+    transformers = common.quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type == "clip":  # the width of the common space stands outside the image tower's own settings
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        elif config.model_type != "clip_vision_model":
+            raise ValueError(f"its type is {config.model_type}")
+        encoder, info = transformers.CLIPVisionModelWithProjection.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+        processor = transformers.CLIPImageProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"--image-model {name}: not a transformers CLIP folder or reachable hub id ({str(error).strip().splitlines()[0]})") from None
+    if info["missing_keys"]:
+        raise ValueError(f"--image-model {name}: holds no complete CLIP image tower, {len(info['missing_keys'])} weights such as "
+                         f"{min(info['missing_keys'])} are missing")
+    if encoder.config.projection_dim != dim:
+        raise ValueError(f"--image-model {name}: its space has {encoder.config.projection_dim} dimensions, the model's audio embeddings {dim}; "
+                         "give the CLIP whose text encoder the model was trained with")
+    return encoder.eval(), processor
+
+
+@torch.no_grad()
+def embed_images(encoder, processor, rows: list[dict], batch_size: int):
+    """-> indices of rows whose image could be read, their embeddings (N, D) of length 1, error texts of the others."""
+    Image = pillow()
+    kept, embeds, bad, device = [], [], [], next(encoder.parameters()).device
+    for start in tqdm(range(0, len(rows), batch_size), desc="embedding images", unit="batch", leave=False):
+        images = []
+        for i in range(start, min(start + batch_size, len(rows))):
+            try:
+                with Image.open(rows[i]["image"]) as image:
+                    images.append(image.convert("RGB"))
+                kept.append(i)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                bad.append(f"{rows[i]['image']}: cannot be read as an image ({error})")
+        if images:
+            pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+            embeds.append(torch.nn.functional.normalize(encoder(pixel_values=pixels).image_embeds, dim=-1).cpu().numpy())
+    if not kept:
+        raise ValueError(f"image: none of {len(rows)} images could be read; first: {bad[0]}")
+    return kept, np.concatenate(embeds), bad
+
+
+def image(model, clips, classes, args) -> dict:
+    """Retrieval between clips and pictures, for models whose audio lies in CLIP's space: MRR and R@1, 5, 10 both ways.
+
+    One picture a clip (`image`), encoded by --image-model; a2i: the clip's own picture among all, i2a: the picture's clip. Clips
+    without a picture are left out. Ties count against the right answer. Source: Wav2CLIP's protocol on VGGSound's test split
+    (15K clips), CoLLAT's audio-image retrieval.
+    """
+    if not args.image_model:
+        raise ValueError("image needs --image-model, a transformers CLIP folder or hub id in whose space the audio embeddings lie")
+    index = [i for i, row in enumerate(clips["rows"]) if row.get("image")]
+    encoder, processor = load_image_model(args.image_model, clips["audio_embeds"].shape[1])
+    kept, image_embeds, bad = embed_images(encoder.to(next(model.parameters()).device), processor, [clips["rows"][i] for i in index], args.batch_size)
+    report_left_out(bad, len(index), args)
+    rows, audio_embeds = [clips["rows"][index[k]] for k in kept], clips["audio_embeds"][[index[k] for k in kept]]
+    n = len(rows)
+    ranks = common.retrieval_ranks(lambda part: audio_embeds[part] @ image_embeds.T, np.arange(n), n)  # the pictures in the place of captions
+    named = lambda scores: {name.replace("a2t", "a2i").replace("t2a", "i2a"): v for name, v in scores.items() if "R@" in name or "MRR" in name}  # noqa: E731
+    score = lambda chosen: named(common.retrieval_scores({name: r[chosen] for name, r in ranks.items()}))  # noqa: E731
+    details = {new: [{"clip": row["audio"], "image": row["image"], "rank": int(r) + 1} for row, r in zip(rows, ranks[old])]
+               for new, old in (("a2i", "a2t"), ("i2a", "t2a"))}
+    return result("image", score, n, named(common.retrieval_chance(np.arange(n), n)), args, details=details, image_model=args.image_model,
+                  left_out=f"{len(clips['rows']) - len(index)} clips without a picture, {len(bad)} whose picture could not be read",
+                  tie_rule="a tie counts against the right answer")
+
+
 def captioning(model, clips, classes, args) -> dict:
     """What the model says about each clip, against all the captions of the clip.
 
@@ -439,11 +718,16 @@ def captioning(model, clips, classes, args) -> dict:
     `caption_words`; the toolkit's own tokenizer needs Java, and so do METEOR and SPICE, which are not run. chance: always
     saying the most frequent reference (of equally frequent ones the first in the alphabet). Above temperature 0 each clip
     is captioned alone, seeded by its file's name, so that neither batches nor the order of files change a word. CIDEr-D's
-    document frequencies are those of all clips, in every bootstrap draw. Source: Cacophony, automatic captioning (AudioCaps,
-    Clotho; its temperature is 0.1).
+    document frequencies are those of all clips, in every bootstrap draw. A model with prompt_embeds but no caption method gets
+    a decoder, trained on the captions of split train (`decoded_captions`). Source: Cacophony, automatic captioning (AudioCaps,
+    Clotho; its temperature is 0.1); CoLLAT's captioning (AudioCaps, a trained 1-layer decoder).
     """
     common.require(clips["rows"], "captions")
-    rows, said = clips["rows"], caption_files(model, clips["rows"], args)
+    rows, trained = clips["rows"], {}
+    if hasattr(model, "caption"):
+        said = caption_files(model, rows, args)
+    else:
+        rows, said, trained = decoded_captions(model, clips, args)
     references = [[caption_words(c) for c in row["captions"]] for row in rows]
     times = collections.Counter(" ".join(words) for of in references for words in of)
     commonest = min(times, key=lambda text: (-times[text], text))
@@ -458,8 +742,8 @@ def captioning(model, clips, classes, args) -> dict:
     details = {"captions": [{"clip": row["audio"], "said": text, "references": row["captions"], "CIDEr-D": float(cider)}
                             for row, text, cider in zip(rows, said, evidence[:, 11])]}
     return result("captioning", score, len(rows), score(np.arange(len(rows)), blind), args, n_captions=sum(map(len, references)),
-                  details=details, crop="first window only" if args.crop == "first" else "whole files, longer ones as the model does it",
-                  temperature=f"{args.temperature:g}" + (" (greedy)" if args.temperature == 0 else ""),
+                  details=details, crop="first window only" if args.crop == "first" or trained else "whole files, longer ones as the model does it",
+                  **trained, temperature=f"{args.temperature:g}" + (" (greedy)" if args.temperature == 0 else ""),
                   words="lower case, punctuation removed but for hyphens and apostrophes inside a word",
                   not_run="METEOR, SPICE and what is made of them: they need Java",
                   chance_is=f"always saying {commonest!r}, the most frequent of the references ({times[commonest]} times)")
@@ -496,7 +780,9 @@ def gap(model, clips, classes, args) -> dict:
 PROTOCOLS = {"retrieval": (retrieval, "captions"), "classification": (classification, "labels"),
              "tagging": (tagging, "labels"), "frames": (frames, "events"), "sed": (sed, "events"),
              "grounding": (grounding, "phrases"), "t_classify": (t_classify, "negatives"), "aqa": (aqa, "qa"),
-             "captioning": (captioning, "captions"), "gap": (gap, "captions")}
+             "captioning": (captioning, "captions"), "gap": (gap, "captions"), "image": (image, "image"),
+             "probe": (probe, "labels"), "noise": (noise, "labels")}
+BY_NAME = {"probe", "noise"}  # not in `all`: they train, or embed the audio six times more
 FRAME_PROTOCOLS = {"frames", "sed", "grounding"}
 
 
@@ -650,6 +936,80 @@ def caption_files(model, rows: list[dict], args) -> list[str]:
         for i, text in zip(indices, texts):
             said[i] = text
     return said
+
+
+class CaptionDecoder(torch.nn.Module):
+    """One transformer decoder layer that writes a caption token by token over a clip's prompt embeddings.
+
+    clips (N, L, D): of all clips, no part of the weights. Inputs (B, 1 + W): a clip's number, then the caption so far.
+    """
+
+    def __init__(self, clips, vocabulary: int, max_tokens: int):
+        super().__init__()
+        width = clips.shape[2]
+        self.register_buffer("clips", clips, persistent=False)
+        self.embed = torch.nn.Embedding(vocabulary, width)
+        self.position = torch.nn.Parameter(0.02 * torch.randn(max_tokens, width))
+        self.layer = decoder_layer(width)
+        self.classify = torch.nn.Linear(width, vocabulary)
+
+    def forward(self, inputs):
+        numbers, tokens = inputs[:, 0], inputs[:, 1:]
+        W = tokens.shape[1]
+        later = torch.ones(W, W, dtype=torch.bool, device=inputs.device).triu(1)  # True: not to be seen
+        return self.classify(self.layer(self.embed(tokens) + self.position[:W], self.clips[numbers], tgt_mask=later))  # (B, W, vocabulary)
+
+
+CAPTION_DECODER = dict(lr=5e-4, weight_decay=0.01, batch_size=64, epochs=30, patience=5)  # ours: the paper names none
+MOST_TOKENS = 77
+
+
+def decoded_captions(model, clips, args):
+    """Captions by a CaptionDecoder trained on split train over the frozen model -> rows, captions, what to print about it.
+
+    Tokens are those of the model's own tokenizer that occur in the training captions, plus one for begin and end; longer
+    captions are cut at 76. The epoch is the likeliest for the first caption of up to 500 clips of val. Greedy.
+    """
+    if args.temperature:
+        raise ValueError("captioning: a decoder trained here is greedy; leave out --temperature")
+    splits = embed_splits(model, clips, args, "captions", "captioning trains a decoder for this model, which has no caption method", True)
+    tokenizer = model.text_encoder.tokenizer
+    ids_of = lambda text: tokenizer(model.clean_caption(text), add_special_tokens=False)["input_ids"][:MOST_TOKENS - 1]  # noqa: E731
+    captions = {split: [(i, ids_of(text)) for i, row in enumerate(splits[split][0]) for text in row["captions"]] for split in splits if split == "train"}
+    if "val" in splits and args.split != "val":
+        captions["val"] = [(i, ids_of(row["captions"][0])) for i, row in enumerate(splits["val"][0][:500])]
+    vocabulary = sorted({token for _, ids in captions["train"] for token in ids})
+    number = {token: k for k, token in enumerate(vocabulary, 1)}  # 0: begin and end
+    longest = max(len(ids) for _, ids in captions["train"]) + 1
+    first = dict(zip(splits, np.cumsum([0, *(len(rows) for rows, *_ in splits.values())])))  # number of each split's first clip
+    tokens = np.concatenate([held for *_, held in splits.values()])
+    spread = splits["train"][2].reshape(-1, tokens.shape[2])
+    tokens = torch.from_numpy((tokens - spread.mean(0)) / np.maximum(spread.std(0), 1e-6)).float()
+
+    def data(split):
+        known = [(i, [number[t] for t in ids if t in number][:longest - 1]) for i, ids in captions.get(split, [])]
+        inputs, targets = np.zeros((len(known), 1 + longest), np.int64), np.full((len(known), longest), -1, np.int64)
+        for row, target, (i, ids) in zip(inputs, targets, known):
+            row[0], row[2:2 + len(ids)] = first[split] + i, ids
+            target[:len(ids) + 1] = [*ids, 0]
+        return inputs, targets
+
+    val = data("val")
+    logits_of = train_probe(data("train"), val, len(vocabulary) + 1, "caption decoder", score_of=lambda logits: -probe_loss(logits, val[1]), standardise=False,
+                            network=lambda _, n: CaptionDecoder(tokens, n, longest), device=next(model.parameters()).device, **CAPTION_DECODER)
+    rows, said = splits[args.split][0], []
+    for start in tqdm(range(0, len(rows), 64), desc="captioning", unit="batch", leave=False):
+        numbers = first[args.split] + np.arange(start, min(start + 64, len(rows)))
+        written = np.stack([numbers, np.zeros_like(numbers)], 1)
+        while written.shape[1] <= longest and not (written[:, 2:] == 0).any(1).all():
+            written = np.concatenate([written, logits_of(written)[:, -1].argmax(1)[:, None]], 1)
+        for ids in written[:, 2:].tolist():
+            ids = ids[:ids.index(0)] if 0 in ids else ids
+            said.append(tokenizer.decode([vocabulary[k - 1] for k in ids], skip_special_tokens=True).strip())
+    return rows, said, {
+        "decoder": f"one transformer decoder layer over the frozen model's prompt embeddings, trained here on {len(captions['train'])} captions of "
+        f"{len(splits['train'][0])} clips of split train, {len(vocabulary) + 1} tokens, {told_settings(CAPTION_DECODER)}",
+        "epoch": f"the best on {len(val[0])} clips of val" if len(val[0]) else "the last: no split val"}
 
 
 def caption_words(text: str) -> list[str]:
@@ -865,8 +1225,13 @@ def hear_inputs(model, task: dict, split: str, args) -> dict:
 
 def join_inputs(parts: list[dict]) -> dict:
     """Several splits as one."""
-    return {key: np.concatenate([part[key] for part in parts]) if key in ("inputs", "targets") else [x for part in parts for x in part[key]]
-            for key in parts[0]}
+    return {key: np.concatenate([part[key] for part in parts]) if isinstance(value, np.ndarray) else [x for part in parts for x in part[key]]
+            for key, value in parts[0].items()}
+
+
+def fold_turns(folds: list[str]) -> list[tuple]:
+    """(folds for training, for validation, for the test): each is tested once, the next one is for validation."""
+    return [([f for f in folds if f not in (test, valid)], valid, test) for test, valid in zip(folds, folds[1:] + folds[:1])]
 
 
 def onset_counts(logits, row: dict, classes: list[str], frame_s: float, width: int, min_s: float, tolerance_s: float) -> np.ndarray:
@@ -899,6 +1264,9 @@ def hear_evidence(task: dict, logits, part: dict, frame_s, min_s: float, shift: 
     files = np.split(logits, np.cumsum(part["lengths"])[:-1])
     files, width = files[shift:] + files[:shift], median_frames(HEAR_MEDIAN_S, frame_s)
     return np.stack([onset_counts(x, row, task["classes"], frame_s, width, min_s, task["tolerance_s"]) for x, row in zip(files, part["rows"])])
+
+
+METRIC_OF = {"multiclass": "accuracy", "multilabel": "mAP", "event": "onset_F1"}
 
 
 def hear_score(kind: str, evidence: np.ndarray) -> float:
@@ -958,8 +1326,7 @@ def hear(model, task: dict, args) -> dict:
     frame_s = getattr(model, "frame_s", None)
     splits = {name: hear_inputs(model, task, name, args) for name in task["splits"]}
     names, grid = list(splits), HEAR_GRID
-    turns = [(names[:1], "valid", "test")] if "train" in names else [
-        ([f for f in names if f not in (test, valid)], valid, test) for test, valid in zip(names, names[1:] + names[:1])]
+    turns = [(names[:1], "valid", "test")] if "train" in names else fold_turns(names)
     for train_names, valid, test_name in turns:
         train, test = join_inputs([splits[name] for name in train_names]), splits[test_name]
         best = hear_probe(task, train, splits[valid], grid, frame_s, next(model.parameters()).device, f"{task['name']} {test_name}")
@@ -975,7 +1342,7 @@ def hear(model, task: dict, args) -> dict:
         of_folds = [hear_score(kind, evidence[chosen[of_fold[chosen] == k]]) for k in np.unique(of_fold[chosen])]
         return {name: float(np.mean(of_folds))}
 
-    name = {"multiclass": "accuracy", "multilabel": "mAP", "event": "onset_F1"}[kind]
+    name = METRIC_OF[kind]
     settings = {"tolerance": f"{task['tolerance_s'] * 1000:g} ms", "frame_s": frame_s, "median":
                 f"{median_frames(HEAR_MEDIAN_S, frame_s)} frames (250 ms)"} if kind == "event" else {}
     details = {"folds": {fold["split"]: {"value": fold["score"], "valid": fold["valid"], "files": len(fold["rows"])} for fold in folds}}
@@ -1069,6 +1436,69 @@ def plot_gap(model, clips, folder: Path) -> list[Path]:
     figure.savefig(folder / "gap.png", dpi=110)
     plt.close(figure)
     return [folder / "gap.png"]
+
+
+def plot_noise(r: dict, folder: Path) -> Path:
+    """Score against the signal-to-noise ratio, the clean value and that with noise of standard deviation 0.1 as lines."""
+    plt = common.pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    scores = {name.partition("_")[2]: s for name, s in r["scores"].items()}
+    levels = sorted(int(name[3:]) for name in scores if name.startswith("snr"))
+    at = [scores[f"snr{db}"] for db in levels]
+    axis.plot(levels, [s["value"] for s in at], marker="o", label="noise of that power")
+    if all(s["low"] is not None for s in at):
+        axis.fill_between(levels, [s["low"] for s in at], [s["high"] for s in at], alpha=0.2, lw=0, label="95 % interval")
+    axis.axhline(scores["clean"]["value"], color="black", lw=1, label="clean")
+    axis.axhline(scores["std0.1"]["value"], color="tab:red", ls="--", lw=1, label="standard deviation 0.1")
+    axis.axhline(next(iter(r["chance"].values())), color="gray", ls=":", lw=1, label="chance")
+    axis.set_xlabel("signal-to-noise ratio (dB)")
+    axis.set_ylabel(next(iter(r["scores"])).partition("_")[0])
+    axis.set_ylim(0, 1.02)
+    axis.set_title(f"zero-shot scores under Gaussian noise, {r['n_clips']} clips", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.savefig(folder / "noise.png", dpi=110)
+    plt.close(figure)
+    return folder / "noise.png"
+
+
+FUNCTION_WORDS = set("a an the and or of in on at is are was be being to as with by for from it its while then there this that into over".split())
+
+
+def content_tokens(tokens: list[str]) -> list[tuple[int, str]]:
+    """Number and text of the tokens that say something: neither special ones nor punctuation nor function words."""
+    bare = [(k, token.replace("</w>", "").lstrip("\u0120\u2581").replace("##", "")) for k, token in enumerate(tokens)]
+    return [(k, word) for k, word in bare if re.fullmatch(r"[\w'-]+", word) and word.lower() not in FUNCTION_WORDS]
+
+
+def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> Path:
+    """Of three clips at equal distances among those with captions: the log-mel spectrogram, and where in it the slot of each of
+    the first content tokens of the first caption looks (share of its attention, dark: most). The first window only."""
+    plt = common.pyplot()
+    usable = [row for row in rows if row.get("captions")]
+    usable = [usable[k] for k in np.unique(np.linspace(0, len(usable) - 1, 3).astype(int))]
+    log_mel = common.LogMel(model.sample_rate, 512, model.sample_rate // 100, 64, 20, model.sample_rate // 2)
+    figure, axes = plt.subplots(1 + n_tokens, len(usable), figsize=(4.2 * len(usable), 1.3 * (2 + n_tokens)), squeeze=False, layout="constrained")
+    for column, row in zip(axes.T, usable):
+        waveform = torch.from_numpy(common.read_audio(row["audio"], model.sample_rate, model.window_s))[None]
+        seconds, text = waveform.shape[1] / model.sample_rate, model.clean_caption(row["captions"][0])
+        padded = torch.nn.functional.pad(waveform, (0, round(model.window_s * model.sample_rate) - waveform.shape[1]))
+        (tokens,), (maps,) = model.token_attention(padded.to(next(model.parameters()).device), [text])
+        column[0].imshow(log_mel(waveform)[0].T.clamp(min=-80), origin="lower", aspect="auto", extent=(0, seconds, 0, 64), cmap="magma")
+        column[0].set_title(text if len(text) < 60 else text[:57] + "...", fontsize=8)
+        for axis, (k, word) in zip(column[1:], content_tokens(tokens)[:n_tokens]):
+            share = np.asarray(maps[k], dtype=float)  # (F, T)
+            axis.imshow(share, origin="lower", aspect="auto", extent=(0, share.shape[1] * model.patch_s, 0, len(share)), cmap="Greys", vmin=0)
+            axis.set_title(word, fontsize=9, loc="left", pad=2)
+            axis.set_xlim(0, seconds)
+        for axis in column:
+            axis.set_yticks([])
+            axis.tick_params(labelsize=7)
+            axis.set_visible(bool(axis.images))
+        [axis for axis in column if axis.images][-1].set_xlabel("time (s)", fontsize=8)
+    axes[0, 0].set_ylabel("mel band", fontsize=8)
+    figure.savefig(folder / "attention.png", dpi=80)
+    plt.close(figure)
+    return folder / "attention.png"
 
 
 def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
@@ -1333,7 +1763,7 @@ def evaluate(args, rows, results: list, save) -> None:
     model = load_model(args.checkpoint, args.text_model).to(common.start_device(args.device))
     args.window_s, args.crop_rule = model.window_s, getattr(model, "crop_rule", None)
     wanted = [args.protocol] if args.protocol != "all" else [
-        name for name, (_, key) in PROTOCOLS.items() if any(row.get(key) for row in rows)]
+        name for name, (_, key) in PROTOCOLS.items() if name not in BY_NAME and any(row.get(key) for row in rows)]
     if not wanted:
         raise ValueError(f"no row of split {args.split} has anything to score; a protocol needs one of "
                          f"{', '.join(dict.fromkeys(key for _, key in PROTOCOLS.values()))}")
@@ -1342,11 +1772,13 @@ def evaluate(args, rows, results: list, save) -> None:
             raise ValueError(f"--protocol {name} needs '{PROTOCOLS[name][1]}' in the manifest; no row of split "
                              f"{args.split} has them")
     if "captioning" in wanted and not hasattr(model, "caption"):
-        message = f"{args.checkpoint} is a model that writes no captions (it has no caption method)"
-        if args.protocol == "captioning":
+        message = (f"{args.checkpoint} needs a trained decoder for it; ask for it with --protocol captioning" if hasattr(model, "prompt_embeds") else
+                   f"{args.checkpoint} is a model that writes no captions (it has no caption method)")
+        if args.protocol == "all":
+            wanted.remove("captioning")
+            print(f"captioning: not run, {message}")
+        elif not hasattr(model, "prompt_embeds"):
             raise ValueError(f"--protocol captioning: {message}")
-        wanted.remove("captioning")
-        print(f"captioning: not run, {message}")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
         model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
@@ -1387,6 +1819,9 @@ def evaluate(args, rows, results: list, save) -> None:
             paths += plot_frames(model, clips, classes, args, folder)
         if any(r["protocol"] == "gap" for r in results):
             paths += plot_gap(model, clips, folder)
+        paths += [plot_noise(r, folder) for r in results if r["protocol"] == "noise"]
+        if hasattr(model, "token_attention") and any(row.get("captions") for row in clips["rows"]):
+            paths.append(plot_attention(model, clips["rows"], folder))
         script = importlib.import_module(type(model).__module__)
         if hasattr(script, "plot") and classes:
             order = clip_order(clips, common.embed_texts(model, class_prompts(classes, args)), classes, model.frame_s) if frame_embeds else [0]
@@ -1401,7 +1836,8 @@ def parse(argv=None):
                         "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed or hear: the one to embed with")
     parser.add_argument("--data", nargs="+", help="manifests, folders that hold manifest.jsonl, or demo")
     parser.add_argument("--task", help="hear: a task folder as hear-preprocess writes it")
-    parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for")
+    parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for, but for probe and noise")
+    parser.add_argument("--image-model", help="image: transformers CLIP folder or hub id in whose space the audio embeddings lie")
     parser.add_argument("--split", help="rows to use; default: test where there is one, else all")
     parser.add_argument("--crop", choices=["all", "first"], default="all", help="windows of longer audio")
     parser.add_argument("--prompt", default="bare", help=f"text a class name is put into, for example 'a sound of {{}}', or one of {', '.join(PROMPTS)}")

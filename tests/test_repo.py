@@ -44,7 +44,7 @@ def imports(path):
 def test_imports_point_downward_only(name):
     """common: packages; a script: common; eval and prepare: both, prepare also the loader of eval."""
     outside = set(imports(ROOT / f"{name}.py")) - set(sys.stdlib_module_names) - RUN_TIME
-    allowed = {"common": {"matplotlib"}, "eval": {"common"}, "prepare": {"common", "eval"}}.get(name, {"common"})
+    allowed = {"common": {"matplotlib"}, "eval": {"common", "PIL"}, "prepare": {"common", "eval"}}.get(name, {"common"})
     assert outside <= allowed
 
 
