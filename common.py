@@ -1432,7 +1432,7 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
             raise FloatingPointError("some embeddings are NaN or infinite; the model's weights are broken")
         clips = getattr(model, frames)(waveform, n_samples).cpu().numpy() if frames else [None] * len(indices)
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
-            timed = frames and frames != "prompt_embeds"  # those tokens are as many for every clip
+            timed = frames and frames != "token_embeds"  # those tokens are as many for every clip
             found[i] = embed, clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if timed else clip
         if cache is not None:
             held = {f"{frames}{k}": found[i][1] for k, i in enumerate(indices) if frames}

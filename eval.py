@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import common
 
-METHODS = ("mga_clap", "t_clap", "cacophony")  # scripts whose checkpoints name them
+METHODS = ("mga_clap", "t_clap", "cacophony", "collat")  # scripts whose checkpoints name them
 PROMPTS = {  # class prompts by name (MGA-CLAP: its code, bare names elsewhere; CoLLAT's is assumed)
     "bare": "{}", "mga_clap": "{} can be heard", "t_clap": "A sound of {}", "cacophony": "This is a sound of {}",
     "cacophony_scene": "This is a sound on {}", "collat": "This is a sound of {}", "curation_clap": "this is a sound of {}",
@@ -408,7 +408,7 @@ def scored_split(model, clips, args, tokens: bool):
 def embed_rows(model, rows: list[dict], args, name: str, tokens: bool):
     """-> rows that could be read, audio_embeds (N, D), prompt embeddings (N, L, D) or None."""
     kept, embeds, held, bad = common.embed_files(
-        model, rows, args.batch_size, args.workers, args.crop, frames=tokens and "prompt_embeds",
+        model, rows, args.batch_size, args.workers, args.crop, frames=tokens and "token_embeds",
         cache=checkpoint_cache(args, args.checkpoint), desc=f"embedding {name}")
     report_left_out(bad, len(rows), args)
     return [rows[i] for i in kept], embeds, np.stack(held) if tokens else None
@@ -506,14 +506,14 @@ def label_task(rows: list[dict], classes: list[str]):
 def probe(model, clips, classes, args) -> dict:
     """Labels from frozen features, by classifiers trained on split train, chosen on val, scored on the evaluated split.
 
-    linear: one linear layer on the clip embedding. decoder, for models with prompt_embeds: a transformer decoder layer with one
+    linear: one linear layer on the clip embedding. decoder, for models with token_embeds: a transformer decoder layer with one
     learned query over the token embeddings of the first window (TokenProbe). Accuracy where no clip has two labels, else macro
     mAP, as classification and tagging count them; of epochs equal on val the one with the smallest loss there. Inputs are
     standardised over the training clips. Rows with folds and no split train: each fold is tested once, the next one chooses
     the epoch, the others train; mean over folds. chance:
     `hear_chance`. Source: CoLLAT, linear probing (ESC-50, UrbanSound8K, TUT, FSD50K, AudioSet); its settings are not stated.
     """
-    tokens = hasattr(model, "prompt_embeds")
+    tokens = hasattr(model, "token_embeds")
     folds = sorted({str(row["fold"]) for row in clips["rows"] if "fold" in row})
     if folds and not any(row.get("split") == "train" for row in args.all_rows):
         if len(folds) < 3:
@@ -718,7 +718,7 @@ def captioning(model, clips, classes, args) -> dict:
     `caption_words`; the toolkit's own tokenizer needs Java, and so do METEOR and SPICE, which are not run. chance: always
     saying the most frequent reference (of equally frequent ones the first in the alphabet). Above temperature 0 each clip
     is captioned alone, seeded by its file's name, so that neither batches nor the order of files change a word. CIDEr-D's
-    document frequencies are those of all clips, in every bootstrap draw. A model with prompt_embeds but no caption method gets
+    document frequencies are those of all clips, in every bootstrap draw. A model with token_embeds but no caption method gets
     a decoder, trained on the captions of split train (`decoded_captions`). Source: Cacophony, automatic captioning (AudioCaps,
     Clotho; its temperature is 0.1); CoLLAT's captioning (AudioCaps, a trained 1-layer decoder).
     """
@@ -1772,12 +1772,12 @@ def evaluate(args, rows, results: list, save) -> None:
             raise ValueError(f"--protocol {name} needs '{PROTOCOLS[name][1]}' in the manifest; no row of split "
                              f"{args.split} has them")
     if "captioning" in wanted and not hasattr(model, "caption"):
-        message = (f"{args.checkpoint} needs a trained decoder for it; ask for it with --protocol captioning" if hasattr(model, "prompt_embeds") else
+        message = (f"{args.checkpoint} needs a trained decoder for it; ask for it with --protocol captioning" if hasattr(model, "token_embeds") else
                    f"{args.checkpoint} is a model that writes no captions (it has no caption method)")
         if args.protocol == "all":
             wanted.remove("captioning")
             print(f"captioning: not run, {message}")
-        elif not hasattr(model, "prompt_embeds"):
+        elif not hasattr(model, "token_embeds"):
             raise ValueError(f"--protocol captioning: {message}")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(

@@ -39,7 +39,7 @@ class Reader:
     def parameters(self):
         return iter([torch.zeros(1)])
 
-    def prompt_embeds(self, waveform, n_samples=None):
+    def token_embeds(self, waveform, n_samples=None):
         codes = (waveform[:, :self.slots] * 100).round().long()
         content = torch.nn.functional.one_hot(codes % 4, 4).float()  # (B, slots, 4)
         if self.slot_shown:
@@ -47,7 +47,7 @@ class Reader:
         return torch.cat([content, (codes >= 4).float()[..., None], torch.ones(*codes.shape, 3)], -1)
 
     def embed_audio(self, waveform, n_samples=None):
-        return torch.nn.functional.normalize(self.prompt_embeds(waveform).mean(1), dim=-1)
+        return torch.nn.functional.normalize(self.token_embeds(waveform).mean(1), dim=-1)
 
     def embed_text(self, texts):
         return torch.nn.functional.normalize(torch.tensor([[len(t), 1.0, t.count("a"), 0, 0, 0, 0, 0] for t in texts]), dim=-1)
@@ -127,7 +127,7 @@ def planted(monkeypatch, known):
 
 class Counter(Reader):
     """The clip embedding is one-hot in the class; there are no tokens."""
-    prompt_embeds = property()
+    token_embeds = property()
 
     def embed_audio(self, waveform, n_samples=None):
         return torch.nn.functional.one_hot((waveform[:, 0] * 100).round().long(), 8).float()
