@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import common
 
-METHODS = ("mga_clap", "t_clap", "cacophony")  # scripts whose checkpoints name them
+METHODS = ("mga_clap", "t_clap", "cacophony", "curation_clap")  # scripts whose checkpoints name them
 PROMPTS = {  # class prompts by name (MGA-CLAP: its code, bare names elsewhere; CoLLAT's is assumed)
     "bare": "{}", "mga_clap": "{} can be heard", "t_clap": "A sound of {}", "cacophony": "This is a sound of {}",
     "cacophony_scene": "This is a sound on {}", "collat": "This is a sound of {}", "curation_clap": "this is a sound of {}",
@@ -1188,8 +1188,8 @@ def load_model(model_file_path, text_model=None):
 def read_model(path, text_model=None):
     """The same without sizes.
 
-    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt, LAION-CLAP's .pt
-    and Cacophony's torch file have theirs (all need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
+    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt, LAION-CLAP's .pt,
+    MS-CLAP 2022's and Cacophony's torch file have theirs (all need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
     """
     find_model(path)
     if not Path(path).is_file():
@@ -1199,13 +1199,15 @@ def read_model(path, text_model=None):
         return importlib.import_module(content["method"]).Model.from_checkpoint(path)
     if "codebook" in content.get("model", {}):
         return importlib.import_module("mga_clap").Model.from_checkpoint(path, text_model or "bert-base-uncased")
+    if any(str(key).startswith("caption_encoder.base.") for key in content.get("model", {})):
+        return importlib.import_module("curation_clap").Model.from_published(path, text_model or "bert-base-uncased")
     keys = {str(key).removeprefix("module.") for key in content.get("state_dict", content.get("model_state_dict", content))}
     if any(key.startswith("audio_module.") for key in keys):
         return importlib.import_module("cacophony").Model.from_published(path, text_model or "roberta-base")
     if any(key.startswith("audio_branch.") for key in keys):
         return importlib.import_module("t_clap").Model.from_published(path, text_model or "roberta-base")
     raise ValueError(f"{path}: not a checkpoint this evaluator knows (method {content.get('method')!r}; known: {', '.join(METHODS)}, "
-                     "MGA-CLAP's model.pt, LAION-CLAP's .pt, Cacophony's torch file, transformers CLAP folders)")
+                     "MGA-CLAP's model.pt, LAION-CLAP's .pt, MS-CLAP 2022's, Cacophony's torch file, transformers CLAP folders)")
 
 
 def checkpoint_cache(args, checkpoint) -> Path | None:
@@ -1398,7 +1400,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", nargs="+", help="one or more models: a run's best.pt or last.pt, MGA-CLAP's released model.pt, "
-                        "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed or hear: the one to embed with")
+                        "LAION-CLAP's .pt, MS-CLAP 2022's, a transformers CLAP folder or hub id; after the word embed or hear: the one to embed with")
     parser.add_argument("--data", nargs="+", help="manifests, folders that hold manifest.jsonl, or demo")
     parser.add_argument("--task", help="hear: a task folder as hear-preprocess writes it")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for")
@@ -1408,7 +1410,7 @@ def parse(argv=None):
     parser.add_argument("--median-s", type=float, default=0.94, help="sed and grounding: length of the median filter in seconds")
     parser.add_argument("--temperature", type=float, default=0.0, help="captioning: 0 takes the likeliest word, above 0 draws (Cacophony: 0.1)")
     parser.add_argument("--text-model", help="folder or hub id of the tokenizer, read only for "
-                        "MGA-CLAP's model.pt (default bert-base-uncased) and LAION-CLAP's .pt (default roberta-base)")
+                        "MGA-CLAP's model.pt and MS-CLAP 2022's file (default bert-base-uncased), LAION-CLAP's .pt and Cacophony's (default roberta-base)")
     parser.add_argument("--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none")
     parser.add_argument("--batch-size", type=int, default=32, help="clips at once; never changes a score")
     parser.add_argument("--workers", type=int, default=0, help="processes that read audio; never changes a score")
