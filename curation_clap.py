@@ -39,6 +39,8 @@ Deviations from the paper, what it leaves open, and --variant official
   D11 --teacher-fraction keeps a share of the clips, not of the rows.
   D12 bf16 autocast on a GPU; the losses are always in fp32.
   D13 --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
+  D14 A text encoder that starts from nothing (--size tiny) has larger initial weights: with the usual deviation of
+      0.02, made for wide encoders, the first token of a small one hardly depends on the text.
 
 Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
       python curation_clap.py --stage teacher --data fsd50k clotho audiocaps macs --name full
@@ -135,7 +137,7 @@ class Config:
 
 
 # A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a step affordable on a CPU
-TINY = dict(audio_weights="none", text_model="none", audio_channels=[16, 32, 64, 128], hop=1024, joint_dim=128, block_dropout=0.0, dropout=0.1,
+TINY = dict(audio_weights="none", text_model="none", audio_channels=[8, 16, 32, 64, 128], hop=1024, joint_dim=128, block_dropout=0.0, dropout=0.1,
             text_dim=128, text_layers=2, temperature=0.07, pool_share=0.5, threshold=0.6, ds_threshold=0.7, teacher_epochs=8, student_epochs=4,
             epoch_steps=25, batch_size=32, lr=1e-3, patience=2, save_steps=100, workers=1)
 OFFICIAL = dict(temperature=0.07)  # D2
@@ -246,7 +248,7 @@ def repeat_to(waveform, length: int):
 
 def clean_caption(text: str) -> str:
     """As the code reads captions: no commas, links, dollar signs, asterisks or line breaks; underscores are spaces."""
-    cleaned = re.sub(r"<a\b.*?(</a>|>)|[,$*]", "", text, flags=re.S)
+    cleaned = re.sub(r"<a\b.*?</a>|[,$*]", "", text, flags=re.S)
     cleaned = re.sub(r"[\s_]+", " ", cleaned).strip()
     return cleaned if re.search(r"\w", cleaned) else text
 
@@ -357,6 +359,11 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
         text_encoder = common.text_encoder_from_pretrained(cfg.text_model, MAX_TOKENS)
     audio = dict(channels=cfg.audio_channels, hop=cfg.hop, block_dropout=cfg.block_dropout, dropout=cfg.dropout)
     model = Model(text_encoder, audio, cfg.joint_dim, cfg.window_s, cfg.temperature)
+    if cfg.text_model == "none":
+        with torch.no_grad():
+            for module in text_encoder.model.modules():  # D14
+                if isinstance(module, nn.Linear):
+                    module.weight *= 1 / math.sqrt(module.in_features) / 0.02
     if cfg.audio_weights != "none":
         common.load_strict(model.audio_encoder, panns_state(weights, cfg.audio_weights), cfg.audio_weights)
     return model
@@ -609,9 +616,9 @@ def pool_blocks(pool: list, size: int):
     size = -(-size // EMBED_BATCH) * EMBED_BATCH
     for item in pool:
         if not isinstance(item, list) and str(item).endswith(".npz"):
-            audio, embeds = stored_array(Path(item), "audio"), stored_array(Path(item), "audio_embeds")
-            for i in range(0, len(audio), size):
-                yield [{"audio": str(name)} for name in audio[i:i + size]], embeds[i:i + size]
+            for i in range(0, len(stored_array(Path(item), "audio")), size):  # mapped anew each time, so that pages read are given back
+                audio, embeds = (np.array(stored_array(Path(item), name)[i:i + size]) for name in ("audio", "audio_embeds"))
+                yield [{"audio": str(name)} for name in audio], embeds
             continue
         rows = []
         for row in pool_rows(item):

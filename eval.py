@@ -1343,12 +1343,14 @@ def evaluate(args, rows, results: list, save) -> None:
         if not any(row.get(PROTOCOLS[name][1]) for row in rows):
             raise ValueError(f"--protocol {name} needs '{PROTOCOLS[name][1]}' in the manifest; no row of split "
                              f"{args.split} has them")
-    if "captioning" in wanted and not hasattr(model, "caption"):
-        message = f"{args.checkpoint} is a model that writes no captions (it has no caption method)"
-        if args.protocol == "captioning":
-            raise ValueError(f"--protocol captioning: {message}")
-        wanted.remove("captioning")
-        print(f"captioning: not run, {message}")
+    for name in [name for name in wanted if (name == "captioning" and not hasattr(model, "caption")) or (
+            name in FRAME_PROTOCOLS and not hasattr(model, "embed_frames"))]:
+        message = f"{args.checkpoint} is a model " + ("that writes no captions (it has no caption method)" if name == "captioning" else
+                                                      "of whole clips (it has no embed_frames method)")
+        if args.protocol == name:
+            raise ValueError(f"--protocol {name}: {message}")
+        wanted.remove(name)
+        print(f"{name}: not run, {message}")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
         model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
