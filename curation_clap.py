@@ -94,7 +94,8 @@ class Config:
     curation: Literal["ads", "du", "ds", "none"] = "ads"  # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
     threshold: float = 0.7  # sigma, least cosine of clip and caption (DU 0.7, ADS 0.6 to 0.75: Sec. 3)
     ds_threshold: float = 0.7  # least cosine of caption and class prompt (0.7, 0.6, 0.675 for ESC, US8K, TUT: code)
-    top_k: int = 0  # DU, ADS: instead of a threshold so many best captions a clip; DS: best captions a class (5: code)
+    top_k: int = 0  # DU, ADS: instead of a threshold so many best captions a clip (5: code)
+    ds_top_k: int = 0  # DS, ADS: instead of ds_threshold so many nearest captions a class (ours)
     dry_run: bool = False  # stop at curation with similarities, yields and examples of a sample, to choose sigma
     block: int = 8192  # clips curated between two points of resumption; never changes the result
     # model
@@ -136,10 +137,11 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
 
-# A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a step affordable on a CPU
+# A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a step affordable on a CPU. The cosines of
+# a small teacher lie anywhere (0.3 was a good one), so it curates by rank.
 TINY = dict(audio_weights="none", text_model="none", audio_channels=[8, 16, 32, 64, 128], hop=1024, joint_dim=128, block_dropout=0.0, dropout=0.1,
-            text_dim=128, text_layers=2, temperature=0.07, pool_share=0.5, threshold=0.6, ds_threshold=0.7, teacher_epochs=8, student_epochs=4,
-            epoch_steps=25, batch_size=32, lr=1e-3, patience=2, save_steps=100, workers=1)
+            text_dim=128, text_layers=2, temperature=0.07, pool_share=0.5, top_k=2, ds_top_k=30, teacher_epochs=10, student_epochs=5,
+            epoch_steps=30, batch_size=32, lr=1e-3, patience=2, save_steps=100, workers=1)
 OFFICIAL = dict(temperature=0.07)  # D2
 PRESETS = {("size", "tiny"): TINY, ("variant", "official"): OFFICIAL}
 SAMPLE_RATE, N_FFT, N_MELS, FMIN_HZ, FMAX_HZ = 44100, 1024, 64, 50, 14000
@@ -441,8 +443,8 @@ def read_corpus(cfg: Config) -> dict:
         raise ValueError(f"--teacher-fraction {cfg.teacher_fraction}, --pool-share {cfg.pool_share}, --replay-prob {cfg.replay_prob}, --beta "
                          f"{cfg.beta}: expected above 0 to 1, 0 to below 1 (twice), 0 to 1")
     common.check_counts(cfg, "teacher_epochs", "student_epochs", "save_steps", "log_steps", "block", "hop")
-    if min(cfg.micro_batch, cfg.top_k, cfg.epoch_steps, cfg.patience) < 0 or cfg.temperature <= 0 or cfg.window_s <= 0:
-        raise ValueError("--micro-batch, --top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s lie above 0")
+    if min(cfg.micro_batch, cfg.top_k, cfg.ds_top_k, cfg.epoch_steps, cfg.patience) < 0 or cfg.temperature <= 0 or cfg.window_s <= 0:
+        raise ValueError("--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s lie above 0")
     pool = list(cfg.pool)
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
@@ -806,7 +808,7 @@ def curate(cfg: Config, corpus: dict, device, autocast, say) -> dict:
         prompt_embeds = embed_captions(model, prompts, None, embeds_folder)
         if cfg.dry_run and rank == 0:
             report_domain(prompts, captions, prompt_embeds, text_embeds, cfg)
-        chosen, nearness = near_labels(prompt_embeds, text_embeds, cfg.ds_threshold, cfg.top_k if cfg.curation == "ds" else 0)
+        chosen, nearness = near_labels(prompt_embeds, text_embeds, cfg.ds_threshold, cfg.ds_top_k)
         if not len(chosen):
             best = float((prompt_embeds.astype(np.float32) @ text_embeds.astype(np.float32).T).max())
             raise ValueError(f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt (the nearest: {best:.3f}); choose a lower "
@@ -835,7 +837,7 @@ def curate(cfg: Config, corpus: dict, device, autocast, say) -> dict:
         captions, text_embeds = of_domain, np.ascontiguousarray(text_embeds[chosen])
 
     # Pairs, block by block; the processes take turns
-    told = digest(embeds_folder.name, captions, cfg.curation, cfg.threshold, cfg.top_k, cfg.ds_threshold, file_digest_of(text_embeds))
+    told = digest(embeds_folder.name, captions, cfg.curation, cfg.threshold, cfg.top_k, file_digest_of(text_embeds))
     if rank == 0 and (not (parts / "settings.txt").exists() or (parts / "settings.txt").read_text().strip() != told):
         for path in [*parts.glob("pairs_*.jsonl"), folder / "curated.jsonl"]:
             path.unlink(missing_ok=True)
