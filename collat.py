@@ -266,7 +266,7 @@ class Model(nn.Module):
         self.audio_encoder, self.text = AST(**audio), LockedText(text_encoder)
         self.interaction = TokenInteraction(audio["dim"], audio["heads"], shape["blocks"], self.text.dim)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D7
-        self.patch_s, self.frame_s = audio["stride"] / 100, None
+        self.patch_s = audio["stride"] / 100
         slots = torch.randn(1, text_encoder.max_tokens, audio["dim"], generator=torch.Generator().manual_seed(0))
         self.register_buffer("slots", slots)  # of evaluation (D4)
 

@@ -222,7 +222,7 @@ def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor, window: int):
 # ------------------------------------------------------------------------------------------------
 
 MANIFEST_KEYS = {
-    "audio": str, "duration": (int, float), "captions": list, "synthetic": list, "description": str, "negatives": list,
+    "audio": str, "duration": (int, float), "captions": list, "similarity": list, "synthetic": list, "description": str, "negatives": list,
     "labels": list, "events": list, "phrases": list, "id": (str, int), "image": str, "split": str,
     "fold": (int, str), "qa": list, "swapped_audio": str}
 
@@ -237,7 +237,11 @@ def read_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None
     Raises
         FileNotFoundError, ValueError: naming file, line and key.
     """
-    rows = []
+    return list(iter_manifest(data, need, split))
+
+
+def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None = None):
+    """`read_manifest`, row by row: for manifests too long to be held."""
     for item in [data] if isinstance(data, str) else data:
         path = manifest_path(item)
         found = 0
@@ -253,10 +257,9 @@ def read_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None
                 for key in ("audio", "image", "swapped_audio"):
                     if key in row:
                         row[key] = str(path.parent / row[key])
-                rows.append(row)
+                yield row
         if not found:
             raise ValueError(f"{path}: the manifest is empty; expected one JSON object a line")
-    return rows
 
 
 def require(rows: list[dict], *keys: str) -> None:

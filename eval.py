@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import common
 
-METHODS = ("mga_clap", "t_clap", "cacophony", "collat")  # scripts whose checkpoints name them
+METHODS = ("mga_clap", "t_clap", "cacophony", "collat", "curation_clap")  # scripts whose checkpoints name them
 PROMPTS = {  # class prompts by name (MGA-CLAP: its code, bare names elsewhere; CoLLAT's is assumed)
     "bare": "{}", "mga_clap": "{} can be heard", "t_clap": "A sound of {}", "cacophony": "This is a sound of {}",
     "cacophony_scene": "This is a sound on {}", "collat": "This is a sound of {}", "curation_clap": "this is a sound of {}",
@@ -1618,8 +1618,8 @@ def load_model(model_file_path, text_model=None):
 def read_model(path, text_model=None):
     """The same without sizes.
 
-    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt, LAION-CLAP's .pt
-    and Cacophony's torch file have theirs (all need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
+    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt, LAION-CLAP's .pt,
+    MS-CLAP 2022's and Cacophony's torch file have theirs (all need `text_model`'s tokenizer); a folder or hub id is a transformers CLAP.
     """
     find_model(path)
     if not Path(path).is_file():
@@ -1629,13 +1629,15 @@ def read_model(path, text_model=None):
         return importlib.import_module(content["method"]).Model.from_checkpoint(path)
     if "codebook" in content.get("model", {}):
         return importlib.import_module("mga_clap").Model.from_checkpoint(path, text_model or "bert-base-uncased")
+    if any(str(key).startswith("caption_encoder.base.") for key in content.get("model", {})):
+        return importlib.import_module("curation_clap").Model.from_published(path, text_model or "bert-base-uncased")
     keys = {str(key).removeprefix("module.") for key in content.get("state_dict", content.get("model_state_dict", content))}
     if any(key.startswith("audio_module.") for key in keys):
         return importlib.import_module("cacophony").Model.from_published(path, text_model or "roberta-base")
     if any(key.startswith("audio_branch.") for key in keys):
         return importlib.import_module("t_clap").Model.from_published(path, text_model or "roberta-base")
     raise ValueError(f"{path}: not a checkpoint this evaluator knows (method {content.get('method')!r}; known: {', '.join(METHODS)}, "
-                     "MGA-CLAP's model.pt, LAION-CLAP's .pt, Cacophony's torch file, transformers CLAP folders)")
+                     "MGA-CLAP's model.pt, LAION-CLAP's .pt, MS-CLAP 2022's, Cacophony's torch file, transformers CLAP folders)")
 
 
 def checkpoint_cache(args, checkpoint) -> Path | None:
@@ -1771,14 +1773,18 @@ def evaluate(args, rows, results: list, save) -> None:
         if not any(row.get(PROTOCOLS[name][1]) for row in rows):
             raise ValueError(f"--protocol {name} needs '{PROTOCOLS[name][1]}' in the manifest; no row of split "
                              f"{args.split} has them")
-    if "captioning" in wanted and not hasattr(model, "caption"):
-        message = (f"{args.checkpoint} needs a trained decoder for it; ask for it with --protocol captioning" if hasattr(model, "token_embeds") else
-                   f"{args.checkpoint} is a model that writes no captions (it has no caption method)")
-        if args.protocol == "all":
-            wanted.remove("captioning")
-            print(f"captioning: not run, {message}")
-        elif not hasattr(model, "token_embeds"):
-            raise ValueError(f"--protocol captioning: {message}")
+    needed = {"captioning": ("caption", "that writes no captions"), **dict.fromkeys(FRAME_PROTOCOLS, ("embed_frames", "of whole clips"))}
+    for name in [name for name in wanted if name in needed and not hasattr(model, needed[name][0])]:
+        method, kind = needed[name]
+        message = f"{args.checkpoint} is a model {kind} (it has no {method} method)"
+        if name == "captioning" and hasattr(model, "token_embeds"):
+            if args.protocol == name:
+                continue
+            message = f"{args.checkpoint} needs a trained decoder for it; ask for it with --protocol captioning"
+        if args.protocol == name:
+            raise ValueError(f"--protocol {name}: {message}")
+        wanted.remove(name)
+        print(f"{name}: not run, {message}")
     classes = common.read_classes(args.data, rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
         model, rows, args.batch_size, args.workers, args.crop, cache=checkpoint_cache(args, args.checkpoint),
@@ -1833,7 +1839,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", nargs="+", help="one or more models: a run's best.pt or last.pt, MGA-CLAP's released model.pt, "
-                        "LAION-CLAP's .pt, a transformers CLAP folder or hub id; after the word embed or hear: the one to embed with")
+                        "LAION-CLAP's .pt, MS-CLAP 2022's, a transformers CLAP folder or hub id; after the word embed or hear: the one to embed with")
     parser.add_argument("--data", nargs="+", help="manifests, folders that hold manifest.jsonl, or demo")
     parser.add_argument("--task", help="hear: a task folder as hear-preprocess writes it")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for, but for probe and noise")
@@ -1844,7 +1850,7 @@ def parse(argv=None):
     parser.add_argument("--median-s", type=float, default=0.94, help="sed and grounding: length of the median filter in seconds")
     parser.add_argument("--temperature", type=float, default=0.0, help="captioning: 0 takes the likeliest word, above 0 draws (Cacophony: 0.1)")
     parser.add_argument("--text-model", help="folder or hub id of the tokenizer, read only for "
-                        "MGA-CLAP's model.pt (default bert-base-uncased) and LAION-CLAP's .pt (default roberta-base)")
+                        "MGA-CLAP's model.pt and MS-CLAP 2022's file (default bert-base-uncased), LAION-CLAP's .pt and Cacophony's (default roberta-base)")
     parser.add_argument("--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none")
     parser.add_argument("--batch-size", type=int, default=32, help="clips at once; never changes a score")
     parser.add_argument("--workers", type=int, default=0, help="processes that read audio; never changes a score")

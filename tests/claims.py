@@ -10,6 +10,10 @@
   python tests/claims.py t_clap --data MIXED TOGETHER --start random --ablation mixing --json results/ablation_mixing.json
   python tests/claims.py cacophony --data SCENES --start random --seeds 3 --json results/claims_cacophony.json
   python tests/claims.py cacophony --data SCENES --start random --ablation rho --json results/ablation_rho.json
+  python prepare.py scenes --sounds DIR --train-folds 1,4 --rate 44100 --out ANNOTATED
+  python prepare.py scenes --sounds DIR --train-folds 2,3,4 --val 0 --test 0 --rate 44100 --seed 2 --out POOL
+  python tests/claims.py curation_clap --data ANNOTATED --pool POOL --start random --seeds 3 --json results/claims_curation_clap.json
+  python tests/claims.py curation_clap --data ANNOTATED --pool POOL --start random --seeds 3 --ablation students --json results/ablation_students.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
@@ -36,6 +40,7 @@ from tqdm import tqdm  # noqa: E402
 import bench  # noqa: E402
 import cacophony  # noqa: E402
 import common  # noqa: E402
+import curation_clap  # noqa: E402
 import eval as evaluator  # noqa: E402
 import mga_clap  # noqa: E402
 import t_clap  # noqa: E402
@@ -89,12 +94,26 @@ CACO_CLAIMS = [(metric, f"{name} {'below' if 'loss' in metric else 'above'} that
                    ("a2t_R@1", "A2T R@1", lambda m, b, spread: m > b), ("a2t_R@5", "A2T R@5", lambda m, b, spread: m > b),
                    ("val_loss_con", "contrastive validation loss", lambda m, b, spread: m < b))]
 CACO_CLAIMS.append(("CIDEr-D", "CIDEr-D at least 3 times that of always saying the most frequent caption", lambda m, b, spread: m >= 3 * b, "chance"))
-SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony}
-BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny"), "cacophony": dict(size="tiny", stage="contrastive")}
-BASELINES = {"mga_clap": {"clap": CLAP}, "t_clap": {"laion_clap": dict(lt_weight=0.0)}, "cacophony": CACO_BASELINES}
-CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS, "cacophony": CACO_CLAIMS}  # a fourth entry names the baseline, where there are several
-METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS, "cacophony": CACO_METRICS}
-ABLATIONS = {"mga_clap": MGA_ABLATIONS, "t_clap": T_ABLATIONS, "cacophony": CACO_ABLATIONS}
+# Students of one teacher a seed; the paper's Tables 2 and 3
+CURATION_BASELINES = {"teacher": dict(stage="teacher"), "ds_sl": dict(curation="ds")}
+CURATION_ABLATIONS = {"students": {
+    "teacher": dict(stage="teacher"), "SL": dict(curation="none"), "DU": dict(curation="du", soft_labels=False), "DU + SL": dict(curation="du"),
+    "DS": dict(curation="ds", soft_labels=False), "DS + SL": dict(curation="ds"), "ADS": dict(soft_labels=False), "ADS + SL": {},
+    "teacher, 10 % of the clips": dict(stage="teacher", teacher_fraction=0.1), "DU + SL, 10 %": dict(curation="du", teacher_fraction=0.1),
+    "ADS + SL, 10 %": dict(teacher_fraction=0.1)}}
+CURATION_SEEDS = {name: 3 for name in ("teacher", "DS + SL", "ADS + SL", "teacher, 10 % of the clips", "ADS + SL, 10 %")}  # of a table, others 1
+OF_STUDENTS = ("curation", "threshold", "ds_threshold", "top_k", "ds_top_k", "soft_labels", "beta", "student_epochs", "replay", "replay_prob")
+CURATION_METRICS = ("accuracy", "tagging_mAP", "t2a_R@1", "t2a_R@5", "a2t_R@1")
+CURATION_CLAIMS = [(metric, f"{name} above that of {other}", lambda m, b, spread: m > b, baseline)
+                   for baseline, other in (("teacher", "the teacher"), ("ds_sl", "DS + SL")) for metric, name in (
+                       ("accuracy", "zero-shot accuracy of ADS + SL"), ("tagging_mAP", "tagging mAP of ADS + SL"))]
+SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony, "curation_clap": curation_clap}
+BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny"), "cacophony": dict(size="tiny", stage="contrastive"), "curation_clap": dict(size="tiny")}
+BASELINES = {"mga_clap": {"clap": CLAP}, "t_clap": {"laion_clap": dict(lt_weight=0.0)}, "cacophony": CACO_BASELINES,
+             "curation_clap": CURATION_BASELINES}
+CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS, "cacophony": CACO_CLAIMS, "curation_clap": CURATION_CLAIMS}  # a fourth entry names the baseline, where there are several
+METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS, "cacophony": CACO_METRICS, "curation_clap": CURATION_METRICS}
+ABLATIONS = {"mga_clap": MGA_ABLATIONS, "t_clap": T_ABLATIONS, "cacophony": CACO_ABLATIONS, "curation_clap": CURATION_ABLATIONS}
 
 
 def stored(name: str, settings: dict, results: Path, run) -> dict:
@@ -158,6 +177,8 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
     """Train with `flags` over the budget, test the best validation checkpoint on the test scenes."""
     script, results = SCRIPTS[method], Path(args.results)
     flags = {**BUDGETS[method], **json.loads(args.budget), **flags}
+    if method == "curation_clap":
+        flags = {**({"pool": args.pool} if args.pool else {}), **flags}
     cfg = common.configure(script.Config, script.PRESETS, data=args.data, seed=seed, **flags)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (
         "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device")}
@@ -169,15 +190,24 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
     if method == "cacophony":
         settings["audio_weights"] = cfg.audio_weights or "stage 1"
         settings = {k: v for k, v in settings.items() if k not in ("plot", "stage") and not (cfg.audio_weights and k.startswith(("mae_", "mask_")))}
-    settings = {"start": args.start, "data": data_hash(args.data), **settings}
+    if method == "curation_clap":
+        settings = {k: v for k, v in settings.items() if k not in ("pool", "captions", "labels", "teacher", "dry_run", "block")}
+        if cfg.stage == "teacher":  # such a run reads nothing of what comes after
+            settings = {k: v for k, v in settings.items() if k not in OF_STUDENTS}
+    settings = {"start": args.start, "data": data_hash([*args.data, *(args.pool if method == "curation_clap" else [])]), **settings}
 
     def run(key):
-        folder, weights, seconds = Path(args.runs) / key, {}, None
+        folder, weights, seconds, best = Path(args.runs) / key, {}, None, "best.pt"
+        if method == "curation_clap" and cfg.stage == "teacher":
+            best = Path(teacher_start(flags, seed, args))
+            folder, best = best.parent, best.name
         if not (folder / "eval.json").exists():
-            if args.start == "tagging":
+            if args.start == "tagging" and method in ("mga_clap", "t_clap"):
                 weights = {"audio_weights" if method == "mga_clap" else "weights": tagging_start(method, flags, args.data, results)}
             if method == "cacophony" and not cfg.audio_weights:
                 weights = {"audio_weights": mae_start(flags, seed, args)}
+            if method == "curation_clap":
+                weights = {"teacher": teacher_start(flags, seed, args)}
             resume = {"resume": True} if (folder / "last.pt").exists() else {}
             begin = time.perf_counter()
             script.main(common.configure(script.Config, script.PRESETS, data=args.data, runs=args.runs, seed=seed,
@@ -186,7 +216,7 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
             common.write_lines(folder / "seconds.json", [json.dumps(seconds)])
         seconds = json.loads((folder / "seconds.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        scores, chance, n_clips, said = test_scores(folder / "best.pt", args.data)
+        scores, chance, n_clips, said = test_scores(folder / best, args.data, "curation_clap" if method == "curation_clap" else "bare")
         if method == "cacophony":
             of_val = json.loads((folder / "eval.json").read_text())
             for name in ("loss_con", "loss_cap"):
@@ -216,9 +246,23 @@ def mae_start(flags: dict, seed: int, args) -> str:
     return str(folder / "mae.pt")
 
 
-def test_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict, int, dict]:
+def teacher_start(flags: dict, seed: int, args) -> str:
+    """Stage 1 of curation-CLAP, once for all students of a seed and a share of the pairs -> its teacher.pt."""
+    flags = {k: v for k, v in flags.items() if k not in OF_STUDENTS}
+    cfg = common.configure(curation_clap.Config, curation_clap.PRESETS, data=args.data, seed=seed, **{**flags, "stage": "teacher"})
+    told = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (*OF_STUDENTS, "data", "name", "runs", "pool", "resume", "workers", "device",
+                                                                         "save_steps", "log_steps", "captions", "labels", "teacher", "dry_run", "block")}
+    folder = Path(args.runs) / f"teacher_{hashlib.sha256(json.dumps([told, data_hash([*args.data, *args.pool])]).encode()).hexdigest()[:12]}"
+    if not (folder / "eval.json").exists():
+        begin, resume = time.perf_counter(), (folder / "last.pt").exists()
+        curation_clap.main(dataclasses.replace(cfg, runs=args.runs, name=folder.name, resume=resume))
+        common.write_lines(folder / "seconds.json", [json.dumps(time.perf_counter() - begin)])
+    return str(folder / "teacher.pt")
+
+
+def test_scores(checkpoint: Path, data: list[str], prompt: str = "bare") -> tuple[dict, dict, int, dict]:
     """Every protocol of eval.py that the scenes have labels for, on the test split -> scores, chance, clips, ten captions."""
-    results = evaluator.main(evaluator.parse([str(checkpoint), "--data", *data, "--split", "test", "--bootstrap", "0"]))
+    results = evaluator.main(evaluator.parse([str(checkpoint), "--data", *data, "--split", "test", "--bootstrap", "0", "--prompt", prompt]))
     prefix = {"tagging": "tagging_", "frames": "frame_", "t_classify": "t_classify_"}
     scores = {prefix.get(r["protocol"], "") + name: s["value"] for r in results for name, s in r["scores"].items()}
     chance = {prefix.get(r["protocol"], "") + name: value for r in results for name, value in r["chance"].items()}
@@ -258,7 +302,8 @@ def tables(method: str, args) -> list[dict]:
         chosen = {"compare": MGA_COMPARE}
     else:
         names = [args.ablation] if args.ablation in ABLATIONS[method] else list(ABLATIONS[method])
-        chosen = {name: {row: (flags, 1) for row, flags in ABLATIONS[method][name].items()} for name in names}
+        most = CURATION_SEEDS if method == "curation_clap" else {}
+        chosen = {name: {row: (flags, most.get(row, 1)) for row, flags in ABLATIONS[method][name].items()} for name in names}
     out = []
     for table, content in chosen.items():
         for row, (flags, most) in content.items():
@@ -279,6 +324,7 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("method", choices=[*SCRIPTS, "all"])
     parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: with negatives, for --ablation mixing a second set without")
+    parser.add_argument("--pool", nargs="+", default=[], help="curation_clap: scenes whose captions are not read; none: half of the training scenes")
     parser.add_argument("--seeds", type=int, default=1, help="runs per method, seeds 0, 1, ...")
     parser.add_argument("--start", choices=["tagging", "random"], default="tagging",
                         help="of all runs: an audio encoder pre-trained to tag the training scenes, or random weights (cacophony: with its stage 1)")
@@ -287,10 +333,10 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", help="write the list of claims to this file")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "claims"), help="where checkpoints are kept")
     parser.add_argument("--compare", action="store_true", help="all methods of the paper's Table 4 (seeds: up to 3 for CLAP and MGA-CLAP)")
-    parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, *T_ABLATIONS, *CACO_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
+    parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, *T_ABLATIONS, *CACO_ABLATIONS, *CURATION_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
     args = parser.parse_args(argv)
-    if args.method == "cacophony" and args.start == "tagging":
-        parser.error("cacophony starts from its own stage 1; give --start random")
+    if args.method in ("cacophony", "curation_clap") and args.start == "tagging":
+        parser.error(f"{args.method} starts from its own stage 1; give --start random")
     if args.ablation not in (None, "all", *ABLATIONS.get(args.method, ())) or (args.compare and args.method != "mga_clap"):
         parser.error(f"{args.method} has no --ablation {args.ablation}" if args.ablation else "--compare is mga_clap's")
     names = [args.method] if args.method != "all" else SCRIPTS

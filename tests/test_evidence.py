@@ -68,7 +68,7 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
 def test_stored_claims_and_tables_follow_from_the_stored_runs():
     """Every number of results/claims_*.json and the tables is the mean of the stored runs whose settings it names."""
     runs = [json.loads(p.read_text()) for p in RESULTS.glob("run_*.json")]
-    own = {"mga_clap": "aggregator", "t_clap": "lt_weight", "cacophony": "rho"}  # settings that only its runs have
+    own = {"mga_clap": "aggregator", "t_clap": "lt_weight", "cacophony": "rho", "curation_clap": "teacher_fraction"}  # settings that only its runs have
 
     def mean(method, metric, seeds, start, **flags):
         script = claims.SCRIPTS[method]
@@ -138,7 +138,23 @@ def test_cacophony_claims_in_miniature(corpus, tmp_path):
         claims.main([*flags, "--start", "tagging"])
 
 
-@pytest.mark.parametrize("name, flags, shown", [("cacophony", ["--mae-steps", "5", "--steps", "5"], "2 ln B 6.93"), ("mga_clap", ["--epochs", "1"], "ln B 3.87"), ("t_clap", ["--steps", "40"], "ln B 2.77")])
+def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch):
+    budget = {k: v for k, v in SMALL_OF["curation_clap"].items() if k not in ("size", "workers", "device")} | {"teacher_epochs": 1, "student_epochs": 1}
+    flags = ["curation_clap", "--data", str(corpus), "--seeds", "1", "--budget", json.dumps(budget), "--results", str(tmp_path), "--start", "random",
+             "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "c.json")]
+    out = claims.main(flags)
+    assert [(c["metric"], c["baseline"]) for c in out] == [(m, b) for b in ("teacher", "ds_sl") for m in ("accuracy", "tagging_mAP")]
+    assert len(list(tmp_path.glob("run_curation_clap_*.json"))) == 3 and len(list((tmp_path / "runs").glob("teacher_*/teacher.pt"))) == 1
+    monkeypatch.setitem(claims.CURATION_ABLATIONS, "students", {k: v for k, v in claims.CURATION_ABLATIONS["students"].items()
+                                                                if k in ("teacher", "SL", "ADS + SL", "teacher, 10 % of the clips")})
+    out = claims.main([*flags, "--ablation", "students"])
+    assert len(out) == 4 and len(list(tmp_path.glob("run_*.json"))) == 5  # the two of before are not run again
+    assert len({r["scores"]["tagging_mAP"]["mean"] for r in out}) > 2 and len(list((tmp_path / "runs").glob("teacher_*/teacher.pt"))) == 2
+    for row in claims.CURATION_ABLATIONS["students"].values():
+        common.configure(claims.SCRIPTS["curation_clap"].Config, claims.SCRIPTS["curation_clap"].PRESETS, data=["x"], **row)
+
+
+@pytest.mark.parametrize("name, flags, shown", [("collat", ["--steps", "5"], "ln B 2.77"), ("curation_clap", ["--teacher-epochs", "1", "--student-epochs", "1", "--epoch-steps", "4"], "ln B 3.47"), ("cacophony", ["--mae-steps", "5", "--steps", "5"], "2 ln B 6.93"), ("mga_clap", ["--epochs", "1"], "ln B 3.87"), ("t_clap", ["--steps", "40"], "ln B 2.77")])
 def test_the_method_copied_out_trains_on_the_demo_in_an_empty_folder(tmp_path, name, flags, shown):
     for file in (f"{name}.py", "common.py"):
         shutil.copy(ROOT / file, tmp_path)

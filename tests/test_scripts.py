@@ -15,14 +15,16 @@ import soundfile as sf
 import torch
 
 import cacophony
+import collat
 import common
+import curation_clap
 import mga_clap
 import t_clap
 from conftest import ROOT, SMALL_OF
 from conftest import config as config_of
 
 PYTHON = [sys.executable]
-SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony}
+SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony, "collat": collat, "curation_clap": curation_clap}
 every_script = pytest.mark.parametrize("method", SCRIPTS)
 config = functools.partial(config_of, "mga_clap")
 
@@ -67,7 +69,7 @@ def test_overfits_eight_pairs(tmp_path, corpus, overrides):
 @every_script
 def test_bf16_autocast_trains_on_finite_losses_close_to_fp32(corpus, tmp_path, runs_of, method):
     SCRIPTS[method].main(config_of(method, corpus, tmp_path, name="b", precision="bf16"))
-    read = lambda folder: [json.loads(x)["loss"] for x in (folder / "log.jsonl").read_text().splitlines()]  # noqa: E731
+    read = lambda folder: [json.loads(x)["loss"] for x in (folder / "log.jsonl").read_text().splitlines() if "loss" in x]  # noqa: E731
     half, full = read(tmp_path / "b"), read(runs_of(method)[0])
     assert half[:3] == pytest.approx(full[:3], abs=0.15) and half != full and np.isfinite(half).all()
 
@@ -88,7 +90,7 @@ def strip(path):
     return {**content["model"], **{f"opt{i}.{k}": v for i, s in content["optimiser"]["state"].items() for k, v in s.items()}}
 
 
-@pytest.mark.parametrize("method, workers, other", [("mga_clap", 0, "codewords"), ("mga_clap", 2, "codewords"), ("t_clap", 2, "joint_dim")])
+@pytest.mark.parametrize("method, workers, other", [("mga_clap", 0, "codewords"), ("mga_clap", 2, "codewords"), ("t_clap", 2, "joint_dim"), ("collat", 2, "blocks")])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, method, workers, other):
     class Killed(Exception):
         pass
@@ -149,6 +151,40 @@ def test_cacophony_killed_in_either_stage_resumes_bit_for_bit(corpus, tmp_path, 
     assert logs[0] == logs[1] and [x["stage"] for x in logs[0]] == ["mae"] * 4 + ["contrastive"] * 4
 
 
+@pytest.mark.parametrize("stage", ["teacher", "curate", "student"])
+def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, stage):
+    class Killed(Exception):
+        pass
+
+    seed_step, join = common.seed_step, curation_clap.join_blocks
+
+    def killer(seed, step, *place):
+        if step == 3 and (tmp_path / "a/curated.jsonl").exists() == (stage == "student") and stage != "curate":
+            raise Killed
+        seed_step(seed, step, *place)
+
+    def stop(*args):
+        raise Killed
+
+    monkeypatch.setattr(common, "seed_step", killer)
+    if stage == "curate":
+        monkeypatch.setattr(curation_clap, "join_blocks", stop)
+    with pytest.raises(Killed):
+        curation_clap.main(config_of("curation_clap", corpus, tmp_path, name="a"))
+    monkeypatch.setattr(common, "seed_step", seed_step)
+    monkeypatch.setattr(curation_clap, "join_blocks", join)
+    result = curation_clap.main(common.configure(curation_clap.Config, curation_clap.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    folder, uninterrupted = runs_of("curation_clap")
+    for name in ("teacher.pt", "last.pt"):
+        whole = strip(folder / name)
+        for key, value in strip(tmp_path / "a" / name).items():
+            assert torch.equal(value, whole[key]), key
+    assert result == uninterrupted and (tmp_path / "a/curated.jsonl").read_bytes() == (folder / "curated.jsonl").read_bytes()
+    drop = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}  # noqa: E731
+    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", folder)]
+    assert logs[0] == logs[1]
+
+
 def test_runs_without_a_name_are_numbered(corpus, tmp_path):
     for number in (1, 2):
         mga_clap.main(config(corpus, tmp_path, epochs=1))
@@ -167,10 +203,11 @@ script.main(common.cli(script.Config, script.PRESETS, "x"))
 
 
 @pytest.mark.parametrize("method, bad, only_two", [("mga_clap", False, ()), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2")),
-                                                   ("cacophony", True, ("--micro-batch", "2"))],
+                                                   ("cacophony", True, ("--micro-batch", "2")), ("curation_clap", True, ("--micro-batch", "2"))],
                          ids=["mga_clap", "mga_clap, one unreadable", "t_clap, one unreadable, gradient caching in two only",
-                              "cacophony with SAM, one unreadable, gradient caching in two only"])
-def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, method, bad, only_two):
+                              "cacophony with SAM, one unreadable, gradient caching in two only",
+                              "curation_clap, a curation and a soft-labelled student, one unreadable, gradient caching in two only"])
+def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, method, bad, only_two, runs_of):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     if bad:
@@ -180,6 +217,8 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, met
     flags = ["--data", str(data), "--runs", str(tmp_path), "--max-bad", "0.5", "--precision", "fp32"]
     if method == "cacophony":  # stage 1 masks at random, in every process anew
         flags += ["--stage", "contrastive", "--audio-weights", "none"]
+    if method == "curation_clap":
+        flags += ["--teacher", str(runs_of(method)[0] / "teacher.pt")]
     for key, value in SMALL_OF[method].items():
         flags += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -188,6 +227,9 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, met
                           "--name", "two", *only_two], env=env, capture_output=True, text=True, timeout=600)
     assert two.returncode == 0, two.stderr[-2000:]
     one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    if method == "curation_clap":
+        assert (tmp_path / "one/curated.jsonl").read_bytes() == (tmp_path / "two/curated.jsonl").read_bytes()
+        one, two = ([x for x in run if x["stage"] == "student"] for run in (one, two))
     losses = [[x["loss"] for x in run] for run in (one, two)]
     assert losses[0][:3] == pytest.approx(losses[1][:3], abs=1e-5)
     assert losses[0] == pytest.approx(losses[1], abs=5e-4)  # later, Adam has amplified the rounding
@@ -398,7 +440,7 @@ def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(co
 
 
 @pytest.mark.parametrize("method, name", [("mga_clap", "hard_negative_loss"), ("t_clap", "contrastive_loss"),
-                                          ("cacophony", "contrastive_loss")])
+                                          ("cacophony", "contrastive_loss"), ("collat", "cross_global_loss"), ("curation_clap", "contrastive_loss")])
 def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, monkeypatch, method, name):
     script, flags = SCRIPTS[method], dict(stage="contrastive", audio_weights="none", rho=0.0) if method == "cacophony" else {}
     loss = getattr(script, name)

@@ -1,0 +1,1187 @@
+"""curation-CLAP: a teacher finds pairs among sound and text that nobody paired; its student learns from them.
+
+Wang, Subakan, Subramani, Wu, Tavares, Ayres, Smaragdis: "Unsupervised Improvement of Audio-Text
+Cross-Modal Representations", WASPAA 2023, arXiv:2305.01864. Official code: github.com/zhepeiw/clap_curation.
+
+The idea: captions are few, sound and text apart are many. (1) A CLAP of CNN14 and BERT, the teacher,
+is trained on annotated pairs. (2) It embeds unlabelled audio and known captions, and pairs that come
+close are kept: of all captions (DU, domain-unspecific), or of those near the class prompts of the
+domain one cares for (ADS; DS keeps these captions with their own audio). (3) A student goes on from
+the teacher on curated pairs, with batches of annotated ones between (replay). Its loss (SL) also asks
+how alike the teacher finds the clips, and the captions, of a batch, so a near miss is no full miss.
+
+Equations (paper) -> code
+  Eq. (1)  symmetric contrastive loss                          contrastive_loss
+  Eq. (2)  target of audio to text, softened by the teacher    soft_targets
+  Eq. (3)  target of text to audio                             soft_targets
+  Eq. (4)  divergence of one direction                         soft_divergence
+  Eq. (5)  mean of both directions                             soft_labelled_loss
+
+Letters: B pairs in a batch [N], S samples, T_mel spectrogram frames, L text tokens, D joint dimension
+1024, N clips and Q captions in a curation. beta 0.3, tau [tau] temperature, sigma threshold.
+
+Deviations from the paper, what it leaves open, and --variant official
+  D1  The projection is MS-CLAP's (residual, LayerNorm); the paper says two-layer MLP. Its file loads.
+  D2  tau starts at 0.007 (paper). official: 0.07, and logits are cut off above 100.
+  D3  Shorter clips in training: zeros behind. official: the clip at a random place among zeros.
+  D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to 5 s,
+      longer ones cut into windows. The code crops at random. Curation hears the first 60 s of a clip.
+  D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has that of 32 kHz.
+  D6  Soft targets below 0 count as 0. torch 1.10, which the authors used, did so; current torch gives NaN.
+      They are not normalised: the mass of a row is above 1, as in the code.
+  D7  Not stated: Adam 1e-4, 20 epochs, a tenth of the rate after 10 epochs without progress, clipping at 5
+      (code). An epoch of the student is one pass over the replay set.
+  D8  Validation clips are given or drawn by file; the code draws 17 % of the rows, and one clip can lie on
+      both sides. best.pt has the smallest validation loss, that of the stage, on centre crops.
+  D9  Replay: half of the batches (code), whole ones. Of DU the teacher's pairs, of ADS those of DS; DS has none.
+  D10 Cosines of fp16 embeddings, as in the code, but exact: whatever the device, block or number of
+      processes, the same pairs are found. sigma 0.7 for DU (paper; the code's file says 0.75).
+  D11 --teacher-fraction keeps a share of the clips, not of the rows.
+  D12 bf16 autocast on a GPU; the losses are always in fp32.
+  D13 --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
+  D14 A text encoder that starts from nothing (--size tiny) has larger initial weights: with the usual deviation of
+      0.02, made for wide encoders, the first token of a small one hardly depends on the text.
+
+Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
+      python curation_clap.py --stage teacher --data fsd50k clotho audiocaps macs --name full
+      python curation_clap.py --stage curate --dry-run --name full --data ... --pool audioset --labels esc50/classes.txt
+      torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ...
+      python eval.py runs/NAME/best.pt --data MANIFEST --protocol classification --prompt curation_clap
+Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. Eq. (5) falls to no fixed value (D6).
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import common
+
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    # data
+    data: list[str]  # annotated manifests, folders that hold manifest.jsonl, or the word demo
+    size: Literal["paper", "tiny"] = "paper"  # paper: CNN14 + BERT; tiny: same family, small, from nothing
+    variant: Literal["paper", "official"] = "paper"  # official: details as in the released code (D2, D3)
+    stage: Literal["all", "teacher", "curate", "student"] = "all"  # one of the three, or all in order
+    pool: list[str] = field(default_factory=list)  # unlabelled audio: manifests (captions and labels are not read), or files of eval.py embed
+    pool_share: float = 0.0  # without --pool: share of the training clips whose captions are forgotten (ours; the demo has no other pool)
+    captions: list[str] = field(default_factory=list)  # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3)
+    labels: list[str] = field(default_factory=list)  # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
+    teacher: str = ""  # of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty: runs/NAME/teacher.pt
+    teacher_fraction: float = 1.0  # share of the annotated clips that is used (0.1 in Table 3)
+    # curation
+    curation: Literal["ads", "du", "ds", "none"] = "ads"  # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
+    threshold: float = 0.7  # sigma, least cosine of clip and caption (DU 0.7, ADS 0.6 to 0.75: Sec. 3)
+    ds_threshold: float = 0.7  # least cosine of caption and class prompt (0.7, 0.6, 0.675 for ESC, US8K, TUT: code)
+    top_k: int = 0  # DU, ADS: instead of a threshold so many best captions a clip (5: code)
+    ds_top_k: int = 0  # DS, ADS: instead of ds_threshold so many nearest captions a class (ours)
+    dry_run: bool = False  # stop at curation with similarities, yields and examples of a sample, to choose sigma
+    block: int = 8192  # clips curated between two points of resumption; never changes the result
+    # model
+    audio_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024, 2048])  # of CNN14's blocks
+    hop: int = 320  # samples between spectrogram frames (Sec. 3)
+    window_s: float = 5.0  # seconds heard at once (Sec. 3)
+    joint_dim: int = 1024  # dimension shared by audio and text (Sec. 3)
+    block_dropout: float = 0.2  # after each of CNN14's blocks (PANNs)
+    dropout: float = 0.5  # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
+    audio_weights: str = "Cnn14_mAP=0.431.pth"  # the teacher's audio encoder: PANNs' file, MS-CLAP 2022's (then all of it), or none
+    text_model: str = "bert-base-uncased"  # the teacher's text encoder: hub id or folder (Sec. 3), or none
+    text_dim: int = 768  # text encoder width, read only when --text-model none
+    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    # loss
+    temperature: float = 0.007  # start of tau (Sec. 3; D2)
+    soft_labels: bool = True  # SL: the student's targets are softened by the teacher (Eq. 2-5)
+    beta: float = 0.3  # the teacher's share of the targets (Sec. 3)
+    # optimisation
+    teacher_epochs: int = 20  # code (D7)
+    student_epochs: int = 20  # code (D7)
+    epoch_steps: int = 0  # steps an epoch; 0: one pass over the pairs, of the student over those of the replay (ours)
+    batch_size: int = 128  # pairs over all processes (Sec. 3: 64 on each of 2 GPUs)
+    micro_batch: int = 0  # pairs a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
+    lr: float = 1e-4  # Adam's learning rate (code)
+    patience: int = 10  # epochs without a smaller validation loss before a tenth of the learning rate; none before this epoch (code)
+    clip: float = 5.0  # largest norm of the gradient (code)
+    replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.3)
+    replay_prob: float = 0.5  # share of them (code)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
+    seed: int = 0  # of weights, order, crops, dropout, choice of clips
+    # run
+    name: str = ""  # folder under --runs; empty: curation_clap-1, curation_clap-2, ...
+    runs: str = "runs"  # where run folders go, and runs/embeds/, the embeddings of pools
+    resume: bool = False  # continue runs/NAME with its stored settings, in the stage it was in
+    save_steps: int = 500  # steps between writes of last.pt
+    log_steps: int = 10  # steps between lines of log.jsonl
+    workers: int = 8  # processes that read audio
+    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
+    device: str = "auto"  # auto, cpu or cuda
+
+
+# A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a step affordable on a CPU. The cosines of
+# a small teacher lie anywhere (0.3 was a good one), so it curates by rank.
+TINY = dict(audio_weights="none", text_model="none", audio_channels=[8, 16, 32, 64, 128], hop=1024, joint_dim=128, block_dropout=0.0, dropout=0.1,
+            text_dim=128, text_layers=2, temperature=0.07, pool_share=0.5, top_k=2, ds_top_k=30, teacher_epochs=10, student_epochs=5,
+            epoch_steps=30, batch_size=32, lr=1e-3, patience=2, save_steps=100, workers=1)
+OFFICIAL = dict(temperature=0.07)  # D2
+PRESETS = {("size", "tiny"): TINY, ("variant", "official"): OFFICIAL}
+SAMPLE_RATE, N_FFT, N_MELS, FMIN_HZ, FMAX_HZ = 44100, 1024, 64, 50, 14000
+MAX_TOKENS = 100  # code
+PROMPT = "this is a sound of {}"  # Sec. 3
+CURATION_S = 60.0  # D4
+EMBED_BATCH = 32  # clips of a pool embedded at once, the same ones whatever the block
+SAMPLE_CLIPS = 2000  # of a dry run
+METHOD = "curation_clap"
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+class ConvBlock(nn.Module):
+    """Two 3 x 3 convolutions, each with batch norm and ReLU, then the mean over squares of `pool`."""
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x, pool: int):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.avg_pool2d(x, pool) if pool > 1 else x
+
+
+class CNN14(nn.Module):
+    """PANNs' CNN14 with its own log-mel: waveform (B, S) -> clip features (B, channels of the last block).
+
+    Source: Kong et al., TASLP 2020. Names as in its files; the head of 527 AudioSet classes is kept,
+    unused, so that they load. The mel matrix is stored with the weights (D5).
+    """
+
+    def __init__(self, channels=(64, 128, 256, 512, 1024, 2048), hop: int = 320, block_dropout: float = 0.2, dropout: float = 0.5):
+        super().__init__()
+        self.log_mel = common.LogMel(SAMPLE_RATE, N_FFT, hop, N_MELS, FMIN_HZ, FMAX_HZ)
+        self.log_mel.mel_scale.register_buffer("fb", self.log_mel.mel_scale.fb, persistent=True)  # D5
+        self.block_dropout, self.dropout, self.out_dim = block_dropout, dropout, channels[-1]
+        self.bn0 = nn.BatchNorm2d(N_MELS)
+        self.blocks = [f"conv_block{i}" for i in range(1, len(channels) + 1)]
+        for name, channels_in, out in zip(self.blocks, (1, *channels), channels):
+            self.add_module(name, ConvBlock(channels_in, out))
+        self.fc1, self.fc_audioset = nn.Linear(self.out_dim, self.out_dim), nn.Linear(self.out_dim, 527)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        self.fc_audioset.requires_grad_(False)  # an unused layer would stop DDP
+
+    def forward(self, waveform):
+        x = self.log_mel(waveform)[:, None]  # (B, 1, T_mel, M)
+        x = self.bn0(x.transpose(1, 3)).transpose(1, 3)  # over mel bins
+        for name in self.blocks:
+            x = getattr(self, name)(x, pool=1 if name == self.blocks[-1] else 2)
+            x = F.dropout(x, self.block_dropout, self.training)
+        x = x.mean(3)  # over frequency: (B, C, T)
+        x = F.dropout(x.amax(2) + x.mean(2), self.dropout, self.training)
+        return F.dropout(F.relu(self.fc1(x)), self.dropout, self.training)
+
+    def mel_rate(self) -> str:
+        """Whose mel matrix the stored one is, in words (D5)."""
+        for rate in (SAMPLE_RATE, 32000):
+            of_rate = common.LogMel(rate, N_FFT, 320, N_MELS, FMIN_HZ, FMAX_HZ).mel_scale.fb
+            if (self.log_mel.mel_scale.fb.cpu() - of_rate).abs().max() < 1e-4 * of_rate.max():
+                return f"that of {rate} Hz"
+        return "of no known rate"
+
+
+def panns_state(weights: dict, source) -> dict:
+    """PANNs' names -> CNN14's. The Fourier matrices are computed here; a file with other ones is refused."""
+    state = {}
+    window = torch.hann_window(N_FFT, dtype=torch.float64)
+    angle = 2 * math.pi * torch.outer(torch.arange(N_FFT // 2 + 1.0, dtype=torch.float64), torch.arange(N_FFT, dtype=torch.float64)) / N_FFT
+    fourier = {"conv_real": angle.cos() * window, "conv_imag": -angle.sin() * window}
+    for key, value in weights.items():
+        part = re.match(r"spectrogram_extractor\.stft\.(conv_real|conv_imag)\.weight$", key)
+        if part is None:
+            state[key.replace("logmel_extractor.melW", "log_mel.mel_scale.fb")] = value
+        elif value.shape != (N_FFT // 2 + 1, 1, N_FFT) or (value[:, 0].double() - fourier[part[1]]).abs().max() > 1e-4:
+            raise ValueError(f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, which this encoder computes")
+    return state
+
+
+class Projection(nn.Module):
+    """MS-CLAP's: a linear layer, plus another one behind a GELU, LayerNorm (D1)."""
+
+    def __init__(self, dim_in: int, dim: int, dropout: float):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(dim_in, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.layer_norm, self.dropout = nn.LayerNorm(dim), dropout
+
+    def forward(self, x):
+        x = self.linear1(x)
+        return self.layer_norm(x + F.dropout(self.linear2(F.gelu(x)), self.dropout, self.training))
+
+
+def repeat_to(waveform, length: int):
+    """waveform (S,), S <= length -> (length,): repeated, the last repeat cut (D4)."""
+    return waveform.repeat(-(-length // len(waveform)))[:length]
+
+
+def clean_caption(text: str) -> str:
+    """As the code reads captions: no commas, links, dollar signs, asterisks or line breaks; underscores are spaces."""
+    cleaned = re.sub(r"<a\b.*?</a>|[,$*]", "", text, flags=re.S)
+    cleaned = re.sub(r"[\s_]+", " ", cleaned).strip()
+    return cleaned if re.search(r"\w", cleaned) else text
+
+
+class Model(nn.Module):
+    """CNN14 and BERT's first token, each through a projection; one vector a clip and a caption.
+
+    Args: text_encoder: a common.TextEncoder; audio: keyword arguments of CNN14; temperature: start of tau.
+    """
+
+    clean_caption = staticmethod(clean_caption)
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, text_encoder: common.TextEncoder, audio: dict | None = None, joint_dim: int = 1024, window_s: float = 5.0,
+                 temperature: float = 0.007):
+        super().__init__()
+        audio = {"dropout": 0.5, **(audio or {})}
+        self.shape = {"audio": audio, "joint_dim": joint_dim, "window_s": window_s}  # rebuilds the model, with the text encoder
+        self.window_s = window_s
+        self.crop_rule = f"repeated to {window_s:g} s; all consecutive windows, the last one repeated too, averaged by their seconds"
+        self.audio_encoder, self.text_encoder = CNN14(**audio), text_encoder
+        self.audio_projection = Projection(self.audio_encoder.out_dim, joint_dim, audio["dropout"])
+        self.text_projection = Projection(text_encoder.out_dim, joint_dim, audio["dropout"])
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())  # log(1 / tau), the factor on cosines
+
+    def clip_embeds(self, waveform):
+        """waveform (B, S) of one window -> (B, D), normalised."""
+        return F.normalize(self.audio_projection(self.audio_encoder(waveform)).float(), dim=-1)
+
+    def caption_embeds(self, input_ids, attention_mask):
+        """Token ids (B, L) -> (B, D), normalised; BERT's first token (code)."""
+        return F.normalize(self.text_projection(self.text_encoder(input_ids, attention_mask)[:, 0]).float(), dim=-1)
+
+    def forward(self, waveform, input_ids, attention_mask):
+        """One training batch -> audio_embeds, text_embeds (B, D), scale."""
+        return self.clip_embeds(waveform), self.caption_embeds(input_ids, attention_mask), self.log_scale.exp()
+
+    @torch.no_grad()
+    def embed_audio(self, waveform, n_samples=None):
+        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised; never random (D4)."""
+        with common.evaluating(self):
+            n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
+            window = round(self.window_s * self.sample_rate)
+            windows, owner, weight = common.cut_windows(waveform, n_samples, window)
+            valid = (weight.cpu() * n_samples[owner.cpu()]).round().long().tolist()
+            windows = torch.stack([repeat_to(piece[:n], window) for piece, n in zip(windows, valid)])
+            embeds = torch.cat([self.clip_embeds(part) for part in windows.split(32)]) * weight[:, None]
+            total = embeds.new_zeros(len(waveform), embeds.shape[1])
+            return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
+
+    @torch.no_grad()
+    def embed_text(self, texts: list[str]):
+        """-> (B, D), normalised."""
+        with common.evaluating(self):
+            tokens = {k: v.to(self.log_scale.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            return self.caption_embeds(tokens["input_ids"], tokens["attention_mask"])
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """A run's teacher.pt, last.pt or best.pt."""
+        content = common.read_checkpoint(path, METHOD)
+        model = cls(common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS), **content["shape"])
+        common.load_strict(model, content["model"], path)
+        return model.eval()
+
+    @classmethod
+    def from_published(cls, source, text_model: str = "bert-base-uncased"):
+        """MS-CLAP 2022's CLAP_weights_2022.pth, with `text_model`'s tokenizer."""
+        weights = common.read_weights(source)
+        model = cls(common.text_encoder_from_pretrained(text_model, MAX_TOKENS))
+        common.load_strict(model, ms_clap_state(weights.get("model", weights), source), source)
+        return model.eval()
+
+
+def ms_clap_state(weights: dict, source) -> dict:
+    """MS-CLAP 2022's names -> ours. Unknown names stay, so that strict loading lists them."""
+    prefix = "audio_encoder.base."
+    audio = panns_state({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, source)
+    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
+    for key, value in weights.items():
+        # BERT's pooler is trained by nobody here: the first token is taken before it
+        if not re.match(re.escape(prefix) + r"|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)", key):
+            for theirs, ours in (("audio_encoder.projection.", "audio_projection."), ("caption_encoder.projection.", "text_projection."),
+                                 ("caption_encoder.base.", "text_encoder.model."), ("logit_scale", "log_scale")):
+                key = key.replace(theirs, ours)
+            state[key] = value
+    return state
+
+
+def is_ms_clap(weights: dict) -> bool:
+    """Told by its keys."""
+    return any(str(key).startswith("caption_encoder.base.") for key in weights)
+
+
+def start_model(cfg: Config, captions: list[str]) -> Model:
+    """The teacher that training starts from."""
+    if cfg.audio_weights != "none":
+        if not Path(cfg.audio_weights).is_file():
+            raise FileNotFoundError(f"--audio-weights {cfg.audio_weights}: no such file; PANNs' Cnn14_mAP=0.431.pth is in its authors' Zenodo "
+                                    "record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in record 7312125 (or give none)")
+        weights = common.read_weights(cfg.audio_weights)
+        weights = weights.get("model", weights)
+        if is_ms_clap(weights):
+            return Model.from_published(cfg.audio_weights, cfg.text_model)
+    if cfg.text_model == "none":
+        text_encoder = common.text_encoder_from_scratch(captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), MAX_TOKENS)
+    else:
+        text_encoder = common.text_encoder_from_pretrained(cfg.text_model, MAX_TOKENS)
+    audio = dict(channels=cfg.audio_channels, hop=cfg.hop, block_dropout=cfg.block_dropout, dropout=cfg.dropout)
+    model = Model(text_encoder, audio, cfg.joint_dim, cfg.window_s, cfg.temperature)
+    if cfg.text_model == "none":
+        with torch.no_grad():
+            for module in text_encoder.model.modules():  # D14
+                if isinstance(module, nn.Linear):
+                    module.weight *= 1 / math.sqrt(module.in_features) / 0.02
+    if cfg.audio_weights != "none":
+        common.load_strict(model.audio_encoder, panns_state(weights, cfg.audio_weights), cfg.audio_weights)
+    return model
+
+
+def load_teacher(cfg: Config) -> tuple[Model, Path]:
+    """--teacher, or the run's own."""
+    path = Path(cfg.teacher) if cfg.teacher else Path(cfg.runs) / cfg.name / "teacher.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such teacher; run --stage teacher --name {cfg.name or 'NAME'} first, or give --teacher (a run's "
+                                "teacher.pt, or MS-CLAP 2022's file)")
+    own = "method" in common.read_weights(path)
+    return Model.from_checkpoint(path) if own else Model.from_published(path, cfg.text_model), path
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss: embeds (B, D) normalised, of all processes; sim (B, B) cosine, audio in rows
+# ------------------------------------------------------------------------------------------------
+
+
+def scaled(sim, scale, official: bool = False):
+    """Cosines -> logits; the code cuts them off above 100 (D2)."""
+    logits = sim * scale
+    return logits.clamp(max=100) if official else logits  # D2
+
+
+def contrastive_loss(logits):
+    """logits (B, B); mean over both directions of the cross-entropy of the right partner."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2  # Eq. (1)
+
+
+def soft_targets(teacher_audio, teacher_text, beta: float):
+    """The teacher's embeds of the same batch -> targets of the rows (a2t) and of the columns (t2a), each (B, B), >= 0.
+
+    A clip's captions are as right as the teacher finds their clips alike; a caption's clips as right as it
+    finds their captions alike.
+    """
+    hard = torch.eye(len(teacher_audio), device=teacher_audio.device)
+    target_a2t = (1 - beta) * hard + beta * teacher_audio @ teacher_audio.T  # Eq. (2)
+    target_t2a = (1 - beta) * hard + beta * teacher_text @ teacher_text.T  # Eq. (3)
+    return target_a2t.clamp(min=0), target_t2a.clamp(min=0)  # D6
+
+
+def soft_divergence(logits, target):
+    """logits, target (B, B), queries in rows: mean over them of sum target * (log target - log softmax), 0 log 0 = 0."""
+    return (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1).mean()  # Eq. (4)
+
+
+def soft_labelled_loss(logits, target_a2t, target_t2a):
+    """Rows of logits are clips and meet clip targets, columns are captions and meet caption targets."""
+    return (soft_divergence(logits, target_a2t) + soft_divergence(logits.T, target_t2a)) / 2  # Eq. (5)
+
+
+def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
+    """Outputs of Model.forward in this process, and the teacher's embeds of all (or None) -> loss, sim (B, B)."""
+    audio_embeds, text_embeds = common.gather_with_grad(audio_embeds), common.gather_with_grad(text_embeds)
+    sim = audio_embeds @ text_embeds.T  # (B, B)
+    logits = scaled(sim, scale, cfg.variant == "official")
+    if taught is None:
+        return contrastive_loss(logits), sim.detach()
+    return soft_labelled_loss(logits, *soft_targets(*taught, cfg.beta)), sim.detach()
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+def read_corpus(cfg: Config) -> dict:
+    """-> annotated rows (train, val), the pool's items, and how many clips the stages can meet."""
+    train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
+    n_clips = len(train_rows)
+    if not 0 < cfg.teacher_fraction <= 1 or not 0 <= cfg.pool_share < 1 or not 0 <= cfg.replay_prob < 1 or not 0 <= cfg.beta <= 1:
+        raise ValueError(f"--teacher-fraction {cfg.teacher_fraction}, --pool-share {cfg.pool_share}, --replay-prob {cfg.replay_prob}, --beta "
+                         f"{cfg.beta}: expected above 0 to 1, 0 to below 1 (twice), 0 to 1")
+    common.check_counts(cfg, "teacher_epochs", "student_epochs", "save_steps", "log_steps", "block", "hop")
+    if min(cfg.micro_batch, cfg.top_k, cfg.ds_top_k, cfg.epoch_steps, cfg.patience) < 0 or cfg.temperature <= 0 or cfg.window_s <= 0:
+        raise ValueError("--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s lie above 0")
+    pool = list(cfg.pool)
+    if not pool and cfg.pool_share:
+        train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
+        pool = [[{k: v for k, v in row.items() if k in ("audio", "duration", "where")} for row in forgotten]]
+    train_rows, _ = split_clips(train_rows, cfg.teacher_fraction, (cfg.seed, 2))
+    common.require(train_rows + val_rows, "captions")
+    return {"train": train_rows, "val": val_rows, "pool": pool, "n_clips": n_clips}
+
+
+def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict], list[dict]]:
+    """Rows of a random share of the clips, and the others; the rows of a clip stay together, order is kept (D11)."""
+    audio = list(dict.fromkeys(row["audio"] for row in rows))
+    chosen = np.random.default_rng(seed).permutation(len(audio))[:max(1, round(share * len(audio)))]
+    chosen = {audio[i] for i in chosen}
+    return [row for row in rows if row["audio"] in chosen], [row for row in rows if row["audio"] not in chosen]
+
+
+class Centre:
+    """Stands in for a random generator where a crop is to be the middle one."""
+    integers = staticmethod(lambda low, high: (low + high - 1) // 2)
+
+
+class Pairs(Dataset):
+    """One item a (clip, caption) pair of one of several sets. Items are asked for as (set, epoch, index), which seeds the crop."""
+
+    def __init__(self, sets: list[list[dict]], cfg: Config, tokenize, window_s: float, centre: bool = False):
+        self.sets = [[(row, k) for row in rows for k in range(len(row["captions"]))] for rows in sets]
+        self.cfg, self.tokenize, self.window_s, self.centre = cfg, tokenize, window_s, centre
+
+    def __getitem__(self, key):
+        group, epoch, index = key
+        row, k = self.sets[group][index]
+        rng = np.random.default_rng((self.cfg.seed, *key))
+        try:
+            waveform = common.read_audio(row["audio"], SAMPLE_RATE, self.window_s, Centre if self.centre else rng, row.get("duration"))
+        except common.AudioError as error:
+            return error
+        free = round(self.window_s * SAMPLE_RATE) - len(waveform)
+        before = Centre.integers(0, free + 1) if self.centre else int(rng.integers(free + 1))
+        before = before if self.cfg.variant == "official" else 0  # D3
+        return np.pad(waveform, (before, free - before)), clean_caption(row["captions"][k]), row["audio"]
+
+    def collate(self, items):
+        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
+        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
+        good = [item for item in items if not isinstance(item, common.AudioError)]
+        part = self.cfg.micro_batch or max(1, len(good))
+        return [self.tensors(good[i:i + part]) for i in range(0, len(good), part)], [item[-1] for item in good], bad
+
+    def tensors(self, items) -> dict:
+        waveforms, captions, _ = zip(*items)
+        tokens = self.tokenize(list(captions))
+        return {"waveform": torch.from_numpy(np.stack(waveforms)), "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def mixed_batches(sizes: list[int], batch_size: int, replay_prob: float, seed: int, start_step: int, total_steps: int):
+    """Yield this process's share of every batch as [(set, epoch, index), ...]; a batch comes whole from one set (D9).
+
+    With two sets, the first with probability replay_prob. Each set is gone through in a new random order every
+    epoch; what does not fill a batch is left out of that epoch.
+    """
+    rank, world = common.rank_and_world()
+    chosen = (np.random.default_rng((seed, 3)).random(total_steps) >= replay_prob).astype(int) if len(sizes) > 1 else np.zeros(total_steps, int)
+    order = {}
+    for step in range(start_step, total_steps):
+        group = int(chosen[step])
+        count = min(batch_size, sizes[group])
+        epoch, place = divmod(int((chosen[:step] == group).sum()), sizes[group] // count)
+        if order.get(group, (None,))[0] != epoch:
+            order[group] = epoch, np.random.default_rng((seed, 4, group, epoch)).permutation(sizes[group])
+        yield [(group, epoch, int(i)) for i in order[group][1][place * count:(place + 1) * count]][rank::world]
+
+
+# Curation: similar pairs of N clips and Q captions ---------------------------------------------------
+
+
+def exact_cosines(audio, text, clip, caption) -> np.ndarray:
+    """Inner products of chosen rows of two fp16 matrices, |row| near 1, without any rounding: (P,) float64.
+
+    A product of two fp16 numbers is a multiple of 2^-48, and so is every partial sum, which stays below 2:
+    all of them fit into the 53 bits of a double. So the order of adding, hence block and device, cannot matter (D10).
+    """
+    parts = [slice(i, i + 8192) for i in range(0, len(clip), 8192)]
+    cosines = [(audio[clip[part]].astype(np.float64) * text[caption[part]].astype(np.float64)).sum(1) for part in parts]
+    return np.concatenate([np.zeros(0), *cosines])
+
+
+class Search:
+    """All pairs of clips and captions with cosine >= threshold, or every clip's top_k captions, streamed over clips.
+
+    Args: text_embeds (Q, D) fp16, normalised; held on `device`, as fp16 on a GPU.
+    A rough product finds candidates, a little below what is asked for; `exact_cosines` decides. Of the
+    product only a block exists at a time, and only groups of captions whose best is a candidate are looked into.
+    """
+
+    def __init__(self, text_embeds: np.ndarray, threshold: float, top_k: int = 0, device="cpu", group: int = 256, n_products: int = 0):
+        self.text, self.threshold, self.top_k, self.group = text_embeds, threshold, min(top_k, len(text_embeds)), group
+        self.device = torch.device(device)
+        Q, D = text_embeds.shape
+        on_gpu = self.device.type == "cuda"
+        columns = torch.from_numpy(text_embeds).to(self.device)
+        columns = F.pad(columns if on_gpu else columns.float(), (0, 0, 0, -Q % group))
+        self.columns, self.dtype = columns.T.contiguous(), columns.dtype  # (D, Q padded to whole groups)
+        # what the rough product may be off: its result rounded to fp16 and parts of its sums, or D roundings to fp32
+        self.margin = 4e-3 if on_gpu else (D + 8) * 2.0 ** -23
+        # products at a time: on a CPU few enough for its caches
+        self.rows = max(1, (n_products or (2 ** 28 if on_gpu else 1_310_720)) // columns.shape[0])
+        self.held = torch.empty(self.rows, columns.shape[0], dtype=self.dtype, device=self.device)
+
+    def __call__(self, audio_embeds: np.ndarray):
+        """audio_embeds (N, D) fp16 -> yields clip, caption (P,) int, cosine (P,) float64; by clip, best first, ties by caption."""
+        for start in range(0, len(audio_embeds), self.rows):
+            audio = audio_embeds[start:start + self.rows]
+            clip, caption = self.candidates(torch.from_numpy(np.ascontiguousarray(audio)).to(self.device, self.dtype))
+            cosine = exact_cosines(audio, self.text, clip, caption)
+            order = np.lexsort((caption, -cosine, clip))
+            if self.top_k:
+                first = np.searchsorted(clip[order], clip[order])  # where the clip's candidates begin
+                order = order[np.arange(len(order)) - first < self.top_k]
+            else:
+                order = order[cosine[order] >= self.threshold]
+            yield clip[order] + start, caption[order], cosine[order]
+
+    def candidates(self, audio):
+        """audio (n, D) -> clip, caption (P,): every pair that is asked for is among them."""
+        n, Q = len(audio), len(self.text)
+        sim = torch.mm(audio, self.columns, out=self.held[:n])
+        sim[:, Q:] = -3
+        lowest = torch.full((n,), self.threshold - self.margin, dtype=self.dtype, device=self.device)
+        if self.top_k:
+            lowest = sim.topk(self.top_k).values[:, -1] - 2 * self.margin
+        grouped = sim.view(n, -1, self.group)
+        row, group = (grouped.amax(2) >= lowest[:, None]).nonzero(as_tuple=True)
+        found, place = (grouped[row, group] >= lowest[row, None]).nonzero(as_tuple=True)
+        return row[found].cpu().numpy(), (group[found] * self.group + place).cpu().numpy()
+
+
+def stored_array(path: Path, name: str) -> np.ndarray:
+    """An array of an uncompressed .npz without reading it: mapped from the disk."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{name}.npy")
+            with archive.open(info) as file:
+                version = np.lib.format.read_magic(file)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else np.lib.format.read_array_header_2_0(file)
+                header = file.tell()
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)
+            name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
+        if info.compress_type or fortran:
+            raise ValueError("compressed")
+        start = info.header_offset + 30 + name_length + extra_length + header
+        return np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else np.zeros(shape, dtype)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; eval.py embed writes one") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise ValueError(f"{path}: not a file that eval.py embed writes (no readable array '{name}' in it)") from None
+
+
+def pool_rows(item):
+    """Rows (audio, duration) of one item of the pool that is no file of embeddings: its training rows, one a clip."""
+    last = None
+    for row in common.iter_manifest([item]) if not isinstance(item, list) else item:
+        if row.get("split", "train") == "train" and row["audio"] != last:
+            last = row["audio"]
+            yield {k: row[k] for k in ("audio", "duration") if k in row}
+
+
+def pool_blocks(pool: list, size: int):
+    """Yield the pool in blocks: rows, and their stored embeddings (n, D) or None. Rounded up to whole batches of embedding."""
+    size = -(-size // EMBED_BATCH) * EMBED_BATCH
+    for item in pool:
+        if not isinstance(item, list) and str(item).endswith(".npz"):
+            for i in range(0, len(stored_array(Path(item), "audio")), size):  # mapped anew each time, so that pages read are given back
+                audio, embeds = (np.array(stored_array(Path(item), name)[i:i + size]) for name in ("audio", "audio_embeds"))
+                yield [{"audio": str(name)} for name in audio], embeds
+            continue
+        rows = []
+        for row in pool_rows(item):
+            rows.append(row)
+            if len(rows) == size:
+                yield rows, None
+                rows = []
+        if rows:
+            yield rows, None
+
+
+def digest(*told) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def file_digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pool_digest(pool: list) -> str:
+    """Changes when the pool does: the content of manifests, size and date of files of embeddings."""
+    return digest(*(item if isinstance(item, list) else common.file_key({"audio": str(item)}) if str(item).endswith(".npz")
+                    else [str(common.manifest_path(item).parent.absolute()), file_digest(common.manifest_path(item))] for item in pool))
+
+
+def half(embeds) -> np.ndarray:
+    """Normalised once more, as fp16 (D10)."""
+    embeds = np.asarray(embeds, np.float32)
+    if not np.isfinite(embeds).all():
+        raise FloatingPointError("some embeddings are NaN or infinite; the teacher's weights, or the file of embeddings, are broken")
+    return (embeds / np.maximum(np.linalg.norm(embeds, axis=1, keepdims=True), 1e-12)).astype(np.float16)
+
+
+@torch.no_grad()
+def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str):
+    """-> kept (n,) indices into rows, embeds (n, D) fp16, error texts. Batches of neighbours, so that they do not depend on the block."""
+    loader = DataLoader(common.AudioFiles(rows, SAMPLE_RATE, CURATION_S), EMBED_BATCH, num_workers=workers, collate_fn=common.collate_audio)
+    kept, embeds, bad = [], [np.zeros((0, model.shape["joint_dim"]), np.float16)], []
+    for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=common.rank_and_world()[0] > 0):
+        bad += [text for _, text in errors]
+        if indices:
+            with autocast:
+                embeds.append(half(model.embed_audio(waveform.to(model.log_scale.device), n_samples).cpu().numpy()))
+            kept += indices
+    return np.array(kept, int), np.concatenate(embeds), bad
+
+
+def save_arrays(path: Path, **arrays) -> None:
+    """np.savez under a temporary name, then renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+def read_captions(cfg: Config, train_rows: list[dict]):
+    """Texts to curate from -> unique captions, for each the rows (audio, duration) it describes, embeds (Q, D) or None."""
+    if any(str(item).endswith(".npz") for item in cfg.captions):
+        if len(cfg.captions) > 1:
+            raise ValueError(f"--captions {' '.join(cfg.captions)}: one file of eval.py embed, or manifests")
+        path = Path(cfg.captions[0])
+        audio, owner, texts = (stored_array(path, name) for name in ("audio", "owner", "captions"))
+        told = [(str(text), {"audio": str(audio[i])}) for text, i in zip(texts, owner)]
+        embeds = stored_array(path, "text_embeds")
+    else:
+        rows = train_rows if not cfg.captions else [row for row in common.read_manifest(cfg.captions, ("captions",)) if row.get("split", "train") == "train"]
+        told = [(clean_caption(caption), {k: row[k] for k in ("audio", "duration") if k in row}) for row in rows for caption in row["captions"]]
+        embeds = None
+    if not told:
+        raise ValueError(f"--captions {' '.join(cfg.captions)}: no caption in it")
+    captions, described, first = {}, [], []
+    for k, (caption, row) in enumerate(told):
+        if captions.setdefault(caption, len(captions)) == len(described):
+            described.append([])
+            first.append(k)
+        described[captions[caption]].append(row)
+    return list(captions), described, None if embeds is None else embeds[first]
+
+
+def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
+    """Classes of the domain, as they stand in the prompt."""
+    classes = []
+    for item in cfg.labels:
+        if str(item).endswith(".txt"):
+            if not Path(item).is_file():
+                raise FileNotFoundError(f"--labels {item}: no such file; expected one class a line, or a manifest")
+            classes += [line.strip() for line in Path(item).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        else:
+            classes += common.read_classes([item], common.read_manifest([item]))
+    classes = list(dict.fromkeys(classes if cfg.labels else common.read_classes(cfg.data, rows)))
+    if not classes:
+        raise ValueError(f"--curation {cfg.curation} looks for captions near the domain's classes, and there are none; give --labels "
+                         "(a classes.txt or a manifest with labels), or --curation du")
+    return [re.sub(r"[_/]", " ", name).lower() for name in classes]
+
+
+def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
+    """DS: captions near the domain -> their numbers, in order, and each one's best cosine to a prompt (Sec. 2.2)."""
+    found = {}
+    search = Search(text_embeds, threshold, top_k)
+    for _, caption, cosine in search(prompt_embeds):
+        for q, value in zip(caption.tolist(), cosine.tolist()):
+            found[q] = max(value, found.get(q, -2.0))
+    chosen = np.array(sorted(found), int)
+    return chosen, np.array([found[q] for q in chosen])
+
+
+def pair_lines(rows: list[dict], found, captions: list[str]):
+    """What `Search` yields -> manifest lines: one a clip, `captions` with the `similarity` of each."""
+    clip, caption, cosine = found
+    starts = np.flatnonzero(np.diff(clip, prepend=-1))
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(clip)]):
+        row = rows[int(clip[start])]
+        yield json.dumps({**row, "audio": os.path.abspath(row["audio"]), "captions": [captions[q] for q in caption[start:stop]],
+                          "similarity": [round(float(c), 4) for c in cosine[start:stop]]}, ensure_ascii=False)
+
+
+def mine_block(path: Path, rows: list[dict], embeds, search: Search, captions: list[str]) -> None:
+    """Write the pairs of one block, under a temporary name first: a kill leaves whole blocks only."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for found in search(embeds):
+            file.writelines(line + "\n" for line in pair_lines(rows, found, captions))
+    os.replace(temporary, path)
+
+
+def join_blocks(paths: list[Path], out: Path) -> tuple[int, int]:
+    """The blocks' files in order -> one file, renamed when complete; clips and pairs in it."""
+    temporary, clips, pairs = out.with_name(out.name + ".tmp"), 0, 0
+    with open(temporary, "w", encoding="utf-8") as whole:
+        for path in paths:
+            with open(path, encoding="utf-8") as part:
+                for line in part:
+                    whole.write(line)
+                    clips, pairs = clips + 1, pairs + len(json.loads(line)["captions"])
+    os.replace(temporary, out)
+    return clips, pairs
+
+
+# ------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------
+
+
+def embed_captions(model: Model, captions: list[str], stored, folder: Path) -> np.ndarray:
+    """(Q, D) fp16: stored ones, or embedded once, by the first process."""
+    if stored is not None:
+        return half(stored)
+    path = folder / f"texts_{digest(captions)}.npz"
+    if common.rank_and_world()[0] == 0 and not path.exists():
+        save_arrays(path, embeds=half(common.embed_texts(model, captions)))
+    common.barrier()
+    with np.load(path) as held:
+        return held["embeds"]
+
+
+def curate(cfg: Config, corpus: dict, device, autocast, say) -> dict:
+    """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry run's report."""
+    rank, world = common.rank_and_world()
+    if not corpus["pool"] and cfg.curation != "ds":
+        raise ValueError(f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool (manifests, or files of eval.py embed)")
+    model, teacher_path = load_teacher(cfg)
+    model.to(device)
+    folder = Path(cfg.runs) / cfg.name if cfg.name else None
+    sizes = [len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block)] if cfg.curation != "ds" else []
+    if cfg.curation != "ds" and not sizes:
+        raise ValueError("--pool: no training row in it (rows of split val and test are never curated)")
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, folder is not None and (folder / "log.jsonl").exists(), corpus["n_clips"] + sum(sizes), cfg.max_bad)
+    cfg.name, folder = run.name, run.path
+    say(f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix {model.audio_encoder.mel_rate()}")
+    embeds_folder = Path(cfg.runs) / "embeds" / digest(file_digest(teacher_path), pool_digest(corpus["pool"]), -(-cfg.block // EMBED_BATCH), cfg.precision, device.type)
+    parts = folder / "curation"
+    embeds_folder.mkdir(parents=True, exist_ok=True), parts.mkdir(exist_ok=True)
+
+    # Captions: all (DU), or those near the domain's prompts (DS, ADS)
+    captions, described, stored = read_captions(cfg, corpus["train"])
+    text_embeds = embed_captions(model, captions, stored, embeds_folder)
+    if text_embeds.shape[1] != model.shape["joint_dim"]:
+        raise ValueError(f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have {model.shape['joint_dim']}; "
+                         "embed them with the same teacher")
+    prompts = []
+    if cfg.curation != "du":
+        prompts = [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
+        prompt_embeds = embed_captions(model, prompts, None, embeds_folder)
+        if cfg.dry_run and rank == 0:
+            report_domain(prompts, captions, prompt_embeds, text_embeds, cfg)
+        chosen, nearness = near_labels(prompt_embeds, text_embeds, cfg.ds_threshold, cfg.ds_top_k)
+        if not len(chosen):
+            best = float((prompt_embeds.astype(np.float32) @ text_embeds.astype(np.float32).T).max())
+            raise ValueError(f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt (the nearest: {best:.3f}); choose a lower "
+                             "one with --dry-run")
+        of_domain = [captions[q] for q in chosen]
+        say(f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes")
+    if cfg.dry_run:
+        if cfg.curation != "ds" and rank == 0:
+            texts, of_texts = (captions, text_embeds) if cfg.curation == "du" else (of_domain, text_embeds[chosen])
+            report_pool(cfg, model, corpus["pool"], sum(sizes), texts, of_texts, autocast)
+        common.barrier()
+        return {}
+    if cfg.curation != "du" and rank == 0:
+        own = {}  # DS: these captions with their own audio
+        for q, value in zip(chosen.tolist(), nearness.tolist()):
+            for row in described[q]:
+                row = own.setdefault(row["audio"], {**row, "audio": os.path.abspath(row["audio"]), "captions": [], "similarity": []})
+                row["captions"].append(captions[q]), row["similarity"].append(round(value, 4))
+        name = "curated.jsonl" if cfg.curation == "ds" else "replay.jsonl"
+        common.write_lines(folder / name, [json.dumps(row, ensure_ascii=False) for row in own.values()])
+        say(f"DS: {sum(len(row['captions']) for row in own.values()):,} pairs of {len(own):,} clips in {folder / name}")
+    if cfg.curation == "ds":
+        common.barrier()
+        return {"curated": str(folder / "curated.jsonl")}
+    if cfg.curation == "ads":
+        captions, text_embeds = of_domain, np.ascontiguousarray(text_embeds[chosen])
+
+    # Pairs, block by block; the processes take turns
+    told = digest(embeds_folder.name, captions, cfg.curation, cfg.threshold, cfg.top_k, file_digest_of(text_embeds))
+    if rank == 0 and (not (parts / "settings.txt").exists() or (parts / "settings.txt").read_text().strip() != told):
+        for path in [*parts.glob("pairs_*.jsonl"), folder / "curated.jsonl"]:
+            path.unlink(missing_ok=True)
+        common.write_lines(parts / "settings.txt", [told])
+    common.barrier()
+    paths = [parts / f"pairs_{number:06d}.jsonl" for number in range(len(sizes))]
+    done = (folder / "curated.jsonl").exists()
+    if not done:
+        search = Search(text_embeds, cfg.threshold, cfg.top_k, device)
+        bar = tqdm(total=sum(sizes), unit="clip", desc=f"curating with {len(captions)} captions", disable=rank > 0, dynamic_ncols=True)
+        for first, mine in rounds(pool_blocks(corpus["pool"], cfg.block), rank, world):
+            bad = []
+            if mine is not None:
+                number, (rows, embeds) = mine
+                if embeds is None:
+                    rows, embeds, bad = block_embeds(model, rows, embeds_folder / f"audio_{number:06d}.npz", cfg, autocast)
+                elif not paths[number].exists():
+                    embeds = half(embeds)
+                    if embeds.shape[1] != text_embeds.shape[1]:
+                        raise ValueError(f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' have {text_embeds.shape[1]}; embed both "
+                                         "with the same teacher")
+                if not paths[number].exists():
+                    mine_block(paths[number], rows, embeds, search, captions)
+            run.settle_skipped(bad)  # also keeps the processes within a block of each other
+            bar.update(sum(sizes[first:first + world]))
+        bar.close()
+        common.barrier()
+        if rank == 0:
+            clips, pairs = join_blocks(paths, folder / "curated.jsonl")
+            if not pairs:
+                (folder / "curated.jsonl").unlink()
+                raise ValueError(f"--threshold {cfg.threshold}: no clip of the pool is that close to any of {len(captions)} captions; choose a lower "
+                                 "one with --dry-run, or give --top-k")
+            for path in paths:
+                path.unlink()
+            run.log({"stage": "curate", "step": 0, "captions": len(captions), "pool": sum(sizes), "clips": clips, "pairs": pairs, "skipped": len(run.skipped)})
+            say(f"{cfg.curation.upper()}: {pairs:,} pairs of {clips:,} of {sum(sizes):,} clips in {folder / 'curated.jsonl'}")
+    common.barrier()
+    return {"curated": str(folder / "curated.jsonl")}
+
+
+def rounds(blocks, rank: int, world: int):
+    """Deal numbered blocks to the processes -> for every round the number of its first block, and this process's (number, block) or None."""
+    mine, number = None, -1
+    for number, block in enumerate(blocks):
+        if number % world == rank:
+            mine = number, block
+        if number % world == world - 1:
+            yield number - world + 1, mine
+            mine = None
+    if number % world != world - 1:
+        yield number - number % world, mine
+
+
+def file_digest_of(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def block_embeds(model: Model, rows, path: Path, cfg: Config, autocast):
+    """The block's readable rows, their embeds (n, D) fp16 and error texts: stored ones, or made and stored."""
+    if not path.exists():
+        kept, embeds, bad = embed_rows(model, rows, cfg.workers, autocast, f"embedding block {path.stem[-6:]}")
+        save_arrays(path, kept=kept, embeds=embeds, bad=np.array(bad, dtype=str))
+    with np.load(path) as held:
+        return [rows[i] for i in held["kept"]], held["embeds"], held["bad"].tolist()
+
+
+def report_domain(prompts, captions, prompt_embeds, text_embeds, cfg: Config) -> None:
+    """Dry run of DS: how near captions lie to the class prompts."""
+    sim = text_embeds.astype(np.float32) @ prompt_embeds.astype(np.float32).T  # (Q, C)
+    nearest = sim.max(1)
+    print(f"\nCaptions by their nearest of {len(prompts)} class prompts (--ds-threshold):")
+    histogram(nearest)
+    for level in np.arange(0.3, 1.0, 0.05):
+        at = np.flatnonzero((nearest >= level) & (nearest < level + 0.05))[:2]
+        print(f"  >= {level:.2f}: {(nearest >= level).sum():>9,} captions" + "".join(f"   {captions[q]!r} ({nearest[q]:.2f}, {prompts[sim[q].argmax()]!r})" for q in at))
+
+
+def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, autocast) -> None:
+    """Dry run: similarities of a sample of clips with all captions, what every threshold would give, and examples."""
+    wanted = set(np.random.default_rng(cfg.seed).permutation(n_pool)[:SAMPLE_CLIPS].tolist())
+    rows, embeds, number = [], [], 0
+    for block, stored in pool_blocks(pool, cfg.block):
+        chosen = [i for i in range(len(block)) if number + i in wanted]
+        number += len(block)
+        if stored is None:
+            kept, found, _ = embed_rows(model, [block[i] for i in chosen], cfg.workers, autocast, "embedding a sample")
+            chosen = [chosen[i] for i in kept]
+        else:
+            found = half(stored[chosen])
+        rows += [block[i] for i in chosen]
+        embeds.append(found)
+    embeds, levels, edges = np.concatenate(embeds), np.round(np.arange(-0.2, 1.0, 0.05), 2), np.linspace(-1, 1, 41)
+    counts, examples = np.zeros(40, int), {level: [] for level in levels}
+    pairs, clips = np.zeros(len(levels), int), np.zeros(len(levels), int)
+    columns = text_embeds.astype(np.float32).T
+    rng = np.random.default_rng(cfg.seed)
+    for i in tqdm(rng.permutation(len(embeds)), desc="similarities", unit="clip", leave=False):
+        sim = embeds[i].astype(np.float32) @ columns
+        counts += np.histogram(sim.clip(-1, 1), edges)[0]
+        above = (sim[:, None] >= levels).sum(0) if len(sim) < 100_000 else np.array([(sim >= level).sum() for level in levels])
+        pairs, clips = pairs + above, clips + (above > 0)
+        for level in levels:
+            if len(examples[level]) < 2:
+                near = np.flatnonzero((sim >= level) & (sim < level + 0.05))
+                if len(near):
+                    q = near[int(rng.integers(len(near)))]
+                    examples[level].append(f"{Path(rows[i]['audio']).name}: {captions[q]!r} ({sim[q]:.2f})")
+    print(f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} captions:")
+    histogram(counts=counts, edges=edges)
+    share = n_pool / max(1, len(embeds))
+    print(f"\n  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}   (of the whole pool{'' if share == 1 else ', estimated'})")
+    for level, p, c in zip(levels, pairs, clips):
+        if p:
+            print(f"  {level:>9.2f} {round(p * share):>14,} {round(c * share):>12,} {p / max(1, c):>16.1f}   {'   '.join(examples[level])}")
+
+
+def histogram(values=None, counts=None, edges=None) -> None:
+    """Bars of 40 characters at most."""
+    if counts is None:
+        edges = np.linspace(-1, 1, 41)
+        counts = np.histogram(values.clip(-1, 1), edges)[0]
+    for low, count in zip(edges, counts):
+        if count:
+            print(f"  {low:>5.2f} {count:>14,} {'#' * math.ceil(40 * count / counts.max())}")
+
+
+def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
+    """Retrieval among whole validation clips -> scores, what chance gives."""
+    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
+    for text in bad:
+        tqdm.write(f"validation: left out {text}")
+    rows = [rows[i] for i in kept]
+    captions = [(i, clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
+    owner = np.array([i for i, _ in captions])
+    sim = common.similarities(model, audio_embeds, None, [c for _, c in captions])
+    return common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(owner, len(rows))
+
+
+def teach(teacher, parts: list[dict], autocast):
+    """The teacher's embeds of the whole batch, over all processes, without dropout: audio, text (B, D); None without a teacher."""
+    if teacher is None:
+        return None
+    with torch.no_grad(), autocast:
+        embeds = [teacher(**part)[:2] for part in parts]
+        return [common.gather_with_grad(torch.cat(column)) for column in zip(*embeds)]
+
+
+@torch.no_grad()
+def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, autocast) -> float:
+    """Mean of the stage's loss over full batches of validation pairs (D8); alone, whatever the number of processes."""
+    n = len(dataset.sets[0])
+    size = min(cfg.batch_size, n)
+    loader = DataLoader(dataset, batch_sampler=[[(0, 0, i) for i in range(start, start + size)] for start in range(0, n - size + 1, size)],
+                        num_workers=cfg.workers, collate_fn=dataset.collate)
+    total, count = 0.0, 0
+    with common.evaluating(model):
+        for parts, names, _ in loader:
+            if len(names) < 2:
+                continue
+            parts = [{k: v.to(device) for k, v in part.items()} for part in parts]
+            with autocast:
+                audio, text = (torch.cat(column) for column in zip(*(model(**part)[:2] for part in parts)))
+                taught = None if teacher is None else [torch.cat(column) for column in zip(*(teacher(**part)[:2] for part in parts))]
+            logits = scaled(audio @ text.T, model.log_scale.exp(), cfg.variant == "official")
+            loss = contrastive_loss(logits) if taught is None else soft_labelled_loss(logits, *soft_targets(*taught, cfg.beta))
+            total, count = total + loss.item() * len(names), count + len(names)
+    return total / count if count else float("inf")
+
+
+def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]], corpus: dict, device, autocast, say, checkpoint) -> dict:
+    """Stages 1 and 3 -> runs/NAME/last.pt and the best by validation loss: teacher.pt, or best.pt; its scores on the validation split.
+
+    sets: rows of the pairs to learn from; where there are two, the first is the replay.
+    """
+    rank, world = common.rank_and_world()
+    model.to(device)
+    wrapped = model
+    if world > 1:
+        wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+        wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
+    dataset = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
+    held_out = Pairs([corpus["val"]], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
+    sizes = [len(pairs) for pairs in dataset.sets]
+    if min(cfg.batch_size, *sizes) < 2 * world:
+        raise ValueError(f"--batch-size {cfg.batch_size} with {min(sizes)} pair(s) of stage {stage} on {world} process(es): a contrastive loss needs at "
+                         "least 2 pairs in each")
+    epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
+    epoch_steps = cfg.epoch_steps or max(1, sizes[0] // min(cfg.batch_size, sizes[0]))
+    steps = epochs * epoch_steps
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.1, patience=cfg.patience, min_lr=1e-8)  # D7
+    step, best = 0, {"loss": math.inf, "step": 0}
+    resumed = checkpoint is not None or (Path(cfg.runs) / cfg.name / "log.jsonl").exists() and bool(cfg.name) and stage == "student"
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, resumed, corpus["n_clips"], cfg.max_bad)
+    cfg.name = run.name
+    best_file = "teacher.pt" if stage == "teacher" else "best.pt"
+    if checkpoint:
+        optimiser.load_state_dict(checkpoint["optimiser"]), scheduler.load_state_dict(checkpoint["scheduler"])
+        step, best = checkpoint["step"], checkpoint["best"]
+    if resumed:
+        run.drop_log_after(step, stage=stage)
+    say(f"{METHOD}, {stage}: {' + '.join(f'{n:,}' for n in sizes)} pairs{' (replay + curated)' if len(sizes) > 1 else ''}, {len(corpus['val'])} clips for "
+        f"validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of "
+        f"{epoch_steps} steps of {cfg.batch_size} pairs on {world} x {device.type}; ln B = {math.log(cfg.batch_size):.2f}; writing to {run.path}")
+
+    def save(name):
+        common.save_checkpoint(run.path / name, {
+            "method": METHOD, "stage": stage, "config": dataclasses.asdict(cfg) | {"resume": False}, "step": step, "best": best,
+            "finished": step == steps, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "scheduler": scheduler.state_dict(), "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+
+    # Loop
+    loader = DataLoader(dataset, batch_sampler=mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, step, steps), num_workers=cfg.workers,
+                        collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+    bar = tqdm(total=steps, initial=step, unit="step", desc=stage, disable=rank > 0, dynamic_ncols=True)
+    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
+    model.train()
+    for parts, names, bad in loader:
+        unreadable += bad
+        if not parts:
+            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
+        taught = teach(teacher, parts, autocast)
+
+        optimiser.zero_grad(set_to_none=True)
+        loss, sim = common.cached_backward(wrapped, parts, lambda *embeds: training_loss(cfg, *embeds, taught),
+                                           lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+        nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        optimiser.step()
+
+        # Log: the only place, with validating and saving, where a GPU is waited for
+        recent.append((step, loss.detach(), names))
+        step += 1
+        pairs_seen += len(sim)
+        bar.update()
+        if step % cfg.log_steps == 0 or step == steps:
+            common.check_finite(recent, run)
+            run.settle_skipped(unreadable)
+            unreadable.clear()
+            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            line = {"stage": stage, "step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), "batch_R@1": r1, "scale": model.log_scale.exp().item(),
+                    "lr": optimiser.param_groups[0]["lr"], "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            run.log(line)
+            bar.set_postfix_str(f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            pairs_seen = 0
+        if step % epoch_steps == 0:
+            common.check_finite(recent, run, model)
+            value = [validation_loss(cfg, model, teacher, held_out, device, autocast) if rank == 0 and corpus["val"] else 0.0]
+            if dist.is_initialized():
+                dist.broadcast_object_list(value)  # the learning rate is that of all processes
+            if corpus["val"]:
+                say(f"{stage}, epoch {step // epoch_steps}: validation loss {value[0]:.4f}")
+                if step >= cfg.patience * epoch_steps:
+                    scheduler.step(value[0])
+            if rank == 0 and (value[0] < best["loss"] or not corpus["val"]):
+                best = {"loss": value[0], "step": step}
+                save(best_file)
+            model.train()
+        if (step % epoch_steps == 0 or step % cfg.save_steps == 0) and rank == 0:
+            common.check_finite(recent, run, model)
+            save("last.pt")
+        if step % epoch_steps == 0 or step % cfg.save_steps == 0:
+            common.barrier()
+            clock, pairs_seen = time.perf_counter(), 0
+    bar.close()
+
+    # Result: the best checkpoint on the validation split
+    common.barrier()
+    if rank > 0 or not corpus["val"]:
+        return {}
+    if not (run.path / best_file).exists():
+        raise ValueError(f"no validation loss was finite, so there is no {best_file}; are the validation clips readable ({run.path / 'skipped.txt'})?")
+    scores, chance = validate(Model.from_checkpoint(run.path / best_file).to(device), corpus["val"], quiet=False)
+    scores["val_loss"], chance["val_loss"] = best["loss"], math.log(min(cfg.batch_size, len(held_out.sets[0])))
+    result = {"stage": stage, "best_step": best["step"], "n_clips": len(corpus["val"]), "scores": scores, "chance": chance}
+    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
+    common.print_scores(f"{METHOD}, {stage}, on {len(corpus['val'])} validation clips (step {best['step']})", scores, chance)
+    return result
+
+
+def student_sets(cfg: Config, corpus: dict) -> list[list[dict]]:
+    """What the student learns from: the replay first, where there is one (D9)."""
+    if cfg.curation == "none":
+        return [corpus["train"]]
+    folder = Path(cfg.runs) / cfg.name
+    needed = [folder / "curated.jsonl"] + [folder / "replay.jsonl"] * (cfg.curation == "ads" and cfg.replay)
+    for path in needed:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such manifest; run --stage curate --curation {cfg.curation} --name {cfg.name or 'NAME'} first")
+    curated = common.read_manifest([str(needed[0])], ("captions",))
+    if not cfg.replay or cfg.curation == "ds":
+        return [curated]
+    return [common.read_manifest([str(needed[1])], ("captions",)) if cfg.curation == "ads" else corpus["train"], curated]
+
+
+def main(cfg: Config) -> dict:
+    device = common.start_device(cfg.device)
+    rank = common.rank_and_world()[0]
+    say = tqdm.write if rank == 0 else (lambda text: None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
+        cfg.precision == "auto" and device.type == "cuda"))
+    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
+        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+    last = Path(cfg.runs) / cfg.name / "last.pt"
+    stored = common.read_checkpoint(last, METHOD) if cfg.name and last.exists() else None
+    if cfg.resume:
+        stored = stored or common.read_checkpoint(last, METHOD)
+        common.check_resume(cfg, stored["config"])
+    corpus, result = read_corpus(cfg), {}
+    in_student = cfg.resume and stored["stage"] == "student"
+
+    if cfg.stage in ("all", "teacher") and not cfg.teacher and not in_student:
+        torch.manual_seed(cfg.seed)
+        captions = [clean_caption(caption) for row in corpus["train"] for caption in row["captions"]]
+        model = Model.from_checkpoint(last) if cfg.resume else start_model(cfg, captions)
+        result = train(cfg, "teacher", model, None, [corpus["train"]], corpus, device, autocast, say, stored if cfg.resume else None)
+    if cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student:
+        result = curate(cfg, corpus, device, autocast, say) or result
+        if cfg.dry_run:
+            return {}
+    if cfg.stage in ("all", "student"):
+        if stored and stored["stage"] == "student" and not cfg.resume:
+            raise FileExistsError(f"{last.parent} already holds a run; continue it with --resume or choose another --name")
+        teacher = load_teacher(cfg)[0].to(device).requires_grad_(False)
+        model = Model.from_checkpoint(last) if in_student else load_teacher(cfg)[0]
+        result = train(cfg, "student", model, teacher if cfg.soft_labels else None, student_sets(cfg, corpus), corpus, device, autocast, say,
+                       stored if in_student else None)
+    if rank == 0:
+        flags = f"--data {' '.join(cfg.data)} --size {cfg.size} --name {cfg.name}"
+        shown = {"teacher": [f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"],
+                 "curate": [f"python curation_clap.py --stage student {flags}"]}.get(cfg.stage, [
+                     f"python eval.py {Path(cfg.runs) / cfg.name}/best.pt --data {' '.join(cfg.data)} --protocol all --prompt curation_clap",
+                     f"python curation_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --teacher {Path(cfg.runs) / cfg.name}/teacher.pt --no-replay"
+                     "     (another student, to compare)"])
+        print("\nNext:\n  " + "\n  ".join(shown))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Entry point
+# ------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
