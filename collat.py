@@ -280,7 +280,7 @@ class Model(nn.Module):
         Shapes: log_mel (B, 1024, 128), input_ids and attention_mask (B, L).
         """
         B = len(log_mel)
-        slots = torch.randn(B, *self.slots.shape[1:], device=log_mel.device)  # D4
+        slots = torch.randn(B, *self.slots.shape[1:], device=log_mel.device) if self.training else self.slots.expand(B, -1, -1)  # D4
         views = torch.cat([log_mel, log_mel + NOISE_STD * torch.randn_like(log_mel)]) if noisy else log_mel  # D8
         predicted = self.interaction(slots.repeat(len(views) // B, 1, 1), self.audio_encoder(views))  # (B or 2 B, N, C)
         with torch.no_grad():

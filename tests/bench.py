@@ -1,6 +1,6 @@
 """Speed against a named peer, both measured in the same run.
 
-  python tests/bench.py htsat|psds|psds_large|curate|all [--json results/bench.json]
+  python tests/bench.py htsat|psds|psds_large|curate|matching|all [--json results/bench.json]
 
 Prints and writes a list of {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine",
 "settings"}; a ratio above 1 means ours is better.
@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from transformers import ClapAudioConfig, ClapAudioModel  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, ClapAudioConfig, ClapAudioModel  # noqa: E402
 
+import collat  # noqa: E402
 import common  # noqa: E402
 import curation_clap  # noqa: E402
 
@@ -224,7 +225,38 @@ def curate(tiny: bool) -> dict:
                 "peak_GB": {str(n): round(r["peak_GB"], 3) for n, r in zip(sizes, (small, large))}, "killed_and_resumed_to_the_same_bytes": True}}
 
 
-BENCHES = {"htsat": htsat, "psds": psds, "psds_large": psds_large, "curate": curate}
+def matching(tiny: bool) -> dict:
+    """CoLLAT's greedy matching of 64 clips, all 77 tokens real, against a training step of 64 clips at the paper's size.
+
+    On a CPU the step is that of 2 clips times 32: forward and backward of both views, without the optimiser's part.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width, layers, heads, batch, N = (32, 1, 2, 8, 20) if tiny else (768, 12, 12, 64, 77)
+    part = batch if device.type == "cuda" or tiny else 2
+    torch.manual_seed(0)
+    tower = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+                                                       projection_dim=width, max_position_embeddings=N))
+    model = collat.Model(dict(audio=dict(dim=width, layers=layers, heads=heads, patch=16, stride=48 if tiny else 10), blocks=8),
+                         common.TextEncoder(tower, None, N)).to(device).train()
+    log_mel, mask = torch.randn(part, 1024, 128, device=device), torch.ones(batch, N, dtype=torch.long, device=device)
+    ids = torch.randint(1, 49000, (batch, N), device=device)
+    predicted, text = torch.randn(batch, N, width, device=device), model.text.token_embeds(ids)
+    cfg, autocast = collat.Config(data=[]), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def step():
+        with autocast:
+            outputs = model(log_mel, ids[:part], mask[:part])
+        collat.training_loss(cfg, *outputs)[0].backward()
+
+    medians = alternate({"ours": lambda: collat.match(predicted, text, mask), "peer": step}, 1 if device.type == "cpu" else 10, device)
+    medians["peer"] *= batch / part
+    return {"name": "matching", "ours": medians["ours"], "peer": medians["peer"], "peer_name": "a training step, matching included",
+            "unit": f"s for {batch} clips", "ratio": medians["peer"] / medians["ours"], "machine": machine(), "settings": {
+                "share_of_the_step": medians["ours"] / medians["peer"], "clips": batch, "slots": N, "tokens": N, "width": width,
+                "clips_timed": part, "dtype": "bfloat16" if device.type == "cuda" else "float32"}}
+
+
+BENCHES = {"matching": matching, "htsat": htsat, "psds": psds, "psds_large": psds_large, "curate": curate}
 
 
 def main(argv=None) -> list[dict]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and threads that wait for one another spin
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -20,7 +21,6 @@ import transformers  # noqa: E402
 import common  # noqa: E402
 import prepare  # noqa: E402
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def write_corpus(folder: Path, n_train=12, n_val=4, n_test=6, rate=16000) -> Path:

@@ -203,10 +203,10 @@ script.main(common.cli(script.Config, script.PRESETS, "x"))
 
 
 @pytest.mark.parametrize("method, bad, only_two", [("mga_clap", False, ()), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2")),
-                                                   ("cacophony", True, ("--micro-batch", "2")), ("curation_clap", True, ("--micro-batch", "2"))],
+                                                   ("cacophony", True, ("--micro-batch", "2")), ("collat", True, ("--micro-batch", "2")), ("curation_clap", True, ("--micro-batch", "2"))],
                          ids=["mga_clap", "mga_clap, one unreadable", "t_clap, one unreadable, gradient caching in two only",
                               "cacophony with SAM, one unreadable, gradient caching in two only",
-                              "curation_clap, a curation and a soft-labelled student, one unreadable, gradient caching in two only"])
+                              "collat, one unreadable, gradient caching in two only", "curation_clap, a curation and a soft-labelled student, one unreadable, gradient caching in two only"])
 def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, method, bad, only_two, runs_of):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
@@ -217,6 +217,8 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, met
     flags = ["--data", str(data), "--runs", str(tmp_path), "--max-bad", "0.5", "--precision", "fp32"]
     if method == "cacophony":  # stage 1 masks at random, in every process anew
         flags += ["--stage", "contrastive", "--audio-weights", "none"]
+    if method == "collat":  # every process draws its own noise
+        flags += ["--uni-weight", "0"]
     if method == "curation_clap":
         flags += ["--teacher", str(runs_of(method)[0] / "teacher.pt")]
     for key, value in SMALL_OF[method].items():
