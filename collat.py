@@ -151,7 +151,7 @@ class AST(nn.Module):
 
     def __init__(self, dim=768, layers=12, heads=12, patch=16, stride=10):
         super().__init__()
-        self.grid = ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1)  # bands, times
+        self.out_dim, self.grid = dim, ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1)  # bands, times
         self.cls_token, self.dist_token = (nn.Parameter(torch.randn(1, 1, dim) * 0.02) for _ in range(2))
         self.pos_embed = nn.Parameter(torch.randn(1, 2 + math.prod(self.grid), dim) * 0.02)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, patch, stride)})

