@@ -551,7 +551,7 @@ class Search:
         # what the rough product may be off: its result rounded to fp16 and parts of its sums, or D roundings to fp32
         self.margin = 4e-3 if on_gpu else (D + 8) * 2.0 ** -23
         # products at a time: on a CPU few enough for its caches
-        self.rows = max(1, (n_products or (2 ** 28 if on_gpu else 1_310_720)) // columns.shape[0])
+        self.rows = max(1, (n_products or (2 ** 28 if on_gpu else 2_621_440)) // columns.shape[0])
         self.held = torch.empty(self.rows, columns.shape[0], dtype=self.dtype, device=self.device)
 
     def __call__(self, audio_embeds: np.ndarray):
@@ -572,13 +572,14 @@ class Search:
         """audio (n, D) -> clip, caption (P,): every pair that is asked for is among them."""
         n, Q = len(audio), len(self.text)
         sim = torch.mm(audio, self.columns, out=self.held[:n])
-        sim[:, Q:] = -3
-        lowest = torch.full((n,), self.threshold - self.margin, dtype=self.dtype, device=self.device)
+        lowest = self.threshold - self.margin
+        if self.top_k or lowest <= 0:
+            sim[:, Q:] = -3  # the groups' padding, which else is 0
         if self.top_k:
-            lowest = sim.topk(self.top_k).values[:, -1] - 2 * self.margin
+            lowest = sim.topk(self.top_k).values[:, -1:] - 2 * self.margin  # (n, 1)
         grouped = sim.view(n, -1, self.group)
-        row, group = (grouped.amax(2) >= lowest[:, None]).nonzero(as_tuple=True)
-        found, place = (grouped[row, group] >= lowest[row, None]).nonzero(as_tuple=True)
+        row, group = (grouped.amax(2) >= lowest).nonzero(as_tuple=True)
+        found, place = (grouped[row, group] >= (lowest[row] if self.top_k else lowest)).nonzero(as_tuple=True)
         return row[found].cpu().numpy(), (group[found] * self.group + place).cpu().numpy()
 
 
@@ -610,7 +611,7 @@ def pool_rows(item):
     for row in common.iter_manifest([item]) if not isinstance(item, list) else item:
         if row.get("split", "train") == "train" and row["audio"] != last:
             last = row["audio"]
-            yield {k: row[k] for k in ("audio", "duration") if k in row}
+            yield {"audio": os.path.abspath(last), **({"duration": row["duration"]} if "duration" in row else {})}
 
 
 def pool_blocks(pool: list, size: int):
@@ -620,7 +621,7 @@ def pool_blocks(pool: list, size: int):
         if not isinstance(item, list) and str(item).endswith(".npz"):
             for i in range(0, len(stored_array(Path(item), "audio")), size):  # mapped anew each time, so that pages read are given back
                 audio, embeds = (np.array(stored_array(Path(item), name)[i:i + size]) for name in ("audio", "audio_embeds"))
-                yield [{"audio": str(name)} for name in audio], embeds
+                yield [{"audio": name if name[0] == "/" else os.path.abspath(name)} for name in audio.tolist()], embeds
             continue
         rows = []
         for row in pool_rows(item):
@@ -733,10 +734,9 @@ def pair_lines(rows: list[dict], found, captions: list[str]):
     """What `Search` yields -> manifest lines: one a clip, `captions` with the `similarity` of each."""
     clip, caption, cosine = found
     starts = np.flatnonzero(np.diff(clip, prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(clip)]):
-        row = rows[int(clip[start])]
-        yield json.dumps({**row, "audio": os.path.abspath(row["audio"]), "captions": [captions[q] for q in caption[start:stop]],
-                          "similarity": [round(float(c), 4) for c in cosine[start:stop]]}, ensure_ascii=False)
+    caption, cosine = caption.tolist(), cosine.round(4).tolist()
+    for start, stop, i in zip(starts.tolist(), [*starts[1:].tolist(), len(clip)], clip[starts].tolist()):
+        yield json.dumps({**rows[i], "captions": [captions[q] for q in caption[start:stop]], "similarity": cosine[start:stop]}, ensure_ascii=False)
 
 
 def mine_block(path: Path, rows: list[dict], embeds, search: Search, captions: list[str]) -> None:

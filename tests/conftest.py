@@ -51,7 +51,7 @@ SHARED = dict(size="tiny", audio_dim=16, audio_depths=[1, 2], audio_heads=[2, 4]
               batch_size=6, save_steps=3, log_steps=1, workers=0, device="cpu")
 SMALL_OF = {"mga_clap": dict(**SHARED, codewords=48, epochs=2, eval_epochs=1), "t_clap": dict(**SHARED, steps=8, eval_steps=4),
             "curation_clap": dict(size="tiny", audio_channels=[4, 8, 16], hop=1024, text_dim=64, text_layers=1, joint_dim=32, block=32,
-                                  teacher_epochs=2, student_epochs=2, epoch_steps=2, batch_size=6, save_steps=1, log_steps=1, workers=0, device="cpu"),
+                                  teacher_epochs=2, student_epochs=2, epoch_steps=2, batch_size=6, save_steps=2, log_steps=1, workers=0, device="cpu"),
             "cacophony": dict(size="tiny", audio_dim=16, audio_layers=1, audio_heads=2, audio_mlp=32, joint_dim=32, decoder_layers=1, text_dim=64,
                               text_layers=1, mae_steps=4, mae_batch_size=6, mae_crop_s=2.0, steps=4, batch_size=6, patches=48, warmup_steps=2,
                               eval_steps=2, save_steps=2, log_steps=1, workers=0, device="cpu"),
