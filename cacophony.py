@@ -780,7 +780,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
 
         optimiser.zero_grad(set_to_none=True)
         loss, = common.cached_backward(wrapped, parts, lambda of_clips: (common.gather_with_grad(of_clips).mean(),),
-                                       lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+                                       lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
         optimiser.step()
 
         recent.append((step, loss.detach(), names))
@@ -939,7 +939,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
 
         optimiser.zero_grad(set_to_none=True)
         loss, sim, of_loss = sam_backward(parameters, lambda: common.cached_backward(
-            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast), cfg.rho)
+            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch), cfg.rho)
         optimiser.step()
 
         # Log: the only place, with saving, where a GPU is waited for

@@ -682,7 +682,7 @@ def main(cfg: Config) -> dict:
 
         optimiser.zero_grad(set_to_none=True)
         loss, sim, of_loss = common.cached_backward(
-            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
         nn.utils.clip_grad_norm_(trained.values(), 1.0)  # D9
         optimiser.step()
         with torch.no_grad():

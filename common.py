@@ -1537,7 +1537,7 @@ def gather_with_grad(x):
     return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextlib.nullcontext()):
+def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextlib.nullcontext(), micro_batch: int = 0):
     """Backward pass of a loss over a batch given in parts, with the graph of one part in memory at a time.
 
     Gradient caching (Gao et al., RepL4NLP 2021): every part is embedded without a graph; the loss of the
@@ -1549,13 +1549,15 @@ def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextl
             in every part; may be wrapped for several processes. A single part is an ordinary pass.
         loss_of: joint outputs -> (loss, anything else ...), which is returned.
         reseed: called with the number of a part before each of its passes, so that both draw the same masks.
+        micro_batch: not 0 where another process may have several parts: all must then go the same way, since
+            DistributedDataParallel talks to the others in every pass, and a process that skips one waits forever.
     """
     def outputs(i):
         reseed(i)
         with autocast:
             return model(**parts[i])
 
-    if len(parts) == 1:
+    if len(parts) == 1 and not (micro_batch and rank_and_world()[1] > 1):
         result = loss_of(*outputs(0))
         result[0].backward()
         return result

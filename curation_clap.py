@@ -1066,7 +1066,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
 
         optimiser.zero_grad(set_to_none=True)
         loss, sim = common.cached_backward(wrapped, parts, lambda *embeds: training_loss(cfg, *embeds, taught),
-                                           lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+                                           lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
         nn.utils.clip_grad_norm_(parameters, cfg.clip)
         optimiser.step()
 

@@ -559,7 +559,7 @@ def main(cfg: Config) -> dict:
 
         optimiser.zero_grad(set_to_none=True)
         loss, sim, of_loss = common.cached_backward(
-            wrapped, parts, lambda *embeds: training_loss(cfg, *embeds), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast)
+            wrapped, parts, lambda *embeds: training_loss(cfg, *embeds), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
         optimiser.step()
         with torch.no_grad():
             model.logit_scale_a.clamp_(0, math.log(100))
