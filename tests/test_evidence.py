@@ -176,11 +176,19 @@ def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch
         common.configure(claims.SCRIPTS["curation_clap"].Config, claims.SCRIPTS["curation_clap"].PRESETS, data=["x"], **row)
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    return common.build_demo(tmp_path_factory.mktemp("demo") / "demo")
+
+
 @pytest.mark.parametrize("name, flags, shown", [("collat", ["--steps", "5"], "ln B 2.77"), ("curation_clap", ["--teacher-epochs", "1", "--student-epochs", "1", "--epoch-steps", "4"], "ln B 3.47"), ("cacophony", ["--mae-steps", "5", "--steps", "5"], "2 ln B 6.93"), ("mga_clap", ["--epochs", "1"], "ln B 3.87"), ("t_clap", ["--steps", "40"], "ln B 2.77")])
-def test_the_method_copied_out_trains_on_the_demo_in_an_empty_folder(tmp_path, name, flags, shown):
+def test_the_method_copied_out_trains_on_the_demo_in_an_empty_folder(tmp_path, name, flags, shown, request):
+    if name != "collat":  # one builds the corpus itself, the others find it there
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/demo").symlink_to(request.getfixturevalue("demo"))
     for file in (f"{name}.py", "common.py"):
         shutil.copy(ROOT / file, tmp_path)
-    done = subprocess.run([sys.executable, f"{name}.py", "--data", "demo", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, f"{name}.py", "--data", "demo", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "chance" in done.stdout and "Next:" in done.stdout and (tmp_path / f"runs/{name}-1/best.pt").exists()
-    assert shown in done.stderr and "building the demo corpus" in done.stderr
+    assert shown in done.stderr and ("building the demo corpus" in done.stderr) == (name == "collat")

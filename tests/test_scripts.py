@@ -90,7 +90,7 @@ def strip(path):
     return {**content["model"], **{f"opt{i}.{k}": v for i, s in content["optimiser"]["state"].items() for k, v in s.items()}}
 
 
-@pytest.mark.parametrize("method, workers, other", [("mga_clap", 0, "codewords"), ("mga_clap", 2, "codewords"), ("t_clap", 2, "joint_dim"), ("collat", 2, "blocks")])
+@pytest.mark.parametrize("method, workers, other", [pytest.param("mga_clap", 0, "codewords", marks=pytest.mark.slow), ("mga_clap", 2, "codewords"), ("t_clap", 2, "joint_dim"), ("collat", 2, "blocks")])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, method, workers, other):
     class Killed(Exception):
         pass
@@ -202,7 +202,7 @@ script.main(common.cli(script.Config, script.PRESETS, "x"))
 """
 
 
-@pytest.mark.parametrize("method, bad, only_two", [("mga_clap", False, ()), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2")),
+@pytest.mark.parametrize("method, bad, only_two", [pytest.param("mga_clap", False, (), marks=pytest.mark.slow), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2")),
                                                    ("cacophony", True, ("--micro-batch", "2")), ("collat", True, ("--micro-batch", "2")), ("curation_clap", True, ("--micro-batch", "2"))],
                          ids=["mga_clap", "mga_clap, one unreadable", "t_clap, one unreadable, gradient caching in two only",
                               "cacophony with SAM, one unreadable, gradient caching in two only",
@@ -464,7 +464,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
         step(self, *args)
         self.param_groups[0]["params"][1].data.fill_(float("inf"))  # the first, a scale, is clamped
 
-    monkeypatch.setattr(torch.optim.Adam, "step", breaks)
+    for optimiser in (torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(optimiser, "step", breaks)
     with pytest.raises((FloatingPointError), match="a weight became NaN|the loss of step"):
         script.main(config_of(method, corpus, tmp_path, name="m", log_steps=50, save_steps=1, **flags))
     assert not (tmp_path / "m/last.pt").exists()
