@@ -121,6 +121,8 @@ class Config:
     save_steps: int = 500  # steps between writes of last.pt
     log_steps: int = 10  # steps between lines of log.jsonl
     workers: int = 8  # processes that read audio and make patches
+    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
+    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     max_bad: float = 0.05  # largest share of unreadable clips before the run stops
     plot: bool = False  # after stage 1, draw runs/NAME/reconstructions.png (needs matplotlib)
     device: str = "auto"  # auto, cpu or cuda
@@ -659,18 +661,19 @@ class Clips(Dataset):
     Patches are made here, not on the GPU: of a clip of 5 minutes only 512 of 15,000 patches go there.
     """
 
-    def __init__(self, rows: list[dict], cfg: Config, tokenize=None):
+    def __init__(self, rows: list[dict], cfg: Config, tokenize=None, cache: str = ""):
         self.rows, self.cfg, self.tokenize, self.mel = rows, cfg, tokenize, MagnitudeMel(VARIANTS[cfg.variant]["window"])
+        self.read = common.audio_reader(cache, rows, SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
         length_s = LONGEST_S if self.tokenize else self.cfg.mae_crop_s
         try:
-            waveform = common.read_audio(row["audio"], SAMPLE_RATE, length_s, rng, row.get("duration"))
+            waveform = self.read(row["audio"], length_s=length_s, crop_rng=rng, expected_s=row.get("duration"))
         except common.AudioError as error:
             return error
-        patches = to_patches(self.mel(torch.from_numpy(waveform)[None]))[0]  # (N, 256)
+        patches = to_patches(self.mel(common.as_float(waveform)[None]))[0]  # (N, 256)
         number = torch.arange(len(patches))
         if self.tokenize and len(patches) > self.cfg.patches:
             number = torch.from_numpy(np.sort(rng.choice(len(patches), self.cfg.patches, replace=False)))
@@ -715,8 +718,10 @@ def audio_shape(cfg: Config) -> dict:
     return dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp)
 
 
-def wrap(model, device):
-    """For several processes; alone the model itself."""
+def wrap(model, device, cfg: Config):
+    """Compiled where asked for; for several processes; alone the model itself."""
+    if cfg.compile:
+        common.compile_training(model, cfg.micro_batch)
     return model if common.rank_and_world()[1] == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
 
 
@@ -753,7 +758,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
         step = checkpoint["step"]
         run.drop_log_after(step, stage="mae")
     cfg.name = run.name
-    wrapped = wrap(model, device)
+    wrapped = wrap(model, device, cfg)
     batch_size = min(cfg.mae_batch_size, len(train_rows))
     say(f"cacophony, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}")
@@ -763,18 +768,17 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
             "method": "cacophony", "stage": "mae", "config": dataclasses.asdict(cfg) | {"resume": False}, "step": step,
             "shape": audio_shape(cfg), "model": model.state_dict(), "optimiser": optimiser.state_dict(), "versions": common.versions()})
 
-    dataset = Clips(train_rows, cfg)
+    dataset = Clips(train_rows, cfg, cache=cfg.cache)
     durations = [min(row.get("duration") or cfg.mae_crop_s, cfg.mae_crop_s) for row in train_rows]
     loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.mae_steps),
                         num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
     bar = tqdm(total=cfg.mae_steps, initial=step, unit="step", desc="stage 1", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, clips_seen = [], [], time.perf_counter(), 0
     model.train()
-    for parts, names, bad in loader:
+    for parts, names, bad in common.batches_on(device, loader):
         unreadable += bad
         if not parts:
             raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
-        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(cfg, cfg.mae_lr, step, cfg.mae_steps)
 
@@ -796,11 +800,12 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
                      "clips_per_s": clips_seen / seconds, "skipped": len(run.skipped)})
             bar.set_postfix_str(f"loss {loss.item():.3f} {clips_seen / seconds:.0f} clips/s")
             clips_seen = 0
-        if step % cfg.save_steps == 0 or step == cfg.mae_steps:
+        if step % cfg.save_steps == 0 or step == cfg.mae_steps or run.stop:
             common.check_finite(recent, run, model)
             if rank == 0:
                 save("last.pt")
             common.barrier()
+            run.end_if_told(step)
     bar.close()
     if rank == 0:
         shutil.copyfile(run.path / "last.pt", run.path / "mae.tmp")
@@ -909,7 +914,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
     run.drop_log_after(step, stage="contrastive")
-    wrapped = wrap(model, device)
+    wrapped = wrap(model, device, cfg)
     batch_size = min(cfg.batch_size, len(train_rows))
     say(f"cacophony, stage 2: {len(train_rows)} clips, {len(val_rows)} for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
         f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
@@ -922,18 +927,17 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 
     # Loop
-    dataset = Clips(train_rows, cfg, model.text_encoder.tokenize)
+    dataset = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
     durations = [min(row.get("duration") or 10.0, LONGEST_S) for row in train_rows]
     loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
                         num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="stage 2", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
-    for parts, names, bad in loader:
+    for parts, names, bad in common.batches_on(device, loader):
         unreadable += bad
         if not parts:
             raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
-        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(cfg, cfg.lr, step, cfg.steps)
 
@@ -961,7 +965,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
                                 f"gap {line['modality_gap']:.2f} {line['pairs_per_s']:.0f} pairs/s")
             pairs_seen = 0
         eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
-        if eval_now or step % cfg.save_steps == 0:
+        if eval_now or step % cfg.save_steps == 0 or run.stop:
             common.check_finite(recent, run, model)
             if eval_now and rank == 0:
                 score = selection_score(model, val_rows, cfg, say, step)
@@ -972,6 +976,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
+            run.end_if_told(step)
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

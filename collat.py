@@ -112,6 +112,8 @@ class Config:
     save_steps: int = 500  # steps between writes of last.pt
     log_steps: int = 10  # steps between lines of log.jsonl
     workers: int = 8  # processes that read audio and make features
+    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
+    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     max_bad: float = 0.05  # largest share of unreadable clips before the run stops
     device: str = "auto"  # auto, cpu or cuda
 
@@ -540,16 +542,17 @@ class Clips(Dataset):
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
         self.rows, self.cfg, self.tokenize = rows, cfg, tokenize
+        self.read = common.audio_reader(cfg.cache, rows, SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
         try:
-            waveform = common.read_audio(row["audio"], SAMPLE_RATE, WINDOW_S, rng, row.get("duration"))
+            waveform = self.read(row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration"))
         except common.AudioError as error:
             return error
         texts = texts_of(row)
-        return fbank(torch.from_numpy(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
+        return fbank(common.as_float(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
 
     def collate(self, items):
         """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
@@ -641,6 +644,8 @@ def main(cfg: Config) -> dict:
         classes = sorted({label for row in train_rows for label in row.get("labels", [])})
         model = start_model(cfg, [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))] + classes)
     model.to(device)
+    if cfg.compile:
+        common.compile_training(model, cfg.micro_batch)
     wrapped = model if world == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [{"params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio], "peak": peak}
@@ -672,11 +677,11 @@ def main(cfg: Config) -> dict:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
-    for parts, names, bad in loader:
+    for parts, names, bad in common.batches_on(device, loader):
         unreadable += bad
         if not parts:
             raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
-        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} | options for part in parts]
+        parts = [part | options for part in parts]
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * common.warmup_cosine(step, cfg.warmup_steps, cfg.steps)
 
@@ -707,7 +712,7 @@ def main(cfg: Config) -> dict:
                                 f"{line['loss_uni']:.4f} R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s")
             pairs_seen = 0
         eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
-        if eval_now or step % cfg.save_steps == 0:
+        if eval_now or step % cfg.save_steps == 0 or run.stop:
             common.check_finite(recent, run, model)
             if eval_now and rank == 0:
                 score = selection_score(model, val_rows, say, step)
@@ -718,6 +723,7 @@ def main(cfg: Config) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
+            run.end_if_told(step)
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

@@ -22,10 +22,18 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import struct
-import zipfile
+import threading
 import typing
+import zipfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
 
 import numpy as np
 import soundfile as sf
@@ -101,12 +109,25 @@ def configure(config_class, presets: dict, **given):
 
 def run_entry(main, parse):
     """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1."""
+    settings = None
     try:
-        main(parse())
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, FloatingPointError) as error:
+        settings = parse()
+        main(settings)
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         raise SystemExit(f"error: {error}") from None
+    except RuntimeError as error:
+        text = str(error)
+        if os.environ.get("TRACEBACK") or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or dist.is_initialized()):
+            raise
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            size = f" at --batch-size {settings.batch_size}" if hasattr(settings, "batch_size") else ""
+            smaller = "--micro-batch (gradient caching, the same gradients), " if hasattr(settings, "micro_batch") else ""
+            raise SystemExit(f"error: out of memory{size}; try {smaller}a smaller --batch-size, or --precision bf16 "
+                             f"({text.splitlines()[0]})") from None
+        raise SystemExit(f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another one ended or cannot be reached; "
+                         f"look above for the first error, then continue with --resume ({text.splitlines()[0]})") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; a training run continues with --resume --name NAME, an evaluation with the same --cache") from None
 
@@ -147,6 +168,16 @@ def _ogg_is_cut(path) -> bool:
     return start + page + 27 + segments + sum(tail[page + 27:page + 27 + segments]) > size
 
 
+def _pieces(f, wanted: int):
+    """At most `wanted` samples as mono float32, a few seconds at a time: memory follows what a file holds, not what its header claims."""
+    while wanted > 0:
+        piece = f.read(min(wanted, max(1, 2 ** 21 // f.channels)), dtype="float32", always_2d=True).mean(axis=1)
+        if not len(piece):
+            return
+        wanted -= len(piece)
+        yield piece
+
+
 def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=None,
                expected_s: float | None = None) -> np.ndarray:
     """Read a file, or one crop of it by seeking, as mono float32 at `sample_rate`.
@@ -172,14 +203,16 @@ def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=N
                 raise AudioError(f"{path}: truncated, only {total / native_hz:.2f} s can be read"
                                  + (f" of {expected_s:.2f} s" if expected_s else ""))
             wanted = total if length_s is None else min(total, math.ceil(length_s * native_hz))
+            if not 1000 <= native_hz <= 1_000_000:
+                raise AudioError(f"{path}: a sample rate of {native_hz} Hz; expected 1 kHz to 1 MHz")
             start = int(crop_rng.integers(0, total - wanted + 1)) if crop_rng is not None else 0
             f.seek(start)
-            waveform = f.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+            waveform = np.concatenate(list(_pieces(f, wanted)) or [np.zeros(0, np.float32)])
             if len(waveform) < wanted:
                 raise AudioError(f"{path}: truncated, {len(waveform)} of {wanted} samples decoded")
             if not waveform.any():
                 f.seek(0)  # a silent crop of a file with sound in it is a legitimate draw
-                if not f.read(dtype="float32").any():
+                if not any(piece.any() for piece in _pieces(f, total)):
                     raise AudioError(f"{path}: silent, every sample is 0")
     except (sf.SoundFileRuntimeError, OSError) as error:
         raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
@@ -190,12 +223,135 @@ def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=N
 
 
 def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
-    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) float32, n_samples (B)."""
+    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type, n_samples (B)."""
     n_samples = torch.tensor([len(w) for w in waveforms])
-    batch = torch.zeros(len(waveforms), length or int(n_samples.max()))
+    batch = torch.zeros(len(waveforms), length or int(n_samples.max()), dtype=torch.from_numpy(waveforms[0]).dtype)
     for row, waveform in zip(batch, waveforms):
         row[:len(waveform)] = torch.from_numpy(waveform)
     return batch, n_samples
+
+
+CACHE_S, CACHE_FILES = 60.0, 512  # seconds kept of a file, files of one part
+
+
+class AudioCache:
+    """Decoded audio for training: int16 at the model's rate, memory-mapped, so that a crop costs a copy.
+
+    Of every file the first 60 s are kept. A part is two files, RATE_HASH.i16 and RATE_HASH.json (where
+    each source starts, its length, size and time of change; or why it cannot be read), written under other
+    names and renamed, so an interrupted call continues. A source that changed is decoded again into a new
+    part; one that is gone is served from the cache.
+
+    Args
+        rows: manifest rows; those not in the folder yet are decoded, by `workers` processes, and by all
+            processes of a torchrun together.
+    Raises: ValueError where the disk is too small, PermissionError where it cannot be written.
+    """
+
+    def __init__(self, folder: str, rows: list[dict], sample_rate: int, workers: int = 0):
+        self.folder, self.rate, self.entries = Path(folder), sample_rate, {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(f"--cache {folder}: this folder cannot be made ({error.strerror})") from None
+        sources = {row["audio"]: _stamp(row) for row in rows}
+        barrier()
+        missing = self.find(sources)
+        barrier()  # all processes have seen the same before the first of them writes
+        parts = [[(path, sources[path]) for path in missing[i:i + CACHE_FILES]] for i in range(0, len(missing), CACHE_FILES)]
+        rank, world = rank_and_world()
+        if missing:
+            size = sum(min(sources[path][2] or 10.0, CACHE_S) for path in missing) * sample_rate * 2
+            free = shutil.disk_usage(self.folder).free
+            if rank == 0:
+                tqdm.write(f"--cache {folder}: decoding {len(missing):,} of {len(sources):,} files, about {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)")
+            if size > free:
+                raise ValueError(f"--cache {folder}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+            begin = len(parts) * rank // world  # every process starts elsewhere and leaves out what others have finished
+            loader = torch.utils.data.DataLoader(_CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]), batch_size=None,
+                                                 num_workers=min(workers, len(parts)))
+            with tqdm(total=len(missing), desc="audio cache", unit="file", disable=rank > 0) as bar:
+                for done in loader:
+                    bar.update(done)
+        barrier()
+        self.find(sources)
+
+    def find(self, sources: dict) -> list[str]:
+        """Read the parts' indices; -> the sources that none of them holds as they are now."""
+        for index in sorted(self.folder.glob(f"{self.rate}_*.json"), key=os.path.getmtime):
+            try:
+                held = json.loads(index.read_text(encoding="utf-8"))
+                if index.with_suffix(".i16").stat().st_size != 2 * held["samples"]:
+                    raise ValueError
+            except (OSError, ValueError, KeyError):
+                tqdm.write(f"{index}: a damaged part of the cache, decoded again")
+                index.unlink(missing_ok=True)
+                continue
+            for path, (start, n, stamp) in held["files"].items():
+                if path in sources and (stamp == sources[path] or sources[path][0] is None):
+                    self.entries[path] = index.with_suffix(".i16"), start, n
+        return [path for path in sources if path not in self.entries]
+
+    def read(self, path, length_s: float | None = None, crop_rng=None, expected_s=None) -> np.ndarray:
+        """As `read_audio`, but int16, a view of the file; a sample of 1 is 32768 (`to_device` divides)."""
+        part, start, n = self.entries[path]
+        if isinstance(n, str):
+            raise AudioError(n)
+        wanted = n if length_s is None else min(n, round(length_s * self.rate))
+        start += int(crop_rng.integers(0, n - wanted + 1)) if crop_rng is not None else 0
+        return _mapped(part)[start:start + wanted]
+
+
+def _stamp(row: dict) -> list:
+    """Size and time of change of a row's file (None, None without one), and its declared duration."""
+    try:
+        stat = os.stat(row["audio"])
+    except OSError:
+        return [None, None, row.get("duration")]
+    return [stat.st_size, stat.st_mtime_ns, row.get("duration")]
+
+
+@functools.lru_cache(maxsize=256)
+def _mapped(path: Path) -> np.ndarray:
+    return np.asarray(np.memmap(path, np.int16, "c"))  # "c": as good as read-only, but torch does not warn
+
+
+class _CacheParts(torch.utils.data.Dataset):
+    """Item i decodes part i of a cache, [(path, stamp)], unless it is there -> number of its files."""
+
+    def __init__(self, folder: Path, sample_rate: int, parts: list):
+        self.folder, self.rate, self.parts = folder, sample_rate, parts
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, i):
+        name = f"{self.rate}_{hashlib.sha256(json.dumps(self.parts[i]).encode()).hexdigest()[:16]}"
+        index, files, samples = self.folder / f"{name}.json", {}, 0
+        if index.exists():
+            return len(self.parts[i])
+        with written_whole(self.folder / f"{name}.i16", str(os.getpid())) as out:
+            for path, stamp in self.parts[i]:
+                try:
+                    waveform = read_audio(path, self.rate, CACHE_S, None, stamp[2])
+                except AudioError as error:
+                    files[path] = 0, str(error), stamp
+                    continue
+                out.write(np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16).tobytes())
+                files[path] = samples, len(waveform), stamp
+                samples += len(waveform)
+        write_lines(index, [json.dumps({"samples": samples, "files": files})])
+        return len(self.parts[i])
+
+
+def audio_reader(cache: str, rows: list[dict], sample_rate: int, workers: int = 0):
+    """-> read(path, length_s=, crop_rng=, expected_s=): float32 from the files (`read_audio`), or int16 from --cache."""
+    return AudioCache(cache, rows, sample_rate, workers).read if cache else functools.partial(read_audio, sample_rate=sample_rate)
+
+
+def as_float(waveform: np.ndarray) -> torch.Tensor:
+    """int16 samples of a cache, or float32 -> float32 in [-1, 1)."""
+    return torch.from_numpy(waveform.astype(np.float32) / 32768 if waveform.dtype == np.int16 else waveform)
 
 
 def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor, window: int):
@@ -471,10 +627,26 @@ def write_scene(folder: Path, name: str, seed: tuple, draw_sound, rate: int, spl
 
 
 def write_lines(path: Path, lines) -> None:
-    """Write text lines under a temporary name, then rename: never half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write text lines, never half a file."""
+    with written_whole(path) as file:
+        for line in lines:
+            file.write(f"{line}\n".encode())
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, who: str = ""):
+    """Open for writing bytes under a temporary name, rename at the end: a kill or a full disk leaves the file before it whole.
+
+    who: part of the temporary name, where several processes may write the same file.
+    """
+    temporary = path.with_name(f"{path.name}{who}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}); what was there before is whole") from None
 
 
 def demo_sound(rng, rate: int = DEMO_HZ):
@@ -1441,9 +1613,8 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
             held = {f"{frames}{k}": found[i][1] for k, i in enumerate(indices) if frames}
             keys = [file_key(rows[i]) for i in indices]
             name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + (f"_{frames}" if frames else "")
-            with open(cache / f"{name}.tmp", "wb") as file:
+            with written_whole(cache / f"{name}.npz") as file:
                 np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
-            os.replace(cache / f"{name}.tmp", cache / f"{name}.npz")
     if not found:
         raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[min(bad)] if bad else 'no rows'}")
     kept = sorted(found)
@@ -1537,6 +1708,47 @@ def gather_with_grad(x):
     return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
+def to_device(x, device):
+    """Tensors of nested lists and dicts on the device; int16 samples (of --cache) become float32 in [-1, 1) there."""
+    if isinstance(x, torch.Tensor):
+        x = x.to(device, non_blocking=True)
+        return x.float() / 32768 if x.dtype == torch.int16 else x
+    if isinstance(x, dict):
+        return {key: to_device(value, device) for key, value in x.items()}
+    return type(x)(to_device(value, device) for value in x) if isinstance(x, (list, tuple)) else x
+
+
+def batches_on(device, loader):
+    """Batches of a loader with their tensors on the device; on a GPU the next one is copied while this one is computed with."""
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in loader)
+        return
+    stream, ready = torch.cuda.Stream(device), None
+    for batch in loader:
+        with torch.cuda.stream(stream):
+            coming = to_device(batch, device)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for tensor in torch.utils._pytree.tree_leaves(coming):
+            if isinstance(tensor, torch.Tensor):
+                tensor.record_stream(torch.cuda.current_stream(device))  # its memory is not given away while in use
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def compile_training(model, micro_batch: int = 0) -> None:
+    """--compile: torch.compile of the training pass; embedding stays eager. Names in checkpoints do not change.
+
+    micro_batch: gradient caching passes twice, with and without a graph; both must draw the same masks.
+    """
+    if micro_batch:
+        import torch._inductor.config
+        torch._inductor.config.fallback_random = True
+    model.compile()
+
+
 def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextlib.nullcontext(), micro_batch: int = 0):
     """Backward pass of a loss over a batch given in parts, with the graph of one part in memory at a time.
 
@@ -1625,7 +1837,7 @@ def check_counts(cfg, *names: str) -> None:
 
 def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not ignored."""
-    free = {"resume", "name", "runs", "workers", "device", "log_steps", "save_steps", "eval_epochs", "max_bad", "data"}
+    free = {"resume", "name", "runs", "workers", "device", "log_steps", "save_steps", "eval_epochs", "max_bad", "data", "cache", "compile", "micro_batch"}
     for key, value in stored.items():
         if key not in free and getattr(cfg, key) != value:
             raise ValueError(f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was started with {value}; "
@@ -1661,12 +1873,15 @@ def evaluating(model):
 
 
 class RunFolder:
-    """runs/<name>: log.jsonl, skipped.txt, checkpoints. Only the first process writes.
+    """runs/<name>: log.jsonl, skipped.txt, checkpoints. Only the first process writes; a second run in it is refused.
 
+    SIGTERM sets `stop`, at which the loop saves and ends; on several processes all see it at the next log step.
     Args
         resume: continue what is there; otherwise an existing run is an error, never overwritten.
         max_bad: largest share of `n_clips` that may be unreadable before the run stops.
     """
+
+    locks = {}
 
     def __init__(self, runs: str, name: str, method: str, resume: bool, n_clips: int, max_bad: float):
         number = 1
@@ -1676,18 +1891,37 @@ class RunFolder:
         if dist.is_initialized():
             dist.broadcast_object_list(shared)  # processes that look later would see the first one's folder
         self.path, self.name = Path(runs) / shared[0], shared[0]
-        self.n_clips, self.max_bad, self.writes = n_clips, max_bad, rank_and_world()[0] == 0
+        self.n_clips, self.max_bad, self.writes, self.stop, self.told = n_clips, max_bad, rank_and_world()[0] == 0, False, False
         if not resume and (self.path / "last.pt").exists():
             raise FileExistsError(f"{self.path} already holds a run; continue it with --resume or choose another --name")
         if self.writes:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                if fcntl and self.path not in RunFolder.locks:  # a second stage has it already
+                    RunFolder.locks.clear()  # earlier runs of this process are over
+                    RunFolder.locks[self.path] = open(self.path / "lock", "w")
+                    fcntl.lockf(RunFolder.locks[self.path], fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it back from a killed process
                 for name in () if resume else ("log.jsonl", "skipped.txt"):
                     (self.path / name).write_text("")
+            except BlockingIOError:
+                raise FileExistsError(f"{self.path} is being written by another process; choose another --name") from None
             except OSError as error:
                 raise PermissionError(f"--runs {runs}: cannot write to {self.path} ({error.strerror})") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.on_sigterm)
         skipped = self.path / "skipped.txt"
         self.skipped = set(skipped.read_text(encoding="utf-8").splitlines()) if resume and skipped.exists() else set()
+
+    def on_sigterm(self, *_):
+        self.told, self.stop = True, rank_and_world()[1] == 1
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one is obeyed at once
+
+    def end_if_told(self, step: int) -> None:
+        """After a checkpoint was saved: leave, if SIGTERM asked for it."""
+        if self.stop:
+            if self.writes:
+                tqdm.write(f"SIGTERM: saved step {step}; continue with --resume --name {self.name}")
+            raise SystemExit(128 + signal.SIGTERM)
 
     def drop_log_after(self, step: int, stage: str | None = None) -> None:
         """Forget log lines written after the checkpoint that a killed run resumes from; those of other stages stay."""
@@ -1701,11 +1935,12 @@ class RunFolder:
                 f.write(json.dumps(line) + "\n")
 
     def settle_skipped(self, errors: list[str]) -> None:
-        """Count and list the unreadable clips of all processes; stop past max_bad. A collective call."""
-        everyone = [errors] * rank_and_world()[1]
+        """Count and list the unreadable clips of all processes; stop past max_bad. A collective call, which also agrees on `stop`."""
+        everyone = [(errors, self.told)] * rank_and_world()[1]
         if dist.is_initialized():
-            dist.all_gather_object(everyone, errors)
-        new = sorted({text for part in everyone for text in part} - self.skipped)
+            dist.all_gather_object(everyone, (errors, self.told))
+        self.stop = any(told for _, told in everyone)
+        new = sorted({text for part, _ in everyone for text in part} - self.skipped)
         self.skipped.update(new)
         if new and self.writes:
             with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
@@ -1721,10 +1956,8 @@ class RunFolder:
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
-    """Write under a temporary name, then rename: a kill leaves the previous checkpoint whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(payload, temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        torch.save(payload, file)
 
 
 def versions() -> dict:

@@ -133,6 +133,8 @@ class Config:
     save_steps: int = 500  # steps between writes of last.pt
     log_steps: int = 10  # steps between lines of log.jsonl
     workers: int = 8  # processes that read audio
+    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
+    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     max_bad: float = 0.05  # largest share of unreadable clips before the run stops
     device: str = "auto"  # auto, cpu or cuda
 
@@ -473,13 +475,14 @@ class Pairs(Dataset):
     def __init__(self, sets: list[list[dict]], cfg: Config, tokenize, window_s: float, centre: bool = False):
         self.sets = [[(row, k) for row in rows for k in range(len(row["captions"]))] for rows in sets]
         self.cfg, self.tokenize, self.window_s, self.centre = cfg, tokenize, window_s, centre
+        self.read = common.audio_reader("" if centre else cfg.cache, [row for rows in sets for row in rows], SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
         group, epoch, index = key
         row, k = self.sets[group][index]
         rng = np.random.default_rng((self.cfg.seed, *key))
         try:
-            waveform = common.read_audio(row["audio"], SAMPLE_RATE, self.window_s, Centre if self.centre else rng, row.get("duration"))
+            waveform = self.read(row["audio"], length_s=self.window_s, crop_rng=Centre if self.centre else rng, expected_s=row.get("duration"))
         except common.AudioError as error:
             return error
         free = round(self.window_s * SAMPLE_RATE) - len(waveform)
@@ -1015,6 +1018,8 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     """
     rank, world = common.rank_and_world()
     model.to(device)
+    if cfg.compile:
+        common.compile_training(model, cfg.micro_batch)
     wrapped = model
     if world > 1:
         wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
@@ -1057,11 +1062,10 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     bar = tqdm(total=steps, initial=step, unit="step", desc=stage, disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
-    for parts, names, bad in loader:
+    for parts, names, bad in common.batches_on(device, loader):
         unreadable += bad
         if not parts:
             raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
-        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
         taught = teach(teacher, parts, autocast)
 
         optimiser.zero_grad(set_to_none=True)
@@ -1099,11 +1103,12 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
                 best = {"loss": value[0], "step": step}
                 save(best_file)
             model.train()
-        if (step % epoch_steps == 0 or step % cfg.save_steps == 0) and rank == 0:
-            common.check_finite(recent, run, model)
-            save("last.pt")
-        if step % epoch_steps == 0 or step % cfg.save_steps == 0:
+        if step % epoch_steps == 0 or step % cfg.save_steps == 0 or run.stop:
+            if rank == 0:
+                common.check_finite(recent, run, model)
+                save("last.pt")
             common.barrier()
+            run.end_if_told(step)
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

@@ -119,6 +119,8 @@ class Config:
     save_steps: int = 500  # steps between writes of last.pt
     log_steps: int = 10  # steps between lines of log.jsonl
     workers: int = 4  # processes that read audio
+    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
+    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     max_bad: float = 0.05  # largest share of unreadable clips before the run stops
     device: str = "auto"  # auto, cpu or cuda
 
@@ -495,13 +497,14 @@ class Pairs(Dataset):
         self.pairs = [(clips[row["audio"]], row, caption) for row in rows for caption in row["captions"]]
         self.durations = [row.get("duration", WINDOW_S) for _, row, _ in self.pairs]
         self.cfg, self.tokenize, self.rate = cfg, tokenize, SAMPLE_RATE[cfg.encoder]
+        self.read = common.audio_reader(cfg.cache, rows, self.rate, cfg.workers)
 
     def __getitem__(self, key):
         epoch, index = key
         clip, row, caption = self.pairs[index]
         rng = np.random.default_rng((self.cfg.seed, epoch, index))
         try:
-            waveform = common.read_audio(row["audio"], self.rate, WINDOW_S, rng, row.get("duration"))
+            waveform = self.read(row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration"))
         except common.AudioError as error:
             return error
         return waveform, clean_caption(caption), clip, row["audio"]
@@ -587,6 +590,8 @@ def main(cfg: Config) -> dict:
     if checkpoint:
         common.load_strict(model, checkpoint["model"], "last.pt")
     model.to(device)
+    if cfg.compile:
+        common.compile_training(model)
     wrapped = model
     if world > 1:
         wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
@@ -625,12 +630,11 @@ def main(cfg: Config) -> dict:
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
-    for batch, clip_ids, names, bad in loader:
+    for batch, clip_ids, names, bad in common.batches_on(device, loader):
         common.seed_step(cfg.seed, step, rank)
         unreadable += bad
         if batch is None:
             raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(step, warmup_steps, total_steps)
 
@@ -638,7 +642,7 @@ def main(cfg: Config) -> dict:
             audio_embeds, text_embeds, temperature, active = wrapped(**batch)
         audio_embeds = common.gather_with_grad(audio_embeds.float())
         text_embeds = common.gather_with_grad(text_embeds.float())
-        clip_ids = common.gather_with_grad(clip_ids.to(device))
+        clip_ids = common.gather_with_grad(clip_ids)
         loss, sim = training_loss(cfg, audio_embeds, text_embeds, temperature.float(), clip_ids)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -663,7 +667,7 @@ def main(cfg: Config) -> dict:
                                 f"active {line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s")
             pairs_seen = 0
         epoch_ends = step % (cfg.eval_epochs * steps_per_epoch) == 0
-        if epoch_ends or step % cfg.save_steps == 0 or step == total_steps:
+        if epoch_ends or step % cfg.save_steps == 0 or step == total_steps or run.stop:
             common.check_finite(recent, run, model)
             if (epoch_ends or step == total_steps) and rank == 0:
                 score = selection_score(model, val_rows, say, step)
@@ -674,6 +678,7 @@ def main(cfg: Config) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
+            run.end_if_told(step)
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

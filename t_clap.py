@@ -98,6 +98,8 @@ class Config:
     save_steps: int = 500  # steps between writes of last.pt
     log_steps: int = 10  # steps between lines of log.jsonl
     workers: int = 4  # processes that read audio
+    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
+    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     max_bad: float = 0.05  # largest share of unreadable clips before the run stops
     device: str = "auto"  # auto, cpu or cuda
 
@@ -427,6 +429,7 @@ class Clips(Dataset):
 
     def __init__(self, groups: list[list[dict]], cfg: Config, tokenize, sample_rate: int):
         self.groups, self.cfg, self.tokenize, self.rate = groups, cfg, tokenize, sample_rate
+        self.read = common.audio_reader(cfg.cache, [row for group in groups for row in group], sample_rate, cfg.workers)
 
     def __getitem__(self, key):
         group, epoch, index = key
@@ -436,7 +439,7 @@ class Clips(Dataset):
         negatives = row.get("negatives", []) if self.cfg.lt_weight else []
         negative = negatives[chosen] if chosen < len(negatives) else None
         try:
-            waveform = common.read_audio(row["audio"], self.rate, WINDOW_S, rng, row.get("duration"))
+            waveform = self.read(row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration"))
         except common.AudioError as error:
             return error
         return waveform, row["captions"][chosen], negative, row["audio"]
@@ -517,6 +520,8 @@ def main(cfg: Config) -> dict:
     else:
         model = start_model(cfg, [text for row in train_rows for text in (*row["captions"], *filter(None, row.get("negatives", [])))])
     model.to(device)
+    if cfg.compile:
+        common.compile_training(model, cfg.micro_batch)
     wrapped = model
     if world > 1:
         wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
@@ -549,11 +554,10 @@ def main(cfg: Config) -> dict:
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
-    for parts, names, bad in loader:
+    for parts, names, bad in common.batches_on(device, loader):
         unreadable += bad
         if not parts:
             raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
-        parts = [{k: v.to(device, non_blocking=True) for k, v in part.items()} for part in parts]
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(step, cfg.warmup_steps, cfg.steps)
 
@@ -583,7 +587,7 @@ def main(cfg: Config) -> dict:
                                 f"order {line['order_accuracy']:.2f} {line['pairs_per_s']:.0f} pairs/s")
             pairs_seen = 0
         eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
-        if eval_now or step % cfg.save_steps == 0:
+        if eval_now or step % cfg.save_steps == 0 or run.stop:
             common.check_finite(recent, run, model)
             if eval_now and rank == 0:
                 score = selection_score(model, val_rows, say, step)
@@ -594,6 +598,7 @@ def main(cfg: Config) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
+            run.end_if_told(step)
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

@@ -203,7 +203,7 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
     if flags.get("text_model") == COLLAT_TEXT:
         flags = {**flags, "text_model": minilm()}
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (
-        "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device")}
+        "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device", "cache", "compile")}
     # what such a run never reads is not what tells it from another
     if method == "mga_clap" and cfg.aggregator != "codebook":
         settings = {k: v for k, v in settings.items() if k not in ("affinity", "sparsity", "codewords", "affinity_scale")}
@@ -297,7 +297,7 @@ def teacher_start(flags: dict, seed: int, args) -> str:
     flags = {k: v for k, v in flags.items() if k not in OF_STUDENTS}
     cfg = common.configure(curation_clap.Config, curation_clap.PRESETS, data=args.data, seed=seed, **{**flags, "stage": "teacher"})
     told = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (*OF_STUDENTS, "data", "name", "runs", "pool", "resume", "workers", "device",
-                                                                         "save_steps", "log_steps", "captions", "labels", "teacher", "dry_run", "block")}
+                                                                         "save_steps", "log_steps", "captions", "labels", "teacher", "dry_run", "block", "cache", "compile")}
     folder = Path(args.runs) / f"teacher_{hashlib.sha256(json.dumps([told, data_hash([*args.data, *args.pool])]).encode()).hexdigest()[:12]}"
     if not (folder / "eval.json").exists():
         begin, resume = time.perf_counter(), (folder / "last.pt").exists()

@@ -1,0 +1,206 @@
+"""What goes wrong in a long training: kills, signals, full disks and memory, a second run, lost processes, changed flags."""
+import contextlib
+import importlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import common
+from conftest import ROOT, SMALL_OF
+from conftest import config as config_of
+from test_scripts import SCRIPTS, every_script, strip
+
+TRAIN = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from conftest import common, config
+import SCRIPT
+def parse():
+    if (Path("RUNS") / "a/last.pt").exists() and not FRESH:
+        return common.configure(SCRIPT.Config, SCRIPT.PRESETS, resume=True, name="a", runs="RUNS")
+    return config("SCRIPT", "DATA", "RUNS", name="a", **FLAGS)
+common.run_entry(SCRIPT.main, parse)
+"""
+
+
+def training(method, data, runs, fresh=False, **flags):
+    """Python source that starts or resumes a small run."""
+    source = TRAIN.replace("SCRIPT", method).replace("DATA", str(data)).replace("RUNS", str(runs)).replace("FRESH", str(fresh))
+    return source.replace("FLAGS", repr(flags))
+
+
+def same_weights(folder, other):
+    whole = strip(other / "last.pt")
+    for key, value in strip(folder / "last.pt").items():
+        assert torch.equal(value, whole[key]), key
+
+
+@contextlib.contextmanager
+def at_step(monkeypatch, number, act):
+    """Inside, `act` is called before step `number` (from 0) of a training is computed."""
+    seed_step = common.seed_step
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "seed_step", lambda seed, step, *place: (act() if step == number else None, seed_step(seed, step, *place)))
+        yield
+
+
+@every_script
+def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(corpus, tmp_path, monkeypatch, runs_of, method, capsys):
+    script, handler = SCRIPTS[method], signal.getsignal(signal.SIGTERM)
+    with at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit) as stopped:
+        script.main(config_of(method, corpus, tmp_path, name="a", save_steps=100))
+    assert stopped.value.code == 143 and "SIGTERM: saved step 3; continue with --resume --name a" in capsys.readouterr().out
+    assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one would have been obeyed
+    signal.signal(signal.SIGTERM, handler)
+    script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    same_weights(tmp_path / "a", runs_of(method)[0])
+
+
+@every_script
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(corpus, tmp_path, monkeypatch, runs_of, method):
+    script, limits = SCRIPTS[method], resource.getrlimit(resource.RLIMIT_FSIZE)
+    step = {"cacophony": 3}.get(method, 4)  # cacophony's stage 1 has 4 steps, too; it saves before the limit is set in both
+    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # noqa: E731
+    if method == "cacophony":
+        script.main(config_of(method, corpus, tmp_path, name="a", stage="mae"))
+    try:
+        with at_step(monkeypatch, step if method != "curation_clap" else 3, fill), pytest.raises(OSError, match="cannot be written .*; what was there before is whole"):
+            script.main(config_of(method, corpus, tmp_path, name="a", **({"stage": "contrastive"} if method == "cacophony" else {})))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "a").glob("*.tmp"))
+    script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    same_weights(tmp_path / "a", runs_of(method)[0])
+
+
+@pytest.mark.parametrize("written", ["half", "all"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, written):
+    class Killed(BaseException):
+        pass
+
+    common.save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    save = torch.save
+
+    def dies(payload, file):
+        save(payload, file)
+        if written == "half":
+            file.truncate(file.tell() // 2)
+        raise Killed
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(Killed):
+        common.save_checkpoint(tmp_path / "last.pt", {"step": 2})
+    monkeypatch.undo()
+    assert common.read_weights(tmp_path / "last.pt") == {"step": 1}
+    common.save_checkpoint(tmp_path / "last.pt", {"step": 3})  # what the kill left behind is in nobody's way
+    assert common.read_weights(tmp_path / "last.pt") == {"step": 3}
+
+
+@pytest.mark.slow
+@every_script
+def test_kill_9_at_twenty_random_moments(corpus, tmp_path, runs_of, method):
+    """Every step writes a checkpoint, so that many kills fall into the writing."""
+    draw = random.Random(0)
+    flags = dict(save_steps=1, **({"epochs": 6} if method == "mga_clap" else {"steps": 24} if "steps" in SMALL_OF[method] else {"teacher_epochs": 6}))
+    SCRIPTS[method].main(config_of(method, corpus, tmp_path / "whole", name="a", **flags))
+    kills, seen = 0, []
+    source = training(method, corpus, tmp_path / "killed", **flags)
+    while kills < 20:
+        process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        last = tmp_path / "killed/a/log.jsonl"
+        before, deadline = last.stat().st_mtime_ns if last.exists() else 0, time.time() + 120
+        while process.poll() is None and time.time() < deadline and (last.stat().st_mtime_ns if last.exists() else 0) == before:
+            time.sleep(0.01)  # until it trains
+        time.sleep(draw.uniform(0, 0.4))
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        for name in ("last.pt", "best.pt", "teacher.pt", "mae.pt"):  # whole, or not there yet
+            if (tmp_path / "killed/a" / name).exists():
+                seen.append(common.read_checkpoint(tmp_path / "killed/a" / name)["step"])
+    assert kills and seen
+    if process.returncode:
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    same_weights(tmp_path / "killed/a", tmp_path / "whole/a")
+    assert not list((tmp_path / "killed/a").glob("*.pt.tmp")) or process.returncode  # a finished run leaves nothing half-written
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
+    hold = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import common; common.RunFolder({str(tmp_path)!r}, 'a', 'x', False, 1, 0.5); print('held', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(FileExistsError, match=f"{tmp_path}/a is being written by another process; choose another --name"):
+            common.RunFolder(str(tmp_path), "a", "x", True, 1, 0.5)
+        common.RunFolder(str(tmp_path), "b", "x", False, 1, 0.5)
+    finally:
+        process.kill()
+        process.wait()
+    common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
+    common.RunFolder(str(tmp_path), "a", "x", True, 1, 0.5)  # a second stage of the same process
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), None], ids=["gpu", "cpu"])
+def test_out_of_memory_names_the_batch_and_the_flags(error):
+    def main(cfg):
+        if error:
+            raise error
+        torch.empty(2 ** 60)
+
+    with pytest.raises(SystemExit, match="^error: out of memory at --batch-size 512; try --micro-batch .*, a smaller --batch-size, or --precision bf16 .*allocate"):
+        common.run_entry(main, lambda: SCRIPTS["t_clap"].Config(data=["x"]))
+    with pytest.raises(SystemExit, match="try a smaller --batch-size"):
+        common.run_entry(main, lambda: SCRIPTS["mga_clap"].Config(data=["x"]))
+    with pytest.raises(RuntimeError, match="a fault of ours"):  # anything else keeps its traceback
+        common.run_entry(lambda cfg: (_ for _ in ()).throw(RuntimeError("a fault of ours")), lambda: None)
+
+
+def test_resume_may_change_what_the_weights_do_not_depend_on(corpus, tmp_path, runs_of):
+    stored = common.read_checkpoint(runs_of("t_clap")[0] / "last.pt")["config"]
+    script = importlib.import_module("t_clap")
+    for flags in (dict(micro_batch=2), dict(compile=True), dict(cache="x"), dict(workers=3)):
+        common.check_resume(script.Config(**{**stored, **flags}), stored)
+    with pytest.raises(ValueError, match="--resume: --lr is 5.0 but the run was started with"):
+        common.check_resume(script.Config(**{**stored, "lr": 5.0}), stored)
+
+
+def test_a_killed_process_ends_the_run_of_all_with_a_message(corpus, tmp_path):
+    source = tmp_path / "train.py"
+    source.write_text(training("mga_clap", corpus, tmp_path / "runs", fresh=True, epochs=2000, eval_epochs=1000, save_steps=1000).replace(
+        "common.run_entry", """
+import os
+seed_step = common.seed_step
+def dies(seed, step, rank=0, part=0):
+    if step == 3 and rank == 1:
+        os.kill(os.getpid(), 9)
+    seed_step(seed, step, rank, part)
+common.seed_step = dies
+common.run_entry"""))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619", str(source)],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "exitcode  : -9" in done.stderr
+    assert "error: process 0 of 2 stopped, since another one ended or cannot be reached" in done.stderr or "SIGTERM" in done.stdout, done.stderr[-3000:]
+
+
+def test_compiled_training_takes_the_same_steps(corpus, tmp_path, runs_of):
+    script = importlib.import_module("mga_clap")
+    script.main(config_of("mga_clap", corpus, tmp_path, name="c", compile=True, epochs=1))
+    losses = [[json.loads(x)["loss"] for x in (folder / "log.jsonl").read_text().splitlines()] for folder in (runs_of("mga_clap")[0], tmp_path / "c")]
+    assert losses[1][:2] == pytest.approx(losses[0][:2], abs=0.05)
+    assert not any("_orig_mod" in key for key in common.read_checkpoint(tmp_path / "c/last.pt")["model"])
