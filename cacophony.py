@@ -721,7 +721,7 @@ def audio_shape(cfg: Config) -> dict:
 def wrap(model, device, cfg: Config):
     """Compiled where asked for; for several processes; alone the model itself."""
     if cfg.compile:
-        common.compile_training(model, cfg.micro_batch)
+        common.compile_training(model)
     return model if common.rank_and_world()[1] == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
 
 

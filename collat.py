@@ -645,7 +645,7 @@ def main(cfg: Config) -> dict:
         model = start_model(cfg, [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))] + classes)
     model.to(device)
     if cfg.compile:
-        common.compile_training(model, cfg.micro_batch)
+        common.compile_training(model)
     wrapped = model if world == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [{"params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio], "peak": peak}

@@ -803,7 +803,7 @@ class Attention(nn.Module):
         N, L, C = x.shape
         qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)
         bias = None if bias is None else bias.to(qkv.dtype)  # under autocast qkv is bf16, a bias table fp32
-        if bias is not None and not x.is_cuda:
+        if bias is not None and not x.is_cuda and not torch.compiler.is_compiling():
             x = BiasedAttention.apply(qkv, bias)  # (N, heads, L, C / heads)
         else:
             bias = None if bias is None else bias.expand(N // len(bias), *bias.shape).reshape(N, *bias.shape[1:])
@@ -1738,14 +1738,13 @@ def batches_on(device, loader):
         yield ready
 
 
-def compile_training(model, micro_batch: int = 0) -> None:
+def compile_training(model) -> None:
     """--compile: torch.compile of the training pass; embedding stays eager. Names in checkpoints do not change.
 
-    micro_batch: gradient caching passes twice, with and without a graph; both must draw the same masks.
+    Masks are drawn as without it: a run can be compared, and gradient caching passes twice with the same ones.
     """
-    if micro_batch:
-        import torch._inductor.config
-        torch._inductor.config.fallback_random = True
+    import torch._inductor.config
+    torch._inductor.config.fallback_random = True
     model.compile()
 
 

@@ -1019,7 +1019,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     rank, world = common.rank_and_world()
     model.to(device)
     if cfg.compile:
-        common.compile_training(model, cfg.micro_batch)
+        common.compile_training(model)
     wrapped = model
     if world > 1:
         wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model

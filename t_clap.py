@@ -521,7 +521,7 @@ def main(cfg: Config) -> dict:
         model = start_model(cfg, [text for row in train_rows for text in (*row["captions"], *filter(None, row.get("negatives", [])))])
     model.to(device)
     if cfg.compile:
-        common.compile_training(model, cfg.micro_batch)
+        common.compile_training(model)
     wrapped = model
     if world > 1:
         wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model

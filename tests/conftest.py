@@ -22,15 +22,14 @@ import common  # noqa: E402
 import prepare  # noqa: E402
 
 
-
-def write_corpus(folder: Path, n_train=12, n_val=4, n_test=6, rate=16000) -> Path:
-    """10 s demo scenes; every third clip is stereo at 44.1 kHz."""
+def write_corpus(folder: Path, n_train=12, n_val=4, n_test=6, rate=16000, mixed=True) -> Path:
+    """10 s demo scenes; mixed: every third clip is stereo at 44.1 kHz."""
     (folder / "audio").mkdir(parents=True)
     rows, draw = [], lambda rng: common.demo_sound(rng, rate)
     for split, count in (("train", n_train), ("val", n_val), ("test", n_test)):
         for i in range(count):
             row = common.write_scene(folder / "audio", f"{split}{i}", (7, len(split), i), draw, rate, split)
-            if i % 3 == 2:
+            if mixed and i % 3 == 2:
                 x = sf.read(folder / row["audio"])[0]
                 sf.write(folder / row["audio"], np.stack([x, 0.5 * x], 1), 44100)
                 row["duration"] = len(x) / 44100

@@ -198,9 +198,13 @@ common.run_entry"""))
     assert "error: process 0 of 2 stopped, since another one ended or cannot be reached" in done.stderr or "SIGTERM" in done.stdout, done.stderr[-3000:]
 
 
-def test_compiled_training_takes_the_same_steps(corpus, tmp_path, runs_of):
-    script = importlib.import_module("mga_clap")
-    script.main(config_of("mga_clap", corpus, tmp_path, name="c", compile=True, epochs=1))
-    losses = [[json.loads(x)["loss"] for x in (folder / "log.jsonl").read_text().splitlines()] for folder in (runs_of("mga_clap")[0], tmp_path / "c")]
-    assert losses[1][:2] == pytest.approx(losses[0][:2], abs=0.05)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@every_script
+def test_compiled_training_takes_the_same_steps(corpus, tmp_path, monkeypatch, runs_of, method, backend):
+    """aot_eager: everything but the generated code, which takes a compiler minutes."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_module(model, backend=backend))
+    SCRIPTS[method].main(config_of(method, corpus, tmp_path, name="c", compile=True))
+    losses = [[json.loads(x).get("loss", 0) for x in (folder / "log.jsonl").read_text().splitlines()] for folder in (runs_of(method)[0], tmp_path / "c")]
+    assert losses[1][:4] == pytest.approx(losses[0][:4], abs=2e-3)
     assert not any("_orig_mod" in key for key in common.read_checkpoint(tmp_path / "c/last.pt")["model"])
