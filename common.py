@@ -401,7 +401,7 @@ def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None
     for item in [data] if isinstance(data, str) else data:
         path = manifest_path(item)
         found = 0
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -424,7 +424,7 @@ def require(rows: list[dict], *keys: str) -> None:
         for key in keys:
             if row.get(key) in (None, []):
                 raise ValueError(f"{row['where']}: has no '{key}', which this run needs "
-                                 f"(keys there: {', '.join(k for k in row if k != 'where')})")
+                                 f"(keys there: {', '.join(k for k in row if k != 'where').encode('unicode_escape').decode()[:200]})")
 
 
 def manifest_path(item) -> Path:
@@ -438,23 +438,27 @@ def manifest_path(item) -> Path:
     return path
 
 
-def _parse_row(line: str, where: str) -> dict:
+def _parse_row(line: bytes, where: str) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: not UTF-8 text; expected JSON Lines saved as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
+        raise ValueError(f"{where}: not JSON that can be read ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     for key, value in row.items():
         near = [] if key in MANIFEST_KEYS else difflib.get_close_matches(key, MANIFEST_KEYS, 1, 0.8)
         if near:
-            raise ValueError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean '{near[0]}'?")
         if key in MANIFEST_KEYS and not isinstance(value, MANIFEST_KEYS[key]):
             raise ValueError(f"{where}: '{key}' has the wrong type {type(value).__name__}")
     if row.get("split", "train") not in ("train", "val", "test"):
         raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
     if not row.get("audio"):
-        raise ValueError(f"{where}: no key 'audio' (keys there: {', '.join(row) or 'none'}); "
+        raise ValueError(f"{where}: no key 'audio' (keys there: {', '.join(row).encode('unicode_escape').decode()[:200] or 'none'}); "
                          "it must name the sound file")
     for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
         for number, caption in enumerate(row.get(key, []), 1):
@@ -468,7 +472,7 @@ def _parse_row(line: str, where: str) -> dict:
     if not all(text is None or (isinstance(text, str) and re.search(r"\w", text)) for text in row.get("negatives", [])):
         raise ValueError(f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null")
     for event in row.get("events", []):
-        if not isinstance(event, dict) or not {"label", "onset", "offset"} <= set(event):
+        if not isinstance(event, dict) or not {"label", "onset", "offset"} <= set(event) or not isinstance(event["label"], str):
             raise ValueError(f"{where}: an event needs label, onset and offset, found {event!r}")
         _check_times(event["onset"], event["offset"], row.get("duration"), f"{where}: event {event['label']!r}")
     for phrase in row.get("phrases", []):
@@ -525,7 +529,7 @@ def split_train_val(rows: list[dict], seed: int = 0, most: int = 1000) -> tuple[
         val = [row for row in train if row["audio"] in held]
         train = [row for row in train if row["audio"] not in held]
     if not train:
-        raise ValueError("no row of the manifest is for training; expected split 'train' or no split at all")
+        raise ValueError(f"no row of the manifest is for training (first: {rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at all")
     return train, val
 
 
@@ -1994,7 +1998,7 @@ def read_checkpoint(path, method: str | None = None) -> dict:
     """One of this project's checkpoints; `method` checks whose it is."""
     content = read_weights(path)
     if "method" not in content or "config" not in content:
-        raise ValueError(f"{path}: not a checkpoint of this project (keys: {', '.join(map(str, list(content)[:5]))})")
+        raise ValueError(f"{path}: not a checkpoint of this project (keys: {', '.join(repr(key)[:40] for key in list(content)[:5])})")
     if method and content["method"] != method:
         raise ValueError(f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py")
     if "model" not in content:
