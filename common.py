@@ -225,10 +225,9 @@ def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=N
 def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
     """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type, n_samples (B)."""
     n_samples = torch.tensor([len(w) for w in waveforms])
-    batch = torch.zeros(len(waveforms), length or int(n_samples.max()), dtype=torch.from_numpy(waveforms[0]).dtype)
-    for row, waveform in zip(batch, waveforms):
-        row[:len(waveform)] = torch.from_numpy(waveform)
-    return batch, n_samples
+    length = length or int(n_samples.max())
+    padded = [torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w)))) for w in waveforms]
+    return torch.utils.data.default_collate(padded), n_samples  # in a loader's process, straight into memory shared with the main one
 
 
 CACHE_S, CACHE_FILES = 60.0, 512  # seconds kept of a file, files of one part
@@ -1792,19 +1791,23 @@ def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=
 
     First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a batch
     of its bucket forms mixed batches: always floor(N / batch_size) batches (one, if N is smaller).
-    Source: MGA-CLAP's seven buckets; its code drops every bucket's remainder.
+    Within a bucket, eight batches at a time are sorted by length, so that little is padded.
+    Source: MGA-CLAP's seven buckets; its code drops every bucket's remainder and does not sort.
     """
-    rng = np.random.default_rng((seed, epoch))
+    rng, durations = np.random.default_rng((seed, epoch)), np.asarray(durations)
     order = rng.permutation(len(durations))
     order = order[:len(order) // batch_size * batch_size] if len(order) >= batch_size else order
-    bucket = np.digitize(np.asarray(durations)[order], edges_s)
+    bucket = np.digitize(durations[order], edges_s)
+    by_length = lambda members: members[np.argsort(durations[members], kind="stable")]  # noqa: E731
     batches, left = [], []
     for b in np.unique(bucket):
         members = order[bucket == b]
         full = len(members) // batch_size * batch_size
-        batches += list(members[:full].reshape(-1, batch_size))
-        left += members[full:].tolist()
-    batches += [np.array(left[i:i + batch_size]) for i in range(0, len(left), batch_size)]
+        for i in range(0, full, 8 * batch_size):
+            batches += list(by_length(members[i:min(i + 8 * batch_size, full)]).reshape(-1, batch_size))
+        left.append(members[full:])
+    left = by_length(np.concatenate(left))
+    batches += [left[i:i + batch_size] for i in range(0, len(left), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

@@ -67,7 +67,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import common
@@ -500,7 +500,7 @@ class Pairs(Dataset):
     def tensors(self, items) -> dict:
         waveforms, captions, _ = zip(*items)
         tokens = self.tokenize(list(captions))
-        return {"waveform": torch.from_numpy(np.stack(waveforms)), "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return {"waveform": default_collate([torch.from_numpy(w) for w in waveforms]), "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
 def mixed_batches(sizes: list[int], batch_size: int, replay_prob: float, seed: int, start_step: int, total_steps: int):

@@ -52,7 +52,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import common
@@ -457,7 +457,7 @@ class Clips(Dataset):
         window = int(WINDOW_S * self.rate)
         ordered = [i for i, negative in enumerate(negatives) if negative]
         tokens = self.tokenize([*captions, *(negatives[i] for i in ordered)])
-        return {"waveform": torch.stack([tile(torch.from_numpy(w), window) for w in waveforms]), "ordered": torch.tensor(ordered, dtype=torch.long),
+        return {"waveform": default_collate([tile(torch.from_numpy(w), window) for w in waveforms]), "ordered": torch.tensor(ordered, dtype=torch.long),
                 "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 

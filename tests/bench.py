@@ -1,6 +1,6 @@
 """Speed against a named peer, both measured in the same run.
 
-  python tests/bench.py htsat|psds|psds_large|curate|matching|all [--json results/bench.json]
+  python tests/bench.py steps|scaling|feed|htsat|psds|psds_large|curate|matching|all [--json results/bench.json]
 
 Prints and writes a list of {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine",
 "settings"}; a ratio above 1 means ours is better.
@@ -16,17 +16,27 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import numpy as np  # noqa: E402
+import soundfile as sf  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch.utils import flop_counter  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, ClapAudioConfig, ClapAudioModel  # noqa: E402
 
+import cacophony  # noqa: E402
 import collat  # noqa: E402
 import common  # noqa: E402
+import conftest  # noqa: E402
 import curation_clap  # noqa: E402
+import mga_clap  # noqa: E402
+import t_clap  # noqa: E402
+
+SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony, "collat": collat, "curation_clap": curation_clap}
 
 
 def machine() -> str:
@@ -256,7 +266,264 @@ def matching(tiny: bool) -> dict:
                 "clips_timed": part, "dtype": "bfloat16" if device.type == "cuda" else "float32"}}
 
 
-BENCHES = {"matching": matching, "htsat": htsat, "psds": psds, "psds_large": psds_large, "curate": curate}
+# Training steps at the papers' sizes -----------------------------------------------------------------
+
+
+def untrained(name: str, max_tokens: int, pooler: bool = False) -> common.TextEncoder:
+    """The text encoder of a hub id with random weights and no tokenizer: nothing is fetched."""
+    kinds = {"bert-base-uncased": (transformers.BertModel, transformers.BertConfig()),
+             "roberta-base": (transformers.RobertaModel, transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1))}
+    kind, config = kinds[name]
+    return common.TextEncoder(kind(config, add_pooling_layer=pooler), None, max_tokens, pooler)
+
+
+def token_batch(B: int, L: int, words: int, device) -> dict:
+    return {"input_ids": torch.randint(5, words, (B, L), device=device), "attention_mask": torch.ones(B, L, dtype=torch.long, device=device)}
+
+
+def seconds_of_sound(B: int, seconds: float, rate: int, device):
+    return torch.randn(B, round(seconds * rate), device=device) * 0.1
+
+
+def paper_step(method: str, tiny: bool, device) -> tuple:
+    """-> model, batch(B), loss_of(cfg-bound outputs), cfg, the paper's batch size and the clips that a GPU holds at once."""
+    script = SCRIPTS[method]
+    sizes = conftest.SMALL_OF[method] if tiny else {}
+    cfg = common.configure(script.Config, script.PRESETS, data=["none"], **{k: v for k, v in sizes.items() if k not in ("steps", "batch_size")})
+    text = (lambda pooler=False: common.text_encoder_from_scratch(["a dog barks"], 64, 1, 1, 77, pooler=pooler)) if tiny else (
+        lambda pooler=False: untrained(cfg.text_model, 77, pooler))
+    L, words = 30, 20 if tiny else 20000
+    if method == "mga_clap":
+        model = mga_clap.Model(cfg, text())
+        batch = lambda B: {"waveform": seconds_of_sound(B, 10, 32000, device), **token_batch(B, L, words, device),  # noqa: E731
+                           "word_mask": torch.ones(B, L, dtype=torch.bool, device=device)}
+        loss_of = lambda a, t, temperature, active: mga_clap.training_loss(cfg, a.float(), t.float(), temperature.float(), torch.arange(len(a), device=device))  # noqa: E731
+    elif method == "t_clap":
+        model = t_clap.Model(text(True), dict(dim=cfg.audio_dim, depths=cfg.audio_depths, heads=cfg.audio_heads, patch=cfg.audio_patch, drop_path=cfg.drop_path),
+                             cfg.joint_dim)
+        batch = lambda B: {"waveform": seconds_of_sound(B, 10, 48000, device), "ordered": torch.arange(max(1, B // 5), device=device),  # noqa: E731
+                           **token_batch(B + max(1, B // 5), L, words, device)}
+        loss_of = lambda *embeds: t_clap.training_loss(cfg, *embeds)  # noqa: E731
+    elif method == "cacophony":
+        model = cacophony.Model(dict(audio=cacophony.audio_shape(cfg), joint_dim=cfg.joint_dim, decoder_layers=cfg.decoder_layers, variant="paper"), text())
+        N = cfg.patches
+        batch = lambda B: {"patches": torch.randn(B, N, 256, device=device), "number": torch.arange(N, device=device).expand(B, N),  # noqa: E731
+                           "valid_mask": torch.ones(B, N, dtype=torch.bool, device=device), **token_batch(B, L, words, device)}
+        loss_of = lambda *outputs: cacophony.training_loss(cfg, *outputs)  # noqa: E731
+    elif method == "collat":
+        width, layers, heads = (64, 1, 1) if tiny else (768, 12, 12)
+        tower = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                                                           intermediate_size=4 * width, projection_dim=width))
+        model = collat.Model(dict(audio=dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, patch=cfg.audio_patch, stride=cfg.audio_stride),
+                                  blocks=cfg.blocks), common.TextEncoder(tower, None, cfg.max_tokens))
+        batch = lambda B: {"log_mel": torch.randn(B, 1024, 128, device=device), **token_batch(B, min(L, cfg.max_tokens), words, device)}  # noqa: E731
+        loss_of = lambda *outputs: collat.training_loss(cfg, *outputs)  # noqa: E731
+    else:
+        model = curation_clap.Model(text(), dict(channels=cfg.audio_channels, hop=cfg.hop, block_dropout=cfg.block_dropout, dropout=cfg.dropout), cfg.joint_dim,
+                                    cfg.window_s, cfg.temperature)
+        batch = lambda B: {"waveform": seconds_of_sound(B, cfg.window_s, 44100, device), **token_batch(B, L, words, device)}  # noqa: E731
+        loss_of = lambda *embeds: curation_clap.training_loss(cfg, *embeds, None)  # noqa: E731
+    return model.to(device).train(), batch, loss_of, cfg
+
+
+# What a GPU of 140 GB holds the graph of at once; the rest by gradient caching
+MICRO = {"mga_clap": 128, "t_clap": 128, "cacophony": 256, "collat": 64, "curation_clap": 128}
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, as the maker states
+
+
+def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
+    """Seconds, FLOP and peak memory of one training step of a script: what its loop does, on a batch that is on the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model, batch, loss_of, cfg = paper_step(method, tiny, device)
+    on_gpu = device.type == "cuda"
+    B = cfg.batch_size if on_gpu else 2 if tiny else 4
+    parts = [batch(min(MICRO[method], B - i)) for i in range(0, B, MICRO[method])]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, 1e-6, fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
+    if compiled:
+        common.compile_training(model)
+
+    def backward():
+        return common.cached_backward(model, parts, loss_of, lambda i: torch.manual_seed(i), autocast)
+
+    def step():
+        optimiser.zero_grad(set_to_none=True)
+        cacophony.sam_backward(parameters, backward, cfg.rho) if method == "cacophony" else backward()
+        optimiser.step()
+
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        if not compiled:
+            step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = alternate({"ours": step}, repeats, device)["ours"]
+    return {"seconds": seconds, "pairs": B, "pairs_per_s": B / seconds, "flop": counter.get_total_flops(),
+            "peak_GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None}
+
+
+def measure_peer(which: str, tiny: bool, repeats: int) -> dict:
+    """A contrastive step of the same clips by transformers' ClapModel (from its log-mel), or as MGA-CLAP's released code takes it.
+
+    released: fp16 autocast with a gradient scaler, attention as matrix products and a softmax, Adam not fused; from its description.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    on_gpu = device.type == "cuda"
+    B = 128 if on_gpu else 2 if tiny else 4
+    half = torch.float16 if which == "released" else torch.bfloat16
+    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and which == "released")
+    autocast = torch.autocast(device.type, half, enabled=on_gpu)
+    if which == "ClapModel":
+        audio = dict(conftest.CLAP_AUDIO) if tiny else dict(patch_embeds_hidden_size=96, depths=[2, 2, 6, 2], num_attention_heads=[4, 8, 16, 32])
+        text = dict(conftest.CLAP_TEXT, vocab_size=30000) if tiny else {}
+        model = transformers.ClapModel(transformers.ClapConfig(audio_config=audio, text_config=text)).to(device).train()
+        parts = {"input_features": torch.randn(B, 1, 1001, 64, device=device), "is_longer": torch.zeros(B, 1, dtype=torch.bool, device=device), **token_batch(B, 30, 20 if tiny else 20000, device)}
+        loss_of = lambda: model(**parts, return_loss=True).loss  # noqa: E731
+    else:
+        model, batch, of_outputs, _ = paper_step("mga_clap", tiny, device)
+        parts = batch(B)
+        for module in model.modules():
+            if isinstance(module, common.Attention):
+                module.forward = types.MethodType(unfused_attention, module)
+        loss_of = lambda: of_outputs(*model(**parts))[0]  # noqa: E731
+    optimiser = torch.optim.Adam(model.parameters(), 1e-6, fused=False)
+
+    def step():
+        optimiser.zero_grad()
+        with autocast:
+            loss = loss_of()
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+
+    return {"seconds": alternate({"peer": step}, repeats, device)["peer"], "pairs": B}
+
+
+def unfused_attention(self, x, bias=None):
+    """Products, a bias and a softmax, one after the other."""
+    N, L, C = x.shape
+    q, k, v = self.qkv(x).reshape(N, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+    attention = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias is not None:
+        attention = (attention.view(-1, *bias.shape) + bias).view(N, self.heads, L, L)
+    return self.proj((attention.softmax(-1) @ v).transpose(1, 2).reshape(N, L, C))
+
+
+def steps(tiny: bool) -> list[dict]:
+    """A training step of every script at the paper's size, eager and (on a GPU) compiled; MGA-CLAP's against two peers."""
+    on_gpu, rows = torch.cuda.is_available(), []
+    repeats = 10 if on_gpu else 1 if tiny else 3
+    peers = {which: measure_peer(which, tiny, repeats) for which in ("ClapModel", "released")}
+    for method in SCRIPTS:
+        flop = None
+        for compiled in (False, True) if on_gpu else (False,):
+            ours = measure_step(method, tiny, compiled, repeats)
+            flop = flop or ours["flop"]
+            peak = next((value for name, value in BF16_PEAK.items() if name in machine()), None)
+            for which, peer in peers.items() if method == "mga_clap" else [(None, None)]:
+                rows.append({"name": f"step_{method}{'_compiled' if compiled else ''}{f'_{which}' if which else ''}", "ours": ours["seconds"],
+                             "peer": peer and peer["seconds"], "peer_name": which or "none", "unit": "s per training step",
+                             "ratio": peer and peer["seconds"] / ours["seconds"], "machine": machine(), "settings": {
+                                 "pairs": ours["pairs"], "pairs_per_s": ours["pairs_per_s"], "dtype": "bfloat16" if on_gpu else "float32",
+                                 "TFLOP": flop / 1e12, "share_of_bf16_peak": peak and flop / ours["seconds"] / peak, "peak_GB": ours["peak_GB"],
+                                 "compiled": compiled}})
+            torch.cuda.empty_cache() if on_gpu else None
+    return rows
+
+
+LINKS = {"8 GPUs of one node, 450 GB/s each": (8, 450e9), "16 GPUs of two nodes, 50 GB/s each": (16, 50e9)}  # NVLink 4 and 400 Gb/s InfiniBand
+
+
+def scaling(tiny: bool) -> list[dict]:
+    """Computed, not measured: how long a ring needs to add up the fp32 gradients of one step, 2 (n - 1) / n times their bytes over a link."""
+    rows = []
+    for method in SCRIPTS:
+        model = paper_step(method, tiny, torch.device("cpu"))[0]
+        n_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        passes = 2 if method == "cacophony" else 1  # SAM
+        rows += [{"name": f"scaling_{method}", "ours": passes * 2 * (n - 1) / n * n_bytes / speed, "peer": None, "peer_name": f"computed, {name}",
+                  "unit": "s per step to add up the gradients", "ratio": None, "machine": "none", "settings": {
+                      "gradient_GB": n_bytes / 1e9, "passes": passes}} for name, (n, speed) in LINKS.items()]
+    return rows
+
+
+# Reading audio ---------------------------------------------------------------------------------------
+
+
+class CachedCrops(torch.utils.data.Dataset):
+    """Random crops of 10 s from a cache, as a script's dataset takes them."""
+
+    def __init__(self, rows, folder):
+        self.rows, self.read = rows, common.audio_reader(str(folder), rows, 32000)
+
+    def __len__(self):
+        return 10 ** 9
+
+    def __getitem__(self, i):
+        return self.read(self.rows[i % len(self.rows)]["audio"], length_s=10.0, crop_rng=np.random.default_rng((0, i)))
+
+    def collate(self, items):
+        return common.pad_batch(items, 320_000)[0]
+
+
+def feed(tiny: bool) -> list[dict]:
+    """Crops of 10 s from files of 30 s (44.1 kHz, for a model at 32 kHz), against reading and resampling whole files; the cache; padding."""
+    n, rows = (3, []) if tiny else (16, [])
+    rng, settings = np.random.default_rng(0), {"files": n, "file_s": 30, "crop_s": 10, "from_hz": 44100, "to_hz": 32000}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        noise = np.cumsum(rng.normal(size=(n, 44100 * 30)), 1)
+        noise = 0.5 * noise / np.abs(noise).max(1, keepdims=True)
+        for suffix in ("wav", "flac", "ogg"):
+            paths = [folder / f"{i}.{suffix}" for i in range(n)]
+            for path, x in zip(paths, noise):
+                common.write_audio(path, x, 44100) if suffix != "ogg" else sf.write(path, x, 44100, format="OGG", subtype="VORBIS")
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            crops = np.random.default_rng(1)
+            medians = alternate({"ours": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in paths],
+                                 "peer": lambda: [common.read_audio(path, 32000)[:320_000] for path in paths]}, 1 if tiny else 5, torch.device("cpu"))
+            torch.set_num_threads(threads)
+            rows.append({"name": f"feed_{suffix}", "ours": n / medians["ours"], "peer": n / medians["peer"], "peer_name": "whole files read and resampled",
+                         "unit": "clips per second and core", "ratio": medians["peer"] / medians["ours"], "machine": machine(), "settings": settings})
+        for path, x in zip(paths, noise):
+            sf.write(path.with_suffix(".wav"), x[:32000 * 30], 32000)
+        data = CachedCrops([{"audio": str(path.with_suffix(".wav")), "duration": 30.0} for path in paths], folder / "cache")
+        batch_size, batches = (8, 3) if tiny else (128, 100)
+        loader = iter(torch.utils.data.DataLoader(data, batch_size, num_workers=2, collate_fn=data.collate))
+        next(loader)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(loader)
+        rate = batches * batch_size / (time.perf_counter() - start)
+        del loader
+        rows.append({"name": "feed_cache", "ours": rate, "peer": 2 * rows[0]["ours"], "peer_name": "crops from wav, two cores", "unit": "clips per second, two processes",
+                     "ratio": rate / (2 * rows[0]["ours"]), "machine": machine(), "settings": {"clip_s": 10, "hz": 32000, "batch": batch_size, "batches": batches}})
+    durations = np.concatenate([np.full(8000, 10.0), rng.uniform(15, 30, 6000), np.exp(rng.normal(2.2, 0.9, 6000)).clip(1, 30)])
+    padding = {}
+    for name, batches in (("ours", common.bucketed_batches(durations, 128, 0, 0)), ("peer", rng.permutation(len(durations))[:19968].reshape(-1, 128))):
+        padding[name] = 1 - sum(durations[b].sum() for b in batches) / sum(len(b) * durations[b].max() for b in batches)
+    rows.append({"name": "feed_padding", **padding, "peer_name": "batches drawn at random", "unit": "share of padding", "ratio": padding["peer"] / padding["ours"],
+                 "machine": "any", "settings": {"clips": "8,000 of 10 s, 6,000 of 15 to 30 s, 6,000 log-normal around 9 s, at most 30 s", "batch": 128}})
+    return rows
+
+
+BENCHES = {"steps": steps, "scaling": scaling, "feed": feed, "matching": matching, "htsat": htsat, "psds": psds, "psds_large": psds_large, "curate": curate}
+
+
+def table(results: list[dict]) -> list[str]:
+    """Lines of the README's performance table."""
+    short = lambda x: "-" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"  # noqa: E731
+    shown = ("pairs", "pairs_per_s", "dtype", "TFLOP", "share_of_bf16_peak", "peak_GB", "million_pairs_per_s", "share_of_the_step", "ours_extra_GB", "peer_extra_GB",
+             "total_GB", "gradient_GB")
+    lines = ["| bench | unit | ours | peer | its value | ratio | more | machine |", "|---|---|---|---|---|---|---|---|"]
+    for r in results:
+        more = ", ".join(f"{k.replace('_', ' ')} {short(v) if isinstance(v, (int, float)) else v}" for k, v in r["settings"].items()
+                         if k in shown and v is not None and not isinstance(v, dict))
+        lines.append(f"| {r['name']} | {r['unit']} | {short(r['ours'])} | {r['peer_name']} | {short(r['peer'])} | {short(r['ratio'])} | {more} | {r['machine']} |")
+    return lines
 
 
 def main(argv=None) -> list[dict]:
@@ -265,10 +532,11 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", help="write the list to this file")
     parser.add_argument("--tiny", action="store_true", help="miniature sizes, to check that it runs")
     args = parser.parse_args(argv)
-    results = [BENCHES[name](args.tiny) for name in ([args.name] if args.name != "all" else BENCHES)]
-    for r in results:
-        peer = f"{r['peer_name']} {r['peer']:.3f} {r['unit']}, ratio {r['ratio']:.2f}" if r["peer"] else f"{r['unit']} ({r['peer_name']})"
-        print(f"{r['name']}: ours {r['ours']:.3f}, {peer} ({r['machine']}; {r['settings']})")
+    results = []
+    for name in [args.name] if args.name != "all" else BENCHES:
+        measured = BENCHES[name](args.tiny)
+        results += measured if isinstance(measured, list) else [measured]
+    print("\n".join(table(results)))
     if args.json:  # the other benches' last results stay
         path, names = Path(args.json), {r["name"] for r in results}
         kept = [r for r in json.loads(path.read_text()) if r["name"] not in names] if path.exists() else []

@@ -22,7 +22,8 @@ def test_bench_prints_and_writes_what_other_tools_read(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text()) == out
     for r in out:
         assert set(r) == {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine", "settings"}
-        assert r["ratio"] == (pytest.approx(r["peer"] / r["ours"]) if r["peer"] else None)
+        more_is_better = "per second" in r["unit"]
+        assert r["ratio"] == (pytest.approx(r["ours"] / r["peer"] if more_is_better else r["peer"] / r["ours"]) if r["peer"] else None)
     merged = bench.main(["htsat", "--tiny", "--json", str(tmp_path / "b.json")])
     assert {r["name"] for r in json.loads((tmp_path / "b.json").read_text())} == {r["name"] for r in out} and len(merged) == 1
 
