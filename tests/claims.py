@@ -148,6 +148,9 @@ def data_hash(data: list[str]) -> str:
     return hashlib.sha256(b"".join(common.manifest_path(item).read_bytes() for item in data)).hexdigest()[:12]
 
 
+TAGGING_BATCH = 48
+
+
 def tagging_start(method: str, flags: dict, data: list[str], results: Path, steps: int = 250) -> str:
     """One start for all methods and seeds, its audio encoder pre-trained to tag the training scenes -> its file.
 
@@ -157,7 +160,7 @@ def tagging_start(method: str, flags: dict, data: list[str], results: Path, step
     cfg = common.configure(SCRIPTS[method].Config, SCRIPTS[method].PRESETS, data=data, **flags)
     shape = dict(dim=cfg.audio_dim, heads=cfg.audio_heads, patch=cfg.audio_patch)
     shape |= dict(layers=cfg.audio_layers, stride=cfg.audio_stride) if method == "collat" else dict(depths=cfg.audio_depths)
-    told = [shape, steps, cfg.batch_size, data_hash(data)] + ([method] if method != "mga_clap" else [])
+    told = [shape, steps, TAGGING_BATCH, data_hash(data)] + ([method] if method != "mga_clap" else [])
     path = results / f"tagging_start_{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}.pt"
     if path.exists():
         return str(path)
@@ -175,7 +178,7 @@ def tagging_start(method: str, flags: dict, data: list[str], results: Path, step
     encoder.train()
     head = torch.nn.Linear(encoder.out_dim, len(classes))
     optimiser = torch.optim.Adam([*encoder.parameters(), *head.parameters()])
-    rng, batch_size = np.random.default_rng(0), min(cfg.batch_size, len(rows))
+    rng, batch_size = np.random.default_rng(0), min(TAGGING_BATCH, len(rows))
     batches = [rng.choice(len(rows), batch_size, replace=False).tolist() for _ in range(steps)]
     loader = torch.utils.data.DataLoader(common.AudioFiles(rows, rate, 10.0), batch_sampler=batches, num_workers=cfg.workers,
                                          collate_fn=common.collate_audio)
