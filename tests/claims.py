@@ -124,8 +124,9 @@ CURATION_CLAIMS = [(metric, f"{name} above that of {other}", lambda m, b, spread
                    for baseline, other in (("teacher", "the teacher"), ("ds_sl", "DS + SL")) for metric, name in (
                        ("accuracy", "zero-shot accuracy of ADS + SL"), ("tagging_mAP", "tagging mAP of ADS + SL"))]
 SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony, "collat": collat, "curation_clap": curation_clap}
+# CoLLAT starts from an AST that tags already, so that must move slowly and the rest may move fast
 BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny"), "cacophony": dict(size="tiny", stage="contrastive"),
-           "collat": dict(size="tiny", text_model=COLLAT_TEXT), "curation_clap": dict(size="tiny")}
+           "collat": dict(size="tiny", text_model=COLLAT_TEXT, lr=2e-3, audio_lr=1e-4), "curation_clap": dict(size="tiny")}
 BASELINES = {"mga_clap": {"clap": CLAP}, "t_clap": {"laion_clap": dict(lt_weight=0.0)}, "cacophony": CACO_BASELINES,
              "collat": COLLAT_BASELINES, "curation_clap": CURATION_BASELINES}
 CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS, "cacophony": CACO_CLAIMS, "collat": COLLAT_CLAIMS,

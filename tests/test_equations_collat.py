@@ -482,3 +482,14 @@ def test_a_clip_text_encoder_goes_through_training_and_checkpoint(corpus, tmp_pa
     ids = again.text_encoder.tokenize(["a bell"])
     expected = F.normalize(model.eval()(**{k: ids[k] for k in ("input_ids", "attention_mask")}).text_embeds, dim=-1)
     assert torch.allclose(again.embed_text(["a bell"]), expected, atol=1e-5)
+
+
+def test_a_new_model_starts_at_the_mean_token():
+    cfg = collat.Config(data=[], text_model="none", audio_weights="none", audio_dim=128, audio_layers=1, audio_heads=2, blocks=2, text_dim=64, text_layers=1)
+    torch.manual_seed(0)
+    model = collat.start_model(cfg, TEXTS)
+    table = model.text_encoder.model.get_input_embeddings().weight
+    with torch.no_grad():
+        tokens = model.interaction(torch.randn(400, 20, 128), torch.randn(400, 30, 128)).flatten(0, 1)  # (8000, C)
+    distance = (tokens - table.mean(0)) / table.std(0)
+    assert distance.square().mean().sqrt().item() == pytest.approx(1, abs=0.1) and distance.mean().abs() < 0.1
