@@ -17,15 +17,6 @@ RATE = 8000
 SPOKEN_DIGIT = ROOT.parent / "shared/formats/samples/hear2021/hear-2021.0.6/tasks/spoken_digit-1.0.9-small"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small networks: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Ear:
     """Frames of 0.1 s: how much sound there is in each of eight bands of 500 Hz."""
     window_s, sample_rate, frame_s, pairwise = 4.0, RATE, 0.1, False

@@ -16,15 +16,6 @@ import eval as evaluate
 RATE = 8000
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small networks: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Reader:
     """Reads its tokens off a clip's first samples: sample k = c / 100 is token c % 4 in slot k, marked from c = 4 on."""
     window_s, sample_rate, pairwise, patch_s = 0.5, RATE, False, 0.1
