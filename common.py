@@ -1728,14 +1728,12 @@ def batches_on(device, loader):
         return
     stream, ready = torch.cuda.Stream(device), None
     for batch in loader:
+        stream.wait_stream(torch.cuda.current_stream(device))  # memory given back by a batch is not taken while it is computed with
         with torch.cuda.stream(stream):
             coming = to_device(batch, device)
         if ready is not None:
             yield ready
         torch.cuda.current_stream(device).wait_stream(stream)
-        for tensor in torch.utils._pytree.tree_leaves(coming):
-            if isinstance(tensor, torch.Tensor):
-                tensor.record_stream(torch.cuda.current_stream(device))  # its memory is not given away while in use
         ready = coming
     if ready is not None:
         yield ready
