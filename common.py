@@ -1896,6 +1896,7 @@ class RunFolder:
             dist.broadcast_object_list(shared)  # processes that look later would see the first one's folder
         self.path, self.name = Path(runs) / shared[0], shared[0]
         self.n_clips, self.max_bad, self.writes, self.stop, self.told = n_clips, max_bad, rank_and_world()[0] == 0, False, False
+        self.process = os.getpid()
         if not resume and (self.path / "last.pt").exists():
             raise FileExistsError(f"{self.path} already holds a run; continue it with --resume or choose another --name")
         if self.writes:
@@ -1917,8 +1918,10 @@ class RunFolder:
         self.skipped = set(skipped.read_text(encoding="utf-8").splitlines()) if resume and skipped.exists() else set()
 
     def on_sigterm(self, *_):
-        self.told, self.stop = True, rank_and_world()[1] == 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one is obeyed at once
+        if os.getpid() != self.process:
+            os.kill(os.getpid(), signal.SIGTERM)  # a forked helper has nothing to save
+        self.told, self.stop = True, rank_and_world()[1] == 1
 
     def end_if_told(self, step: int) -> None:
         """After a checkpoint was saved: leave, if SIGTERM asked for it."""

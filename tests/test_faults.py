@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -64,6 +65,17 @@ def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(corpus, tm
     signal.signal(signal.SIGTERM, handler)
     script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
     same_weights(tmp_path / "a", runs_of(method)[0])
+
+
+def test_forked_helpers_end_at_the_first_sigterm(tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    run = common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    process.start()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM and not run.stop
+    signal.signal(signal.SIGTERM, handler)
 
 
 @every_script
