@@ -107,11 +107,17 @@ def configure(config_class, presets: dict, **given):
     return config_class(**{**values, **given})
 
 
+TOLD_TO_STOP = threading.Event()  # by SIGTERM, in a training that was started as a script
+
+
 def run_entry(main, parse):
-    """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1."""
+    """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1; SIGTERM lets a training save first."""
     settings = None
     try:
         settings = parse()
+        if hasattr(settings, "resume"):
+            TOLD_TO_STOP.clear()
+            signal.signal(signal.SIGTERM, lambda *_: (TOLD_TO_STOP.set(), signal.signal(signal.SIGTERM, signal.SIG_DFL)))  # a second one is obeyed at once
         main(settings)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
@@ -1879,7 +1885,7 @@ def evaluating(model):
 class RunFolder:
     """runs/<name>: log.jsonl, skipped.txt, checkpoints. Only the first process writes; a second run in it is refused.
 
-    SIGTERM sets `stop`, at which the loop saves and ends; on several processes all see it at the next log step.
+    At `stop` the loop saves and ends (`end_if_told`); several processes agree on it at the next log step.
     Args
         resume: continue what is there; otherwise an existing run is an error, never overwritten.
         max_bad: largest share of `n_clips` that may be unreadable before the run stops.
@@ -1895,8 +1901,7 @@ class RunFolder:
         if dist.is_initialized():
             dist.broadcast_object_list(shared)  # processes that look later would see the first one's folder
         self.path, self.name = Path(runs) / shared[0], shared[0]
-        self.n_clips, self.max_bad, self.writes, self.stop, self.told = n_clips, max_bad, rank_and_world()[0] == 0, False, False
-        self.process = os.getpid()
+        self.n_clips, self.max_bad, self.writes, self.all_told = n_clips, max_bad, rank_and_world()[0] == 0, False
         if not resume and (self.path / "last.pt").exists():
             raise FileExistsError(f"{self.path} already holds a run; continue it with --resume or choose another --name")
         if self.writes:
@@ -1912,16 +1917,13 @@ class RunFolder:
                 raise FileExistsError(f"{self.path} is being written by another process; choose another --name") from None
             except OSError as error:
                 raise PermissionError(f"--runs {runs}: cannot write to {self.path} ({error.strerror})") from None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.on_sigterm)
         skipped = self.path / "skipped.txt"
         self.skipped = set(skipped.read_text(encoding="utf-8").splitlines()) if resume and skipped.exists() else set()
 
-    def on_sigterm(self, *_):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one is obeyed at once
-        if os.getpid() != self.process:
-            os.kill(os.getpid(), signal.SIGTERM)  # a forked helper has nothing to save
-        self.told, self.stop = True, rank_and_world()[1] == 1
+    @property
+    def stop(self) -> bool:
+        """SIGTERM asked for an end: at once, or on several processes when all of them know."""
+        return self.all_told or (rank_and_world()[1] == 1 and TOLD_TO_STOP.is_set())
 
     def end_if_told(self, step: int) -> None:
         """After a checkpoint was saved: leave, if SIGTERM asked for it."""
@@ -1943,10 +1945,10 @@ class RunFolder:
 
     def settle_skipped(self, errors: list[str]) -> None:
         """Count and list the unreadable clips of all processes; stop past max_bad. A collective call, which also agrees on `stop`."""
-        everyone = [(errors, self.told)] * rank_and_world()[1]
+        everyone = [(errors, TOLD_TO_STOP.is_set())] * rank_and_world()[1]
         if dist.is_initialized():
-            dist.all_gather_object(everyone, (errors, self.told))
-        self.stop = any(told for _, told in everyone)
+            dist.all_gather_object(everyone, (errors, TOLD_TO_STOP.is_set()))
+        self.all_told = any(told for _, told in everyone)
         new = sorted({text for part, _ in everyone for text in part} - self.skipped)
         self.skipped.update(new)
         if new and self.writes:

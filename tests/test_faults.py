@@ -2,7 +2,6 @@
 import contextlib
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -58,24 +57,14 @@ def at_step(monkeypatch, number, act):
 def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(corpus, tmp_path, monkeypatch, runs_of, method, capsys):
     script, handler = SCRIPTS[method], signal.getsignal(signal.SIGTERM)
     with at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit) as stopped:
-        script.main(config_of(method, corpus, tmp_path, name="a", save_steps=100))
+        common.run_entry(script.main, lambda: config_of(method, corpus, tmp_path, name="a", save_steps=100))
     assert stopped.value.code == 143 and "SIGTERM: saved step 3; continue with --resume --name a" in capsys.readouterr().out
     assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one would have been obeyed
     signal.signal(signal.SIGTERM, handler)
+    common.TOLD_TO_STOP.clear()
     script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
     same_weights(tmp_path / "a", runs_of(method)[0])
-
-
-def test_forked_helpers_end_at_the_first_sigterm(tmp_path):
-    handler = signal.getsignal(signal.SIGTERM)
-    run = common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
-    process.start()
-    process.terminate()
-    process.join(60)
-    assert process.exitcode == -signal.SIGTERM and not run.stop
-    signal.signal(signal.SIGTERM, handler)
 
 
 @every_script
@@ -154,7 +143,6 @@ def test_kill_9_at_twenty_random_moments(corpus, tmp_path, runs_of, method):
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
     hold = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import common; common.RunFolder({str(tmp_path)!r}, 'a', 'x', False, 1, 0.5); print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
-    handler = signal.getsignal(signal.SIGTERM)
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(FileExistsError, match=f"{tmp_path}/a is being written by another process; choose another --name"):
@@ -165,7 +153,6 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
         process.wait()
     common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
     common.RunFolder(str(tmp_path), "a", "x", True, 1, 0.5)  # a second stage of the same process
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), None], ids=["gpu", "cpu"])
