@@ -209,7 +209,7 @@ def test_a_run_logs_both_losses_and_its_checkpoint_reloads_and_scores(runs_of, c
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == list(range(1, 9)) and lines[0]["ln_B"] == pytest.approx(math.log(6))
     for x in lines:
-        assert x["loss"] == pytest.approx(x["loss_c"] + 0.5 * x["loss_t"], rel=1e-5)
+        assert x["loss"] == pytest.approx(x["loss_c"] + 2 * x["loss_t"], rel=1e-5)  # weight 2 at size tiny
     assert lines[0]["lr"] == pytest.approx(5e-4 / 200) and lines[-1]["lr"] == pytest.approx(8 * 5e-4 / 200)
     assert json.loads((folder / "eval.json").read_text()) == result and 0 <= result["scores"]["t_classify_t2a"] <= 1
     model = evaluator.load_model(folder / "best.pt")
