@@ -112,7 +112,7 @@ TOLD_TO_STOP = threading.Event()  # by SIGTERM, in a training that was started a
 
 def run_entry(main, parse):
     """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1; SIGTERM lets a training save first."""
-    settings = None
+    settings, before = None, signal.getsignal(signal.SIGTERM)
     try:
         settings = parse()
         if hasattr(settings, "resume"):
@@ -136,6 +136,8 @@ def run_entry(main, parse):
                          f"look above for the first error, then continue with --resume ({text.splitlines()[0]})") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; a training run continues with --resume --name NAME, an evaluation with the same --cache") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------------
