@@ -112,7 +112,7 @@ TOLD_TO_STOP = threading.Event()  # by SIGTERM, in a training that was started a
 
 def run_entry(main, parse):
     """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1; SIGTERM lets a training save first."""
-    settings, before = None, signal.getsignal(signal.SIGTERM)
+    settings, before = None, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     try:
         settings = parse()
         if hasattr(settings, "resume"):
