@@ -50,7 +50,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -808,8 +807,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
             run.end_if_told(step)
     bar.close()
     if rank == 0:
-        shutil.copyfile(run.path / "last.pt", run.path / "mae.tmp")
-        (run.path / "mae.tmp").replace(run.path / "mae.pt")
+        save("mae.pt")
         if cfg.plot:
             say(f"picture: {plot_reconstructions(model, dataset, run.path / 'reconstructions.png')}")
     common.barrier()

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import difflib
+import errno
 import fractions
 import functools
 import inspect
@@ -25,6 +26,7 @@ import re
 import shutil
 import signal
 import struct
+import sys
 import threading
 import typing
 import zipfile
@@ -125,15 +127,18 @@ def run_entry(main, parse):
         raise SystemExit(f"error: {error}") from None
     except RuntimeError as error:
         text = str(error)
-        if os.environ.get("TRACEBACK") or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or dist.is_initialized()):
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
+        lost = dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("connection|peer|timed out|timeout", text, re.I))
+        if os.environ.get("TRACEBACK") or not (no_memory or lost):
             raise
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        if no_memory:
             size = f" at --batch-size {settings.batch_size}" if hasattr(settings, "batch_size") else ""
             smaller = "--micro-batch (gradient caching, the same gradients), " if hasattr(settings, "micro_batch") else ""
             raise SystemExit(f"error: out of memory{size}; try {smaller}a smaller --batch-size, or --precision bf16 "
                              f"({text.splitlines()[0]})") from None
-        raise SystemExit(f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another one ended or cannot be reached; "
-                         f"look above for the first error, then continue with --resume ({text.splitlines()[0]})") from None
+        print(f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another one ended or cannot be reached; look above "
+              f"for the first error, then continue with --resume ({text.splitlines()[0]})", file=sys.stderr, flush=True)  # before torchrun's SIGTERM is let through
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; a training run continues with --resume --name NAME, an evaluation with the same --cache") from None
     finally:
@@ -285,7 +290,7 @@ class AudioCache:
 
     def find(self, sources: dict) -> list[str]:
         """Read the parts' indices; -> the sources that none of them holds as they are now."""
-        for index in sorted(self.folder.glob(f"{self.rate}_*.json"), key=os.path.getmtime):
+        for index in sorted(self.folder.glob(f"{self.rate}_{'[0-9a-f]' * 16}.json"), key=os.path.getmtime):
             try:
                 held = json.loads(index.read_text(encoding="utf-8"))
                 if index.with_suffix(".i16").stat().st_size != 2 * held["samples"]:
@@ -431,7 +436,7 @@ def require(rows: list[dict], *keys: str) -> None:
         for key in keys:
             if row.get(key) in (None, []):
                 raise ValueError(f"{row['where']}: has no '{key}', which this run needs "
-                                 f"(keys there: {', '.join(k for k in row if k != 'where').encode('unicode_escape').decode()[:200]})")
+                                 f"(keys there: {' '.join(', '.join(k for k in row if k != 'where').split())[:200]})")
 
 
 def manifest_path(item) -> Path:
@@ -465,7 +470,7 @@ def _parse_row(line: bytes, where: str) -> dict:
     if row.get("split", "train") not in ("train", "val", "test"):
         raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
     if not row.get("audio"):
-        raise ValueError(f"{where}: no key 'audio' (keys there: {', '.join(row).encode('unicode_escape').decode()[:200] or 'none'}); "
+        raise ValueError(f"{where}: no key 'audio' (keys there: {' '.join(', '.join(row).split())[:200] or 'none'}); "
                          "it must name the sound file")
     for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
         for number, caption in enumerate(row.get(key, []), 1):
@@ -655,9 +660,11 @@ def written_whole(path: Path, who: str = ""):
         with open(temporary, "wb") as file:
             yield file
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}); what was there before is whole") from None
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # of what the caller does meanwhile
+            raise
+        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before is whole") from None
 
 
 def demo_sound(rng, rate: int = DEMO_HZ):
@@ -1968,7 +1975,10 @@ class RunFolder:
 
 def save_checkpoint(path: Path, payload: dict) -> None:
     with written_whole(path) as file:
-        torch.save(payload, file)
+        try:
+            torch.save(payload, file)
+        except RuntimeError:  # what torch makes of a failed write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def versions() -> dict:

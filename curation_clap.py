@@ -674,11 +674,8 @@ def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str
 
 
 def save_arrays(path: Path, **arrays) -> None:
-    """np.savez under a temporary name, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with common.written_whole(path, str(os.getpid())) as file:
         np.savez(file, **arrays)
-    os.replace(temporary, path)
 
 
 def read_captions(cfg: Config, train_rows: list[dict]):
@@ -743,24 +740,19 @@ def pair_lines(rows: list[dict], found, captions: list[str]):
 
 
 def mine_block(path: Path, rows: list[dict], embeds, search: Search, captions: list[str]) -> None:
-    """Write the pairs of one block, under a temporary name first: a kill leaves whole blocks only."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for found in search(embeds):
-            file.writelines(line + "\n" for line in pair_lines(rows, found, captions))
-    os.replace(temporary, path)
+    """Write the pairs of one block; a kill leaves whole blocks only."""
+    common.write_lines(path, (line for found in search(embeds) for line in pair_lines(rows, found, captions)))
 
 
 def join_blocks(paths: list[Path], out: Path) -> tuple[int, int]:
     """The blocks' files in order -> one file, renamed when complete; clips and pairs in it."""
-    temporary, clips, pairs = out.with_name(out.name + ".tmp"), 0, 0
-    with open(temporary, "w", encoding="utf-8") as whole:
+    clips = pairs = 0
+    with common.written_whole(out) as whole:
         for path in paths:
-            with open(path, encoding="utf-8") as part:
+            with open(path, "rb") as part:
                 for line in part:
                     whole.write(line)
                     clips, pairs = clips + 1, pairs + len(json.loads(line)["captions"])
-    os.replace(temporary, out)
     return clips, pairs
 
 

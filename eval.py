@@ -1686,11 +1686,9 @@ def embed_command(args, rows) -> None:
     report_left_out(bad, len(rows), args)
     captions = [(i, model.clean_caption(c)) for i, k in enumerate(kept) for c in rows[k].get("captions", [])]
     text_embeds = common.embed_texts(model, [c for _, c in captions]) if captions else np.zeros((0, audio_embeds.shape[1]), np.float32)
-    temporary = Path(f"{args.out}.tmp")
-    with open(temporary, "wb") as file:
+    with common.written_whole(Path(args.out)) as file:
         np.savez(file, audio_embeds=audio_embeds, audio=np.array([rows[k]["audio"] for k in kept]), text_embeds=text_embeds,
                  captions=np.array([c for _, c in captions], dtype=str), owner=np.array([i for i, _ in captions], dtype=int))
-    temporary.replace(args.out)
     print(f"{args.out}: {len(kept)} clips, {len(captions)} captions, {audio_embeds.shape[1]} dimensions")
 
 

@@ -468,7 +468,7 @@ def write_manifest(out: Path, rows: list[dict], classes=None) -> None:
             key: path_in(out.parent, value) if key in ("audio", "image", "swapped_audio") else value
             for key, value in row.items() if key != "where"}, ensure_ascii=False)) for row in rows))
     except OSError as error:
-        raise PermissionError(f"--out {out}: cannot be written ({error.strerror})") from None
+        raise PermissionError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     print(f"wrote {out}" + (f" and classes.txt ({len(classes)} classes)" if classes else ""))
 
 

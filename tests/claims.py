@@ -17,9 +17,11 @@
   python tests/claims.py curation_clap --data ANNOTATED --pool POOL --start random --seeds 3 --ablation students --json results/ablation_students.json
   python tests/claims.py collat --data SCENES --seeds 3 --json results/claims_collat.json
   python tests/claims.py collat --data SCENES --ablation blocks --json results/ablation_blocks.json
+  python tests/claims.py one_ground --data SCENES --pool POOL --json results/one_ground.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
+one_ground trains the five methods and CLAP alike: one table of what each buys and what it costs.
 Without --compare and --ablation, writes a list of {"claim", "method", "baseline", "metric",
 "method_mean", "method_std", "baseline_mean", "baseline_std", "seeds", "holds", "seconds"}; with
 either, a list of {"table", "row", "seeds", "scores": {metric: {"mean", "std"}}, "flags", "seconds"}.
@@ -28,7 +30,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -132,7 +136,24 @@ BASELINES = {"mga_clap": {"clap": CLAP}, "t_clap": {"laion_clap": dict(lt_weight
 CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS, "cacophony": CACO_CLAIMS, "collat": COLLAT_CLAIMS,
           "curation_clap": CURATION_CLAIMS}  # a fourth entry names the baseline, where there are several
 METRICS = {"mga_clap": MGA_METRICS, "t_clap": T_METRICS, "cacophony": CACO_METRICS, "collat": COLLAT_METRICS, "curation_clap": CURATION_METRICS}
+# Audio encoders of 0.85 to 0.9 million parameters, the same text encoder (CoLLAT's is locked, so it needs one that knows language),
+# 300 steps of 32 pairs; what else a method needs is its idea: Cacophony's stage 1, curation-CLAP's pool
+GROUND_SHARED = dict(size="tiny", batch_size=32)
+GROUND = {
+    "CLAP": ("mga_clap", dict(CLAP, epochs=7, eval_epochs=7)),
+    "MGA-CLAP": ("mga_clap", dict(epochs=7, eval_epochs=7)),
+    "T-CLAP": ("t_clap", dict(steps=300, eval_steps=150, warmup_steps=40, lr=1e-3)),
+    "Cacophony": ("cacophony", dict(steps=300, audio_layers=4)),
+    "CoLLAT": ("collat", dict(steps=300, audio_layers=4, text_model=COLLAT_TEXT, lr=2e-3, audio_lr=1e-4)),
+    "curation-CLAP": ("curation_clap", dict(audio_channels=[12, 24, 48, 96, 200], epoch_steps=50, teacher_epochs=3, student_epochs=3))}
+GROUND_METRICS = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "accuracy", "tagging_mAP", "frame_mAP_raw", "frame_mAP_centred", "PSDS1_st0_centred", "PSDS_exact_centred",
+                  "t_classify_t2a", "mAP_std0.1", "CIDEr-D", "gap")
+GROUND_COSTS = ("CPU_min", "peak_GB", "M_audio", "M_params")
 ABLATIONS = {"mga_clap": MGA_ABLATIONS, "t_clap": T_ABLATIONS, "cacophony": CACO_ABLATIONS, "collat": COLLAT_ABLATIONS, "curation_clap": CURATION_ABLATIONS}
+
+
+# Fields that a run's scores do not depend on, or that are told in another way
+UNTOLD = ("data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device", "cache", "compile")
 
 
 def stored(name: str, settings: dict, results: Path, run) -> dict:
@@ -159,8 +180,11 @@ def tagging_start(method: str, flags: dict, data: list[str], results: Path, step
     AudioSet training, which the papers start from. The validation and test recordings are not heard.
     """
     cfg = common.configure(SCRIPTS[method].Config, SCRIPTS[method].PRESETS, data=data, **flags)
-    shape = dict(dim=cfg.audio_dim, heads=cfg.audio_heads, patch=cfg.audio_patch)
-    shape |= dict(layers=cfg.audio_layers, stride=cfg.audio_stride) if method == "collat" else dict(depths=cfg.audio_depths)
+    if method == "curation_clap":
+        shape = dict(channels=cfg.audio_channels, hop=cfg.hop)
+    else:
+        shape = dict(dim=cfg.audio_dim, heads=cfg.audio_heads, patch=cfg.audio_patch)
+        shape |= dict(layers=cfg.audio_layers, stride=cfg.audio_stride) if method == "collat" else dict(depths=cfg.audio_depths)
     told = [shape, steps, TAGGING_BATCH, data_hash(data)] + ([method] if method != "mga_clap" else [])
     path = results / f"tagging_start_{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}.pt"
     if path.exists():
@@ -173,6 +197,8 @@ def tagging_start(method: str, flags: dict, data: list[str], results: Path, step
         encoder, log_mel, rate = common.HTSAT(**shape, drop_path=0.0), common.LogMel(), 32000
     elif method == "collat":
         encoder, log_mel, rate = collat.AST(**shape), lambda waveform: torch.stack([collat.fbank(clip) for clip in waveform]), 16000
+    elif method == "curation_clap":
+        encoder, log_mel, rate = curation_clap.CNN14(**shape, block_dropout=0.0, dropout=0.0), torch.nn.Identity(), 44100  # its mel is inside
     else:
         model = t_clap.start_model(cfg, [text for row in rows for text in row["captions"]])
         encoder, log_mel, rate = model.audio_encoder, model.log_mel, model.sample_rate
@@ -187,7 +213,8 @@ def tagging_start(method: str, flags: dict, data: list[str], results: Path, step
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(step, steps // 8, steps)
         waveform = torch.nn.functional.pad(waveform, (0, 10 * rate - waveform.shape[1]))
-        logits = head(encoder(log_mel(waveform))).mean(1)  # (B, T, classes) -> (B, classes)
+        logits = head(encoder(log_mel(waveform)))  # CNN14: (B, classes)
+        logits = logits.mean(1) if logits.dim() == 3 else logits  # (B, T, classes) -> (B, classes)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[indices])
         optimiser.zero_grad()
         loss.backward()
@@ -207,8 +234,7 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
     cfg = common.configure(script.Config, script.PRESETS, data=args.data, seed=seed, **flags)
     if flags.get("text_model") == COLLAT_TEXT:
         flags = {**flags, "text_model": minilm()}
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (
-        "data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device", "cache", "compile")}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in UNTOLD}
     # what such a run never reads is not what tells it from another
     if method == "mga_clap" and cfg.aggregator != "codebook":
         settings = {k: v for k, v in settings.items() if k not in ("affinity", "sparsity", "codewords", "affinity_scale")}
@@ -347,6 +373,53 @@ def claims(method: str, args) -> list[dict]:
     return out
 
 
+def one_ground(args) -> list[dict]:
+    """The five methods and CLAP on the same scenes with the same number of pairs, seed 0: scores, and what the training costs.
+
+    Each training is a process of its own: CPU minutes are those of all its threads and loaders, its own
+    stage 1 included, and peak memory is that of its largest process. The tagging start counts as given.
+    """
+    out = []
+    for row, (method, flags) in GROUND.items():
+        script, flags = SCRIPTS[method], {**GROUND_SHARED, **flags, **json.loads(args.budget)}
+        flags |= dict(text_model=minilm()) if method == "collat" else dict(pool=args.pool) if method == "curation_clap" else {}
+        cfg = dataclasses.asdict(common.configure(script.Config, script.PRESETS, data=args.data, seed=0, **flags))
+        settings = {"ground": row, "start": args.start, "data": data_hash(args.data + args.pool), **{k: v for k, v in cfg.items() if k not in (
+            *UNTOLD, "pool", "captions", "labels", "teacher", "dry_run", "block")}, **({"text_model": COLLAT_TEXT} if method == "collat" else {})}
+
+        def run(key):
+            folder = Path(args.runs) / f"ground_{key}"
+            given = dict(flags, data=args.data, runs=args.runs, name=folder.name, seed=0)
+            if args.start == "tagging" and method != "cacophony":
+                given["weights" if method == "t_clap" else "audio_weights"] = tagging_start(method, flags, args.data, Path(args.results))
+            if not (folder / "costs.json").exists():
+                code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, torch, {method} as script; torch.set_num_threads({torch.get_num_threads()}); "
+                        f"script.main(common.configure(script.Config, script.PRESETS, resume={(folder / 'last.pt').exists()}, **{given!r}))")
+                child = subprocess.Popen([sys.executable, "-c", code])
+                _, status, used = os.wait4(child.pid, 0)
+                child.returncode = os.waitstatus_to_exitcode(status)
+                if child.returncode:
+                    raise ChildProcessError(f"the training of {row} ended with exit code {child.returncode}; look above for its error")
+                common.write_lines(folder / "costs.json", [json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 2 ** 20])])
+            seconds, peak = json.loads((folder / "costs.json").read_text())
+            best = folder / "best.pt"
+            scores, chance, n_clips, _ = test_scores(best, args.data)
+            noisy, by_chance = noise_scores(best, args.data)
+            count = lambda part: sum(p.numel() for p in part.parameters()) / 1e6  # noqa: E731
+            model = script.Model.from_checkpoint(best)
+            return {"scores": {**scores, **noisy, "CPU_min": seconds / 60, "peak_GB": peak, "M_audio": count(model.audio_encoder), "M_params": count(model)},
+                    "chance": {**chance, **by_chance}, "n_clips": n_clips, "machine": bench.machine()}
+
+        r = stored(f"ground_{method}", settings, Path(args.results), run)
+        out.append({"table": "one_ground", "row": row, "seeds": 1, "flags": GROUND[row][1], "start": args.start, "n_clips": r["n_clips"], "machine": r["machine"], "chance": r["chance"],
+                    "scores": {m: {"mean": r["scores"][m], "std": 0.0} for m in (*GROUND_METRICS, *GROUND_COSTS) if m in r["scores"]}})
+    metrics = [m for m in (*GROUND_METRICS, *GROUND_COSTS) if any(m in r["scores"] for r in out)]
+    print(f"\n| one_ground | {' | '.join(metrics)} |\n|{'---|' * (len(metrics) + 1)}")
+    for r in out:
+        print(f"| {r['row']} | " + " | ".join(f"{r['scores'][m]['mean']:.3f}" if m in r["scores"] else "-" for m in metrics) + " |")
+    return out
+
+
 def tables(method: str, args) -> list[dict]:
     """--compare: MGA-CLAP's Table 4 under one budget; --ablation: what the papers ablate, seed 0."""
     if args.compare:
@@ -373,7 +446,7 @@ def tables(method: str, args) -> list[dict]:
 
 def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("method", choices=[*SCRIPTS, "all"])
+    parser.add_argument("method", choices=[*SCRIPTS, "one_ground", "all"])
     parser.add_argument("--data", nargs="+", required=True, help="scenes made by prepare.py, with train, val and test rows; t_clap: with negatives, for --ablation mixing a second set without")
     parser.add_argument("--pool", nargs="+", default=[], help="curation_clap: scenes whose captions are not read; none: half of the training scenes")
     parser.add_argument("--seeds", type=int, default=1, help="runs per method, seeds 0, 1, ...")
@@ -391,7 +464,10 @@ def main(argv=None) -> list[dict]:
     if args.ablation not in (None, "all", *ABLATIONS.get(args.method, ())) or (args.compare and args.method != "mga_clap"):
         parser.error(f"{args.method} has no --ablation {args.ablation}" if args.ablation else "--compare is mga_clap's")
     names = [args.method] if args.method != "all" else SCRIPTS
-    out = [c for name in names for c in (tables if args.compare or args.ablation else claims)(name, args)]
+    if args.method == "one_ground":
+        out = one_ground(args)
+    else:
+        out = [c for name in names for c in (tables if args.compare or args.ablation else claims)(name, args)]
     if args.json:
         common.write_lines(Path(args.json), [json.dumps(out, indent=1)])
     return out

@@ -22,6 +22,8 @@ def body(name: str, table: str, header: str) -> list[str]:
     if name.startswith("claims"):
         return [f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} | {c['chance']:.3f} "
                 f"| {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |" for c in stored]
+    if name.startswith("run_"):
+        return [f"| {c['truth']} | {c['said']} |" for c in stored["captions"]]
     metrics = [cell.strip() for cell in header.strip("|").split("|")][2:]
     return [f"| {r['row']} | {r['seeds']} | " + " | ".join(f"{r['scores'][m]['mean']:.3f}" for m in metrics) + " |"
             for r in stored if r["table"] == (table or "compare")]

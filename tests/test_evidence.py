@@ -68,7 +68,7 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
 
 def test_stored_claims_and_tables_follow_from_the_stored_runs():
     """Every number of results/claims_*.json and the tables is the mean of the stored runs whose settings it names."""
-    runs = [json.loads(p.read_text()) for p in RESULTS.glob("run_*.json")]
+    runs = [r for r in (json.loads(p.read_text()) for p in RESULTS.glob("run_*.json")) if "ground" not in r["settings"]]
     own = {"mga_clap": "aggregator", "t_clap": "lt_weight", "cacophony": "rho", "collat": "token_weight", "curation_clap": "teacher_fraction"}  # settings that only its runs have
 
     def mean(method, metric, seeds, start, **flags):
@@ -159,6 +159,27 @@ def test_collat_claims_in_miniature(corpus, tmp_path, monkeypatch):
     for rows in claims.COLLAT_ABLATIONS.values():
         for row in rows.values():
             common.configure(claims.SCRIPTS["collat"].Config, claims.SCRIPTS["collat"].PRESETS, data=["x"], **row)
+
+
+def test_one_ground_in_miniature(corpus, tmp_path, monkeypatch):
+    """Two methods, each start once; what it costs is that of the training's own process."""
+    monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
+    monkeypatch.setattr(claims.evaluator, "NOISE", {k: v for k, v in claims.evaluator.NOISE.items() if k in ("clean", "std0.1")})
+    flags = ["one_ground", "--data", str(corpus), "--pool", str(corpus), "--results", str(tmp_path), "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "g.json")]
+    ground = claims.GROUND
+    small = {name: {k: v for k, v in SMALL_OF[name].items() if k not in ("size", "data", "runs", "name", "seed")} for name in claims.SCRIPTS}
+    small["mga_clap"] = {k: v for k, v in SMALL.items() if k != "size"}
+    for chosen, start in (({"CLAP": claims.CLAP, "curation-CLAP": {}}, "tagging"), ({"Cacophony": {}, "T-CLAP": {}}, "random")):
+        monkeypatch.setattr(claims, "GROUND", {row: (ground[row][0], small[ground[row][0]] | more) for row, more in chosen.items()})
+        out = claims.main([*flags, "--start", start])
+        assert [r["row"] for r in out] == list(chosen) and json.loads((tmp_path / "g.json").read_text()) == out
+        for r in out:
+            scores = {name: s["mean"] for name, s in r["scores"].items()}
+            assert {"t2a_R@1", "tagging_mAP", "mAP_std0.1", *claims.GROUND_COSTS} <= set(scores)
+            assert 0.1 < scores["peak_GB"] < 8 and 0 < scores["CPU_min"] < 5 and 0 < scores["M_audio"] < scores["M_params"]
+    assert len(list(tmp_path.glob("run_ground_*.json"))) == 4 and len(list(tmp_path.glob("tagging_start_*.pt"))) == 2
+    monkeypatch.setattr(claims.subprocess, "Popen", None)  # a second call trains nothing
+    assert claims.main([*flags, "--start", "random"]) == out
 
 
 def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch):

@@ -69,12 +69,12 @@ def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(corpus, tm
 @every_script
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(corpus, tmp_path, monkeypatch, runs_of, method):
     script, limits = SCRIPTS[method], resource.getrlimit(resource.RLIMIT_FSIZE)
-    step = {"cacophony": 3}.get(method, 4)  # cacophony's stage 1 has 4 steps, too; it saves before the limit is set in both
+    step = 3 if method in ("cacophony", "curation_clap") else 4  # between the first checkpoint and the last
     fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # noqa: E731
     if method == "cacophony":
         script.main(config_of(method, corpus, tmp_path, name="a", stage="mae"))
     try:
-        with at_step(monkeypatch, step if method != "curation_clap" else 3, fill), pytest.raises(OSError, match="cannot be written .*; what was there before is whole"):
+        with at_step(monkeypatch, step, fill), pytest.raises(OSError, match="cannot be written .*; what was there before is whole"):
             script.main(config_of(method, corpus, tmp_path, name="a", **({"stage": "contrastive"} if method == "cacophony" else {})))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -132,7 +132,7 @@ def test_kill_9_at_twenty_random_moments(corpus, tmp_path, runs_of, method):
             if (tmp_path / "killed/a" / name).exists():
                 seen.append(common.read_checkpoint(tmp_path / "killed/a" / name)["step"])
     assert kills and seen
-    if process.returncode:
+    if process.returncode:  # the last one was killed, too
         done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     same_weights(tmp_path / "killed/a", tmp_path / "whole/a")
@@ -193,7 +193,7 @@ common.run_entry"""))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619", str(source)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "exitcode  : -9" in done.stderr
-    assert "error: process 0 of 2 stopped, since another one ended or cannot be reached" in done.stderr or "SIGTERM" in done.stdout, done.stderr[-3000:]
+    assert "error: process 0 of 2 stopped, since another one ended or cannot be reached" in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -128,6 +129,27 @@ def test_measured_tables_agree_with_results():
     tied = {name for name, _ in re.findall(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n\|", README)}
     assert {"bench", "compare_mga_clap", "claims_mga_clap"} <= tied
     assert tied >= {path.stem for path in (ROOT / "results").glob("*.json") if not path.stem.startswith("run_")}  # what was measured is shown
+    for name, table, block in re.findall(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n(.*?)\n\n", README, re.S):
+        stored = json.loads((ROOT / f"results/{name}.json").read_text())
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        if name.startswith("claims"):
+            assert len(lines) - 2 == len(stored)
+            for cells, c in zip(lines[2:], stored):
+                assert cells == [c["metric"], f"{c['baseline_mean']:.3f} ± {c['baseline_std']:.3f}", f"{c['method_mean']:.3f} ± {c['method_std']:.3f}",
+                                 f"{c['chance']:.3f}", f"{c['claim']}: {'holds' if c['holds'] else 'does not hold'}"]
+        elif name.startswith("run_"):
+            assert lines[2:] == [[c["truth"], c["said"]] for c in stored["captions"]] and len(lines) == 12
+        elif name == "bench":
+            assert [cells[:2] for cells in lines[2:]] == [[r["name"], r["unit"]] for r in stored]
+            for cells, r in zip(lines[2:], stored):
+                for cell, key in ((cells[2], "ours"), (cells[4], "peer"), (cells[5], "ratio")):
+                    assert cell == "-" if r[key] is None else float(cell.replace(",", "")) == pytest.approx(r[key], rel=0.005)
+        else:
+            stored = [r for r in stored if r["table"] == (table or "compare")]
+            assert len(lines) - 2 == len(stored)
+            for cells, r in zip(lines[2:], stored):
+                assert cells[:2] == [r["row"], str(r["seeds"])]
+                assert cells[2:] == [f"{r['scores'][metric]['mean']:.3f}" for metric in lines[0][2:]], r["row"]
     assert readme.written(README) == README, "run python tests/readme.py"
     changed = re.sub(r"0\.103 ± 0\.038", "0.104 ± 0.038", README, count=1)
     assert readme.written(changed) == README != changed
