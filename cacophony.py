@@ -815,7 +815,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
 
 
 @torch.no_grad()
-def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3) -> Path:
+def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3, dpi: int = 100) -> Path:
     """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
     plt = common.pyplot()
     items = [item for item in (dataset[0, i] for i in range(min(20, len(dataset.rows)))) if not isinstance(item, common.AudioError)][:clips]
@@ -835,7 +835,7 @@ def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3)
             axis.set_title(title, fontsize=9)
             axis.set_ylabel("mel bin")
         column[-1].set_xlabel("time (s)")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return path
 

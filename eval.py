@@ -281,7 +281,7 @@ def t_classify(model, clips, classes, args) -> dict:
     of captions of clips with a `swapped_audio`, the same sounds in another order, that lie strictly
     closer to the clip than to the swapped audio. A tie is a miss; ties are counted. Micro-average
     over all pairs; details hold each manifest and each connective alone, so that shortcuts ("first",
-    commas) show. Source: T-CLAP Table 2 (AudioCaps, Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
+    commas) show, and every pair's margin. Source: T-CLAP Table 2 (AudioCaps, Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
     """
     pairs = [(i, caption, negative) for i, row in enumerate(clips["rows"])
              for caption, negative in zip(row.get("captions", []), row.get("negatives", [])) if negative]
@@ -317,12 +317,13 @@ def t_classify(model, clips, classes, args) -> dict:
             for name in (f"set {clips['rows'][i]['where'].rpartition(':')[0]}", f"connective {connective!r}"):
                 groups.setdefault(way, {}).setdefault(name, []).append(m > 0)
     details = {way: {name: {"value": float(np.mean(hits)), "pairs": len(hits)} for name, hits in of.items()} for way, of in groups.items()}
+    details["margins"] = {way: margin.tolist() for way, (_, margin) in of_pair.items()}
     ties = {way: int((margin == 0).sum()) for way, (_, margin) in of_pair.items()}
     return result("t_classify", score, n, {"t2a": 0.5, "a2t": 0.5}, args, n_captions=len(pairs), details=details,
                   prompt="captions as written, cleaned by the method", tie_rule=f"a tie is a miss; ties: {ties}",
                   pairs=f"{len(pairs)} captions with a negative, {len(of_pair['a2t'][1]) if swapped else 0} with swapped audio",
                   by_connective={way: {k.partition(' ')[2]: f"{v['value']:.3f} of {v['pairs']}" for k, v in of.items() if k.startswith("conn")}
-                                 for way, of in details.items()})
+                                 for way, of in details.items() if way in of_pair})
 
 
 def train_probe(train, val, n_classes: int, desc: str, layers: int = 4, width: int = 512, epochs: int = 60, seed: int = 0,
@@ -1438,6 +1439,28 @@ def plot_gap(model, clips, folder: Path) -> list[Path]:
     return [folder / "gap.png"]
 
 
+def plot_order(results: dict, folder: Path) -> Path:
+    """{name: a result of t_classify}: by how much the true order is preferred, a histogram a direction and model."""
+    plt = common.pyplot()
+    ways = {"t2a": "cosine to the caption less that to its negative", "a2t": "cosine to the clip less that to the swapped audio"}
+    ways = {way: text for way, text in ways.items() if any(way in r["details"]["margins"] for r in results.values())}
+    figure, axes = plt.subplots(1, len(ways), figsize=(4.5 * len(ways), 3), squeeze=False, layout="constrained")
+    for axis, (way, text) in zip(axes[0], ways.items()):
+        widest = max(np.abs(r["details"]["margins"].get(way, [0])).max() for r in results.values()) or 1
+        for name, r in results.items():
+            if way in r["details"]["margins"]:
+                axis.hist(r["details"]["margins"][way], np.linspace(-widest, widest, 42), alpha=0.6,
+                          label=f"{name}: {r['scores'][way]['value']:.1%} right, {len(r['details']['margins'][way])} pairs")
+        axis.axvline(0, color="black", lw=1)
+        axis.locator_params(axis="x", nbins=5)
+        axis.set_xlabel(text)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("pairs")
+    figure.savefig(folder / "order.png", dpi=100)
+    plt.close(figure)
+    return folder / "order.png"
+
+
 def plot_noise(r: dict, folder: Path) -> Path:
     """Score against the signal-to-noise ratio, the clean value and that with noise of standard deviation 0.1 as lines."""
     plt = common.pyplot()
@@ -1824,6 +1847,7 @@ def evaluate(args, rows, results: list, save) -> None:
         if any(r["protocol"] == "gap" for r in results):
             paths += plot_gap(model, clips, folder)
         paths += [plot_noise(r, folder) for r in results if r["protocol"] == "noise"]
+        paths += [plot_order({Path(args.checkpoint).name: r}, folder) for r in results if r["protocol"] == "t_classify"]
         if hasattr(model, "token_attention") and any(row.get("captions") for row in clips["rows"]):
             paths.append(plot_attention(model, clips["rows"], folder))
         script = importlib.import_module(type(model).__module__)

@@ -1,23 +1,9 @@
 """Does each paper's effect show? Trains the method and its baseline alike and compares them.
 
-  python prepare.py scenes --sounds DIR --out SCENES
-  python tests/claims.py mga_clap --data SCENES --seeds 3 --json results/claims_mga_clap.json
-  python tests/claims.py mga_clap --data SCENES --compare --json results/compare_mga_clap.json
-  python tests/claims.py mga_clap --data SCENES --ablation all --json results/ablation_mga_clap.json
-  python prepare.py scenes --preset esc-mixed-up --sounds DIR --out MIXED
-  python prepare.py scenes --preset esc-mixed-up --overlay 1 --val 0 --test 0 --sounds DIR --out TOGETHER   (no order: positives only)
-  python tests/claims.py t_clap --data MIXED TOGETHER --start random --seeds 3 --json results/claims_t_clap.json
-  python tests/claims.py t_clap --data MIXED TOGETHER --start random --seeds 3 --budget '{"lt_weight": 0.5}' --json results/claims_t_clap_paper_weight.json
-  python tests/claims.py t_clap --data MIXED TOGETHER --start random --ablation mixing --json results/ablation_mixing.json
-  python tests/claims.py cacophony --data SCENES --start random --seeds 3 --json results/claims_cacophony.json
-  python tests/claims.py cacophony --data SCENES --start random --ablation rho --json results/ablation_rho.json
-  python prepare.py scenes --sounds DIR --train-folds 1,4 --rate 44100 --out ANNOTATED
-  python prepare.py scenes --sounds DIR --train-folds 2,3,4 --val 0 --test 0 --rate 44100 --seed 2 --out POOL
-  python tests/claims.py curation_clap --data ANNOTATED --pool POOL --start random --seeds 3 --json results/claims_curation_clap.json
-  python tests/claims.py curation_clap --data ANNOTATED --pool POOL --start random --seeds 3 --ablation students --json results/ablation_students.json
-  python tests/claims.py collat --data SCENES --seeds 3 --json results/claims_collat.json
-  python tests/claims.py collat --data SCENES --ablation blocks --json results/ablation_blocks.json
-  python tests/claims.py one_ground --data SCENES --pool POOL --json results/one_ground.json
+  python tests/claims.py all --data data --sounds ESC-50-master --seeds 3      everything the README shows
+  python tests/claims.py mga_clap --data data/scenes_1 --seeds 3 --json results/claims_mga_clap.json
+  python tests/claims.py mga_clap --data data/scenes_1 --ablation codewords --json results/ablation_codewords.json
+  python tests/claims.py one_ground --data data/scenes_1 --pool data/pool --json results/one_ground.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
@@ -31,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,6 +38,7 @@ import common  # noqa: E402
 import curation_clap  # noqa: E402
 import eval as evaluator  # noqa: E402
 import mga_clap  # noqa: E402
+import prepare  # noqa: E402
 import t_clap  # noqa: E402
 
 # Same encoder, start, data, steps and learning rate; only the method differs.
@@ -156,9 +144,32 @@ ABLATIONS = {"mga_clap": MGA_ABLATIONS, "t_clap": T_ABLATIONS, "cacophony": CACO
 UNTOLD = ("data", "audio_weights", "name", "runs", "resume", "save_steps", "log_steps", "workers", "device", "cache", "compile")
 
 
+# What `all` runs: file in results/ -> arguments; DIR is the folder that --data names
+SCENES = {  # folder in DIR -> what `prepare.py scenes --sounds ESC-50` was told
+    "scenes_1": "--seed 1",
+    "mixed_1": "--preset esc-mixed-up --train 4000 --val 200 --test 500 --rate 48000 --format wav --seed 1",
+    "together_1": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 1",
+    "annotated": "--train-folds 1,4 --train 1000 --val 100 --test 500 --rate 44100 --seed 1",
+    "pool": "--train-folds 2,3,4 --train 1500 --val 0 --test 0 --rate 44100 --seed 2"}
+_MGA, _T, _CACO = "mga_clap --data DIR/scenes_1", "t_clap --data DIR/mixed_1 DIR/together_1 --start random", "cacophony --data DIR/scenes_1 --start random"
+_CURATION = "curation_clap --data DIR/annotated --pool DIR/pool --start random"
+EVIDENCE = {
+    "claims_mga_clap": _MGA, "claims_mga_clap_scale_100": _MGA + """ --budget '{"affinity_scale": 100.0}'""", "compare_mga_clap": _MGA + " --compare",
+    **{f"ablation_{name}": f"{_MGA} --ablation {name}" for name in MGA_ABLATIONS},
+    "claims_t_clap": _T, "claims_t_clap_paper_weight": _T + """ --budget '{"lt_weight": 0.5}'""", **{f"ablation_{name}": f"{_T} --ablation {name}" for name in T_ABLATIONS},
+    "claims_cacophony": _CACO, **{f"ablation_{name}": f"{_CACO} --ablation {name}" for name in CACO_ABLATIONS},
+    "claims_collat": "collat --data DIR/scenes_1", **{f"ablation_{name}": f"collat --data DIR/scenes_1 --ablation {name}" for name in COLLAT_ABLATIONS},
+    "claims_curation_clap": _CURATION, **{f"ablation_{name}": f"{_CURATION} --ablation {name}" for name in CURATION_ABLATIONS},
+    "one_ground": "one_ground --data DIR/scenes_1 --pool DIR/pool"}
+
+
+def key_of(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def stored(name: str, settings: dict, results: Path, run) -> dict:
     """run(), or what an earlier call with equal settings left in results/."""
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    key = key_of(settings)
     path = results / f"run_{name}_{key}.json"
     if not path.exists():
         print(f"running {settings}", flush=True)
@@ -225,9 +236,9 @@ def tagging_start(method: str, flags: dict, data: list[str], results: Path, step
     return str(path)
 
 
-def run_method(method: str, flags: dict, seed: int, args) -> dict:
-    """Train with `flags` over the budget, test the best validation checkpoint on the test scenes."""
-    script, results = SCRIPTS[method], Path(args.results)
+def described(method: str, flags: dict, seed: int, args) -> tuple:
+    """A run -> its name, the settings that tell it from others, all flags, Config."""
+    script = SCRIPTS[method]
     flags = {**BUDGETS[method], **json.loads(args.budget), **flags}
     if method == "curation_clap":
         flags = {**({"pool": args.pool} if args.pool else {}), **flags}
@@ -248,6 +259,17 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
         if cfg.stage == "teacher":  # such a run reads nothing of what comes after
             settings = {k: v for k, v in settings.items() if k not in OF_STUDENTS}
     settings = {"start": args.start, "data": data_hash([*args.data, *(args.pool if method == "curation_clap" else [])]), **settings}
+    if method == "mga_clap":
+        name = {"mean": "clap", "codebook": "mga_clap"}.get(cfg.aggregator, cfg.aggregator)
+    else:
+        name = "laion_clap" if method == "t_clap" and not cfg.lt_weight else method
+    return name, settings, flags, cfg
+
+
+def run_method(method: str, flags: dict, seed: int, args) -> dict:
+    """Train with `flags` over the budget, test the best validation checkpoint on the test scenes."""
+    script, results = SCRIPTS[method], Path(args.results)
+    name, settings, flags, cfg = described(method, flags, seed, args)
 
     def run(key):
         folder, weights, seconds, best = Path(args.runs) / key, {}, None, "best.pt"
@@ -281,10 +303,6 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
         return {"scores": scores, "chance": chance, "seconds": seconds, "n_clips": n_clips, "machine": bench.machine(), **said,
                 **{f"final_{k}" if k.startswith("loss") else k: log[-1][k] for k in ("loss", "loss_c", "loss_t", "active_codewords") if k in log[-1]}}
 
-    if method == "mga_clap":
-        name = {"mean": "clap", "codebook": "mga_clap"}.get(cfg.aggregator, cfg.aggregator)
-    else:
-        name = "laion_clap" if method == "t_clap" and not cfg.lt_weight else method
     return stored(name, settings, results, run)
 
 
@@ -309,13 +327,18 @@ def noise_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict]:
     return scores, chance
 
 
-def mae_start(flags: dict, seed: int, args) -> str:
-    """Stage 1 of a seed, once for all of its runs -> its mae.pt."""
-    cfg = common.configure(cacophony.Config, cacophony.PRESETS, data=args.data, seed=seed, **{**flags, "stage": "mae"})
+def mae_folder(cfg, args) -> Path:
+    """Of stage 1 of a seed."""
     told = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith(("mae_", "mask_", "audio_")) or k in (
         "seed", "variant", "warmup_steps", "min_lr", "weight_decay", "precision")}
     key = hashlib.sha256(json.dumps([told, data_hash(args.data)]).encode()).hexdigest()[:12]
-    folder = Path(args.runs) / f"mae_{key}"
+    return Path(args.runs) / f"mae_{key}"
+
+
+def mae_start(flags: dict, seed: int, args) -> str:
+    """Stage 1 of a seed, once for all of its runs -> its mae.pt."""
+    cfg = common.configure(cacophony.Config, cacophony.PRESETS, data=args.data, seed=seed, **{**flags, "stage": "mae"})
+    folder = mae_folder(cfg, args)
     if not (folder / "mae.pt").exists():
         begin = time.perf_counter()
         cacophony.main(dataclasses.replace(cfg, runs=args.runs, name=folder.name, resume=(folder / "last.pt").exists()))
@@ -323,13 +346,18 @@ def mae_start(flags: dict, seed: int, args) -> str:
     return str(folder / "mae.pt")
 
 
+def teacher_folder(cfg, args) -> Path:
+    """Of the teacher of a seed and a share of the pairs."""
+    told = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (*OF_STUDENTS, "data", "name", "runs", "pool", "resume", "workers", "device",
+                                                                         "save_steps", "log_steps", "captions", "labels", "teacher", "dry_run", "block", "cache", "compile")}
+    return Path(args.runs) / f"teacher_{hashlib.sha256(json.dumps([told, data_hash([*args.data, *args.pool])]).encode()).hexdigest()[:12]}"
+
+
 def teacher_start(flags: dict, seed: int, args) -> str:
     """Stage 1 of curation-CLAP, once for all students of a seed and a share of the pairs -> its teacher.pt."""
     flags = {k: v for k, v in flags.items() if k not in OF_STUDENTS}
     cfg = common.configure(curation_clap.Config, curation_clap.PRESETS, data=args.data, seed=seed, **{**flags, "stage": "teacher"})
-    told = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (*OF_STUDENTS, "data", "name", "runs", "pool", "resume", "workers", "device",
-                                                                         "save_steps", "log_steps", "captions", "labels", "teacher", "dry_run", "block", "cache", "compile")}
-    folder = Path(args.runs) / f"teacher_{hashlib.sha256(json.dumps([told, data_hash([*args.data, *args.pool])]).encode()).hexdigest()[:12]}"
+    folder = teacher_folder(cfg, args)
     if not (folder / "eval.json").exists():
         begin, resume = time.perf_counter(), (folder / "last.pt").exists()
         curation_clap.main(dataclasses.replace(cfg, runs=args.runs, name=folder.name, resume=resume))
@@ -458,18 +486,38 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--runs", default=str(ROOT / "runs" / "claims"), help="where checkpoints are kept")
     parser.add_argument("--compare", action="store_true", help="all methods of the paper's Table 4 (seeds: up to 3 for CLAP and MGA-CLAP)")
     parser.add_argument("--ablation", choices=[*MGA_ABLATIONS, *T_ABLATIONS, *CACO_ABLATIONS, *COLLAT_ABLATIONS, *CURATION_ABLATIONS, "all"], help="one of the paper's ablations, one seed a row")
+    parser.add_argument("--sounds", help="all: the ESC-50 that scenes missing in --data are made of")
     args = parser.parse_args(argv)
+    if args.method == "all":
+        return everything(args, parser)
     if args.method in ("cacophony", "curation_clap") and args.start == "tagging":
         parser.error(f"{args.method} starts from its own stage 1; give --start random")
     if args.ablation not in (None, "all", *ABLATIONS.get(args.method, ())) or (args.compare and args.method != "mga_clap"):
         parser.error(f"{args.method} has no --ablation {args.ablation}" if args.ablation else "--compare is mga_clap's")
-    names = [args.method] if args.method != "all" else SCRIPTS
     if args.method == "one_ground":
         out = one_ground(args)
     else:
-        out = [c for name in names for c in (tables if args.compare or args.ablation else claims)(name, args)]
+        out = (tables if args.compare or args.ablation else claims)(args.method, args)
     if args.json:
         common.write_lines(Path(args.json), [json.dumps(out, indent=1)])
+    return out
+
+
+def everything(args, parser) -> list[dict]:
+    """Every table of EVIDENCE, one after the other, each written to its file as it is done."""
+    if len(args.data) != 1 or args.json or args.compare or args.ablation:
+        parser.error("all takes one folder as --data, that of the scenes, and no --json, --compare or --ablation")
+    out = []
+    for name in tqdm(EVIDENCE, unit="table"):
+        words = shlex.split(EVIDENCE[name].replace("DIR/", f"{shlex.quote(args.data[0])}/"))
+        for made, told in SCENES.items():
+            folder = Path(args.data[0]) / made
+            if str(folder) in words and not (folder / "manifest.jsonl").exists():
+                if not args.sounds:
+                    parser.error(f"{folder} is not there; --sounds ESC-50-master makes it")
+                prepare.scenes(prepare.parse(["scenes", "--sounds", args.sounds, "--out", str(folder), *told.split()]))
+        shared = ["--seeds", str(args.seeds), "--results", args.results, "--runs", args.runs]
+        out += main([*words, *shared, "--json", str(Path(args.results) / f"{name}.json")])
     return out
 
 

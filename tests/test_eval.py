@@ -282,6 +282,7 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
     # t2a: right, tie, wrong, right; a2t of clip 1: "first x" .6 < .8 wrong, "x followed by y" .8 > .6 right
     assert out["scores"]["t2a"]["value"] == 0.5 and out["scores"]["a2t"]["value"] == 0.5 and "'t2a': 1" in out["settings"]["tie_rule"]
     assert out["details"]["t2a"]["connective 'then'"] == {"value": 1.0, "pairs": 1}
+    assert [m > 0 for m in out["details"]["margins"]["t2a"]].count(True) / len(out["details"]["margins"]["t2a"]) == out["scores"]["t2a"]["value"]
     assert out["details"]["t2a"]["connective 'first'"]["value"] == 0 and out["details"]["t2a"]["set b.jsonl"] == {"value": 0.5, "pairs": 2}
     assert out["details"]["a2t"]["connective 'followed by'"]["value"] == 1.0
 

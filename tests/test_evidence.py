@@ -1,11 +1,15 @@
-"""The evidence scripts and the README's first command, in miniature."""
+"""The evidence scripts and the README's commands, in miniature."""
 import dataclasses
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
+import soundfile as sf
 
 import bench
 import claims
@@ -13,6 +17,7 @@ import common
 import mga_clap
 import t_clap
 from conftest import ROOT, SMALL, SMALL_OF
+from test_repo import parsed, readme_commands
 
 RESULTS = ROOT / "results"
 
@@ -161,6 +166,31 @@ def test_collat_claims_in_miniature(corpus, tmp_path, monkeypatch):
             common.configure(claims.SCRIPTS["collat"].Config, claims.SCRIPTS["collat"].PRESETS, data=["x"], **row)
 
 
+def test_all_makes_the_scenes_and_every_table(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for label in ("dog", "rain", "bell"):
+        (tmp_path / "sounds" / label).mkdir(parents=True)
+        for i in range(6):
+            sf.write(tmp_path / f"sounds/{label}/{i}.wav", rng.normal(0, 0.1, 16000), 16000)
+    budget = json.dumps({k: v for k, v in SMALL.items() if k != "size"} | {"epochs": 1})
+    monkeypatch.setattr(claims, "SCENES", {"scenes_1": "--train 12 --val 3 --test 6 --rate 16000 --val-fraction 0.3 --workers 1", "pool": "--train 4"})
+    monkeypatch.setattr(claims, "EVIDENCE", {"claims_x": f"mga_clap --data DIR/scenes_1 --start random --budget '{budget}'",
+                                             "ablation_gamma": f"mga_clap --data DIR/scenes_1 --start random --ablation gamma --budget '{budget}'"})
+    flags = ["all", "--data", str(tmp_path / "data"), "--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit):
+        claims.main(flags)
+    assert f"{tmp_path / 'data/scenes_1'} is not there; --sounds" in capsys.readouterr().err
+    out = claims.main([*flags, "--sounds", str(tmp_path / "sounds")])
+    assert not (tmp_path / "data/pool").exists()  # no table asks for it
+    assert json.loads((tmp_path / "claims_x.json").read_text()) + json.loads((tmp_path / "ablation_gamma.json").read_text()) == out
+    assert len(out) == len(claims.MGA_CLAIMS) + 3
+
+
+def test_all_names_every_table_that_is_stored():
+    stored = {path.stem for path in RESULTS.glob("*.json")} - {path.stem for path in RESULTS.glob("run_*.json")} - {"bench"}
+    assert stored == set(claims.EVIDENCE)
+
+
 def test_one_ground_in_miniature(corpus, tmp_path, monkeypatch):
     """Two methods, each start once; what it costs is that of the training's own process."""
     monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
@@ -201,6 +231,65 @@ def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     return common.build_demo(tmp_path_factory.mktemp("demo") / "demo")
+
+
+def test_readme_commands_that_need_no_outside_data_run(tmp_path, monkeypatch, demo, runs_of, capsys):
+    """Trainings with fewer steps (those of one method and the demo alone are run by the next test), everything else as printed."""
+    short = {"mga_clap": ["--epochs", "1"], "collat": ["--steps", "3", "--eval-steps", "3"]}
+    (tmp_path / "data/demo").mkdir(parents=True)
+    few = [row for split, most in (("train", 96), ("val", 12), ("test", 12)) for row in [r for r in common.read_manifest([str(demo)]) if r["split"] == split][:most]]
+    common.write_lines(tmp_path / "data/demo/manifest.jsonl", [json.dumps({k: str(v) if k in ("audio", "swapped_audio") else v for k, v in r.items() if k != "where"}) for r in few])
+    shutil.copy(demo / "classes.txt", tmp_path / "data/demo")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mga_clap-1", "mga_clap-2"):
+        shutil.copytree(runs_of("mga_clap")[0], tmp_path / "runs" / name)
+    ran = []
+    for command in readme_commands():
+        words = parsed(command)
+        if not words or "demo" not in words or words[1:] == ["--data", "demo"]:
+            continue
+        name, words = words[0][:-3], [word if not word.startswith("$") else "x" for word in words[1:]]
+        module = importlib.import_module(name)
+        if name in claims.SCRIPTS:
+            module.main(common.cli(module.Config, module.PRESETS, module.__doc__, words + short[name]))
+        else:
+            module.main(module.parse(words))
+        ran.append(command)
+    assert sum("eval.py" in c for c in ran) >= 5 and len(ran) - sum("eval.py" in c for c in ran) == 2, ran
+    for made in ("embeds.npz", "pictures/frames_best1.png", "embeddings", "runs/clap/best.pt", "runs/mga_clap-3/best.pt"):
+        assert (tmp_path / made).exists(), made
+    assert "less runs/mga_clap-1/best.pt (paired over clips" in capsys.readouterr().out
+
+
+def test_pictures_of_the_readme_in_miniature(corpus, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import matplotlib.image
+
+    import figures
+    places = {"mixed_1": corpus, "scenes_1": corpus, "annotated": corpus, "pool": corpus, "together_1": corpus}
+    (tmp_path / "data").mkdir()
+    for name, where in places.items():
+        (tmp_path / "data" / name).symlink_to(where)
+    monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
+    for method in ("t_clap", "cacophony", "collat", "curation_clap"):
+        budget = {k: v for k, v in SMALL_OF[method].items() if k not in ("workers", "device")} | ({"stage": "contrastive"} if method == "cacophony" else {})
+        monkeypatch.setitem(claims.BUDGETS, method, budget)
+    flags = figures.parse(["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError, match="claims.py t_clap .* makes it"):
+        figures.main(flags)
+    for table, chosen in (("claims_t_clap", ({}, dict(lt_weight=0.0))), ("claims_cacophony", ({},)), ("claims_collat", ({},)), ("claims_curation_clap", ({},))):
+        words = claims.EVIDENCE[table].replace("DIR", str(tmp_path / "data")).split()
+        told = types.SimpleNamespace(data=[w for w in words if w.startswith(str(tmp_path)) and not w.endswith("pool")], pool=[str(tmp_path / "data/pool")], budget="{}",
+                                     start="random" if "random" in words else "tagging", runs=str(tmp_path / "runs"), results=str(tmp_path))
+        for more in chosen:
+            monkeypatch.setattr(claims, "test_scores", lambda *_: ({}, {}, 0, {}))
+            monkeypatch.setattr(claims, "noise_scores", lambda *_: ({}, {}))
+            claims.run_method(words[0], more, 0, told)
+    rows = [{"row": name, "scores": {m: {"mean": 0.1 * k} for m in ("accuracy", "CPU_min")[:1 + (k > 0)]}, "chance": {"accuracy": 0.1}} for k, name in enumerate("ABC")]
+    common.write_lines(tmp_path / "one_ground.json", [json.dumps(rows)])
+    paths = figures.main(flags)
+    assert [path.stem for path in paths] == ["order", "reconstructions", "attention", "curation", "one_ground"]
+    assert all(matplotlib.image.imread(path)[..., :3].std() > 0.05 for path in paths)
 
 
 @pytest.mark.parametrize("name, flags, shown", [("collat", ["--steps", "5"], "ln B 2.77"), ("curation_clap", ["--teacher-epochs", "1", "--student-epochs", "1", "--epoch-steps", "4"], "ln B 3.47"), ("cacophony", ["--mae-steps", "5", "--steps", "5"], "2 ln B 6.93"), ("mga_clap", ["--epochs", "1"], "ln B 3.87"), ("t_clap", ["--steps", "40"], "ln B 2.77")])
