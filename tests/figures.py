@@ -24,13 +24,13 @@ import curation_clap  # noqa: E402
 import eval as evaluator  # noqa: E402
 
 
-def run_folder(table: str, flags: dict, args) -> tuple[Path, argparse.Namespace]:
-    """Folder of a run of one of claims.EVIDENCE's tables, seed 0, and what claims.py was told."""
+def run_folder(table: str, args, **flags) -> tuple[Path, dict, types.SimpleNamespace]:
+    """A run of one of claims.EVIDENCE's tables, seed 0 -> its folder, all its flags, what claims.py was told."""
     words = claims.EVIDENCE[table].replace("DIR", str(args.data)).split()
     told = types.SimpleNamespace(data=[w for w in words if w.startswith(str(args.data)) and w != f"{args.data}/pool"], pool=[f"{args.data}/pool"],
                                  start="random" if "random" in words else "tagging", budget="{}", runs=str(args.runs))
-    _, settings, _, _ = claims.described(words[0], flags, 0, told)
-    return present(Path(args.runs) / claims.key_of(settings), table), told
+    _, settings, flags, _ = claims.described(words[0], flags, 0, told)
+    return present(Path(args.runs) / claims.key_of(settings), table), flags, told
 
 
 def present(path: Path, table: str) -> Path:
@@ -43,15 +43,15 @@ def order(args) -> Path:
     """T-CLAP: how far the true order is preferred to the other, without and with the temporal loss."""
     results = {}
     for name, flags in (("CLAP", dict(lt_weight=0.0)), ("T-CLAP", {})):
-        folder, told = run_folder("claims_t_clap", flags, args)
+        folder, _, told = run_folder("claims_t_clap", args, **flags)
         results[name], = evaluator.main(evaluator.parse([str(folder / "best.pt"), "--data", told.data[0], "--protocol", "t_classify", "--bootstrap", "0"]))
     return evaluator.plot_order(results, args.out)
 
 
 def reconstructions(args) -> Path:
     """Cacophony's stage 1: test scenes that it never heard, painted from a fifth of their patches."""
-    _, told = run_folder("claims_cacophony", {}, args)
-    cfg = common.configure(cacophony.Config, cacophony.PRESETS, data=told.data, seed=0, **{**claims.BUDGETS["cacophony"], "stage": "mae"})
+    _, flags, told = run_folder("claims_cacophony", args)
+    cfg = common.configure(cacophony.Config, cacophony.PRESETS, data=told.data, seed=0, **{**flags, "stage": "mae"})
     folder = present(claims.mae_folder(cfg, told), "claims_cacophony")
     model = cacophony.MAE(cacophony.audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, cacophony.VARIANTS[cfg.variant]["eps"]).eval()
     common.load_strict(model, common.read_checkpoint(folder / "last.pt", "cacophony")["model"], folder / "last.pt")
@@ -61,15 +61,15 @@ def reconstructions(args) -> Path:
 
 def attention(args) -> Path:
     """CoLLAT: where the tokens of a caption look."""
-    folder, told = run_folder("claims_collat", {}, args)
+    folder, _, told = run_folder("claims_collat", args)
     rows = [row for row in common.read_manifest(told.data) if row["split"] == "test" and len(row["labels"]) > 1]
     return evaluator.plot_attention(collat.Model.from_checkpoint(folder / "best.pt"), rows, args.out, n_tokens=3)
 
 
 def curation(args) -> Path:
     """curation-CLAP: the pool's cosines to the annotated captions, and how right such pairs are (its labels are known to this picture only)."""
-    _, told = run_folder("claims_curation_clap", {}, args)
-    cfg = common.configure(curation_clap.Config, curation_clap.PRESETS, data=told.data, pool=told.pool, seed=0, **{**claims.BUDGETS["curation_clap"], "stage": "teacher"})
+    _, flags, told = run_folder("claims_curation_clap", args)
+    cfg = common.configure(curation_clap.Config, curation_clap.PRESETS, data=told.data, seed=0, **{**flags, "stage": "teacher"})
     model = curation_clap.Model.from_checkpoint(present(claims.teacher_folder(cfg, told) / "teacher.pt", "claims_curation_clap"))
     sounds = {caption: set(row["labels"]) for row in common.read_manifest(told.data) if row["split"] == "train" for caption in row["captions"]}
     pool = common.read_manifest(told.pool)

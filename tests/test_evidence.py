@@ -213,7 +213,7 @@ def test_one_ground_in_miniature(corpus, tmp_path, monkeypatch):
 
 
 def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch):
-    budget = {k: v for k, v in SMALL_OF["curation_clap"].items() if k not in ("size", "workers", "device")} | {"teacher_epochs": 1, "student_epochs": 1}
+    budget = {k: v for k, v in SMALL_OF["curation_clap"].items() if k not in ("size", "workers", "device")} | {"teacher_epochs": 1, "student_epochs": 1, "text_model": "none"}
     flags = ["curation_clap", "--data", str(corpus), "--seeds", "1", "--budget", json.dumps(budget), "--results", str(tmp_path), "--start", "random",
              "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "c.json")]
     out = claims.main(flags)

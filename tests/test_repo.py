@@ -66,6 +66,18 @@ def test_equation_map_and_tags_agree(name):
         assert f"Eq. ({number})" in text, f"Eq. ({number}) is not in {function}"
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_equation_s_function_is_called_by_a_test_of_its_values(name):
+    tests = (ROOT / f"tests/test_equations_{name}.py").read_text()
+    functions = [node for node in ast.parse(tests).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
+    bodies = [body for body in (ast.get_source_segment(tests, f) for f in functions) if re.search(r"approx|allclose|assert_close|equal", body)]
+    mapped = re.findall(r"^  Eq\. \(\d+\) .* (\S+)$", ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())), re.M)
+    assert len(mapped) == {"mga_clap": 8, "t_clap": 3, "cacophony": 6, "collat": 4, "curation_clap": 5}[name]  # the papers' numbered equations
+    for function in mapped:
+        called = function.removesuffix(".forward").split(".")[-1]
+        assert any(re.search(rf"\b{called}\(", body) for body in bodies), function
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_deviations_are_numbered_without_gaps_and_config_fields_have_help(name):
     module = importlib.import_module(name)
