@@ -660,11 +660,11 @@ def written_whole(path: Path, who: str = ""):
         with open(temporary, "wb") as file:
             yield file
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # of what the caller does meanwhile
-            raise
-        raise OSError(f"{path} cannot be written ({error.strerror}); what was there before is whole") from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise OSError(f"{path} cannot be written ({error.strerror}); what was there before is whole") from None
+        raise  # what the caller did meanwhile
 
 
 def demo_sound(rng, rate: int = DEMO_HZ):
