@@ -101,6 +101,7 @@ def readme_commands():
             line = line.split("  #")[0].strip()
             if line:
                 yield from (part.strip() for part in line.split("&&"))
+    yield from re.findall(r"\| `(python [^`]+)` \|", README)
 
 
 def parsed(command):
