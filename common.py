@@ -454,6 +454,9 @@ def _parse_row(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
+        if where.endswith((".csv:1", ".tsv:1")):
+            raise ValueError(f"{where}: a table, not a manifest; make one first: python prepare.py csv {where[:-2]} --audio COLUMN "
+                             "--caption COLUMN --out FOLDER") from None
         raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{where}: not UTF-8 text; expected JSON Lines saved as UTF-8") from None

@@ -1589,7 +1589,8 @@ def result(protocol, score, n_clips, chance, args, n_captions=0, n_classes=0, de
     crop = f"zero-padded to {args.window_s:g} s; {window}"
     if args.crop_rule:
         crop = f"the first {args.window_s:g} s only" if args.crop == "first" else args.crop_rule
-    settings = {"crop": crop, "split": args.split, "bootstrap_draws": len(draws),
+    unsplit = " (none is in split test: clips that a model was trained on may be among them)" if args.split == "all rows" else ""
+    settings = {"crop": crop, "split": args.split + unsplit, "bootstrap_draws": len(draws),
                 "checkpoint": str(args.checkpoint), "data": args.data, **settings}
     return {"protocol": protocol, "settings": settings, "n_clips": n_clips, "n_captions": n_captions, "n_classes": n_classes,
             "scores": scores, "chance": {k: chance[k] for k in scores}, "details": details or {}, "draws": draws}
@@ -1745,9 +1746,9 @@ def main(args) -> list[dict]:
     if args.split is None:  # test rows where there are any, else everything
         args.split = "test" if any(row.get("split") == "test" for row in rows) else "all rows"
     if args.split != "all rows":
-        rows = [row for row in rows if row.get("split", args.split) == args.split]
+        rows = [row for row in rows if row.get("split", "train") == args.split]
         if not rows:
-            raise ValueError(f"--split {args.split}: no row of the manifest is in it")
+            raise ValueError(f"--split {args.split}: no row of the manifest is in it (rows without a split are for training)")
     rows = merge_rows(rows)
     if args.command == "embed":
         return embed_command(args, rows)
@@ -1866,7 +1867,7 @@ def parse(argv=None):
     parser.add_argument("--task", help="hear: a task folder as hear-preprocess writes it")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="all: those the manifest has labels for, but for probe and noise")
     parser.add_argument("--image-model", help="image: transformers CLIP folder or hub id in whose space the audio embeddings lie")
-    parser.add_argument("--split", help="rows to use; default: test where there is one, else all")
+    parser.add_argument("--split", help="rows to use: train (also those without a split), val or test; default: test where there is one, else all rows")
     parser.add_argument("--crop", choices=["all", "first"], default="all", help="windows of longer audio")
     parser.add_argument("--prompt", default="bare", help=f"text a class name is put into, for example 'a sound of {{}}', or one of {', '.join(PROMPTS)}")
     parser.add_argument("--median-s", type=float, default=0.94, help="sed and grounding: length of the median filter in seconds")
@@ -1888,6 +1889,8 @@ def parse(argv=None):
         parser.error(f"{args.command} takes exactly one checkpoint")
     if args.command == "embed" and args.json:
         parser.error("embed writes to --out; --json is for scores")
+    if args.command != "hear" and not args.data:
+        parser.error("--data is missing: give manifests, folders that hold manifest.jsonl, or the word demo")
     if (args.command == "hear") != bool(args.task) or (args.command == "hear") == bool(args.data):
         parser.error("hear takes a --task and no --data; everything else takes --data and no --task")
     return args

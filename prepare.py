@@ -393,10 +393,11 @@ def youtube_names(name: str, start_s: float) -> list[str]:
 class AudioTree:
     """The sound files below a folder, found by name without suffix whatever the folders in between."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flag: str = "--audio"):
         self.folder, self.files, self.folders, self.videos = folder, collections.defaultdict(list), set(), []
+        self.unsure, self.elsewhere = [], []
         if not folder.is_dir():
-            raise FileNotFoundError(f"--audio {folder}: no such folder")
+            raise FileNotFoundError(f"{flag} {folder}: no such folder")
         seen = set()
         for parent, folders, names in os.walk(folder, followlinks=True):
             folders[:] = sorted(d for d in folders if not d.startswith((".", "__MACOSX")))
@@ -416,12 +417,24 @@ class AudioTree:
                 elif suffix in VIDEO_SUFFIXES:
                     self.videos.append(os.path.join(parent, name))
 
-    def find(self, names, inside=None) -> str | None:
-        """First of `names` that there is; only below a folder `inside`, if the tree has one (names repeat across splits)."""
+    def find(self, names, inside=None, written=None) -> str | None:
+        """First of `names` that there is; only below a folder `inside`, if the tree has one (names repeat across splits).
+
+        written: what a table calls the file. Files of that name in several folders are then none, unless one lies
+        where the table says (`unsure`); one in another folder than the table's is noted (`elsewhere`).
+        """
         for name in names:
             paths = self.files.get(name, [])
             if inside in self.folders:
                 paths = [p for p in paths if inside in Path(os.path.relpath(p, self.folder)).parts]
+            if paths and written:
+                parts, of = Path(written).parent.parts, {p: Path(os.path.relpath(p, self.folder)).parent.parts for p in paths}
+                paths = [p for p in paths if of[p] == parts] or [p for p in paths if of[p][len(of[p]) - len(parts):] == parts] or paths
+                if len({of[p] for p in paths}) > 1:
+                    self.unsure.append(f"{written} ({' or '.join(os.path.relpath(p, self.folder) for p in sorted(paths)[:3])})")
+                    return None
+                if of[paths[0]][len(of[paths[0]]) - len(parts):] != parts:
+                    self.elsewhere.append(f"{written} -> {os.path.relpath(paths[0], self.folder)}")
             if paths:
                 return min(paths, key=lambda p: (not p.lower().endswith(".wav"), p))
         return None
@@ -480,8 +493,8 @@ def convert(args) -> dict:
 
     An adapter is a function (path, args) -> (entries, classes or None, published {group: {unit: count}}).
     An entry is a manifest row without audio and duration, plus `names` (how its file may be called, in
-    order), and where needed `path` (tried first), `inside` (the folder it lies in, see AudioTree.find)
-    and `group` (what it is counted under; default: its split).
+    order), and where needed `path` (tried first), `inside` (the folder it lies in) and `written` (the path as
+    a table tells it), for both see AudioTree.find, and `group` (what it is counted under; default: its split).
     """
     out = Path(args.out) / "manifest.jsonl"
     check_output(out)
@@ -491,24 +504,27 @@ def convert(args) -> dict:
     root = Path(args.audio_dir or args.path)
     try:
         entries, classes, published = args.adapter(Path(args.path), args)
-        tree = AudioTree(root if args.audio_dir or root.is_dir() else root.parent)
+        tree = AudioTree(root if args.audio_dir or root.is_dir() else root.parent, "--audio-dir" if args.adapter is any_table else "--audio")
         for entry in entries:
-            names, inside, path = entry.pop("names"), entry.pop("inside", None), entry.pop("path", None)
+            names, inside, path, written = entry.pop("names"), entry.pop("inside", None), entry.pop("path", None), entry.pop("written", None)
             entry.setdefault("group", entry.get("split", "all"))
             listed[entry["group"]] += 1
             listed_file = path and os.path.splitext(path)[1].lower() not in VIDEO_SUFFIXES and os.path.isfile(path)
-            found = str(path) if listed_file else tree.find(names, inside)
+            n_unsure = len(tree.unsure)
+            found = str(path) if listed_file else tree.find(names, inside, written)
             if entry.get("captions") == []:
                 wordless.append(names[0])
             elif found:
                 rows.append({"audio": found, "duration": None, **entry})
-            else:
+            elif len(tree.unsure) == n_unsure:
                 missing.append(names[0])
                 tried = tried or names
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{args.path}: a record does not have the form described under --help ({type(error).__name__}: {error})") from None
     if not listed:
         raise ValueError(f"{args.path}: the tables list not one clip; expected one row a clip")
+    if not rows and tree.unsure:
+        raise ValueError(f"{args.path}: files of the same name lie in several folders, such as {tree.unsure[0]}; write the folder in the table")
     if not rows and not tried:
         raise ValueError(f"{args.path}: not one of the {sum(listed.values()):,} clips has a caption with a word in it")
     if not rows:
@@ -527,9 +543,11 @@ def convert(args) -> dict:
     folds = collections.Counter(row["fold"] for row in rows if "fold" in row)
     if folds:
         print("folds: " + ", ".join(f"{fold}: {folds[fold]:,}" for fold in sorted(folds, key=lambda f: (str(type(f)), f))))
-    for text, items in (("without audio", missing), ("unreadable", unreadable), ("without a caption", wordless)):
+    for text, items in (("left out, without audio", missing), ("left out, unreadable", unreadable), ("left out, without a caption", wordless),
+                        ("left out, since files of that name lie in several folders (write the folder in the table)", tree.unsure),
+                        ("found in another folder than the table says", tree.elsewhere)):
         if items:
-            print(f"left out, {text}: {len(items):,}, such as {items[0]!r}")
+            print(f"{text}: {len(items):,}, such as {items[0]!r}")
     shared = len(rows) - len({row["audio"] for row in rows})
     if shared:
         print(f"{shared:,} clips share their file with another one: its name does not tell the start time")
@@ -1158,7 +1176,7 @@ def any_table(path: Path, args):
             stem = stem_of(name)
             youtube = YOUTUBE.fullmatch(stem) if youtube_id(stem, sure=True) in (youtube_id(stem), clip.get("id")) else None
             yield clip | {"names": [stem, html.unescape(stem), *(youtube_names(youtube[1], youtube[2] or 0) if youtube else [])],
-                          "inside": os.path.basename(os.path.dirname(name))}
+                          "inside": os.path.basename(os.path.dirname(name)), "written": name}
     return entries(), classes, {}
 
 
@@ -1313,7 +1331,7 @@ def check(args) -> dict:
     manifests, places = [row["where"].rsplit(":", 1)[0] for row in rows], []
     several = len(set(manifests)) > 1
     for row, manifest, (rate, seconds, error) in zip(rows, manifests, found):
-        places.append(f"{manifest} {row.get('split', 'none')}" if several else row.get("split", "none"))
+        places.append(f"{manifest} {row.get('split', 'no split')}" if several else row.get("split", "no split"))
         part = report["splits"].setdefault(places[-1], collections.defaultdict(list))
         part["clips"].append(1)
         part["captions"].append(len(row.get("captions", [])))

@@ -120,6 +120,12 @@ def test_manifest_errors_name_file_and_line(tmp_path, line, message):
         common.read_manifest(data, need=("captions",))
 
 
+def test_a_table_instead_of_a_manifest_names_the_command(tmp_path):
+    (tmp_path / "mine.csv").write_text("file,text\nx.wav,rain\n")
+    with pytest.raises(ValueError, match="mine.csv:1: a table, not a manifest; make one first: python prepare.py csv .*mine.csv --audio COLUMN"):
+        common.read_manifest([str(tmp_path / "mine.csv")])
+
+
 def test_manifest_missing_empty_and_duplicate_classes(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such manifest; expected a .jsonl file"):
         common.read_manifest([str(tmp_path / "nowhere")])

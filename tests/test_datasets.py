@@ -608,16 +608,16 @@ def test_csv_rows_of_one_file_become_one_clip(tmp_path):
     wav(tmp_path / "a/x.wav"), wav(tmp_path / "b/x.wav", 0.7)
     _, rows, _ = convert("csv", tmp_path / "mine.csv", tmp_path / "m", "--audio", "file", "--caption", "text", "--split", "part")
     assert [(r["captions"], r["split"], r["duration"]) for r in rows] == [(["Rain, heavy", "It rains"], "train", 0.5), (["Wind"], "test", 0.7)]
-    text(tmp_path / "events.jsonl", "".join(json.dumps({"f": "x", "l": lab, "on": on, "off": on + 0.1, "yt": "-aBcdefghij"}) + "\n"
+    text(tmp_path / "events.jsonl", "".join(json.dumps({"f": "a/x", "l": lab, "on": on, "off": on + 0.1, "yt": "-aBcdefghij"}) + "\n"
                                             for lab, on in (("dog", 0.1), ("cat", 0.2), ("dog", 0.3))))
     _, rows, _ = convert("csv", tmp_path / "events.jsonl", tmp_path / "e", "--audio", "f", "--label", "l", "--onset", "on", "--offset", "off", "--id", "yt",
                          "--split", "val")
     assert len(rows) == 1 and rows[0]["labels"] == ["dog", "cat"] and rows[0]["id"] == "-aBcdefghij" and rows[0]["split"] == "val"
     assert rows[0]["events"][1] == {"label": "cat", "onset": 0.2, "offset": pytest.approx(0.3)} and classes(tmp_path / "e") == ["cat", "dog"]
-    text(tmp_path / "labels.tsv", "n\tl\tfold\nx\tdog,cat\t2\n")
+    text(tmp_path / "labels.tsv", "n\tl\tfold\na/x\tdog,cat\t2\n")
     _, rows, _ = convert("csv", tmp_path / "labels.tsv", tmp_path / "l", "--audio", "n", "--label", "l", "--label-separator", ",", "--fold", "fold")
     assert rows[0]["labels"] == ["dog", "cat"] and rows[0]["fold"] == 2
-    text(tmp_path / "whole.tsv", "n\tl\nx\tGunshot, gunfire\n")
+    text(tmp_path / "whole.tsv", "n\tl\nb/x\tGunshot, gunfire\n")
     _, rows, _ = convert("csv", tmp_path / "whole.tsv", tmp_path / "w", "--audio", "n", "--label", "l")
     assert rows[0]["labels"] == ["Gunshot, gunfire"]
 
@@ -655,6 +655,23 @@ def test_the_table_tells_the_folder(tmp_path):
     wav(tmp_path / "b/x.wav"), wav(tmp_path / "a/y.wav")
     report, rows, _ = convert("csv", tmp_path / "t.csv", tmp_path / "m", "--audio", "f", "--caption", "t")
     assert [r["captions"] for r in rows] == [["wind"], ["dog"]] and report["missing"] == ["x"]  # a/x.wav is not b/x.wav
+
+
+def test_csv_never_guesses_between_folders(tmp_path, capsys):
+    text(tmp_path / "t.csv", "f,t\n1.wav,rain\nc/2.wav,wind\nc/3.wav,dog\n4.wav,cat\n4.wav,cow\nx/5.wav,owl\n")
+    for name in ("a/1.wav", "b/1.wav", "a/2.wav", "b/2.wav", "z/3.wav", "4.wav", "a/4.wav", "a/x/5.wav", "b/5.wav"):
+        wav(tmp_path / name)
+    report, rows, _ = convert("csv", tmp_path / "t.csv", tmp_path / "m", "--audio", "f", "--caption", "t")
+    found = {os.path.relpath(r["audio"], tmp_path): r["captions"] for r in rows}
+    assert found == {"z/3.wav": ["dog"], "4.wav": ["cat", "cow"], "a/x/5.wav": ["owl"]} and report["missing"] == []
+    said = capsys.readouterr().out
+    assert "left out, since files of that name lie in several folders (write the folder in the table): 2, such as '1.wav (a/1.wav or b/1.wav)'" in said
+    assert "found in another folder than the table says: 1, such as 'c/3.wav -> z/3.wav'" in said
+    text(tmp_path / "one.csv", "f,t\n1.wav,rain\n")
+    with pytest.raises(ValueError, match="files of the same name lie in several folders, such as 1.wav .a/1.wav or b/1.wav.; write the folder"):
+        convert("csv", tmp_path / "one.csv", tmp_path / "n", "--audio", "f", "--caption", "t")
+    with pytest.raises(FileNotFoundError, match="--audio-dir .*nowhere: no such folder"):
+        convert("csv", tmp_path / "one.csv", tmp_path / "n", "--audio", "f", "--caption", "t", "--audio-dir", tmp_path / "nowhere")
 
 
 def test_csv_takes_the_sound_beside_the_video(tmp_path):

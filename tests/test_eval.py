@@ -149,11 +149,23 @@ def test_folds_are_averaged_when_they_are_unequal():
     assert out["scores"]["accuracy"]["value"] == 0.75 and out["scores"]["mean_of_folds"]["value"] == pytest.approx((2 / 3 + 1) / 2)
 
 
+def test_rows_without_a_split_say_what_they_are(mga_run, corpus, tmp_path, capsys):
+    rows = [{"audio": str(r["audio"]), "captions": r["captions"]} for r in common.read_manifest([str(corpus)])][:3]
+    common.write_lines(tmp_path / "plain.jsonl", [json.dumps(r) for r in rows])
+    for flags, split in (([], "all rows (none is in split test: clips that a model was trained on may be among them)"), (["--split", "train"], "train")):
+        out, = run(mga_run[0] / "best.pt", tmp_path / "plain.jsonl", "--protocol", "retrieval", "--bootstrap", 0, *flags)
+        assert out["settings"]["split"] == split and out["n_clips"] == 3 and split in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.parse(["a.pt"])
+    assert "--data is missing: give manifests" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, message", [
     (["CKPT", "--data", "nowhere"], "nowhere: no such manifest"), (["none.pt", "--data", "CORPUS"], "none.pt: no such weight file"),
     (["TEXT", "--data", "CORPUS"], "not a .*safely"), (["OTHER", "--data", "CORPUS"], "not a checkpoint this evaluator knows"),
     (["CKPT", "--data", "CORPUS", "--prompt", "a sound"], "must hold {} once, where the class name goes"),
     (["CKPT", "--data", "CORPUS", "--split", "dev"], "--split dev: no row"), (["CKPT", "--data", "CORPUS", "--json", "/no/x.json"], "--json /no/x.json"),
+    (["CKPT", "--data", "PLAIN", "--split", "val"], r"--split val: no row of the manifest is in it .rows without a split are for training"),
     (["CKPT", "--data", "PLAIN", "--protocol", "tagging"], "--protocol tagging needs 'labels'")])
 def test_bad_input_is_one_clear_sentence(flags, message, mga_run, corpus, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
