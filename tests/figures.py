@@ -55,8 +55,9 @@ def reconstructions(args) -> Path:
     folder = present(claims.mae_folder(cfg, told), "claims_cacophony")
     model = cacophony.MAE(cacophony.audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, cacophony.VARIANTS[cfg.variant]["eps"]).eval()
     common.load_strict(model, common.read_checkpoint(folder / "last.pt", "cacophony")["model"], folder / "last.pt")
-    rows = [row for row in common.read_manifest(told.data) if row["split"] == "test" and len(row["labels"]) == 1]
-    return cacophony.plot_reconstructions(model, cacophony.Clips(rows, cfg), args.out / "reconstructions.png", clips=2, dpi=60)
+    rows = [row for row in common.read_manifest(told.data) if row["split"] == "test"]
+    rows = [row for row in rows if row["labels"] in (["rooster"], ["crying_baby"])] or rows  # sounds with a pattern, rather than noises
+    return cacophony.plot_reconstructions(model, cacophony.Clips(rows, cfg), args.out / "reconstructions.png", clips=2, dpi=55)
 
 
 def attention(args) -> Path:

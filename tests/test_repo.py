@@ -168,6 +168,12 @@ def test_measured_tables_agree_with_results():
     assert readme.written(changed) == README != changed
 
 
+def test_every_picture_of_the_readme_is_there_and_small():
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(shown) >= 7 and {ROOT / name for name in shown} == set((ROOT / "results/pictures").iterdir())
+    assert all((ROOT / name).stat().st_size < 200_000 for name in shown)
+
+
 def test_no_large_files_and_no_machine_paths():
     for path in tracked():
         assert path.stat().st_size < 1_000_000, path
