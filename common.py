@@ -1859,7 +1859,8 @@ def check_counts(cfg, *names: str) -> None:
 
 def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not ignored."""
-    free = {"resume", "name", "runs", "workers", "device", "log_steps", "save_steps", "eval_epochs", "max_bad", "data", "cache", "compile", "micro_batch"}
+    free = {"resume", "name", "runs", "workers", "device", "log_steps", "save_steps", "eval_epochs", "eval_steps", "plot", "max_bad", "data",
+            "cache", "compile", "micro_batch"}
     for key, value in stored.items():
         if key not in free and getattr(cfg, key) != value:
             raise ValueError(f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was started with {value}; "

@@ -87,7 +87,7 @@ class Config:
     mix: float = 4.0  # clips of sets without negatives for each clip of sets with them (Sec. 4, D6)
     lr: float = 1e-4  # peak of Adam's learning rate (Sec. 4)
     warmup_steps: int = 10000  # linear warm-up (Sec. 4), then cosine to 0 (D5)
-    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (LAION-CLAP)
+    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (LAION-CLAP); a T-CLAP checkpoint keeps its own
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D8)
     seed: int = 0  # of weights, order, crops, captions, masks
     # run
@@ -133,6 +133,7 @@ class Model(nn.Module):
     """
 
     window_s = WINDOW_S
+    crop_rule = f"all consecutive windows of {WINDOW_S:g} s, the last one tiled as often as it fits whole, then zero-padded; averaged by their seconds"  # D2
     clean_caption = staticmethod(lambda text: text)  # LAION's basic path tokenises captions as they are
 
     def __init__(self, text_encoder: common.TextEncoder, audio: dict, joint_dim: int = 512, mel: dict | None = None):
@@ -208,7 +209,7 @@ class Model(nn.Module):
         return model.eval()
 
     @classmethod
-    def from_published(cls, source, text_model: str = "roberta-base"):
+    def from_published(cls, source, text_model: str = "roberta-base", drop_path: float = 0.1):
         """A transformers CLAP folder or hub id, or a LAION-CLAP .pt file (then with `text_model`'s tokenizer)."""
         if Path(source).is_file():
             weights = common.read_weights(source)
@@ -217,14 +218,15 @@ class Model(nn.Module):
             if any("mel_conv2d" in k or "fusion_model" in k for k in weights):
                 raise ValueError(f"{source}: {FUSED}")
             text_encoder = common.text_encoder_from_pretrained(text_model, MAX_TOKENS, pooler=True)
-            model = cls(text_encoder, htsat_size(weights, "audio_branch."), _rows(weights, "audio_projection.0.weight"))
+            audio = htsat_size(weights, "audio_branch.") | {"drop_path": drop_path}
+            model = cls(text_encoder, audio, _rows(weights, "audio_projection.0.weight"))
             state = laion_state(weights)
         else:
             text_encoder, config, weights, mel = _transformers_clap(source)
             audio = config.audio_config
             model = cls(text_encoder, dict(
                 dim=audio.patch_embeds_hidden_size, depths=audio.depths, heads=audio.num_attention_heads, patch=audio.patch_size,
-                window=audio.window_size, spec_size=audio.spec_size, n_mels=audio.num_mel_bins), config.projection_dim, mel)
+                window=audio.window_size, spec_size=audio.spec_size, n_mels=audio.num_mel_bins, drop_path=drop_path), config.projection_dim, mel)
             state = transformers_state(weights)
         common.load_strict(model, state, source)
         return model.eval()
@@ -321,7 +323,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     if cfg.weights.endswith((".pt", ".ckpt", ".pth")) and not Path(cfg.weights).is_file():
         raise FileNotFoundError(f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository lukewys/laion_clap "
                                 "(or give laion/clap-htsat-unfused, which is fetched, or none)")
-    return Model.from_published(cfg.weights, cfg.text_model)
+    return Model.from_published(cfg.weights, cfg.text_model, cfg.drop_path)
 
 
 @torch.no_grad()

@@ -217,6 +217,7 @@ def test_a_run_logs_both_losses_and_its_checkpoint_reloads_and_scores(runs_of, c
     assert again == result["scores"]
     results = evaluator.main(evaluator.parse([str(folder / "best.pt"), "--data", str(corpus), "--bootstrap", "0"]))
     assert {"retrieval", "t_classify", "tagging", "frames"} <= {r["protocol"] for r in results}
+    assert all("the last one tiled as often as it fits whole, then zero-padded" in r["settings"]["crop"] for r in results)
 
 
 def test_the_temporal_loss_teaches_the_text_encoder_the_order_of_two_events():
@@ -252,6 +253,9 @@ def test_positives_only_manifests_are_mixed_in_and_get_no_temporal_loss(corpus, 
 def test_fine_tuning_starts_at_the_scores_of_the_published_model(corpus, tmp_path, clap_folder, capsys):
     clap_folder, _, _ = clap_folder
     model = t_clap.start_model(t_clap.Config(data=[], weights=str(clap_folder)), [])
+    drops = [[block.drop_path for stage in m.audio_encoder.layers for block in stage.blocks] for m in (
+        model, t_clap.start_model(t_clap.Config(data=[], weights=str(clap_folder), drop_path=0.3), []))]
+    assert drops[0][-1] == pytest.approx(0.1) and drops[1] == pytest.approx([3 * p for p in drops[0]])
     published = evaluator.load_model(str(clap_folder))
     rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "val"]
     assert t_clap.validate(model, rows) == t_clap.validate(published, rows)

@@ -1,5 +1,6 @@
 """What goes wrong in a long training: kills, signals, full disks and memory, a second run, lost processes, changed flags."""
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -173,8 +174,10 @@ def test_out_of_memory_names_the_batch_and_the_flags(error):
 def test_resume_may_change_what_the_weights_do_not_depend_on(corpus, tmp_path, runs_of):
     stored = common.read_checkpoint(runs_of("t_clap")[0] / "last.pt")["config"]
     script = importlib.import_module("t_clap")
-    for flags in (dict(micro_batch=2), dict(compile=True), dict(cache="x"), dict(workers=3)):
+    for flags in (dict(micro_batch=2), dict(compile=True), dict(cache="x"), dict(workers=3), dict(eval_steps=7)):
         common.check_resume(script.Config(**{**stored, **flags}), stored)
+    mae = SCRIPTS["cacophony"].Config(data=["x"])
+    common.check_resume(dataclasses.replace(mae, plot=True), dataclasses.asdict(mae))
     with pytest.raises(ValueError, match="--resume: --lr is 5.0 but the run was started with"):
         common.check_resume(script.Config(**{**stored, "lr": 5.0}), stored)
 
