@@ -773,17 +773,32 @@ def embed_captions(model: Model, captions: list[str], stored, folder: Path) -> n
         return held["embeds"]
 
 
-def curate(cfg: Config, corpus: dict, device, autocast, say) -> dict:
-    """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry run's report."""
-    rank, world = common.rank_and_world()
-    if not corpus["pool"] and cfg.curation != "ds":
+def pool_sizes(cfg: Config, corpus: dict) -> list[int]:
+    """Clips in each block of the pool; none for DS, which needs no pool."""
+    if cfg.curation == "ds":
+        return []
+    if not corpus["pool"]:
         raise ValueError(f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool (manifests, or files of eval.py embed)")
+    sizes = [len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block)]
+    if not sizes:
+        raise ValueError("--pool: no training row in it (rows of split val and test are never curated)")
+    return sizes
+
+
+def domain_prompts(cfg: Config, corpus: dict) -> list[str]:
+    """The class prompts that captions must be near to; none for DU, which knows no domain."""
+    return [] if cfg.curation == "du" else [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
+
+
+def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], device, autocast, say) -> dict:
+    """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry run's report.
+
+    sizes, prompts: as from pool_sizes and domain_prompts.
+    """
+    rank, world = common.rank_and_world()
     model, teacher_path = load_teacher(cfg)
     model.to(device)
     folder = Path(cfg.runs) / cfg.name if cfg.name else None
-    sizes = [len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block)] if cfg.curation != "ds" else []
-    if cfg.curation != "ds" and not sizes:
-        raise ValueError("--pool: no training row in it (rows of split val and test are never curated)")
     run = common.RunFolder(cfg.runs, cfg.name, METHOD, folder is not None and (folder / "log.jsonl").exists(), corpus["n_clips"] + sum(sizes), cfg.max_bad)
     cfg.name, folder = run.name, run.path
     say(f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix {model.audio_encoder.mel_rate()}")
@@ -797,9 +812,7 @@ def curate(cfg: Config, corpus: dict, device, autocast, say) -> dict:
     if text_embeds.shape[1] != model.shape["joint_dim"]:
         raise ValueError(f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have {model.shape['joint_dim']}; "
                          "embed them with the same teacher")
-    prompts = []
-    if cfg.curation != "du":
-        prompts = [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
+    if prompts:
         prompt_embeds = embed_captions(model, prompts, None, embeds_folder)
         if cfg.dry_run and rank == 0:
             report_domain(prompts, captions, prompt_embeds, text_embeds, cfg)
@@ -982,13 +995,17 @@ def teach(teacher, parts: list[dict], autocast):
 
 
 @torch.no_grad()
-def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, autocast) -> float:
-    """Mean of the stage's loss over full batches of validation pairs (D8); alone, whatever the number of processes."""
+def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, autocast) -> tuple[float, float]:
+    """Mean of the stage's loss over full batches of validation pairs (D8), and of what equal cosines would give.
+
+    Computed by one process alone, whatever their number. Against hard targets equal cosines give ln B, against
+    soft ones more, for their mass is above 1 (D6).
+    """
     n = len(dataset.sets[0])
     size = min(cfg.batch_size, n)
     loader = DataLoader(dataset, batch_sampler=[[(0, 0, i) for i in range(start, start + size)] for start in range(0, n - size + 1, size)],
                         num_workers=cfg.workers, collate_fn=dataset.collate)
-    total, count = 0.0, 0
+    total, chance, count = 0.0, 0.0, 0
     with common.evaluating(model):
         for parts, names, _ in loader:
             if len(names) < 2:
@@ -998,9 +1015,10 @@ def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, 
                 audio, text = (torch.cat(column) for column in zip(*(model(**part)[:2] for part in parts)))
                 taught = None if teacher is None else [torch.cat(column) for column in zip(*(teacher(**part)[:2] for part in parts))]
             logits = scaled(audio @ text.T, model.log_scale.exp(), cfg.variant == "official")
-            loss = contrastive_loss(logits) if taught is None else soft_labelled_loss(logits, *soft_targets(*taught, cfg.beta))
-            total, count = total + loss.item() * len(names), count + len(names)
-    return total / count if count else float("inf")
+            loss_of = contrastive_loss if taught is None else lambda x: soft_labelled_loss(x, *soft_targets(*taught, cfg.beta))
+            total, count = total + loss_of(logits).item() * len(names), count + len(names)
+            chance += loss_of(torch.zeros_like(logits)).item() * len(names)
+    return (total / count, chance / count) if count else (math.inf, math.inf)
 
 
 def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]], corpus: dict, device, autocast, say, checkpoint) -> dict:
@@ -1023,7 +1041,8 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
         raise ValueError(f"--batch-size {cfg.batch_size} with {min(sizes)} pair(s) of stage {stage} on {world} process(es): a contrastive loss needs at "
                          "least 2 pairs in each")
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
-    epoch_steps = cfg.epoch_steps or max(1, sizes[0] // min(cfg.batch_size, sizes[0]))
+    of_batch = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))  # pairs; the smaller of two sets may not fill one
+    epoch_steps = cfg.epoch_steps or sizes[0] // of_batch[0]
     steps = epochs * epoch_steps
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
@@ -1040,7 +1059,8 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
         run.drop_log_after(step, stage=stage)
     say(f"{METHOD}, {stage}: {' + '.join(f'{n:,}' for n in sizes)} pairs{' (replay + curated)' if len(sizes) > 1 else ''}, {len(corpus['val'])} clips for "
         f"validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of "
-        f"{epoch_steps} steps of {cfg.batch_size} pairs on {world} x {device.type}; ln B = {math.log(cfg.batch_size):.2f}; writing to {run.path}")
+        f"{epoch_steps} steps of {' or '.join(map(str, of_batch))} pairs on {world} x {device.type}; "
+        f"ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}; writing to {run.path}")
 
     def save(name):
         common.save_checkpoint(run.path / name, {
@@ -1082,22 +1102,22 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
             run.log(line)
             bar.set_postfix_str(f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s")
             pairs_seen = 0
-        if step % epoch_steps == 0:
+        eval_now = step % epoch_steps == 0
+        if eval_now or step % cfg.save_steps == 0 or run.stop:
             common.check_finite(recent, run, model)
-            value = [validation_loss(cfg, model, teacher, held_out, device, autocast) if rank == 0 and corpus["val"] else 0.0]
-            if dist.is_initialized():
-                dist.broadcast_object_list(value)  # the learning rate is that of all processes
-            if corpus["val"]:
-                say(f"{stage}, epoch {step // epoch_steps}: validation loss {value[0]:.4f}")
-                if step >= cfg.patience * epoch_steps:
-                    scheduler.step(value[0])
-            if rank == 0 and (value[0] < best["loss"] or not corpus["val"]):
-                best = {"loss": value[0], "step": step}
-                save(best_file)
-            model.train()
-        if step % epoch_steps == 0 or step % cfg.save_steps == 0 or run.stop:
+            if eval_now:
+                value = [validation_loss(cfg, model, teacher, held_out, device, autocast)[0] if rank == 0 and corpus["val"] else 0.0]
+                if dist.is_initialized():
+                    dist.broadcast_object_list(value)  # the learning rate is that of all processes
+                if corpus["val"]:
+                    say(f"{stage}, epoch {step // epoch_steps}: validation loss {value[0]:.4f}")
+                    if step >= cfg.patience * epoch_steps:
+                        scheduler.step(value[0])
+                if rank == 0 and (value[0] < best["loss"] or not corpus["val"]):
+                    best = {"loss": value[0], "step": step}
+                    save(best_file)
+                model.train()
             if rank == 0:
-                common.check_finite(recent, run, model)
                 save("last.pt")
             common.barrier()
             run.end_if_told(step)
@@ -1110,8 +1130,9 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
         return {}
     if not (run.path / best_file).exists():
         raise ValueError(f"no validation loss was finite, so there is no {best_file}; are the validation clips readable ({run.path / 'skipped.txt'})?")
-    scores, chance = validate(Model.from_checkpoint(run.path / best_file).to(device), corpus["val"], quiet=False)
-    scores["val_loss"], chance["val_loss"] = best["loss"], math.log(min(cfg.batch_size, len(held_out.sets[0])))
+    model = Model.from_checkpoint(run.path / best_file).to(device)
+    scores, chance = validate(model, corpus["val"], quiet=False)
+    scores["val_loss"], chance["val_loss"] = best["loss"], validation_loss(cfg, model, teacher, held_out, device, autocast)[1]
     result = {"stage": stage, "best_step": best["step"], "n_clips": len(corpus["val"]), "scores": scores, "chance": chance}
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
     common.print_scores(f"{METHOD}, {stage}, on {len(corpus['val'])} validation clips (step {best['step']})", scores, chance)
@@ -1134,6 +1155,7 @@ def student_sets(cfg: Config, corpus: dict) -> list[list[dict]]:
 
 
 def main(cfg: Config) -> dict:
+    cfg = dataclasses.replace(cfg)  # its name is filled in below
     device = common.start_device(cfg.device)
     rank = common.rank_and_world()[0]
     say = tqdm.write if rank == 0 else (lambda text: None)
@@ -1146,25 +1168,27 @@ def main(cfg: Config) -> dict:
     if cfg.resume:
         stored = stored or common.read_checkpoint(last, METHOD)
         common.check_resume(cfg, stored["config"])
+    elif stored and stored["stage"] == "student" and cfg.stage in ("all", "student"):
+        raise FileExistsError(f"{last.parent} already holds a run; continue it with --resume or choose another --name")
     corpus, result = read_corpus(cfg), {}
     in_student = cfg.resume and stored["stage"] == "student"
+    curates = cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student
+    if curates:  # what is missing there is said now, not after the teacher's training
+        sizes, prompts = pool_sizes(cfg, corpus), domain_prompts(cfg, corpus)
 
     if cfg.stage in ("all", "teacher") and not cfg.teacher and not in_student:
         torch.manual_seed(cfg.seed)
         captions = [clean_caption(caption) for row in corpus["train"] for caption in row["captions"]]
         model = Model.from_checkpoint(last) if cfg.resume else start_model(cfg, captions)
         result = train(cfg, "teacher", model, None, [corpus["train"]], corpus, device, autocast, say, stored if cfg.resume else None)
-    if cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student:
-        result = curate(cfg, corpus, device, autocast, say) or result
+    if curates:
+        result = curate(cfg, corpus, sizes, prompts, device, autocast, say) or result
         if cfg.dry_run:
             return {}
     if cfg.stage in ("all", "student"):
-        if stored and stored["stage"] == "student" and not cfg.resume:
-            raise FileExistsError(f"{last.parent} already holds a run; continue it with --resume or choose another --name")
-        teacher = load_teacher(cfg)[0].to(device).requires_grad_(False)
+        teacher = load_teacher(cfg)[0].to(device).requires_grad_(False) if cfg.soft_labels else None
         model = Model.from_checkpoint(last) if in_student else load_teacher(cfg)[0]
-        result = train(cfg, "student", model, teacher if cfg.soft_labels else None, student_sets(cfg, corpus), corpus, device, autocast, say,
-                       stored if in_student else None)
+        result = train(cfg, "student", model, teacher, student_sets(cfg, corpus), corpus, device, autocast, say, stored if in_student else None)
     if rank == 0:
         flags = f"--data {' '.join(cfg.data)} --size {cfg.size} --name {cfg.name}"
         shown = {"teacher": [f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"],

@@ -467,6 +467,41 @@ def test_bad_input_is_one_sentence(embeds, corpus, tmp_path, overrides, message)
         curated(embeds, corpus, tmp_path, "x", **overrides)
 
 
+@pytest.mark.parametrize("overrides, message", [
+    (dict(pool_share=0.0), "pairs captions with unlabelled audio; give --pool"), (dict(pool=["gone.jsonl"]), "gone.jsonl: no such manifest"),
+    (dict(labels=["gone.txt"]), "--labels gone.txt: no such file")])
+def test_what_a_curation_lacks_is_said_before_the_teacher_is_trained(corpus, tmp_path, overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        curation_clap.main(config("curation_clap", corpus, tmp_path, name="x", **overrides))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs_of):
+    folder, _ = runs_of("curation_clap")
+    names = ("curated.jsonl", "replay.jsonl", "log.jsonl")
+    before = [(folder / name).stat().st_mtime_ns for name in names]
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        curation_clap.main(config("curation_clap", corpus, folder.parent, name="a", teacher=str(folder / "teacher.pt"), curation="du"))
+    assert [(folder / name).stat().st_mtime_ns for name in names] == before
+
+
+def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_of):
+    folder, result = runs_of("curation_clap")
+    model, cfg = curation_clap.Model.from_checkpoint(folder / "best.pt"), config("curation_clap", corpus, "x")
+    rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "val"]
+    held_out = curation_clap.Pairs([rows], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
+    n = min(cfg.batch_size, len(held_out.sets[0]))
+    hard = curation_clap.validation_loss(cfg, model, None, held_out, torch.device("cpu"), contextlib.nullcontext())[1]
+    assert hard == pytest.approx(math.log(n), abs=1e-6)
+    teacher = curation_clap.Model.from_checkpoint(folder / "teacher.pt")
+    with torch.no_grad():
+        (part,), _, _ = held_out.collate([held_out[0, 0, i] for i in range(n)])
+        targets = curation_clap.soft_targets(*teacher(**part)[:2], cfg.beta)
+    assert len(held_out.sets[0]) < 2 * n  # one batch
+    divergence = sum(t * (math.log(t) + math.log(n)) for target in targets for t in target.flatten().tolist() if t > 0) / n / 2
+    assert result["chance"]["val_loss"] == pytest.approx(divergence, rel=1e-4) and divergence > math.log(n)
+
+
 def test_stored_arrays_are_mapped_not_read(tmp_path):
     arrays = {"a": np.arange(12.0).reshape(3, 4), "name": np.array(["ä", "longer"]), "none": np.zeros((0, 5), np.float16)}
     np.savez(tmp_path / "x.npz", **arrays)

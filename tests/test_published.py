@@ -80,6 +80,8 @@ def test_laion_file_loads_by_its_names_and_shapes_and_says_what_is_wrong(tmp_pat
     assert torch.equal(model.audio_encoder.layers[2].blocks[5].attn.qkv.weight, state["module.audio_branch.layers.2.blocks.5.attn.qkv.weight"])
     assert torch.equal(model.text_encoder.model.pooler.dense.weight, state["module.text_branch.pooler.dense.weight"])
     assert model.embed_text(["a dog"]).shape == (1, 512)
+    steady = t_clap.Model.from_published(tmp_path / "630k-best.pt", str(tmp_path / "roberta"), drop_path=0.0)
+    assert model.audio_encoder.layers[3].blocks[1].drop_path == pytest.approx(0.1) and steady.audio_encoder.layers[3].blocks[1].drop_path == 0
 
     def reshape(s):
         s["module.audio_projection.2.weight"] = torch.zeros(512, 100)
