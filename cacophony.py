@@ -737,13 +737,22 @@ def check(cfg: Config, n_clips: int, batch_size: int) -> None:
                          "in each are needed")
 
 
+def require_texts(rows: list[dict]) -> None:
+    """ValueError for a row that stage 2 cannot use: without captions, written or synthetic."""
+    for row in rows:
+        if not row.get("synthetic"):
+            common.require([row], "captions")
+
+
 def train_mae(cfg: Config, device, autocast, say) -> Path:
     """Stage 1, masked autoencoding (Sec. 3) -> runs/NAME/mae.pt; needs sound only."""
     rank, world = common.rank_and_world()
     if cfg.plot:
         common.pyplot()  # a missing matplotlib is better known now
     rows = common.read_manifest(cfg.data)
-    train_rows, _ = common.split_train_val(rows, cfg.seed)
+    train_rows, val_rows = common.split_train_val(rows, cfg.seed)
+    if cfg.stage == "all":
+        require_texts(train_rows + val_rows)  # said now, not after stage 1
     check(cfg, len(train_rows), cfg.mae_batch_size)
     torch.manual_seed(cfg.seed)
     model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, VARIANTS[cfg.variant]["eps"]).to(device)
@@ -767,6 +776,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
             "method": "cacophony", "stage": "mae", "config": dataclasses.asdict(cfg) | {"resume": False}, "step": step,
             "shape": audio_shape(cfg), "model": model.state_dict(), "optimiser": optimiser.state_dict(), "versions": common.versions()})
 
+    # Loop
     dataset = Clips(train_rows, cfg, cache=cfg.cache)
     durations = [min(row.get("duration") or cfg.mae_crop_s, cfg.mae_crop_s) for row in train_rows]
     loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.mae_steps),
@@ -786,6 +796,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
                                        lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
         optimiser.step()
 
+        # Log: the only place, with saving, where a GPU is waited for
         recent.append((step, loss.detach(), names))
         step += 1
         clips_seen += len(names) * world
@@ -805,6 +816,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
                 save("last.pt")
             common.barrier()
             run.end_if_told(step)
+            clock, clips_seen = time.perf_counter(), 0
     bar.close()
     if rank == 0:
         save("mae.pt")
@@ -889,9 +901,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     rank, world = common.rank_and_world()
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
-    for row in train_rows + val_rows:
-        if not row.get("synthetic"):
-            common.require([row], "captions")
+    require_texts(train_rows + val_rows)
     check(cfg, len(train_rows), cfg.batch_size)
     last = Path(cfg.runs) / cfg.name / "last.pt"
     stored = common.read_checkpoint(last, "cacophony") if cfg.name and last.exists() else None
@@ -1011,6 +1021,7 @@ def selection_score(model, val_rows, cfg, say, step) -> float:
 
 
 def main(cfg: Config) -> dict:
+    cfg = dataclasses.replace(cfg)  # its name is filled in below
     device = common.start_device(cfg.device)
     say = tqdm.write if common.rank_and_world()[0] == 0 else (lambda text: None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (

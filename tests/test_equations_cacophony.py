@@ -539,6 +539,9 @@ def test_stage_1_needs_no_captions(corpus, tmp_path):
     assert (tmp_path / "s/reconstructions.png").stat().st_size > 10000
     with pytest.raises(ValueError, match="has no 'captions'"):
         cacophony.main(config("cacophony", tmp_path / "sound.jsonl", tmp_path, name="s", stage="contrastive"))
+    with pytest.raises(ValueError, match="has no 'captions'"):  # said before stage 1
+        cacophony.main(config("cacophony", tmp_path / "sound.jsonl", tmp_path, name="t"))
+    assert not (tmp_path / "t").exists()
 
 
 def test_torchaudio_s_filters_are_the_port_s():

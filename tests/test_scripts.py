@@ -191,6 +191,13 @@ def test_runs_without_a_name_are_numbered(corpus, tmp_path):
         assert (tmp_path / f"mga_clap-{number}" / "best.pt").exists()
 
 
+@pytest.mark.parametrize("method, flags", [("cacophony", dict(mae_steps=1, steps=1)), ("curation_clap", dict(teacher_epochs=1, stage="teacher"))])
+def test_stages_share_a_numbered_folder_and_the_caller_s_settings_stay(corpus, tmp_path, method, flags):
+    cfg = config_of(method, corpus, tmp_path, **flags)
+    SCRIPTS[method].main(cfg)
+    assert [p.name for p in tmp_path.iterdir()] == [f"{method}-1"] and cfg.name == ""
+
+
 TWO_PROCESSES = """
 import sys; sys.path.insert(0, {root!r})
 import torch, common, {method} as script
