@@ -725,7 +725,7 @@ def wrap(model, device, cfg: Config):
 
 
 def check(cfg: Config, n_clips: int, batch_size: int) -> None:
-    common.check_counts(cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches", "max_tokens")
+    common.check_counts(cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches")
     if min(cfg.micro_batch, cfg.rho, cfg.caption_weight, cfg.warmup_steps) < 0 or not 0 <= cfg.synthetic_share <= 1:
         raise ValueError("--micro-batch, --rho, --caption-weight and --warmup-steps must not be negative, --synthetic-share lies in 0 to 1")
     if not 0 < cfg.mask_ratio < 1 or not 0.16 <= cfg.mae_crop_s <= LONGEST_S:

@@ -631,7 +631,7 @@ def main(cfg: Config) -> dict:
     for row in train_rows + val_rows:
         if not row.get("labels"):
             common.require([row], "captions")
-    common.check_counts(cfg, "steps", "eval_steps", "save_steps", "log_steps", "max_tokens", "blocks")
+    common.check_counts(cfg, "steps", "eval_steps", "save_steps", "log_steps", "blocks")
     if min(cfg.micro_batch, cfg.token_weight, cfg.global_weight, cfg.uni_weight, cfg.warmup_steps) < 0:
         raise ValueError("--micro-batch, --warmup-steps and the weights of the losses must not be negative")
     if not (cfg.token_weight or cfg.global_weight):

@@ -97,8 +97,12 @@ def configure(config_class, presets: dict, **given):
             raise ValueError("--resume needs --name, the folder under runs/ to continue")
         path = Path(given.get("runs", "runs")) / given["name"] / "last.pt"
         stored = read_checkpoint(path)
-        if set(stored["config"]) != {field.name for field in dataclasses.fields(config_class)}:
-            raise ValueError(f"--resume: {path} holds a run of {stored['method']}; continue it with {stored['method']}.py")
+        method, differing = stored["method"], set(stored["config"]) ^ {field.name for field in dataclasses.fields(config_class)}
+        if differing and method != Path(inspect.getfile(config_class)).stem:
+            raise ValueError(f"--resume: {path} holds a run of {method}; continue it with {method}.py")
+        if differing:
+            raise ValueError(f"--resume: {path} was written by another version of {method}.py, with other settings ("
+                             f"{', '.join(sorted(differing))}); continue it with that version or start a new --name")
         return config_class(**{**stored["config"], "runs": given.get("runs", "runs"), **given})
     if given.get("data") == ["demo"]:
         given.setdefault("size", "tiny")
@@ -1099,6 +1103,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model, tokenizer, max_tokens: int, pooler: bool = False):
         super().__init__()
+        if max_tokens < 3:
+            raise ValueError(f"--max-tokens {max_tokens}: at least 3 are needed, two of them special ones")
         if getattr(model, "pooler", None) is not None and not pooler:
             model.pooler = None  # an unused layer would stop DDP
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens

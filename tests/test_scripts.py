@@ -489,6 +489,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
     (["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"], "none.ckpt: no such weight file"),
     (["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"], "locality_blocks = 5: the last stage has 4 blocks"),
     (["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"], "--log-steps 0: must be at least 1"),
+    (["--data", "CORPUS", "--size", "tiny", "--max-tokens", "2"], "--max-tokens 2: at least 3 are needed, two of them special ones"),
     (["--resume", "--name", "nothing"], "nothing/last.pt: no such weight file"),
     (["--data", "CORPUS", "--size", "tiny", "--device", "cuda"], "--device cuda: torch sees no GPU")])
 def test_bad_flags_are_one_clear_sentence(corpus, tmp_path, flags, message):
@@ -519,6 +520,17 @@ def test_a_run_of_another_method_cannot_be_resumed_here(tmp_path):
     torch.save({"method": "other", "config": {"data": []}, "model": {}}, tmp_path / "x/last.pt")
     with pytest.raises(ValueError, match="holds a run of other; continue it with other.py"):
         common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path))
+
+
+def test_a_run_of_another_version_names_the_settings_that_differ(tmp_path, mga_run):
+    stored = common.read_checkpoint(mga_run[0] / "last.pt")
+    stored["config"]["momentum"] = stored["config"].pop("gamma")
+    (tmp_path / "x").mkdir()
+    torch.save(stored, tmp_path / "x/last.pt")
+    with pytest.raises(ValueError, match=r"another version of mga_clap.py, with other settings \(gamma, momentum\); continue it with that version"):
+        common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path))
+    done = run_cli("--resume", "--name", "x", "--runs", tmp_path)  # as a script its module has another name
+    assert "another version of mga_clap.py, with other settings (gamma, momentum)" in done.stderr
 
 
 def test_clips_listed_in_several_rows_are_one_clip():
