@@ -60,7 +60,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -717,13 +716,6 @@ def audio_shape(cfg: Config) -> dict:
     return dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp)
 
 
-def wrap(model, device, cfg: Config):
-    """Compiled where asked for; for several processes; alone the model itself."""
-    if cfg.compile:
-        common.compile_training(model)
-    return model if common.rank_and_world()[1] == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-
-
 def check(cfg: Config, n_clips: int, batch_size: int) -> None:
     common.check_counts(cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches")
     if min(cfg.micro_batch, cfg.rho, cfg.caption_weight, cfg.warmup_steps) < 0 or not 0 <= cfg.synthetic_share <= 1:
@@ -766,7 +758,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
         step = checkpoint["step"]
         run.drop_log_after(step, stage="mae")
     cfg.name = run.name
-    wrapped = wrap(model, device, cfg)
+    wrapped = common.wrap(model, device, cfg.compile)
     batch_size = min(cfg.mae_batch_size, len(train_rows))
     say(f"cacophony, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}")
@@ -922,7 +914,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
     run.drop_log_after(step, stage="contrastive")
-    wrapped = wrap(model, device, cfg)
+    wrapped = common.wrap(model, device, cfg.compile)
     batch_size = min(cfg.batch_size, len(train_rows))
     say(f"cacophony, stage 2: {len(train_rows)} clips, {len(val_rows)} for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
         f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
@@ -1021,13 +1013,9 @@ def selection_score(model, val_rows, cfg, say, step) -> float:
 
 
 def main(cfg: Config) -> dict:
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
     cfg = dataclasses.replace(cfg)  # its name is filled in below
-    device = common.start_device(cfg.device)
-    say = tqdm.write if common.rank_and_world()[0] == 0 else (lambda text: None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
-        cfg.precision == "auto" and device.type == "cuda"))
-    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
-        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+    device, autocast, say = common.start(cfg, PRESETS)
     stage = "mae"
     if cfg.resume:
         checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "cacophony")

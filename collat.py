@@ -60,7 +60,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -617,13 +616,9 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
 
 
 def main(cfg: Config) -> dict:
-    device = common.start_device(cfg.device)
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
+    device, autocast, say = common.start(cfg, PRESETS)
     rank, world = common.rank_and_world()
-    say = tqdm.write if rank == 0 else (lambda text: None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
-        cfg.precision == "auto" and device.type == "cuda"))
-    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
-        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
 
     # Data
     rows = common.read_manifest(cfg.data)
@@ -653,9 +648,7 @@ def main(cfg: Config) -> dict:
         classes = sorted({label for row in train_rows for label in row.get("labels", [])})
         model = start_model(cfg, [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))] + classes)
     model.to(device)
-    if cfg.compile:
-        common.compile_training(model)
-    wrapped = model if world == 1 else DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    wrapped = common.wrap(model, device, cfg.compile)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [{"params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio], "peak": peak}
               for of_audio, peak in ((True, cfg.audio_lr), (False, cfg.lr))]

@@ -1694,6 +1694,18 @@ def start_device(name: str) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
+def start(cfg, presets: dict):
+    """What every training begins with -> device, autocast, say (prints, in the first process only); says which presets are in use."""
+    device = start_device(cfg.device)
+    say = tqdm.write if rank_and_world()[0] == 0 else (lambda text: None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
+        cfg.precision == "auto" and device.type == "cuda"))
+    for (name, choice), preset in presets.items():
+        if getattr(cfg, name) == choice:
+            say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+    return device, autocast, say
+
+
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -1771,6 +1783,20 @@ def compile_training(model) -> None:
     import torch._inductor.config
     torch._inductor.config.fallback_random = True
     model.compile()
+
+
+def wrap(model, device, compiled: bool):
+    """What training calls: the model itself, compiled where asked for; one of several processes, as DistributedDataParallel wants it.
+
+    Of several GPUs batch norm sees the whole batch; on a CPU, where torch cannot, each process's share.
+    """
+    if compiled:
+        compile_training(model)
+    if rank_and_world()[1] == 1:
+        return model
+    on_gpu = device.type == "cuda"
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else model
+    return nn.parallel.DistributedDataParallel(synchronised, [device.index] if on_gpu else None)
 
 
 def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextlib.nullcontext(), micro_batch: int = 0):

@@ -66,7 +66,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
@@ -1028,12 +1027,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     """
     rank, world = common.rank_and_world()
     model.to(device)
-    if cfg.compile:
-        common.compile_training(model)
-    wrapped = model
-    if world > 1:
-        wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
-        wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
+    wrapped = common.wrap(model, device, cfg.compile)
     dataset = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
     held_out = Pairs([corpus["val"]], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
     sizes = [len(pairs) for pairs in dataset.sets]
@@ -1155,14 +1149,9 @@ def student_sets(cfg: Config, corpus: dict) -> list[list[dict]]:
 
 
 def main(cfg: Config) -> dict:
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
     cfg = dataclasses.replace(cfg)  # its name is filled in below
-    device = common.start_device(cfg.device)
-    rank = common.rank_and_world()[0]
-    say = tqdm.write if rank == 0 else (lambda text: None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
-        cfg.precision == "auto" and device.type == "cuda"))
-    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
-        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+    device, autocast, say = common.start(cfg, PRESETS)
     last = Path(cfg.runs) / cfg.name / "last.pt"
     stored = common.read_checkpoint(last, METHOD) if cfg.name and last.exists() else None
     if cfg.resume:
@@ -1189,7 +1178,7 @@ def main(cfg: Config) -> dict:
         teacher = load_teacher(cfg)[0].to(device).requires_grad_(False) if cfg.soft_labels else None
         model = Model.from_checkpoint(last) if in_student else load_teacher(cfg)[0]
         result = train(cfg, "student", model, teacher, student_sets(cfg, corpus), corpus, device, autocast, say, stored if in_student else None)
-    if rank == 0:
+    if common.rank_and_world()[0] == 0:
         flags = f"--data {' '.join(cfg.data)} --size {cfg.size} --name {cfg.name}"
         shown = {"teacher": [f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"],
                  "curate": [f"python curation_clap.py --stage student {flags}"]}.get(cfg.stage, [

@@ -64,7 +64,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -555,13 +554,9 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
 
 
 def main(cfg: Config) -> dict:
-    device = common.start_device(cfg.device)
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
+    device, autocast, say = common.start(cfg, PRESETS)
     rank, world = common.rank_and_world()
-    say = tqdm.write if rank == 0 else (lambda text: None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
-        cfg.precision == "auto" and device.type == "cuda"))
-    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
-        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
 
     # Data
     rows = common.read_manifest(cfg.data)
@@ -590,12 +585,7 @@ def main(cfg: Config) -> dict:
     if checkpoint:
         common.load_strict(model, checkpoint["model"], "last.pt")
     model.to(device)
-    if cfg.compile:
-        common.compile_training(model)
-    wrapped = model
-    if world > 1:
-        wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
-        wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
+    wrapped = common.wrap(model, device, cfg.compile)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
                                  fused=True)
 

@@ -51,7 +51,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
@@ -487,13 +486,9 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
 
 
 def main(cfg: Config) -> dict:
-    device = common.start_device(cfg.device)
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
+    device, autocast, say = common.start(cfg, PRESETS)
     rank, world = common.rank_and_world()
-    say = tqdm.write if rank == 0 else (lambda text: None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
-        cfg.precision == "auto" and device.type == "cuda"))
-    for preset in (preset for (name, choice), preset in PRESETS.items() if getattr(cfg, name) == choice):
-        say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
 
     # Data
     rows = common.read_manifest(cfg.data)
@@ -522,12 +517,7 @@ def main(cfg: Config) -> dict:
     else:
         model = start_model(cfg, [text for row in train_rows for text in (*row["captions"], *filter(None, row.get("negatives", [])))])
     model.to(device)
-    if cfg.compile:
-        common.compile_training(model)
-    wrapped = model
-    if world > 1:
-        wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
-        wrapped = DistributedDataParallel(wrapped, [device.index] if device.type == "cuda" else None)
+    wrapped = common.wrap(model, device, cfg.compile)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
                                  fused=True)
     dataset = Clips(groups, cfg, model.text_encoder.tokenize, model.sample_rate)
