@@ -586,6 +586,23 @@ def audio_start(encoder: PatchTransformer, path) -> None:
     common.load_strict(encoder, state, path)
 
 
+def audio_shape(cfg: Config) -> dict:
+    return dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp)
+
+
+def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
+    """A new model: the audio encoder from stage 1, the text encoder from --text-model, the rest from nothing."""
+    text_encoder = common.start_text_encoder(cfg, captions, cfg.max_tokens)
+    shape = dict(audio=audio_shape(cfg), joint_dim=cfg.joint_dim, decoder_layers=cfg.decoder_layers if cfg.caption_weight else 0, variant=cfg.variant)
+    model = Model(shape, text_encoder)
+    if cfg.audio_weights != "none":
+        if not cfg.audio_weights and not mae.is_file():
+            raise FileNotFoundError(f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's mae.pt, "
+                                    "the authors' torch file, or none)")
+        audio_start(model.audio_encoder, cfg.audio_weights or mae)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------
 # Loss: embeds (B, D) normalised, of all processes
 # ------------------------------------------------------------------------------------------------
@@ -710,10 +727,6 @@ def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
     """Linear warm-up to the peak, then half a cosine to min_lr (Sec. 4)."""
     factor = common.warmup_cosine(step, cfg.warmup_steps, total)
     return peak * factor if step < cfg.warmup_steps else cfg.min_lr + (peak - cfg.min_lr) * factor
-
-
-def audio_shape(cfg: Config) -> dict:
-    return dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp)
 
 
 def check(cfg: Config, n_clips: int, batch_size: int) -> None:
@@ -842,22 +855,6 @@ def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3,
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return path
-
-
-def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
-    """A new model: the audio encoder from stage 1, the text encoder from --text-model, the rest from nothing."""
-    if cfg.text_model == "none":
-        text_encoder = common.text_encoder_from_scratch(captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), cfg.max_tokens)
-    else:
-        text_encoder = common.text_encoder_from_pretrained(cfg.text_model, cfg.max_tokens)
-    model = Model(dict(audio=audio_shape(cfg), joint_dim=cfg.joint_dim, decoder_layers=cfg.decoder_layers if cfg.caption_weight else 0,
-                       variant=cfg.variant), text_encoder)
-    if cfg.audio_weights != "none":
-        if not cfg.audio_weights and not mae.is_file():
-            raise FileNotFoundError(f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's mae.pt, "
-                                    "the authors' torch file, or none)")
-        audio_start(model.audio_encoder, cfg.audio_weights or mae)
-    return model
 
 
 @torch.no_grad()

@@ -422,6 +422,28 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
     return common.TextEncoder(model, transformers.AutoTokenizer.from_pretrained(name), max_tokens)
 
 
+def start_model(cfg: Config, texts: list[str]) -> Model:
+    """AST from --audio-weights, the locked text encoder from --text-model, the token interaction module from nothing."""
+    text_encoder = common.start_text_encoder(cfg, texts, cfg.max_tokens) if cfg.text_model == "none" else locked_text(cfg.text_model, cfg.max_tokens)
+    audio = dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, patch=cfg.audio_patch, stride=cfg.audio_stride)
+    model = Model(dict(audio=audio, blocks=cfg.blocks), text_encoder)
+    n_layers = text_encoder.model.config.num_hidden_layers
+    if not 0 <= cfg.token_layer <= n_layers:
+        raise ValueError(f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 for its static embeddings")
+    start_at_the_mean_token(model)
+    if cfg.audio_weights != "none":
+        load_ast(model.audio_encoder, cfg.audio_weights)
+    return model
+
+
+@torch.no_grad()
+def start_at_the_mean_token(model: Model) -> None:
+    """At first every slot is the text encoder's mean token, off by its tokens' deviations: what Eq. (1) would take hundreds of steps to find (D3)."""
+    table, out_proj = model.text_encoder.model.get_input_embeddings().weight, model.interaction.out_proj
+    out_proj.bias.copy_(table.mean(0))
+    out_proj.weight.mul_(math.sqrt(3) * table.std(0)[:, None])  # of normalised input, torch's first weights make a deviation of 1 / sqrt(3)
+
+
 # ------------------------------------------------------------------------------------------------
 # Loss
 # ------------------------------------------------------------------------------------------------
@@ -569,31 +591,6 @@ class Clips(Dataset):
 # ------------------------------------------------------------------------------------------------
 # Train
 # ------------------------------------------------------------------------------------------------
-
-
-def start_model(cfg: Config, texts: list[str]) -> Model:
-    """AST from --audio-weights, the locked text encoder from --text-model, the token interaction module from nothing."""
-    if cfg.text_model == "none":
-        text_encoder = common.text_encoder_from_scratch(texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), cfg.max_tokens)
-    else:
-        text_encoder = locked_text(cfg.text_model, cfg.max_tokens)
-    audio = dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, patch=cfg.audio_patch, stride=cfg.audio_stride)
-    model = Model(dict(audio=audio, blocks=cfg.blocks), text_encoder)
-    n_layers = text_encoder.model.config.num_hidden_layers
-    if not 0 <= cfg.token_layer <= n_layers:
-        raise ValueError(f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 for its static embeddings")
-    start_at_the_mean_token(model)
-    if cfg.audio_weights != "none":
-        load_ast(model.audio_encoder, cfg.audio_weights)
-    return model
-
-
-@torch.no_grad()
-def start_at_the_mean_token(model: Model) -> None:
-    """At first every slot is the text encoder's mean token, off by its tokens' deviations: what Eq. (1) would take hundreds of steps to find (D3)."""
-    table, out_proj = model.text_encoder.model.get_input_embeddings().weight, model.interaction.out_proj
-    out_proj.bias.copy_(table.mean(0))
-    out_proj.weight.mul_(math.sqrt(3) * table.std(0)[:, None])  # of normalised input, torch's first weights make a deviation of 1 / sqrt(3)
 
 
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:

@@ -1174,6 +1174,13 @@ def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads:
     return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens, pooler)
 
 
+def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = False) -> TextEncoder:
+    """A new model's: --text-model, or, if that is none, one from nothing whose vocabulary is that of `texts`."""
+    if cfg.text_model != "none":
+        return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
+    return text_encoder_from_scratch(texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler)
+
+
 def text_encoder_from_description(description: dict, max_tokens: int, pooler: bool = False) -> TextEncoder:
     """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a network."""
     transformers = quiet_transformers()

@@ -356,10 +356,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
         weights = weights.get("model", weights)
         if is_ms_clap(weights):
             return Model.from_published(cfg.audio_weights, cfg.text_model)
-    if cfg.text_model == "none":
-        text_encoder = common.text_encoder_from_scratch(captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), MAX_TOKENS)
-    else:
-        text_encoder = common.text_encoder_from_pretrained(cfg.text_model, MAX_TOKENS)
+    text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS)
     audio = dict(channels=cfg.audio_channels, hop=cfg.hop, block_dropout=cfg.block_dropout, dropout=cfg.dropout)
     model = Model(text_encoder, audio, cfg.joint_dim, cfg.window_s, cfg.temperature)
     if cfg.text_model == "none":

@@ -416,6 +416,14 @@ def official_state(weights: dict) -> dict:
     return state
 
 
+def start_model(cfg: Config, captions: list[str]) -> Model:
+    """A new model: encoders from --audio-weights and --text-model, the rest from nothing."""
+    model = Model(cfg, common.start_text_encoder(cfg, captions, cfg.max_tokens))
+    if cfg.audio_weights != "none":
+        (load_atst if cfg.encoder == "atst" else common.load_htsat)(model.audio_encoder, cfg.audio_weights)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------
 # Loss: sim (B, B) cosine, audio in rows; same_clip (B, B) bool, True on the diagonal and between
 # captions of one clip
@@ -572,25 +580,16 @@ def main(cfg: Config) -> dict:
     torch.manual_seed(cfg.seed)
     if checkpoint:
         common.check_resume(cfg, checkpoint["config"])
-        text_encoder = common.text_encoder_from_description(checkpoint["text_encoder"], cfg.max_tokens)
-    elif cfg.text_model == "none":
-        captions = [clean_caption(c) for row in train_rows for c in row["captions"]]
-        text_encoder = common.text_encoder_from_scratch(
-            captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), cfg.max_tokens)
+        model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
     else:
-        text_encoder = common.text_encoder_from_pretrained(cfg.text_model, cfg.max_tokens)
-    model = Model(cfg, text_encoder)
-    if not checkpoint and cfg.audio_weights != "none":
-        (load_atst if cfg.encoder == "atst" else common.load_htsat)(model.audio_encoder, cfg.audio_weights)
-    if checkpoint:
-        common.load_strict(model, checkpoint["model"], "last.pt")
+        model = start_model(cfg, [clean_caption(c) for row in train_rows for c in row["captions"]])
     model.to(device)
     wrapped = common.wrap(model, device, cfg.compile)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
                                  fused=True)
 
     # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
-    dataset = Pairs(train_rows, cfg, text_encoder.tokenize)
+    dataset = Pairs(train_rows, cfg, model.text_encoder.tokenize)
     batch_size = min(cfg.batch_size, len(dataset.pairs))
     if batch_size < 2 * world:
         raise ValueError(f"--batch-size {cfg.batch_size} with {len(dataset.pairs)} training pair(s) on {world} process(es): "
@@ -611,7 +610,7 @@ def main(cfg: Config) -> dict:
         common.save_checkpoint(run.path / name, {
             "method": "mga_clap", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
             "best": best, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-            "text_encoder": text_encoder.description(), "versions": common.versions()})
+            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 
     # Loop
     loader = DataLoader(dataset, batch_sampler=common.training_batches(

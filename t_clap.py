@@ -308,11 +308,7 @@ def _transformers_clap(name):
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """The model that training starts from: --weights, or a new one."""
     if cfg.weights == "none":
-        if cfg.text_model == "none":
-            text_encoder = common.text_encoder_from_scratch(captions, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64),
-                                                            MAX_TOKENS, pooler=True)
-        else:
-            text_encoder = common.text_encoder_from_pretrained(cfg.text_model, MAX_TOKENS, pooler=True)
+        text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS, pooler=True)
         model = Model(text_encoder, dict(dim=cfg.audio_dim, depths=cfg.audio_depths, heads=cfg.audio_heads, patch=cfg.audio_patch,
                                          drop_path=cfg.drop_path), cfg.joint_dim)
         feel_order(model, text=cfg.text_model == "none")
