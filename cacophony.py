@@ -484,7 +484,7 @@ class Model(nn.Module):
     def embed_text(self, texts: list[str]):
         """-> (B, D), normalised."""
         with common.evaluating(self):
-            tokens = {k: v.to(self.log_scale.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            tokens = common.to_device(self.text_encoder.tokenize(texts), self.log_scale.device)
             states = self.text_states(tokens["input_ids"], tokens["attention_mask"])
             return F.normalize(self.text_pool(states, tokens["attention_mask"].bool()).float(), dim=-1)
 
@@ -702,10 +702,7 @@ class Clips(Dataset):
 
     def collate(self, items):
         """-> list of dicts of tensors for the model (one a micro-batch), file names, error texts."""
-        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
-        good = [item for item in items if not isinstance(item, common.AudioError)]
-        part = self.cfg.micro_batch or max(1, len(good))
-        return [self.tensors(good[i:i + part]) for i in range(0, len(good), part)], [item[-1] for item in good], bad
+        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
 
     def tensors(self, items) -> dict:
         patches, numbers, captions, _ = zip(*items)
@@ -729,17 +726,13 @@ def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
     return peak * factor if step < cfg.warmup_steps else cfg.min_lr + (peak - cfg.min_lr) * factor
 
 
-def check(cfg: Config, n_clips: int, batch_size: int) -> None:
+def check(cfg: Config) -> None:
     common.check_counts(cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches")
     if min(cfg.micro_batch, cfg.rho, cfg.caption_weight, cfg.warmup_steps) < 0 or not 0 <= cfg.synthetic_share <= 1:
         raise ValueError("--micro-batch, --rho, --caption-weight and --warmup-steps must not be negative, --synthetic-share lies in 0 to 1")
     if not 0 < cfg.mask_ratio < 1 or not 0.16 <= cfg.mae_crop_s <= LONGEST_S:
         raise ValueError(f"--mask-ratio {cfg.mask_ratio}, --mae-crop-s {cfg.mae_crop_s}: expected a share between 0 and 1, and 0.16 to "
                          f"{LONGEST_S:g} seconds")
-    world = common.rank_and_world()[1]
-    if min(batch_size, n_clips) < 2 * world:
-        raise ValueError(f"a batch of {min(batch_size, n_clips)} of {n_clips} training clip(s) on {world} process(es): at least 2 clips "
-                         "in each are needed")
 
 
 def require_texts(rows: list[dict]) -> None:
@@ -758,7 +751,9 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     if cfg.stage == "all":
         require_texts(train_rows + val_rows)  # said now, not after stage 1
-    check(cfg, len(train_rows), cfg.mae_batch_size)
+    check(cfg)
+    batch_size = min(cfg.mae_batch_size, len(train_rows))
+    common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
     torch.manual_seed(cfg.seed)
     model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, VARIANTS[cfg.variant]["eps"]).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=cfg.mae_lr, weight_decay=cfg.weight_decay, fused=True)
@@ -772,7 +767,6 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
         run.drop_log_after(step, stage="mae")
     cfg.name = run.name
     wrapped = common.wrap(model, device, cfg.compile)
-    batch_size = min(cfg.mae_batch_size, len(train_rows))
     say(f"cacophony, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}")
 
@@ -839,7 +833,7 @@ def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3,
     figure, axes = plt.subplots(4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained")
     device = model.mask_token.device
     for column, item in zip(axes.T, items):
-        batch = {k: v.to(device) for k, v in dataset.tensors([item]).items()}
+        batch = common.to_device(dataset.tensors([item]), device)
         torch.manual_seed(0)
         painted, visible_mask = model.paint(**batch)
         whole, target = batch["patches"], normalised(batch["patches"])
@@ -879,7 +873,7 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
         with common.evaluating(model):
             for i in range(0, len(rows), 32):
                 items = [dataset[0, j] for j in range(i, min(i + 32, len(rows)))]
-                batch = {k: v.to(device) for k, v in dataset.tensors(items).items()}
+                batch = common.to_device(dataset.tensors(items), device)
                 nll += model(**batch)[2].tolist()
         scores["loss_cap"], chance["loss_cap"] = float(np.mean(nll)), math.log(model.text_encoder.model.config.vocab_size)
     return scores, chance
@@ -891,7 +885,9 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     require_texts(train_rows + val_rows)
-    check(cfg, len(train_rows), cfg.batch_size)
+    check(cfg)
+    batch_size = min(cfg.batch_size, len(train_rows))
+    common.check_batch(cfg, batch_size, len(train_rows), "clip")
     last = Path(cfg.runs) / cfg.name / "last.pt"
     stored = common.read_checkpoint(last, "cacophony") if cfg.name and last.exists() else None
     after_mae = bool(stored) and stored["stage"] == "mae" and stored["step"] == stored["config"]["mae_steps"]
@@ -912,7 +908,6 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
         step, best = checkpoint["step"], checkpoint["best"]
     run.drop_log_after(step, stage="contrastive")
     wrapped = common.wrap(model, device, cfg.compile)
-    batch_size = min(cfg.batch_size, len(train_rows))
     say(f"cacophony, stage 2: {len(train_rows)} clips, {len(val_rows)} for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
         f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
         f"writing to {run.path}")

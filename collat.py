@@ -347,7 +347,7 @@ class Model(nn.Module):
         -> tokens: of each clip its text's tokens; maps: of each (tokens, bands, times), shares of the attention to patches.
         """
         with common.evaluating(self):
-            ids = {k: v.to(self.slots.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            ids = common.to_device(self.text_encoder.tokenize(texts), self.slots.device)
             audio = self.audio_encoder(self.first_window(waveform))
             slots = self.slots.expand(len(audio), -1, -1)
             matched = match(self.interaction(slots, audio), self.text.token_embeds(ids["input_ids"]), ids["attention_mask"])
@@ -362,7 +362,7 @@ class Model(nn.Module):
     def embed_text(self, texts: list[str]):
         """-> (B, D), normalised."""
         with common.evaluating(self):
-            tokens = {k: v.to(self.slots.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            tokens = common.to_device(self.text_encoder.tokenize(texts), self.slots.device)
             states = self.text.states(self.text.token_embeds(tokens["input_ids"]), tokens["attention_mask"])
             return F.normalize(self.text.pool(states[-1], tokens["attention_mask"]).float(), dim=-1)
 
@@ -577,10 +577,7 @@ class Clips(Dataset):
 
     def collate(self, items):
         """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
-        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
-        good = [item for item in items if not isinstance(item, common.AudioError)]
-        part = self.cfg.micro_batch or max(1, len(good))
-        return [self.tensors(good[i:i + part]) for i in range(0, len(good), part)], [item[-1] for item in good], bad
+        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
 
     def tensors(self, items) -> dict:
         features, texts, _ = zip(*items)
@@ -631,9 +628,7 @@ def main(cfg: Config) -> dict:
     if not 1 <= cfg.audio_stride <= cfg.audio_patch <= N_MELS:
         raise ValueError(f"--audio-patch {cfg.audio_patch} --audio-stride {cfg.audio_stride}: expected 1 <= stride <= patch <= {N_MELS}")
     batch_size = min(cfg.batch_size, len(train_rows))
-    if batch_size < 2 * world:
-        raise ValueError(f"--batch-size {cfg.batch_size} with {len(train_rows)} training clip(s) on {world} process(es): "
-                         "a contrastive loss needs at least 2 clips in each")
+    common.check_batch(cfg, batch_size, len(train_rows), "clip")
 
     # Model
     checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "collat") if cfg.resume else None

@@ -1782,6 +1782,14 @@ def batches_on(device, loader):
         yield ready
 
 
+def collate_parts(items: list, micro_batch: int, tensors):
+    """Items of a dataset, of which some may be errors -> [tensors(items) of each micro-batch], file names (last in an item), error texts."""
+    bad = [str(item) for item in items if isinstance(item, AudioError)]
+    good = [item for item in items if not isinstance(item, AudioError)]
+    size = micro_batch or max(1, len(good))
+    return [tensors(good[i:i + size]) for i in range(0, len(good), size)], [item[-1] for item in good], bad
+
+
 def compile_training(model) -> None:
     """--compile: torch.compile of the training pass; embedding stays eager. Names in checkpoints do not change.
 
@@ -1894,6 +1902,14 @@ def check_counts(cfg, *names: str) -> None:
     for name in names:
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+
+
+def check_batch(cfg, size: int, n: int, what: str, flag: str = "batch_size") -> None:
+    """ValueError if a batch of `size` of the n clips or pairs of a training leaves a process less than two."""
+    world = rank_and_world()[1]
+    if size < 2 * world:
+        raise ValueError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)} with {n} training {what}(s) on {world} process(es): at least 2 {what}s "
+                         "are needed in each (a contrastive loss of 1 is 0)")
 
 
 def check_resume(cfg, stored: dict) -> None:

@@ -306,7 +306,7 @@ class Model(nn.Module):
     def embed_text(self, texts: list[str]):
         """-> (B, D), normalised."""
         with common.evaluating(self):
-            tokens = {k: v.to(self.log_scale.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            tokens = common.to_device(self.text_encoder.tokenize(texts), self.log_scale.device)
             return self.caption_embeds(tokens["input_ids"], tokens["attention_mask"])
 
     @classmethod
@@ -488,10 +488,7 @@ class Pairs(Dataset):
 
     def collate(self, items):
         """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
-        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
-        good = [item for item in items if not isinstance(item, common.AudioError)]
-        part = self.cfg.micro_batch or max(1, len(good))
-        return [self.tensors(good[i:i + part]) for i in range(0, len(good), part)], [item[-1] for item in good], bad
+        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
 
     def tensors(self, items) -> dict:
         waveforms, captions, _ = zip(*items)
@@ -1006,7 +1003,7 @@ def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, 
         for parts, names, _ in loader:
             if len(names) < 2:
                 continue
-            parts = [{k: v.to(device) for k, v in part.items()} for part in parts]
+            parts = common.to_device(parts, device)
             with autocast:
                 audio, text = (torch.cat(column) for column in zip(*(model(**part)[:2] for part in parts)))
                 taught = None if teacher is None else [torch.cat(column) for column in zip(*(teacher(**part)[:2] for part in parts))]
@@ -1023,14 +1020,12 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     sets: rows of the pairs to learn from; where there are two, the first is the replay.
     """
     rank, world = common.rank_and_world()
+    sizes = [sum(len(row["captions"]) for row in rows) for rows in sets]
+    common.check_batch(cfg, min(cfg.batch_size, *sizes), min(sizes), "pair")
     model.to(device)
     wrapped = common.wrap(model, device, cfg.compile)
     dataset = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
     held_out = Pairs([corpus["val"]], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
-    sizes = [len(pairs) for pairs in dataset.sets]
-    if min(cfg.batch_size, *sizes) < 2 * world:
-        raise ValueError(f"--batch-size {cfg.batch_size} with {min(sizes)} pair(s) of stage {stage} on {world} process(es): a contrastive loss needs at "
-                         "least 2 pairs in each")
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
     of_batch = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))  # pairs; the smaller of two sets may not fill one
     epoch_steps = cfg.epoch_steps or sizes[0] // of_batch[0]

@@ -336,7 +336,7 @@ class Model(nn.Module):
     def embed_text(self, texts: list[str]):
         """-> (B, D), normalised. Captions go through `clean_caption` first, class names do not."""
         with common.evaluating(self):
-            tokens = {k: v.to(self.temperature.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            tokens = common.to_device(self.text_encoder.tokenize(texts), self.temperature.device)
             words = self.word_feats(tokens["input_ids"], tokens["attention_mask"])
             return self.aggregate(words, tokens["word_mask"][:, 1:])[0]
 
@@ -348,7 +348,7 @@ class Model(nn.Module):
         """
         similarity, device = PAIRWISE[self.cfg.aggregator], self.temperature.device
         with common.evaluating(self):
-            tokens = {k: v.to(device) for k, v in self.text_encoder.tokenize(texts).items()}
+            tokens = common.to_device(self.text_encoder.tokenize(texts), device)
             words = masked_words(self.word_feats(tokens["input_ids"], tokens["attention_mask"]), tokens["word_mask"][:, 1:])
             frames = nn.utils.rnn.pad_sequence([torch.from_numpy(f).to(device) for f in frame_embeds], True)
             return torch.cat([torch.cat([similarity(f, w, self.temperature) for w in words.split(64)], 1)
@@ -574,6 +574,9 @@ def main(cfg: Config) -> dict:
     if classes and any(row.get("labels") or row.get("events") for row in val_rows):
         common.label_targets(val_rows, classes)  # a wrong class list is said now, not after the training
     common.check_counts(cfg, "epochs", "eval_epochs", "save_steps", "log_steps")
+    n_pairs = sum(len(row["captions"]) for row in train_rows)
+    batch_size = min(cfg.batch_size, n_pairs)
+    common.check_batch(cfg, batch_size, n_pairs, "pair")
 
     # Model
     checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "mga_clap") if cfg.resume else None
@@ -590,11 +593,7 @@ def main(cfg: Config) -> dict:
 
     # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
     dataset = Pairs(train_rows, cfg, model.text_encoder.tokenize)
-    batch_size = min(cfg.batch_size, len(dataset.pairs))
-    if batch_size < 2 * world:
-        raise ValueError(f"--batch-size {cfg.batch_size} with {len(dataset.pairs)} training pair(s) on {world} process(es): "
-                         "a contrastive loss needs at least 2 pairs in each")
-    steps_per_epoch = len(dataset.pairs) // batch_size
+    steps_per_epoch = n_pairs // batch_size
     total_steps, warmup_steps = cfg.epochs * steps_per_epoch, int(cfg.warmup_epochs * steps_per_epoch)
     step, best = 0, {"score": -1.0, "step": 0}
     run = common.RunFolder(cfg.runs, cfg.name, "mga_clap", cfg.resume, len(train_rows), cfg.max_bad)
@@ -602,7 +601,7 @@ def main(cfg: Config) -> dict:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
-    say(f"mga_clap: {len(train_rows)} clips, {len(dataset.pairs)} pairs for training, {len(val_rows)} clips for validation; "
+    say(f"mga_clap: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips for validation; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {total_steps} steps of {batch_size} pairs on "
         f"{world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}")
 

@@ -196,7 +196,7 @@ class Model(nn.Module):
     def embed_text(self, texts: list[str]):
         """-> (B, D), normalised."""
         with common.evaluating(self):
-            tokens = {k: v.to(self.logit_scale_a.device) for k, v in self.text_encoder.tokenize(texts).items()}
+            tokens = common.to_device(self.text_encoder.tokenize(texts), self.logit_scale_a.device)
             return F.normalize(self.text_feats(tokens["input_ids"], tokens["attention_mask"]).float(), dim=-1)
 
     @classmethod
@@ -443,11 +443,7 @@ class Clips(Dataset):
 
     def collate(self, items):
         """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
-        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
-        good = [item for item in items if not isinstance(item, common.AudioError)]
-        part = self.cfg.micro_batch or max(1, len(good))
-        parts = [self.tensors(good[i:i + part]) for i in range(0, len(good), part)]
-        return parts, [item[-1] for item in good], bad
+        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
 
     def tensors(self, items) -> dict:
         waveforms, captions, negatives, _ = zip(*items)
@@ -500,9 +496,7 @@ def main(cfg: Config) -> dict:
                          "rewrite --task negatives, or give --lt-weight 0 for plain contrastive training")
     counts = shares(sizes, cfg.batch_size, cfg.mix)
     batch_size = sum(counts)
-    if batch_size < 2 * world:
-        raise ValueError(f"--batch-size {cfg.batch_size} with {len(train_rows)} training clip(s) on {world} process(es): "
-                         "a contrastive loss needs at least 2 clips in each")
+    common.check_batch(cfg, batch_size, len(train_rows), "clip")
 
     # Model
     checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "t_clap") if cfg.resume else None

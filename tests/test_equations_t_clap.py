@@ -273,7 +273,7 @@ def test_fine_tuning_starts_at_the_scores_of_the_published_model(corpus, tmp_pat
 
 @pytest.mark.parametrize("overrides, message", [
     (dict(weights="630k-best.pt"), "--weights 630k-best.pt: no such file; 630k-best.pt is in the hub repository"),
-    (dict(batch_size=1), "a contrastive loss needs at least 2 clips"),
+    (dict(batch_size=1), "at least 2 clips are needed in each"),
     (dict(mix=-1.0), "--mix -1.0, --micro-batch 0: must not be negative"),
     (dict(steps=0), "--steps 0: must be at least 1")])
 def test_bad_settings_are_one_clear_sentence(corpus, tmp_path, overrides, message):

@@ -483,7 +483,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
     (["--data", "demo", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
     (["--epochs", "1"], "--data is missing"),
     (["--resume", "--data", "demo"], "--resume needs --name"),
-    (["--data", "CORPUS", "--size", "tiny", "--batch-size", "1"], "a contrastive loss needs at least 2 pairs"),
+    (["--data", "CORPUS", "--size", "tiny", "--batch-size", "1"], "at least 2 pairs are needed in each"),
     (["--data", "CORPUS", "--size", "tiny", "--runs", "/proc/nothing"], "cannot write to /proc/nothing"),
     (["--data", "CORPUS", "--size", "tiny", "--text-model", "no/model"], "--text-model no/model: not a local folder"),
     (["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"], "none.ckpt: no such weight file"),
@@ -512,7 +512,12 @@ def test_one_pair_is_an_error(corpus, tmp_path):
     row.update(captions=["one"], audio=str(corpus / row["audio"]))
     common.write_lines(tmp_path / "one.jsonl", [json.dumps(row)])
     with pytest.raises(ValueError, match=r"with 1 training pair\(s\) on 1 process"):
-        mga_clap.main(config(tmp_path / "one.jsonl", tmp_path, name="one"))
+        mga_clap.main(config(tmp_path / "one.jsonl", tmp_path, name="one", cache=str(tmp_path / "cache")))
+    assert not (tmp_path / "cache").exists()  # said before audio is decoded
+    with pytest.raises(ValueError, match=r"--mae-batch-size 6 with 1 training clip\(s\) on 1 process"):
+        cacophony.main(config_of("cacophony", tmp_path / "one.jsonl", tmp_path, name="one"))
+    with pytest.raises(ValueError, match=r"--batch-size 6 with 1 training pair\(s\) on 1 process"):
+        curation_clap.main(config_of("curation_clap", tmp_path / "one.jsonl", tmp_path, name="one", pool_share=0.0, curation="none"))
 
 
 def test_a_run_of_another_method_cannot_be_resumed_here(tmp_path):
