@@ -138,6 +138,7 @@ N_FREQ = N_MELS // PATCH  # patches of one time step
 STEP_SAMPLES = PATCH * HOP  # 0.16 s
 LONGEST_S = 300.0  # D8
 PIECE_S = 60.0  # D9
+METHOD = "cacophony"
 # Three sources, one set of weights. heads: (audio, text) of the pooling layers
 VARIANTS = {"paper": dict(heads=(8, 8), eps=1e-6, window="start"), "jax": dict(heads=(8, 1), eps=1e-6, window="start"),
             "official": dict(heads=(2, 1), eps=1e-5, window="centre")}  # D2, D3, D1
@@ -520,7 +521,7 @@ class Model(nn.Module):
     @classmethod
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt of stage 2."""
-        content = common.read_checkpoint(path, "cacophony")
+        content = common.read_checkpoint(path, METHOD)
         if content["stage"] != "contrastive":
             raise ValueError(f"{path}: holds stage 1 only, an audio encoder that knows no text; stage 2 takes it as --audio-weights")
         text_encoder = common.text_encoder_from_description(content["text_encoder"], content["config"]["max_tokens"])
@@ -581,7 +582,7 @@ def port_size(state: dict) -> tuple:
 def audio_start(encoder: PatchTransformer, path) -> None:
     """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
     content = common.read_weights(path)
-    state = content["model"] if content.get("method") == "cacophony" else port_state(content)
+    state = content["model"] if content.get("method") == METHOD else port_state(content)
     state = {k.removeprefix("audio_encoder."): v for k, v in state.items() if k.startswith("audio_encoder.")}
     common.load_strict(encoder, state, path)
 
@@ -758,21 +759,21 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
     model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, VARIANTS[cfg.variant]["eps"]).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=cfg.mae_lr, weight_decay=cfg.weight_decay, fused=True)
     step = 0
-    run = common.RunFolder(cfg.runs, cfg.name, "cacophony", cfg.resume, len(train_rows), cfg.max_bad)
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
     if cfg.resume:
-        checkpoint = common.read_checkpoint(run.path / "last.pt", "cacophony")
+        checkpoint = common.read_checkpoint(run.path / "last.pt", METHOD)
         common.load_strict(model, checkpoint["model"], run.path / "last.pt")
         optimiser.load_state_dict(checkpoint["optimiser"])
         step = checkpoint["step"]
         run.drop_log_after(step, stage="mae")
     cfg.name = run.name
     wrapped = common.wrap(model, device, cfg.compile)
-    say(f"cacophony, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+    say(f"{METHOD}, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}")
 
     def save(name):
         common.save_checkpoint(run.path / name, {
-            "method": "cacophony", "stage": "mae", "config": dataclasses.asdict(cfg) | {"resume": False}, "step": step,
+            "method": METHOD, "stage": "mae", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
             "shape": audio_shape(cfg), "model": model.state_dict(), "optimiser": optimiser.state_dict(), "versions": common.versions()})
 
     # Loop
@@ -826,32 +827,6 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
 
 
 @torch.no_grad()
-def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3, dpi: int = 100) -> Path:
-    """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
-    plt = common.pyplot()
-    items = [item for item in (dataset[0, i] for i in range(min(20, len(dataset.rows)))) if not isinstance(item, common.AudioError)][:clips]
-    figure, axes = plt.subplots(4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained")
-    device = model.mask_token.device
-    for column, item in zip(axes.T, items):
-        batch = common.to_device(dataset.tensors([item]), device)
-        torch.manual_seed(0)
-        painted, visible_mask = model.paint(**batch)
-        whole, target = batch["patches"], normalised(batch["patches"])
-        rows = [("spectrogram: " + Path(item[-1]).name, whole), ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
-                ("target: each patch with mean 0 and variance 1", target), ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float()))]
-        for row, (axis, (title, patches)) in enumerate(zip(column, rows)):
-            image = patches[0].view(-1, N_FREQ, PATCH, PATCH).transpose(1, 2).reshape(-1, N_MELS).T.cpu()
-            low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)
-            axis.imshow(image, origin="lower", aspect="auto", vmin=low, vmax=high, extent=(0, image.shape[1] * HOP / SAMPLE_RATE, 0, N_MELS))
-            axis.set_title(title, fontsize=9)
-            axis.set_ylabel("mel bin")
-        column[-1].set_xlabel("time (s)")
-    figure.savefig(path, dpi=dpi)
-    plt.close(figure)
-    return path
-
-
-@torch.no_grad()
 def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[dict, dict]:
     """Retrieval with whole clips, and the losses of the rows as one batch (first captions) -> scores, what chance gives."""
     kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
@@ -879,6 +854,16 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
     return scores, chance
 
 
+def selection_score(model, val_rows, cfg, say, step) -> float:
+    """mAP@10 of both directions on the validation split (D11); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows, cfg)
+    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "loss_con", "loss_cap") if k in scores]
+    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
+    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
+
+
 def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     """Stage 2, contrastive captioning (Eq. 1-6) -> runs/NAME/last.pt, best.pt; its scores on the validation split."""
     rank, world = common.rank_and_world()
@@ -889,7 +874,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     batch_size = min(cfg.batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
     last = Path(cfg.runs) / cfg.name / "last.pt"
-    stored = common.read_checkpoint(last, "cacophony") if cfg.name and last.exists() else None
+    stored = common.read_checkpoint(last, METHOD) if cfg.name and last.exists() else None
     after_mae = bool(stored) and stored["stage"] == "mae" and stored["step"] == stored["config"]["mae_steps"]
     checkpoint = stored if cfg.resume and not after_mae else None
     torch.manual_seed(cfg.seed)
@@ -902,19 +887,19 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, "cacophony", cfg.resume or after_mae, len(train_rows), cfg.max_bad)
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume or after_mae, len(train_rows), cfg.max_bad)
     if checkpoint:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
     run.drop_log_after(step, stage="contrastive")
     wrapped = common.wrap(model, device, cfg.compile)
-    say(f"cacophony, stage 2: {len(train_rows)} clips, {len(val_rows)} for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
+    say(f"{METHOD}, stage 2: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
         f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
         f"writing to {run.path}")
 
     def save(name):
         common.save_checkpoint(run.path / name, {
-            "method": "cacophony", "stage": "contrastive", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+            "method": METHOD, "stage": "contrastive", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
             "step": step, "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
             "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 
@@ -980,7 +965,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     scores, chance = validate(model, val_rows, cfg, quiet=False)
     result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"cacophony on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
     if model.decoder:
         print()
         for row in val_rows[:3]:
@@ -994,23 +979,13 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     return result
 
 
-def selection_score(model, val_rows, cfg, say, step) -> float:
-    """mAP@10 of both directions on the validation split (D11); without one, the last step wins."""
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows, cfg)
-    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "loss_con", "loss_cap") if k in scores]
-    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
-    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
-
-
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
     cfg = dataclasses.replace(cfg)  # its name is filled in below
     device, autocast, say = common.start(cfg, PRESETS)
     stage = "mae"
     if cfg.resume:
-        checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "cacophony")
+        checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
         common.check_resume(cfg, checkpoint["config"])
         stage = checkpoint["stage"]
     if cfg.stage != "contrastive" and stage == "mae":
@@ -1019,6 +994,37 @@ def main(cfg: Config) -> dict:
             say(f"\nNext:\n  python cacophony.py --stage contrastive --name {cfg.name} --data {' '.join(cfg.data)} --size {cfg.size}")
             return {"mae": str(mae)}
     return train_contrastive(cfg, device, autocast, say)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures (--plot)
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3, dpi: int = 100) -> Path:
+    """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
+    plt = common.pyplot()
+    items = [item for item in (dataset[0, i] for i in range(min(20, len(dataset.rows)))) if not isinstance(item, common.AudioError)][:clips]
+    figure, axes = plt.subplots(4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained")
+    device = model.mask_token.device
+    for column, item in zip(axes.T, items):
+        batch = common.to_device(dataset.tensors([item]), device)
+        torch.manual_seed(0)
+        painted, visible_mask = model.paint(**batch)
+        whole, target = batch["patches"], normalised(batch["patches"])
+        rows = [("spectrogram: " + Path(item[-1]).name, whole), ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
+                ("target: each patch with mean 0 and variance 1", target), ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float()))]
+        for row, (axis, (title, patches)) in enumerate(zip(column, rows)):
+            image = patches[0].view(-1, N_FREQ, PATCH, PATCH).transpose(1, 2).reshape(-1, N_MELS).T.cpu()
+            low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)
+            axis.imshow(image, origin="lower", aspect="auto", vmin=low, vmax=high, extent=(0, image.shape[1] * HOP / SAMPLE_RATE, 0, N_MELS))
+            axis.set_title(title, fontsize=9)
+            axis.set_ylabel("mel bin")
+        column[-1].set_xlabel("time (s)")
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ PRESETS = {("size", "tiny"): TINY}
 SAMPLE_RATE, N_MELS, N_FRAMES = 16000, 128, 1024  # 10 ms frames
 WINDOW_S = 10.24  # D1
 NOISE_STD = 0.1  # D8
+METHOD = "collat"
 
 # ------------------------------------------------------------------------------------------------
 # Model
@@ -369,7 +370,7 @@ class Model(nn.Module):
     @classmethod
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt."""
-        content = common.read_checkpoint(path, "collat")
+        content = common.read_checkpoint(path, METHOD)
         model = cls(content["shape"], common.text_encoder_from_description(content["text_encoder"], content["config"]["max_tokens"]))
         common.load_strict(model, content["model"], path)
         return model.eval()
@@ -445,7 +446,7 @@ def start_at_the_mean_token(model: Model) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Loss
+# Loss: embeds (B, D) normalised, of all processes
 # ------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +610,17 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     return scores, chance
 
 
+def selection_score(model, val_rows, say, step) -> float:
+    """Mean of tagging mAP and both directions' mAP@10, as far as the validation split has them (D9); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows)
+    used = [scores[k] for k in ("tagging_mAP", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
+    shown = [k for k in ("tagging_mAP", "t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
+    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
+    return sum(used) / len(used)
+
+
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
     device, autocast, say = common.start(cfg, PRESETS)
@@ -631,7 +643,7 @@ def main(cfg: Config) -> dict:
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
 
     # Model
-    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "collat") if cfg.resume else None
+    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD) if cfg.resume else None
     torch.manual_seed(cfg.seed)
     if checkpoint:
         common.check_resume(cfg, checkpoint["config"])
@@ -647,19 +659,19 @@ def main(cfg: Config) -> dict:
     optimiser = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     dataset = Clips(train_rows, cfg, model.text_encoder.tokenize)
     step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, "collat", cfg.resume, len(train_rows), cfg.max_bad)
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
     if checkpoint:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
     n_locked = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained.values())
-    say(f"collat: {len(train_rows)} clips, {len(val_rows)} for validation; {sum(p.numel() for p in trained.values()) / 1e6:.1f} M parameters "
+    say(f"{METHOD}: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in trained.values()) / 1e6:.1f} M parameters "
         f"and {n_locked / 1e6:.1f} M locked ones; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; "
         f"ln B = {math.log(batch_size):.2f}; writing to {run.path}")
 
     def save(name):
         common.save_checkpoint(run.path / name, {
-            "method": "collat", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
+            "method": METHOD, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
             "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
             "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 
@@ -729,22 +741,11 @@ def main(cfg: Config) -> dict:
     scores, chance = validate(model, val_rows, quiet=False)
     result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"collat on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
     print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
           f"  python collat.py --data {' '.join(cfg.data)} --size {cfg.size} --token-weight 0 --uni-weight 0 --global-weight 1     "
           "(the global loss alone: CLAP with a locked text encoder, to compare)")
     return result
-
-
-def selection_score(model, val_rows, say, step) -> float:
-    """Mean of tagging mAP and both directions' mAP@10, as far as the validation split has them (D9); without one, the last step wins."""
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows)
-    used = [scores[k] for k in ("tagging_mAP", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
-    shown = [k for k in ("tagging_mAP", "t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
-    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
-    return sum(used) / len(used)
 
 
 # ------------------------------------------------------------------------------------------------

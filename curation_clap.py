@@ -514,7 +514,9 @@ def mixed_batches(sizes: list[int], batch_size: int, replay_prob: float, seed: i
         yield [(group, epoch, int(i)) for i in order[group][1][place * count:(place + 1) * count]][rank::world]
 
 
-# Curation: similar pairs of N clips and Q captions ---------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Curation: similar pairs of N clips and Q captions
+# ------------------------------------------------------------------------------------------------
 
 
 def exact_cosines(audio, text, clip, caption) -> np.ndarray:
@@ -749,11 +751,6 @@ def join_blocks(paths: list[Path], out: Path) -> tuple[int, int]:
     return clips, pairs
 
 
-# ------------------------------------------------------------------------------------------------
-# Train
-# ------------------------------------------------------------------------------------------------
-
-
 def embed_captions(model: Model, captions: list[str], stored, folder: Path) -> np.ndarray:
     """(Q, D) fp16: stored ones, or embedded once, by the first process."""
     if stored is not None:
@@ -966,6 +963,11 @@ def histogram(values=None, counts=None, edges=None) -> None:
             print(f"  {low:>5.2f} {count:>14,} {'#' * math.ceil(40 * count / counts.max())}")
 
 
+# ------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------
+
+
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     """Retrieval among whole validation clips -> scores, what chance gives."""
     kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
@@ -1050,7 +1052,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
 
     def save(name):
         common.save_checkpoint(run.path / name, {
-            "method": METHOD, "stage": stage, "config": dataclasses.asdict(cfg) | {"resume": False}, "step": step, "best": best,
+            "method": METHOD, "stage": stage, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step, "best": best,
             "finished": step == steps, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
             "scheduler": scheduler.state_dict(), "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 

@@ -134,6 +134,7 @@ ATST = dict(audio_weights="atstframe_base.ckpt", audio_dim=768, audio_depths=[12
 PRESETS = {("variant", "official"): OFFICIAL, ("encoder", "atst"): ATST, ("size", "tiny"): TINY}
 WINDOW_S = 10.0  # training crop and evaluation window (Sec. 4.1)
 SAMPLE_RATE = {"htsat": 32000, "atst": 16000}
+METHOD = "mga_clap"
 
 
 def clean_caption(text: str) -> str:
@@ -362,7 +363,7 @@ class Model(nn.Module):
             model = cls(Config(data=[], variant="official"), common.text_encoder_from_pretrained(text_model, 30))
             common.load_strict(model, official_state(content["model"]), path)
         else:
-            content = common.read_checkpoint(path, "mga_clap")
+            content = common.read_checkpoint(path, METHOD)
             cfg = Config(**content["config"])
             model = cls(cfg, common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens))
             common.load_strict(model, content["model"], path)
@@ -561,6 +562,15 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     return scores, chance
 
 
+def selection_score(model, val_rows, say, step) -> float:
+    """R@1 + R@5, both directions, on the validation split (D11); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows, [])
+    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5")))
+    return sum(scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
+
+
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
     device, autocast, say = common.start(cfg, PRESETS)
@@ -579,7 +589,7 @@ def main(cfg: Config) -> dict:
     common.check_batch(cfg, batch_size, n_pairs, "pair")
 
     # Model
-    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "mga_clap") if cfg.resume else None
+    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD) if cfg.resume else None
     torch.manual_seed(cfg.seed)
     if checkpoint:
         common.check_resume(cfg, checkpoint["config"])
@@ -588,26 +598,26 @@ def main(cfg: Config) -> dict:
         model = start_model(cfg, [clean_caption(c) for row in train_rows for c in row["captions"]])
     model.to(device)
     wrapped = common.wrap(model, device, cfg.compile)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
-                                 fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
 
     # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
     dataset = Pairs(train_rows, cfg, model.text_encoder.tokenize)
     steps_per_epoch = n_pairs // batch_size
     total_steps, warmup_steps = cfg.epochs * steps_per_epoch, int(cfg.warmup_epochs * steps_per_epoch)
     step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, "mga_clap", cfg.resume, len(train_rows), cfg.max_bad)
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
     if checkpoint:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
-    say(f"mga_clap: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips for validation; "
+    say(f"{METHOD}: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips for validation; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {total_steps} steps of {batch_size} pairs on "
         f"{world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}")
 
     def save(name):
         common.save_checkpoint(run.path / name, {
-            "method": "mga_clap", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
+            "method": METHOD, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
             "best": best, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
             "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 
@@ -654,10 +664,10 @@ def main(cfg: Config) -> dict:
             bar.set_postfix_str(f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} "
                                 f"active {line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s")
             pairs_seen = 0
-        epoch_ends = step % (cfg.eval_epochs * steps_per_epoch) == 0
-        if epoch_ends or step % cfg.save_steps == 0 or step == total_steps or run.stop:
+        eval_now = step % (cfg.eval_epochs * steps_per_epoch) == 0 or step == total_steps
+        if eval_now or step % cfg.save_steps == 0 or run.stop:
             common.check_finite(recent, run, model)
-            if (epoch_ends or step == total_steps) and rank == 0:
+            if eval_now and rank == 0:
                 score = selection_score(model, val_rows, say, step)
                 if score > best["score"]:
                     best = {"score": score, "step": step}
@@ -678,20 +688,11 @@ def main(cfg: Config) -> dict:
     scores, chance = validate(model, val_rows, classes, quiet=False)
     result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"mga_clap on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
     print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
           f"  python mga_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --aggregator mean --locality-blocks 0 "
           "--no-hard-negatives     (plain CLAP, to compare)")
     return result
-
-
-def selection_score(model, val_rows, say, step) -> float:
-    """R@1 + R@5, both directions, on the validation split (D11); without one, the last step wins."""
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows, [])
-    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5")))
-    return sum(scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
 
 
 # ------------------------------------------------------------------------------------------------

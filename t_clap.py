@@ -111,6 +111,7 @@ TINY = dict(weights="none", text_model="none", audio_patch=16, audio_dim=64, aud
 PRESETS = {("size", "tiny"): TINY}
 WINDOW_S = 10.0  # LAION's training crop
 MAX_TOKENS = 77  # LAION's padding and truncation length
+METHOD = "t_clap"
 
 # ------------------------------------------------------------------------------------------------
 # Model
@@ -202,7 +203,7 @@ class Model(nn.Module):
     @classmethod
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt."""
-        content = common.read_checkpoint(path, "t_clap")
+        content = common.read_checkpoint(path, METHOD)
         model = cls(common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS, pooler=True), **content["shape"])
         common.load_strict(model, content["model"], path)
         return model.eval()
@@ -477,6 +478,16 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     return scores, chance
 
 
+def selection_score(model, val_rows, say, step) -> float:
+    """mAP@10 of both directions on the validation split (D5); without one, the last step wins."""
+    if not val_rows:
+        return float(step)
+    scores, _ = validate(model, val_rows)
+    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "t_classify_t2a") if k in scores]
+    say((f"step {step}" if step else "before the first step") + ": validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
+    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
+
+
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
     device, autocast, say = common.start(cfg, PRESETS)
@@ -499,7 +510,7 @@ def main(cfg: Config) -> dict:
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
 
     # Model
-    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", "t_clap") if cfg.resume else None
+    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD) if cfg.resume else None
     torch.manual_seed(cfg.seed)
     if checkpoint:
         common.check_resume(cfg, checkpoint["config"])
@@ -508,29 +519,29 @@ def main(cfg: Config) -> dict:
         model = start_model(cfg, [text for row in train_rows for text in (*row["captions"], *filter(None, row.get("negatives", [])))])
     model.to(device)
     wrapped = common.wrap(model, device, cfg.compile)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.999),
-                                 fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
     dataset = Clips(groups, cfg, model.text_encoder.tokenize, model.sample_rate)
     step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, "t_clap", cfg.resume, len(train_rows), cfg.max_bad)
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
     if checkpoint:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
     with_negative = sum(map(has_negatives, groups[0]))
-    say(f"t_clap: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} of sets without, {len(val_rows)} "
+    say(f"{METHOD}: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} of sets without, {len(val_rows)} "
         f"clips for validation; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {cfg.steps} steps of "
         f"{counts[0]} + {counts[1]} clips on {world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}")
 
     def save(name):
         common.save_checkpoint(run.path / name, {
-            "method": "t_clap", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
+            "method": METHOD, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
             "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
             "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 
     # Loop
     if not checkpoint and cfg.weights != "none" and rank == 0:
-        selection_score(model, val_rows, lambda text: say(text.replace("step 0", "before the first step")), step)
+        selection_score(model, val_rows, say, step)
     loader = DataLoader(dataset, batch_sampler=mixed_batches(sizes, counts, cfg.seed, step, cfg.steps), num_workers=cfg.workers,
                         collate_fn=dataset.collate, pin_memory=device.type == "cuda")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -592,20 +603,10 @@ def main(cfg: Config) -> dict:
     scores, chance = validate(model, val_rows, quiet=False)
     result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"t_clap on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
     print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
           f"  python t_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --lt-weight 0     (no temporal loss, to compare)")
     return result
-
-
-def selection_score(model, val_rows, say, step) -> float:
-    """mAP@10 of both directions on the validation split (D5); without one, the last step wins."""
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows)
-    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "t_classify_t2a") if k in scores]
-    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
-    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
 
 
 # ------------------------------------------------------------------------------------------------
