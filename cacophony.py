@@ -376,7 +376,7 @@ class Model(nn.Module):
     def __init__(self, shape: dict, text_encoder: common.TextEncoder):
         super().__init__()
         self.shape, variant, text_dim = shape, VARIANTS[shape["variant"]], text_encoder.out_dim
-        self.mel = MagnitudeMel(variant["window"])
+        self.log_mel = MagnitudeMel(variant["window"])
         self.audio_encoder = PatchTransformer(PATCH * PATCH, **shape["audio"], eps=variant["eps"])
         self.text_encoder = make_causal(text_encoder)
         self.audio_pool = AttentionPool(shape["audio"]["dim"], min(variant["heads"][0], shape["audio"]["heads"]), shape["joint_dim"])
@@ -436,7 +436,7 @@ class Model(nn.Module):
         piece = min(int(PIECE_S * SAMPLE_RATE) // STEP_SAMPLES * STEP_SAMPLES, waveform.shape[1])
         pieces, owner, weight = common.cut_windows(waveform, n_samples, piece)
         steps = n_steps((weight.cpu() * n_samples[owner]).round().long())
-        patches = torch.cat([to_patches(self.mel(part)) for part in pieces.split(8)])
+        patches = torch.cat([to_patches(self.log_mel(part)) for part in pieces.split(8)])
         number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(len(patches), -1)
         valid_mask = number < (N_FREQ * steps.to(waveform.device))[:, None]
         states = torch.cat([self.audio_encoder(*part) for part in zip(patches.split(8), number.split(8), valid_mask.split(8))])
@@ -598,8 +598,8 @@ def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
     model = Model(shape, text_encoder)
     if cfg.audio_weights != "none":
         if not cfg.audio_weights and not mae.is_file():
-            raise FileNotFoundError(f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's mae.pt, "
-                                    "the authors' torch file, or none)")
+            raise FileNotFoundError(f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's "
+                                    "mae.pt, the authors' torch file, or none)")
         audio_start(model.audio_encoder, cfg.audio_weights or mae)
     return model
 
@@ -678,7 +678,7 @@ class Clips(Dataset):
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize=None, cache: str = ""):
-        self.rows, self.cfg, self.tokenize, self.mel = rows, cfg, tokenize, MagnitudeMel(VARIANTS[cfg.variant]["window"])
+        self.rows, self.cfg, self.tokenize, self.log_mel = rows, cfg, tokenize, MagnitudeMel(VARIANTS[cfg.variant]["window"])
         self.read = common.audio_reader(cache, rows, SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
@@ -689,7 +689,7 @@ class Clips(Dataset):
             waveform = self.read(row["audio"], length_s=length_s, crop_rng=rng, expected_s=row.get("duration"))
         except common.AudioError as error:
             return error
-        patches = to_patches(self.mel(common.as_float(waveform)[None]))[0]  # (N, 256)
+        patches = to_patches(self.log_mel(common.as_float(waveform)[None]))[0]  # (N, 256)
         number = torch.arange(len(patches))
         if self.tokenize and len(patches) > self.cfg.patches:
             number = torch.from_numpy(np.sort(rng.choice(len(patches), self.cfg.patches, replace=False)))
@@ -919,8 +919,10 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             group["lr"] = learning_rate(cfg, cfg.lr, step, cfg.steps)
 
         optimiser.zero_grad(set_to_none=True)
-        loss, sim, of_loss = sam_backward(parameters, lambda: common.cached_backward(
-            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch), cfg.rho)
+        backward = lambda: common.cached_backward(  # noqa: E731
+            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i),
+            autocast, cfg.micro_batch)
+        loss, sim, of_loss = sam_backward(parameters, backward, cfg.rho)
         optimiser.step()
 
         # Log: the only place, with saving, where a GPU is waited for
@@ -1014,7 +1016,8 @@ def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3,
         painted, visible_mask = model.paint(**batch)
         whole, target = batch["patches"], normalised(batch["patches"])
         rows = [("spectrogram: " + Path(item[-1]).name, whole), ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
-                ("target: each patch with mean 0 and variance 1", target), ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float()))]
+                ("target: each patch with mean 0 and variance 1", target),
+                ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float()))]
         for row, (axis, (title, patches)) in enumerate(zip(column, rows)):
             image = patches[0].view(-1, N_FREQ, PATCH, PATCH).transpose(1, 2).reshape(-1, N_MELS).T.cpu()
             low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)

@@ -341,11 +341,6 @@ def ms_clap_state(weights: dict, source) -> dict:
     return state
 
 
-def is_ms_clap(weights: dict) -> bool:
-    """Told by its keys."""
-    return any(str(key).startswith("caption_encoder.base.") for key in weights)
-
-
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """The teacher that training starts from."""
     if cfg.audio_weights != "none":
@@ -354,7 +349,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
                                     "record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in record 7312125 (or give none)")
         weights = common.read_weights(cfg.audio_weights)
         weights = weights.get("model", weights)
-        if is_ms_clap(weights):
+        if any(str(key).startswith("caption_encoder.base.") for key in weights):  # MS-CLAP 2022's file
             return Model.from_published(cfg.audio_weights, cfg.text_model)
     text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS)
     audio = dict(channels=cfg.audio_channels, hop=cfg.hop, block_dropout=cfg.block_dropout, dropout=cfg.dropout)
@@ -442,7 +437,8 @@ def read_corpus(cfg: Config) -> dict:
                          f"{cfg.beta}: expected above 0 to 1, 0 to below 1 (twice), 0 to 1")
     common.check_counts(cfg, "teacher_epochs", "student_epochs", "save_steps", "log_steps", "block", "hop")
     if min(cfg.micro_batch, cfg.top_k, cfg.ds_top_k, cfg.epoch_steps, cfg.patience) < 0 or cfg.temperature <= 0 or cfg.window_s <= 0:
-        raise ValueError("--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s lie above 0")
+        raise ValueError("--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s "
+                         "lie above 0")
     pool = list(cfg.pool)
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
@@ -493,7 +489,8 @@ class Pairs(Dataset):
     def tensors(self, items) -> dict:
         waveforms, captions, _ = zip(*items)
         tokens = self.tokenize(list(captions))
-        return {"waveform": default_collate([torch.from_numpy(w) for w in waveforms]), "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return {"waveform": default_collate([torch.from_numpy(w) for w in waveforms]), "input_ids": tokens["input_ids"],
+                "attention_mask": tokens["attention_mask"]}
 
 
 def mixed_batches(sizes: list[int], batch_size: int, replay_prob: float, seed: int, start_step: int, total_steps: int):
@@ -640,6 +637,10 @@ def file_digest(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def array_digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
 def pool_digest(pool: list) -> str:
     """Changes when the pool does: the content of manifests, size and date of files of embeddings."""
     return digest(*(item if isinstance(item, list) else common.file_key({"audio": str(item)}) if str(item).endswith(".npz")
@@ -683,7 +684,9 @@ def read_captions(cfg: Config, train_rows: list[dict]):
         told = [(str(text), {"audio": str(audio[i])}) for text, i in zip(texts, owner)]
         embeds = stored_array(path, "text_embeds")
     else:
-        rows = train_rows if not cfg.captions else [row for row in common.read_manifest(cfg.captions, ("captions",)) if row.get("split", "train") == "train"]
+        rows = train_rows
+        if cfg.captions:
+            rows = [row for row in common.read_manifest(cfg.captions, ("captions",)) if row.get("split", "train") == "train"]
         told = [(clean_caption(caption), {k: row[k] for k in ("audio", "duration") if k in row}) for row in rows for caption in row["captions"]]
         embeds = None
     if not told:
@@ -788,11 +791,12 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
     rank, world = common.rank_and_world()
     model, teacher_path = load_teacher(cfg)
     model.to(device)
-    folder = Path(cfg.runs) / cfg.name if cfg.name else None
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, folder is not None and (folder / "log.jsonl").exists(), corpus["n_clips"] + sum(sizes), cfg.max_bad)
+    begun = bool(cfg.name) and (Path(cfg.runs) / cfg.name / "log.jsonl").exists()
+    run = common.RunFolder(cfg.runs, cfg.name, METHOD, begun, corpus["n_clips"] + sum(sizes), cfg.max_bad)
     cfg.name, folder = run.name, run.path
     say(f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix {model.audio_encoder.mel_rate()}")
-    embeds_folder = Path(cfg.runs) / "embeds" / digest(file_digest(teacher_path), pool_digest(corpus["pool"]), -(-cfg.block // EMBED_BATCH), cfg.precision, device.type)
+    embeds_folder = Path(cfg.runs) / "embeds" / digest(
+        file_digest(teacher_path), pool_digest(corpus["pool"]), -(-cfg.block // EMBED_BATCH), cfg.precision, device.type)
     parts = folder / "curation"
     embeds_folder.mkdir(parents=True, exist_ok=True), parts.mkdir(exist_ok=True)
 
@@ -809,8 +813,8 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
         chosen, nearness = near_labels(prompt_embeds, text_embeds, cfg.ds_threshold, cfg.ds_top_k)
         if not len(chosen):
             best = float((prompt_embeds.astype(np.float32) @ text_embeds.astype(np.float32).T).max())
-            raise ValueError(f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt (the nearest: {best:.3f}); choose a lower "
-                             "one with --dry-run")
+            raise ValueError(f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt (the nearest: {best:.3f}); "
+                             "choose a lower one with --dry-run")
         of_domain = [captions[q] for q in chosen]
         say(f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes")
     if cfg.dry_run:
@@ -835,7 +839,7 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
         captions, text_embeds = of_domain, np.ascontiguousarray(text_embeds[chosen])
 
     # Pairs, block by block; the processes take turns
-    told = digest(embeds_folder.name, captions, cfg.curation, cfg.threshold, cfg.top_k, file_digest_of(text_embeds))
+    told = digest(embeds_folder.name, captions, cfg.curation, cfg.threshold, cfg.top_k, array_digest(text_embeds))
     if rank == 0 and (not (parts / "settings.txt").exists() or (parts / "settings.txt").read_text().strip() != told):
         for path in [*parts.glob("pairs_*.jsonl"), folder / "curated.jsonl"]:
             path.unlink(missing_ok=True)
@@ -871,7 +875,8 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
                                  "one with --dry-run, or give --top-k")
             for path in paths:
                 path.unlink()
-            run.log({"stage": "curate", "step": 0, "captions": len(captions), "pool": sum(sizes), "clips": clips, "pairs": pairs, "skipped": len(run.skipped)})
+            run.log({"stage": "curate", "step": 0, "captions": len(captions), "pool": sum(sizes), "clips": clips, "pairs": pairs,
+                     "skipped": len(run.skipped)})
             say(f"{cfg.curation.upper()}: {pairs:,} pairs of {clips:,} of {sum(sizes):,} clips in {folder / 'curated.jsonl'}")
     common.barrier()
     return {"curated": str(folder / "curated.jsonl")}
@@ -888,10 +893,6 @@ def rounds(blocks, rank: int, world: int):
             mine = None
     if number % world != world - 1:
         yield number - number % world, mine
-
-
-def file_digest_of(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def block_embeds(model: Model, rows, path: Path, cfg: Config, autocast):
@@ -911,7 +912,8 @@ def report_domain(prompts, captions, prompt_embeds, text_embeds, cfg: Config) ->
     histogram(nearest)
     for level in np.arange(0.3, 1.0, 0.05):
         at = np.flatnonzero((nearest >= level) & (nearest < level + 0.05))[:2]
-        print(f"  >= {level:.2f}: {(nearest >= level).sum():>9,} captions" + "".join(f"   {captions[q]!r} ({nearest[q]:.2f}, {prompts[sim[q].argmax()]!r})" for q in at))
+        examples = "".join(f"   {captions[q]!r} ({nearest[q]:.2f}, {prompts[sim[q].argmax()]!r})" for q in at)
+        print(f"  >= {level:.2f}: {(nearest >= level).sum():>9,} captions{examples}")
 
 
 def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, autocast) -> None:
@@ -1045,10 +1047,10 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
         step, best = checkpoint["step"], checkpoint["best"]
     if resumed:
         run.drop_log_after(step, stage=stage)
-    say(f"{METHOD}, {stage}: {' + '.join(f'{n:,}' for n in sizes)} pairs{' (replay + curated)' if len(sizes) > 1 else ''}, {len(corpus['val'])} clips for "
-        f"validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of "
-        f"{epoch_steps} steps of {' or '.join(map(str, of_batch))} pairs on {world} x {device.type}; "
-        f"ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}; writing to {run.path}")
+    say(f"{METHOD}, {stage}: {' + '.join(f'{n:,}' for n in sizes)} pairs{' (replay + curated)' if len(sizes) > 1 else ''}, "
+        f"{len(corpus['val'])} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; "
+        f"mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of {epoch_steps} steps of "
+        f"{' or '.join(map(str, of_batch))} pairs on {world} x {device.type}; ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}; writing to {run.path}")
 
     def save(name):
         common.save_checkpoint(run.path / name, {
@@ -1085,8 +1087,9 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
             unreadable.clear()
             r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {"stage": stage, "step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), "batch_R@1": r1, "scale": model.log_scale.exp().item(),
-                    "lr": optimiser.param_groups[0]["lr"], "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            line = {"stage": stage, "step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), "batch_R@1": r1,
+                    "scale": model.log_scale.exp().item(), "lr": optimiser.param_groups[0]["lr"],
+                    "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
             run.log(line)
             bar.set_postfix_str(f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s")
             pairs_seen = 0
@@ -1117,7 +1120,8 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     if rank > 0 or not corpus["val"]:
         return {}
     if not (run.path / best_file).exists():
-        raise ValueError(f"no validation loss was finite, so there is no {best_file}; are the validation clips readable ({run.path / 'skipped.txt'})?")
+        raise ValueError(f"no validation loss was finite, so there is no {best_file}; are the validation clips readable "
+                         f"({run.path / 'skipped.txt'})?")
     model = Model.from_checkpoint(run.path / best_file).to(device)
     scores, chance = validate(model, corpus["val"], quiet=False)
     scores["val_loss"], chance["val_loss"] = best["loss"], validation_loss(cfg, model, teacher, held_out, device, autocast)[1]
@@ -1177,8 +1181,8 @@ def main(cfg: Config) -> dict:
         shown = {"teacher": [f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"],
                  "curate": [f"python curation_clap.py --stage student {flags}"]}.get(cfg.stage, [
                      f"python eval.py {Path(cfg.runs) / cfg.name}/best.pt --data {' '.join(cfg.data)} --protocol all --prompt curation_clap",
-                     f"python curation_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --teacher {Path(cfg.runs) / cfg.name}/teacher.pt --no-replay"
-                     "     (another student, to compare)"])
+                     f"python curation_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --teacher {Path(cfg.runs) / cfg.name}/teacher.pt "
+                     "--no-replay     (another student, to compare)"])
         print("\nNext:\n  " + "\n  ".join(shown))
     return result
 

@@ -83,15 +83,15 @@ class Config:
     encoder: Literal["htsat", "atst"] = "htsat"  # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
     audio_weights: str = "HTSAT.ckpt"  # its start: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers CLAP folder, or none
     text_model: str = "bert-base-uncased"  # start of the text encoder: hub id or folder (Sec. 4.1), or none
-    max_tokens: int = 30  # captions are cut there, [CLS] and [SEP] included (official code, D12)
+    max_tokens: int = 30  # captions are cut there, [CLS] and [SEP] included (code, D12)
     # model
     aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = "codebook"  # mean: plain CLAP; the others: Table 4
     affinity: Literal["max", "mean"] = "max"  # how frames or words vote for a codeword (Table 5)
     sparsity: Literal["sparsemax", "softmax"] = "sparsemax"  # affinities to weights (Table 5)
     codewords: int = 4096  # size of the shared codebook (Fig. 4)
-    affinity_scale: float = 1000.0  # affinity divisor eta, divided by sqrt(joint_dim) (official code, D2)
+    affinity_scale: float = 1000.0  # affinity divisor eta, divided by sqrt(joint_dim) (code, D2)
     locality_blocks: int = 1  # last blocks that are locality-aware (Fig. 6); plain CLAP: 0
-    joint_dim: int = 1024  # dimension shared by audio and text (official code)
+    joint_dim: int = 1024  # dimension shared by audio and text (code)
     audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
     audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # blocks a stage (atst: 12)
     audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage (atst: 12)
@@ -101,13 +101,13 @@ class Config:
     # loss
     hard_negatives: bool = True  # weigh negatives by how close they are (Table 5); off: plain contrastive loss
     gamma: float = 0.15  # sharpness of the hard-negative weights (Fig. 5)
-    init_temperature: float = 0.07  # start of the learnt divisor tau (official code)
+    init_temperature: float = 0.07  # start of the learnt divisor tau (code)
     # optimisation
     epochs: int = 15  # Sec. 4.1
     batch_size: int = 128  # pairs over all processes (Sec. 4.1)
     lr: float = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
-    warmup_epochs: float = 2.0  # linear warm-up, then cosine to 0 (official code, D9)
-    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (official code)
+    warmup_epochs: float = 2.0  # linear warm-up, then cosine to 0 (code, D9)
+    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (code)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D10)
     seed: int = 0  # of weights, order, crops, masks
     # run
@@ -127,7 +127,7 @@ class Config:
 # A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
 TINY = dict(audio_weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[1, 4],
             audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=70.0,
-            epochs=15, batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=5, save_steps=100,
+            batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=5, save_steps=100,
             workers=1)
 OFFICIAL = dict(epochs=10)  # D9
 ATST = dict(audio_weights="atstframe_base.ckpt", audio_dim=768, audio_depths=[12], audio_heads=[12])
@@ -307,7 +307,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
-        """waveform (B, S) in [-1, 1] at 32 kHz, n_samples (B,) valid ones -> (B, D), normalised.
+        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised.
 
         Never random: consecutive 10 s windows, the last zero-padded, averaged by their seconds.
         """
@@ -744,7 +744,7 @@ def plot(model: Model, row: dict, class_names: list[str], folder: Path, plt) -> 
     if model.cfg.aggregator == "codebook":
         with common.evaluating(model), torch.no_grad():
             frames = model.frame_feats(waveform)
-            weights = codebook_weights(frames, model.codebook, model.eta, None, model.cfg.affinity, model.cfg.sparsity, float("-inf"))[0]
+            weights = codebook_weights(frames, model.codebook, model.eta, affinity=model.cfg.affinity, sparsity=model.cfg.sparsity)[0]
             cosines = F.normalize(model.codebook, dim=-1) @ model.embed_text(class_names).T  # (K, classes)
             activity = (frames[0].float() @ model.codebook.T / model.eta).cpu().numpy()  # (T, K)
         top = weights.argsort(descending=True)[:5].tolist()

@@ -107,7 +107,7 @@ TINY = dict(weights="none", text_model="none", audio_patch=16, audio_dim=64, aud
             text_dim=128, text_layers=2, joint_dim=128, lt_weight=2.0, lt_scale=14.0,  # D10
             # few clips of sets with an order a batch: with few classes more would often share sounds, and then the contrastive
             # loss alone learns order
-            steps=2000, batch_size=16, mix=1.0, lr=5e-4, warmup_steps=200, drop_path=0.0, eval_steps=500, save_steps=500, workers=1)
+            steps=2000, batch_size=16, mix=1.0, lr=5e-4, warmup_steps=200, drop_path=0.0, eval_steps=500, workers=1)
 PRESETS = {("size", "tiny"): TINY}
 WINDOW_S = 10.0  # LAION's training crop
 MAX_TOKENS = 77  # LAION's padding and truncation length
@@ -219,7 +219,7 @@ class Model(nn.Module):
                 raise ValueError(f"{source}: {FUSED}")
             text_encoder = common.text_encoder_from_pretrained(text_model, MAX_TOKENS, pooler=True)
             audio = htsat_size(weights, "audio_branch.") | {"drop_path": drop_path}
-            model = cls(text_encoder, audio, _rows(weights, "audio_projection.0.weight"))
+            model = cls(text_encoder, audio, len(weights.get("audio_projection.0.weight", range(512))))
             state = laion_state(weights)
         else:
             text_encoder, config, weights, mel = _transformers_clap(source)
@@ -234,10 +234,6 @@ class Model(nn.Module):
 
 FUSED = ("a CLAP with feature fusion: its audio encoder has branches for long audio that no paper here uses; take the file "
          "without fusion (laion/clap-htsat-unfused, 630k-best.pt)")
-
-
-def _rows(weights: dict, key: str) -> int:
-    return len(weights[key]) if key in weights else 512
 
 
 def htsat_size(weights: dict, prefix: str) -> dict:

@@ -353,7 +353,7 @@ def test_decoder_equals_transformers_layers_under_the_port_s_names(tmp_path):
     assert (logits - model.head(expected)).abs().max() < 1e-4
     assert torch.equal(model.text_pool.kv_proj.weight[:96], port["text_module.pooler.key_proj.weight"])
     jax = cacophony.Model.from_published(tmp_path / "port.pt", str(tmp_path / "roberta"), "jax")
-    assert jax.audio_encoder.norm.eps == 1e-6 and not torch.equal(jax.mel.filters, model.mel.filters)
+    assert jax.audio_encoder.norm.eps == 1e-6 and not torch.equal(jax.log_mel.filters, model.log_mel.filters)
     port.pop("text_proj.bias"), port.update({"other.weight": torch.zeros(1)})
     torch.save(port, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match=r"missing keys: 1 \(text_pool.out_proj.bias\); unexpected keys: 1 \(other.weight\)"):
@@ -479,7 +479,7 @@ def test_patches_of_long_clips_are_drawn_sorted_and_anew_each_epoch(tmp_path):
     clips = cacophony.Clips(rows, cacophony.Config(data=[], patches=512), model.text_encoder.tokenize)
     patches, number, *_ = clips[0, 0]
     assert len(number) == 512 and (number.diff() > 0).all() and number.max() < 125 * 8
-    whole = cacophony.to_patches(clips.mel(torch.from_numpy(common.read_audio(rows[0]["audio"], 16000))[None]))[0]
+    whole = cacophony.to_patches(clips.log_mel(torch.from_numpy(common.read_audio(rows[0]["audio"], 16000))[None]))[0]
     assert torch.equal(patches, whole[number])
     assert torch.equal(number, clips[0, 0][1]) and not torch.equal(number, clips[1, 0][1])
     assert torch.equal(clips[0, 1][1], torch.arange(18 * 8))
