@@ -432,10 +432,9 @@ class Model(nn.Module):
 
     def audio_states(self, waveform, n_samples=None):
         """waveform (B, S), n_samples (B,) valid ones -> states (B, N, C), valid_mask (B, N): the whole clip (D9)."""
-        n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples.cpu()
         piece = min(int(PIECE_S * SAMPLE_RATE) // STEP_SAMPLES * STEP_SAMPLES, waveform.shape[1])
-        pieces, owner, weight = common.cut_windows(waveform, n_samples, piece)
-        steps = n_steps((weight.cpu() * n_samples[owner]).round().long())
+        pieces, owner, _, lengths = common.cut_windows(waveform, n_samples, piece)
+        steps = n_steps(torch.tensor(lengths))
         patches = torch.cat([to_patches(self.log_mel(part)) for part in pieces.split(8)])
         number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(len(patches), -1)
         valid_mask = number < (N_FREQ * steps.to(waveform.device))[:, None]

@@ -311,16 +311,12 @@ class Model(nn.Module):
     def embed_audio(self, waveform, n_samples=None):
         """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised; never random."""
         with common.evaluating(self):
-            n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
-            windows, owner, weight = common.cut_windows(waveform, n_samples, round(WINDOW_S * SAMPLE_RATE))
-            valid = (weight.cpu() * n_samples[owner].cpu()).round().long()
+            windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, round(WINDOW_S * SAMPLE_RATE))
             embeds = []
-            for part, n in zip(windows.split(32), valid.split(32)):
+            for part, n in zip(windows.split(32), torch.tensor(lengths).split(32)):
                 tokens = self._tokens(self.first_window(part, n))
                 embeds.append(F.normalize(self.text.pool(self.text.states(tokens)[-1]).float(), dim=-1))
-            embeds = torch.cat(embeds) * weight[:, None]
-            total = embeds.new_zeros(len(waveform), embeds.shape[1])
-            return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
+            return common.join_windows(torch.cat(embeds), owner, weight)
 
     def _tokens(self, log_mel):
         return self.interaction(self.slots.expand(len(log_mel), -1, -1), self.audio_encoder(log_mel))

@@ -370,15 +370,16 @@ def as_float(waveform: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(waveform.astype(np.float32) / 32768 if waveform.dtype == np.int16 else waveform)
 
 
-def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor, window: int):
+def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
     """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule).
 
-    Args: waveform (B, S); n_samples (B,) valid samples, what lies behind them is ignored.
+    Args: waveform (B, S); n_samples (B,) valid samples, None: all; what lies behind them is ignored.
     Returns: windows (W, window); owner (W,) clip of each window; seconds-weight (W,), which sums
-        to 1 over a clip's windows, so that a 10.02 s clip is not half decided by its last 0.02 s.
+        to 1 over a clip's windows, so that a 10.02 s clip is not half decided by its last 0.02 s;
+        a list of W valid samples.
     """
-    windows, owner, weight = [], [], []
-    for clip, n in enumerate(n_samples.tolist()):
+    windows, owner, weight, lengths = [], [], [], []
+    for clip, n in enumerate([waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()):
         if n <= 0:
             raise ValueError(f"clip {clip} of the batch has n_samples = {n}; at least 1 is needed")
         for start in range(0, n, window):
@@ -386,7 +387,16 @@ def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor, window: int):
             windows.append(F.pad(piece, (0, window - len(piece))))
             owner.append(clip)
             weight.append(len(piece) / n)
-    return torch.stack(windows), torch.tensor(owner), torch.tensor(weight, device=waveform.device)
+            lengths.append(len(piece))
+    return torch.stack(windows), torch.tensor(owner, device=waveform.device), torch.tensor(weight, device=waveform.device), lengths
+
+
+def join_windows(embeds, owner, weight):
+    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> of clips (B, D), normalised: their mean by seconds.
+
+    Summed clip by clip: on a GPU, index_add would add in another order at every call.
+    """
+    return F.normalize(torch.stack([part.sum(0) for part in (embeds * weight[:, None]).split(owner.bincount().tolist())]), dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -293,14 +293,10 @@ class Model(nn.Module):
     def embed_audio(self, waveform, n_samples=None):
         """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised; never random (D4)."""
         with common.evaluating(self):
-            n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
             window = round(self.window_s * self.sample_rate)
-            windows, owner, weight = common.cut_windows(waveform, n_samples, window)
-            valid = (weight.cpu() * n_samples[owner.cpu()]).round().long().tolist()
-            windows = torch.stack([repeat_to(piece[:n], window) for piece, n in zip(windows, valid)])
-            embeds = torch.cat([self.clip_embeds(part) for part in windows.split(32)]) * weight[:, None]
-            total = embeds.new_zeros(len(waveform), embeds.shape[1])
-            return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
+            windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
+            windows = torch.stack([repeat_to(piece[:n], window) for piece, n in zip(windows, lengths)])
+            return common.join_windows(torch.cat([self.clip_embeds(part) for part in windows.split(32)]), owner, weight)
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):

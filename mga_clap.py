@@ -313,9 +313,7 @@ class Model(nn.Module):
         """
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
-            embeds = self.aggregate(frame_feats)[0] * weight[:, None]
-            total = embeds.new_zeros(len(waveform), embeds.shape[1])
-            return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
+            return common.join_windows(self.aggregate(frame_feats)[0], owner, weight)
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
@@ -329,8 +327,7 @@ class Model(nn.Module):
             return nn.utils.rnn.pad_sequence([frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True)
 
     def _window_feats(self, waveform, n_samples):
-        n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
-        windows, owner, weight = common.cut_windows(waveform, n_samples, int(WINDOW_S * self.sample_rate))
+        windows, owner, weight, _ = common.cut_windows(waveform, n_samples, int(WINDOW_S * self.sample_rate))
         return torch.cat([self.frame_feats(part) for part in windows.split(32)]), owner, weight  # bounded memory
 
     @torch.no_grad()

@@ -173,9 +173,7 @@ class Model(nn.Module):
         """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised; never random."""
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
-            embeds = F.normalize(self.audio_projection(frame_feats.mean(1)).float(), dim=-1) * weight[:, None]
-            total = embeds.new_zeros(len(waveform), embeds.shape[1])
-            return F.normalize(total.index_add(0, owner.to(embeds.device), embeds), dim=-1)
+            return common.join_windows(F.normalize(self.audio_projection(frame_feats.mean(1)).float(), dim=-1), owner, weight)
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
@@ -186,11 +184,9 @@ class Model(nn.Module):
             return nn.utils.rnn.pad_sequence([frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True)
 
     def _window_feats(self, waveform, n_samples):
-        n_samples = torch.full((len(waveform),), waveform.shape[1]) if n_samples is None else n_samples
         window = int(WINDOW_S * self.sample_rate)
-        windows, owner, weight = common.cut_windows(waveform, n_samples, window)
-        valid = (weight.cpu() * n_samples[owner.cpu()]).round().long().tolist()
-        windows = torch.stack([tile(piece[:n], window) for piece, n in zip(windows, valid)])
+        windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
+        windows = torch.stack([tile(piece[:n], window) for piece, n in zip(windows, lengths)])
         return torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)]), owner, weight
 
     @torch.no_grad()

@@ -81,11 +81,14 @@ def test_silent_crop_of_a_sounding_file_is_kept(tmp_path):
 
 def test_windows_cover_the_clip_and_ignore_what_lies_behind_it():
     x = torch.arange(1.0, 24.0)[None].repeat(2, 1)
-    windows, owner, weight = common.cut_windows(x, torch.tensor([23, 4]), 10)
+    windows, owner, weight, lengths = common.cut_windows(x, torch.tensor([23, 4]), 10)
+    assert lengths == [10, 10, 3, 4] and common.cut_windows(x[:, :15], None, 10)[3] == [10, 5] * 2
     assert owner.tolist() == [0, 0, 0, 1] and weight.tolist() == pytest.approx([10 / 23, 10 / 23, 3 / 23, 1.0])
     assert windows[2].tolist() == [21, 22, 23] + [0] * 7 and windows[3].tolist() == [1, 2, 3, 4] + [0] * 6
     with pytest.raises(ValueError, match="n_samples = 0"):
         common.cut_windows(x, torch.tensor([3, 0]), 10)
+    embeds = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 3]])  # a clip of 10 s, 10 s and 3 s: (10, 13) / 23, normalised
+    assert torch.allclose(common.join_windows(embeds, owner, weight), torch.tensor([[10 / 269 ** 0.5, 13 / 269 ** 0.5], [0, 1]]))
 
 
 def test_log_mel_equals_torchlibrosa():
