@@ -1185,7 +1185,7 @@ def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads:
 
 
 def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = False) -> TextEncoder:
-    """A new model's: --text-model, or, if that is none, one from nothing whose vocabulary is that of `texts`."""
+    """The text encoder of a new model: --text-model's, or, where that is none, one from nothing with the vocabulary of `texts`."""
     if cfg.text_model != "none":
         return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
     return text_encoder_from_scratch(texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler)
