@@ -25,8 +25,8 @@ def body(name: str, table: str, header: str) -> list[str]:
     if name.startswith("run_"):
         return [f"| {c['truth']} | {c['said']} |" for c in stored["captions"]]
     metrics = [cell.strip() for cell in header.strip("|").split("|")][2:]
-    return [f"| {r['row']} | {r['seeds']} | " + " | ".join(f"{r['scores'][m]['mean']:.3f}" for m in metrics) + " |"
-            for r in stored if r["table"] == (table or "compare")]
+    return [f"| {r['row']} | {r['seeds']} | " + " | ".join(
+        f"{r['scores'][m]['mean']:.3f}" if m in r["scores"] else "-" for m in metrics) + " |" for r in stored if r["table"] == (table or "compare")]
 
 
 def written(text: str) -> str:
