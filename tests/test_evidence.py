@@ -191,6 +191,17 @@ def test_all_names_every_table_that_is_stored():
     assert stored == set(claims.EVIDENCE)
 
 
+def test_all_trains_nothing_where_every_run_is_stored_and_finds_the_same_tables(tmp_path, monkeypatch):
+    if not all((ROOT / f"data/{name}/manifest.jsonl").exists() for name in claims.SCENES):
+        pytest.skip("data/ does not hold the README's scenes (claims.py all --sounds makes them)")
+    shutil.copytree(RESULTS, tmp_path / "results")
+    for script in claims.SCRIPTS.values():
+        monkeypatch.setattr(script, "main", None)
+    claims.main(["all", "--data", str(ROOT / "data"), "--seeds", "3", "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")])
+    for name in claims.EVIDENCE:
+        assert (tmp_path / f"results/{name}.json").read_bytes() == (RESULTS / f"{name}.json").read_bytes(), name
+
+
 def test_one_ground_in_miniature(corpus, tmp_path, monkeypatch):
     """Two methods, each start once; what it costs is that of the training's own process."""
     monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
