@@ -551,8 +551,8 @@ def split_train_val(rows: list[dict], seed: int = 0, most: int = 1000) -> tuple[
     """
     train = [row for row in rows if row.get("split", "train") == "train"]
     val = [row for row in rows if row.get("split") == "val"]
-    if not val and len(train) > 3:
-        audio = sorted({row["audio"] for row in train})
+    audio = sorted({row["audio"] for row in train})
+    if not val and len(audio) > 3:
         held = np.random.default_rng(seed).permutation(len(audio))[:min(most, max(2, len(audio) // 20))]
         held = {audio[i] for i in held}
         val = [row for row in train if row["audio"] in held]

@@ -467,3 +467,11 @@ def test_demo_corpus_is_deterministic_and_consistent(tmp_path):
         for e in row["events"]:
             inside[int(e["onset"] * rate):int(e["offset"] * rate)] = True
         assert (x[inside] ** 2).mean() > 4 * (x[~inside] ** 2).mean()  # sound is where the events say
+
+
+def test_clips_not_rows_are_held_out_for_validation():
+    rows = [{"audio": "a.wav", "captions": [str(k)]} for k in range(7)]
+    assert common.split_train_val(rows) == (rows, [])  # one clip with seven captions
+    rows = [{"audio": f"{k % 4}.wav"} for k in range(8)]
+    train, val = common.split_train_val(rows)
+    assert len(train) == len(val) == 4 and not {r["audio"] for r in train} & {r["audio"] for r in val}
