@@ -1995,6 +1995,7 @@ class RunFolder:
                 raise FileExistsError(f"{self.path} is being written by another process; choose another --name") from None
             except OSError as error:
                 raise PermissionError(f"--runs {runs}: cannot write to {self.path} ({error.strerror})") from None
+        barrier()  # no process goes on before the folder is there
         skipped = self.path / "skipped.txt"
         self.skipped = set(skipped.read_text(encoding="utf-8").splitlines()) if resume and skipped.exists() else set()
 

@@ -234,7 +234,7 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, met
     subprocess.run([*PYTHON, script, *flags, "--name", "one"], check=True, env=env, capture_output=True, timeout=600)
     two = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags,
                           "--name", "two", *only_two], env=env, capture_output=True, text=True, timeout=600)
-    assert two.returncode == 0, two.stderr[-2000:]
+    assert two.returncode == 0, two.stderr[-8000:]
     one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
     if method == "curation_clap":
         assert (tmp_path / "one/curated.jsonl").read_bytes() == (tmp_path / "two/curated.jsonl").read_bytes()
@@ -279,6 +279,22 @@ print("EQUAL", worst)
     out = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
                          capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert out.stdout.count("EQUAL") == 2, out.stderr[-2000:]
+
+
+def test_no_process_goes_on_before_the_run_s_folder_is_there(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import time; from pathlib import Path; import common
+common.start_device("cpu")
+mkdir = Path.mkdir
+Path.mkdir = lambda *args, **flags: (time.sleep(2), mkdir(*args, **flags))
+run = common.RunFolder({str(tmp_path / "runs")!r}, "", "late", False, 1, 0.0)
+print("FOUND" if run.path.is_dir() else "MISSING")
+""")
+    out = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+                         capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.stdout.count("FOUND") == 2, out.stdout + out.stderr[-2000:]
 
 
 # Embeddings
