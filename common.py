@@ -13,11 +13,12 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import hashlib
+import datetime
 import difflib
 import errno
 import fractions
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -1704,7 +1705,8 @@ def start_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        # the others wait while the first process validates and embeds captions; nccl's own limit is ten minutes
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")

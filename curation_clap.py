@@ -1051,7 +1051,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     def save(name):
         common.save_checkpoint(run.path / name, {
             "method": METHOD, "stage": stage, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step, "best": best,
-            "finished": step == steps, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
             "scheduler": scheduler.state_dict(), "text_encoder": model.text_encoder.description(), "versions": common.versions()})
 
     # Loop
