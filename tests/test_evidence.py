@@ -88,7 +88,7 @@ def test_stored_claims_and_tables_follow_from_the_stored_runs():
     stored = sorted(RESULTS.glob("claims_*.json"))
     assert len(stored) > 1
     for path in stored:
-        budget = {"claims_mga_clap_scale_100": dict(affinity_scale=100.0)}.get(path.stem, {})
+        budget = {"claims_mga_clap_scale_100": dict(affinity_scale=100.0), "claims_t_clap_paper_weight": dict(lt_weight=0.5)}.get(path.stem, {})
         for c in json.loads(path.read_text()):
             baselines = claims.BASELINES[c["method"]]
             for role, flags in (("method", budget), ("baseline", {**budget, **baselines.get(c["baseline"], {})})):
