@@ -416,6 +416,9 @@ def official_state(weights: dict) -> dict:
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """A new model: encoders from --audio-weights and --text-model, the rest from nothing."""
+    if Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists():  # before a text encoder is fetched
+        raise FileNotFoundError(f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at github.com/RetroCirce/"
+                                "HTS-Audio-Transformer, ATST-Frame's at github.com/Audio-WestlakeU/audiossl (or give none)")
     model = Model(cfg, common.start_text_encoder(cfg, captions, cfg.max_tokens))
     if cfg.audio_weights != "none":
         (load_atst if cfg.encoder == "atst" else common.load_htsat)(model.audio_encoder, cfg.audio_weights)

@@ -156,7 +156,8 @@ _CURATION = "curation_clap --data DIR/annotated --pool DIR/pool --start random"
 EVIDENCE = {
     "claims_mga_clap": _MGA, "claims_mga_clap_scale_100": _MGA + """ --budget '{"affinity_scale": 100.0}'""", "compare_mga_clap": _MGA + " --compare",
     **{f"ablation_{name}": f"{_MGA} --ablation {name}" for name in MGA_ABLATIONS},
-    "claims_t_clap": _T, "claims_t_clap_paper_weight": _T + """ --budget '{"lt_weight": 0.5}'""", **{f"ablation_{name}": f"{_T} --ablation {name}" for name in T_ABLATIONS},
+    "claims_t_clap": _T + """ --budget '{"steps": 2400, "eval_steps": 600}'""",
+    "claims_t_clap_paper_weight": _T + """ --budget '{"lt_weight": 0.5}'""", **{f"ablation_{name}": f"{_T} --ablation {name}" for name in T_ABLATIONS},
     "claims_cacophony": _CACO, **{f"ablation_{name}": f"{_CACO} --ablation {name}" for name in CACO_ABLATIONS},
     "claims_collat": "collat --data DIR/scenes_1", **{f"ablation_{name}": f"collat --data DIR/scenes_1 --ablation {name}" for name in ("blocks", "matching")},
     "claims_curation_clap": _CURATION, **{f"ablation_{name}": f"{_CURATION} --ablation {name}" for name in CURATION_ABLATIONS},

@@ -7,6 +7,7 @@ on the same ground. The runs are those of seed 0; one that is not there is named
 """
 import argparse
 import json
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -26,9 +27,10 @@ import eval as evaluator  # noqa: E402
 
 def run_folder(table: str, args, **flags) -> tuple[Path, dict, types.SimpleNamespace]:
     """A run of one of claims.EVIDENCE's tables, seed 0 -> its folder, all its flags, what claims.py was told."""
-    words = claims.EVIDENCE[table].replace("DIR", str(args.data)).split()
+    words = shlex.split(claims.EVIDENCE[table].replace("DIR", str(args.data)))
     told = types.SimpleNamespace(data=[w for w in words if w.startswith(str(args.data)) and w != f"{args.data}/pool"], pool=[f"{args.data}/pool"],
-                                 start="random" if "random" in words else "tagging", budget="{}", runs=str(args.runs))
+                                 start="random" if "random" in words else "tagging", runs=str(args.runs),
+                                 budget=words[words.index("--budget") + 1] if "--budget" in words else "{}")
     _, settings, flags, _ = claims.described(words[0], flags, 0, told)
     return present(Path(args.runs) / claims.key_of(settings), table), flags, told
 

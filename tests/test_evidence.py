@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,8 @@ def test_stored_claims_and_tables_follow_from_the_stored_runs():
     stored = sorted(RESULTS.glob("claims_*.json"))
     assert len(stored) > 1
     for path in stored:
-        budget = {"claims_mga_clap_scale_100": dict(affinity_scale=100.0), "claims_t_clap_paper_weight": dict(lt_weight=0.5)}.get(path.stem, {})
+        budget = {"claims_mga_clap_scale_100": dict(affinity_scale=100.0), "claims_t_clap": dict(steps=2400, eval_steps=600),
+                  "claims_t_clap_paper_weight": dict(lt_weight=0.5)}.get(path.stem, {})
         for c in json.loads(path.read_text()):
             baselines = claims.BASELINES[c["method"]]
             for role, flags in (("method", budget), ("baseline", {**budget, **baselines.get(c["baseline"], {})})):
@@ -285,12 +287,14 @@ def test_pictures_of_the_readme_in_miniature(corpus, tmp_path, monkeypatch):
     for method in ("t_clap", "cacophony", "collat", "curation_clap"):
         budget = {k: v for k, v in SMALL_OF[method].items() if k not in ("workers", "device")} | ({"stage": "contrastive"} if method == "cacophony" else {})
         monkeypatch.setitem(claims.BUDGETS, method, budget)
+    monkeypatch.setitem(claims.EVIDENCE, "claims_t_clap", claims._T + """ --budget '{"steps": 3, "eval_steps": 3}'""")
     flags = figures.parse(["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(FileNotFoundError, match="claims.py t_clap .* makes it"):
         figures.main(flags)
     for table, chosen in (("claims_t_clap", ({}, dict(lt_weight=0.0))), ("claims_cacophony", ({},)), ("claims_collat", ({},)), ("claims_curation_clap", ({},))):
-        words = claims.EVIDENCE[table].replace("DIR", str(tmp_path / "data")).split()
-        told = types.SimpleNamespace(data=[w for w in words if w.startswith(str(tmp_path)) and not w.endswith("pool")], pool=[str(tmp_path / "data/pool")], budget="{}",
+        words = shlex.split(claims.EVIDENCE[table].replace("DIR", str(tmp_path / "data")))
+        told = types.SimpleNamespace(data=[w for w in words if w.startswith(str(tmp_path)) and not w.endswith("pool")], pool=[str(tmp_path / "data/pool")],
+                                     budget=words[words.index("--budget") + 1] if "--budget" in words else "{}",
                                      start="random" if "random" in words else "tagging", runs=str(tmp_path / "runs"), results=str(tmp_path))
         for more in chosen:
             monkeypatch.setattr(claims, "test_scores", lambda *_: ({}, {}, 0, {}))
