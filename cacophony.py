@@ -766,7 +766,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
         step = checkpoint["step"]
         run.drop_log_after(step, stage="mae")
     cfg.name = run.name
-    wrapped = common.wrap(model, device, cfg.compile)
+    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
     say(f"{METHOD}, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}")
 
@@ -779,7 +779,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
     dataset = Clips(train_rows, cfg, cache=cfg.cache)
     durations = [min(row.get("duration") or cfg.mae_crop_s, cfg.mae_crop_s) for row in train_rows]
     loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.mae_steps),
-                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
     bar = tqdm(total=cfg.mae_steps, initial=step, unit="step", desc="stage 1", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, clips_seen = [], [], time.perf_counter(), 0
     model.train()
@@ -814,7 +814,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
             if rank == 0:
                 save("last.pt")
             common.barrier()
-            run.end_if_told(step)
+            run.end_if_told(f"step {step}")
             clock, clips_seen = time.perf_counter(), 0
     bar.close()
     if rank == 0:
@@ -891,7 +891,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
     run.drop_log_after(step, stage="contrastive")
-    wrapped = common.wrap(model, device, cfg.compile)
+    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
     say(f"{METHOD}, stage 2: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
         f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
         f"writing to {run.path}")
@@ -906,7 +906,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     dataset = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
     durations = [min(row.get("duration") or 10.0, LONGEST_S) for row in train_rows]
     loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
-                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="stage 2", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
@@ -954,7 +954,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
-            run.end_if_told(step)
+            run.end_if_told(f"step {step}")
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

@@ -648,7 +648,7 @@ def main(cfg: Config) -> dict:
         classes = sorted({label for row in train_rows for label in row.get("labels", [])})
         model = start_model(cfg, [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))] + classes)
     model.to(device)
-    wrapped = common.wrap(model, device, cfg.compile)
+    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [{"params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio], "peak": peak}
               for of_audio, peak in ((True, cfg.audio_lr), (False, cfg.lr))]
@@ -674,7 +674,7 @@ def main(cfg: Config) -> dict:
     # Loop
     durations = [min(row.get("duration") or WINDOW_S, WINDOW_S) for row in train_rows]
     loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
-                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
     options = dict(matching=cfg.matching, token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
@@ -725,7 +725,7 @@ def main(cfg: Config) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
-            run.end_if_told(step)
+            run.end_if_told(f"step {step}")
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

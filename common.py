@@ -124,7 +124,9 @@ def run_entry(main, parse):
         settings = parse()
         if hasattr(settings, "resume"):
             TOLD_TO_STOP.clear()
-            signal.signal(signal.SIGTERM, lambda *_: (TOLD_TO_STOP.set(), signal.signal(signal.SIGTERM, signal.SIG_DFL)))  # a second one is obeyed at once
+            # a second one is obeyed at once; a batch system and torchrun both send one to the processes of a torchrun
+            again = signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL
+            signal.signal(signal.SIGTERM, lambda *_: (TOLD_TO_STOP.set(), signal.signal(signal.SIGTERM, again)))
         main(settings)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
@@ -286,7 +288,7 @@ class AudioCache:
                 raise ValueError(f"--cache {folder}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
             begin = len(parts) * rank // world  # every process starts elsewhere and leaves out what others have finished
             loader = torch.utils.data.DataLoader(_CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]), batch_size=None,
-                                                 num_workers=min(workers, len(parts)))
+                                                 num_workers=min(workers, len(parts)), worker_init_fn=outlive_sigterm)
             with tqdm(total=len(missing), desc="audio cache", unit="file", disable=rank > 0) as bar:
                 for done in loader:
                     bar.update(done)
@@ -295,7 +297,13 @@ class AudioCache:
 
     def find(self, sources: dict) -> list[str]:
         """Read the parts' indices; -> the sources that none of them holds as they are now."""
-        for index in sorted(self.folder.glob(f"{self.rate}_{'[0-9a-f]' * 16}.json"), key=os.path.getmtime):
+        def age(index):
+            try:
+                return index.stat().st_mtime
+            except OSError:  # another process has found it damaged
+                return 0.0
+
+        for index in sorted(self.folder.glob(f"{self.rate}_{'[0-9a-f]' * 16}.json"), key=age):
             try:
                 held = json.loads(index.read_text(encoding="utf-8"))
                 if index.with_suffix(".i16").stat().st_size != 2 * held["samples"]:
@@ -347,7 +355,7 @@ class _CacheParts(torch.utils.data.Dataset):
         index, files, samples = self.folder / f"{name}.json", {}, 0
         if index.exists():
             return len(self.parts[i])
-        with written_whole(self.folder / f"{name}.i16", str(os.getpid())) as out:
+        with written_whole(self.folder / f"{name}.i16", this_process()) as out:
             for path, stamp in self.parts[i]:
                 try:
                     waveform = read_audio(path, self.rate, CACHE_S, None, stamp[2])
@@ -357,7 +365,8 @@ class _CacheParts(torch.utils.data.Dataset):
                 out.write(np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16).tobytes())
                 files[path] = samples, len(waveform), stamp
                 samples += len(waveform)
-        write_lines(index, [json.dumps({"samples": samples, "files": files})])
+        with written_whole(index, this_process()) as out:
+            out.write(json.dumps({"samples": samples, "files": files}).encode())
         return len(self.parts[i])
 
 
@@ -665,6 +674,10 @@ def write_lines(path: Path, lines) -> None:
     with written_whole(path) as file:
         for line in lines:
             file.write(f"{line}\n".encode())
+
+
+def this_process() -> str:
+    return f"{os.environ.get('RANK', '')}_{os.getpid()}"  # two nodes on one disk may give out the same number
 
 
 @contextlib.contextmanager
@@ -1607,7 +1620,7 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", 
             batches.append([])
         batches[-1].append(i)
     return torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=[b for b in batches if b],
-                                       num_workers=workers, collate_fn=collate_audio)
+                                       num_workers=workers, collate_fn=collate_audio, worker_init_fn=outlive_sigterm)
 
 
 @torch.no_grad()
@@ -1658,7 +1671,7 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
             held = {f"{frames}{k}": found[i][1] for k, i in enumerate(indices) if frames}
             keys = [file_key(rows[i]) for i in indices]
             name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + (f"_{frames}" if frames else "")
-            with written_whole(cache / f"{name}.npz") as file:
+            with written_whole(cache / f"{name}.npz", this_process()) as file:
                 np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
     if not found:
         raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[min(bad)] if bad else 'no rows'}")
@@ -1812,17 +1825,24 @@ def compile_training(model) -> None:
     model.compile()
 
 
-def wrap(model, device, compiled: bool):
+def outlive_sigterm(_worker: int) -> None:
+    """A loader's `worker_init_fn`: a SIGTERM to the whole group, as torchrun and batch systems send it, must leave
+    its workers alive until the training has saved; they end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def wrap(model, device, compiled: bool, micro_batch: int = 0):
     """What training calls: the model itself, compiled where asked for; one of several processes, as DistributedDataParallel wants it.
 
-    Of several GPUs batch norm sees the whole batch; on a CPU, where torch cannot, each process's share.
+    Of several GPUs batch norm sees the whole batch; on a CPU, where torch cannot, each process's share. With gradient
+    caching it sees parts, of one process, for the processes may have different numbers of them.
     """
     if compiled:
         compile_training(model)
     if rank_and_world()[1] == 1:
         return model
     on_gpu = device.type == "cuda"
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else model
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu and not micro_batch else model
     return nn.parallel.DistributedDataParallel(synchronised, [device.index] if on_gpu else None)
 
 
@@ -1906,7 +1926,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 
 def barrier() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def check_counts(cfg, *names: str) -> None:
@@ -1941,7 +1961,8 @@ def check_finite(recent: list, run, model=None) -> None:
     """
     for step, loss, names in recent:
         if not torch.isfinite(loss):
-            path = run.path / "nonfinite_batch.txt"
+            rank, world = rank_and_world()
+            path = run.path / f"nonfinite_batch{f'_{rank}' if world > 1 else ''}.txt"  # each process lists its share
             write_lines(path, names)
             raise FloatingPointError(f"the loss of step {step} is {loss.item()}; the batch's files are listed in {path}, the "
                                      "last checkpoint is from before; try a smaller --lr or --precision fp32")
@@ -2006,11 +2027,11 @@ class RunFolder:
         """SIGTERM asked for an end: at once, or on several processes when all of them know."""
         return self.all_told or (rank_and_world()[1] == 1 and TOLD_TO_STOP.is_set())
 
-    def end_if_told(self, step: int) -> None:
-        """After a checkpoint was saved: leave, if SIGTERM asked for it."""
+    def end_if_told(self, saved: str) -> None:
+        """After something was saved: leave, if SIGTERM asked for it."""
         if self.stop:
             if self.writes:
-                tqdm.write(f"SIGTERM: saved step {step}; continue with --resume --name {self.name}")
+                tqdm.write(f"SIGTERM: saved {saved}; continue with --resume --name {self.name}")
             raise SystemExit(128 + signal.SIGTERM)
 
     def drop_log_after(self, step: int, stage: str | None = None) -> None:

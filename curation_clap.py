@@ -435,7 +435,7 @@ def read_corpus(cfg: Config) -> dict:
     if min(cfg.micro_batch, cfg.top_k, cfg.ds_top_k, cfg.epoch_steps, cfg.patience) < 0 or cfg.temperature <= 0 or cfg.window_s <= 0:
         raise ValueError("--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s "
                          "lie above 0")
-    pool = list(cfg.pool)
+    pool = [item if str(item).endswith(".npz") else str(common.manifest_path(item)) for item in cfg.pool]
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
         pool = [[{k: v for k, v in row.items() if k in ("audio", "duration", "where")} for row in forgotten]]
@@ -654,7 +654,8 @@ def half(embeds) -> np.ndarray:
 @torch.no_grad()
 def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str):
     """-> kept (n,) indices into rows, embeds (n, D) fp16, error texts. Batches of neighbours, so that they do not depend on the block."""
-    loader = DataLoader(common.AudioFiles(rows, SAMPLE_RATE, CURATION_S), EMBED_BATCH, num_workers=workers, collate_fn=common.collate_audio)
+    loader = DataLoader(common.AudioFiles(rows, SAMPLE_RATE, CURATION_S), EMBED_BATCH, num_workers=workers, collate_fn=common.collate_audio,
+                        worker_init_fn=common.outlive_sigterm)
     kept, embeds, bad = [], [np.zeros((0, model.shape["joint_dim"]), np.float16)], []
     for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=common.rank_and_world()[0] > 0):
         bad += [text for _, text in errors]
@@ -666,7 +667,7 @@ def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str
 
 
 def save_arrays(path: Path, **arrays) -> None:
-    with common.written_whole(path, str(os.getpid())) as file:
+    with common.written_whole(path, common.this_process()) as file:
         np.savez(file, **arrays)
 
 
@@ -794,7 +795,7 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
     embeds_folder = Path(cfg.runs) / "embeds" / digest(
         file_digest(teacher_path), pool_digest(corpus["pool"]), -(-cfg.block // EMBED_BATCH), cfg.precision, device.type)
     parts = folder / "curation"
-    embeds_folder.mkdir(parents=True, exist_ok=True), parts.mkdir(exist_ok=True)
+    embeds_folder.mkdir(parents=True, exist_ok=True), parts.mkdir(parents=True, exist_ok=True)
 
     # Captions: all (DU), or those near the domain's prompts (DS, ADS)
     captions, described, stored = read_captions(cfg, corpus["train"])
@@ -840,10 +841,11 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
         for path in [*parts.glob("pairs_*.jsonl"), folder / "curated.jsonl"]:
             path.unlink(missing_ok=True)
         common.write_lines(parts / "settings.txt", [told])
-    common.barrier()
+    done = [(folder / "curated.jsonl").exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(done)  # the first process has just looked after it
     paths = [parts / f"pairs_{number:06d}.jsonl" for number in range(len(sizes))]
-    done = (folder / "curated.jsonl").exists()
-    if not done:
+    if not done[0]:
         search = Search(text_embeds, cfg.threshold, cfg.top_k, device)
         bar = tqdm(total=sum(sizes), unit="clip", desc=f"curating with {len(captions)} captions", disable=rank > 0, dynamic_ncols=True)
         for first, mine in rounds(pool_blocks(corpus["pool"], cfg.block), rank, world):
@@ -860,6 +862,7 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
                 if not paths[number].exists():
                     mine_block(paths[number], rows, embeds, search, captions)
             run.settle_skipped(bad)  # also keeps the processes within a block of each other
+            run.end_if_told(f"the pairs of {min(first + world, len(sizes))} of {len(sizes)} blocks")
             bar.update(sum(sizes[first:first + world]))
         bar.close()
         common.barrier()
@@ -997,7 +1000,7 @@ def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, 
     n = len(dataset.sets[0])
     size = min(cfg.batch_size, n)
     loader = DataLoader(dataset, batch_sampler=[[(0, 0, i) for i in range(start, start + size)] for start in range(0, n - size + 1, size)],
-                        num_workers=cfg.workers, collate_fn=dataset.collate)
+                        num_workers=cfg.workers, collate_fn=dataset.collate, worker_init_fn=common.outlive_sigterm)
     total, chance, count = 0.0, 0.0, 0
     with common.evaluating(model):
         for parts, names, _ in loader:
@@ -1023,7 +1026,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     sizes = [sum(len(row["captions"]) for row in rows) for rows in sets]
     common.check_batch(cfg, min(cfg.batch_size, *sizes), min(sizes), "pair")
     model.to(device)
-    wrapped = common.wrap(model, device, cfg.compile)
+    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
     dataset = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
     held_out = Pairs([corpus["val"]], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
@@ -1056,7 +1059,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
 
     # Loop
     loader = DataLoader(dataset, batch_sampler=mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, step, steps), num_workers=cfg.workers,
-                        collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+                        collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
     bar = tqdm(total=steps, initial=step, unit="step", desc=stage, disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
@@ -1107,7 +1110,7 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
             if rank == 0:
                 save("last.pt")
             common.barrier()
-            run.end_if_told(step)
+            run.end_if_told(f"step {step}")
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

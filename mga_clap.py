@@ -300,6 +300,7 @@ class Model(nn.Module):
         if self.pairwise:
             words = masked_words(words, word_mask[:, 1:])
             words = F.pad(words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1]))  # one shape on all processes
+            frames = F.pad(frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1]))  # official batches are as long as their longest clip
             return F.normalize(frames.float(), dim=-1), words, self.temperature, words.new_zeros(())
         audio_embeds, audio_active = self.aggregate(frames)
         text_embeds, text_active = self.aggregate(words, word_mask[:, 1:])
@@ -624,7 +625,7 @@ def main(cfg: Config) -> dict:
     # Loop
     loader = DataLoader(dataset, batch_sampler=common.training_batches(
         dataset.durations, batch_size, cfg.seed, step, total_steps), num_workers=cfg.workers, collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda")
+        pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
@@ -676,7 +677,7 @@ def main(cfg: Config) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
-            run.end_if_told(step)
+            run.end_if_told(f"step {step}")
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

@@ -510,7 +510,7 @@ def main(cfg: Config) -> dict:
     else:
         model = start_model(cfg, [text for row in train_rows for text in (*row["captions"], *filter(None, row.get("negatives", [])))])
     model.to(device)
-    wrapped = common.wrap(model, device, cfg.compile)
+    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
     dataset = Clips(groups, cfg, model.text_encoder.tokenize, model.sample_rate)
@@ -535,7 +535,7 @@ def main(cfg: Config) -> dict:
     if not checkpoint and cfg.weights != "none" and rank == 0:
         selection_score(model, val_rows, say, step)
     loader = DataLoader(dataset, batch_sampler=mixed_batches(sizes, counts, cfg.seed, step, cfg.steps), num_workers=cfg.workers,
-                        collate_fn=dataset.collate, pin_memory=device.type == "cuda")
+                        collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
@@ -583,7 +583,7 @@ def main(cfg: Config) -> dict:
             if rank == 0:
                 save("last.pt")
             common.barrier()
-            run.end_if_told(step)
+            run.end_if_told(f"step {step}")
             clock, pairs_seen = time.perf_counter(), 0
     bar.close()
 

@@ -67,6 +67,41 @@ def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(corpus, tm
     same_weights(tmp_path / "a", runs_of(method)[0])
 
 
+@pytest.mark.parametrize("method", [name if name == "curation_clap" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS])
+def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_is_saved(corpus, tmp_path, method):
+    long = {"epochs": 2000} if method == "mga_clap" else {"steps": 4000} if "steps" in SMALL_OF[method] else {"teacher_epochs": 2000}
+    source = tmp_path / "train.py"
+    source.write_text(training(method, corpus, tmp_path, fresh=True, workers=2, **long))
+    log = tmp_path / "a/log.jsonl"
+    for launcher, signals in (([], 1), (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 2)):  # a batch system's, then torchrun's own
+        process = subprocess.Popen([sys.executable, *launcher, source], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        log.unlink(missing_ok=True)
+        (tmp_path / "a/last.pt").unlink(missing_ok=True)
+        end = time.monotonic() + 200
+        while not (log.exists() and log.read_text().count("\n") > 2) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=100)
+        assert "SIGTERM: saved step" in out and "DataLoader worker" not in out, out[-3000:]
+        assert process.returncode == (143 if signals == 1 else 1) and common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 2
+
+
+def test_sigterm_in_a_curation_keeps_the_finished_blocks(corpus, tmp_path, monkeypatch, capsys, runs_of):
+    script = SCRIPTS["curation_clap"]
+    monkeypatch.setattr(script, "EMBED_BATCH", 2)
+    mined, mine_block = [], script.mine_block
+    monkeypatch.setattr(script, "mine_block", lambda path, *args: (mined.append(path.name), mine_block(path, *args), len(mined) == 2 and os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stopped:
+        common.run_entry(script.main, lambda: config_of("curation_clap", corpus, tmp_path, name="a", block=2))
+    assert stopped.value.code == 143 and "SIGTERM: saved the pairs of 2 of " in capsys.readouterr().out
+    common.TOLD_TO_STOP.clear()
+    script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    assert len(mined) == len(set(mined)) > 2  # none twice
+    of = lambda path: [(row["audio"], row["captions"]) for row in map(json.loads, (path / "curated.jsonl").read_text().splitlines())]  # noqa: E731
+    assert of(tmp_path / "a") == of(runs_of("curation_clap")[0])
+
+
 @every_script
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(corpus, tmp_path, monkeypatch, runs_of, method):
     script, limits = SCRIPTS[method], resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -169,6 +204,24 @@ def test_out_of_memory_names_the_batch_and_the_flags(error):
         common.run_entry(main, lambda: SCRIPTS["mga_clap"].Config(data=["x"]))
     with pytest.raises(RuntimeError, match="a fault of ours"):  # anything else keeps its traceback
         common.run_entry(lambda cfg: (_ for _ in ()).throw(RuntimeError("a fault of ours")), lambda: None)
+
+
+def test_every_process_lists_its_share_of_a_batch_without_a_finite_loss(tmp_path, monkeypatch):
+    run = common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "rank_and_world", lambda: (rank, 2))
+        with pytest.raises(FloatingPointError, match=f"the loss of step 7 is nan; .*nonfinite_batch_{rank}.txt"):
+            common.check_finite([(7, torch.tensor(float("nan")), [f"{rank}.wav"])], run)
+    assert [(tmp_path / f"a/nonfinite_batch_{rank}.txt").read_text() for rank in (0, 1)] == ["0.wav\n", "1.wav\n"]
+
+
+@pytest.mark.parametrize("micro_batch, kind", [(0, torch.nn.SyncBatchNorm), (8, torch.nn.BatchNorm2d)])
+def test_batch_norm_is_synchronised_only_where_every_process_has_one_part(monkeypatch, micro_batch, kind):
+    """SyncBatchNorm talks to the others in every pass, and with gradient caching they may have different numbers of passes."""
+    monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, devices: model)
+    wrapped = common.wrap(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), torch.device("cuda", 0), False, micro_batch)
+    assert type(wrapped[0]) is kind
 
 
 def test_resume_may_change_what_the_weights_do_not_depend_on(corpus, tmp_path, runs_of):
