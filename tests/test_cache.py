@@ -95,6 +95,14 @@ def test_a_killed_or_damaged_cache_is_mended(tmp_path, monkeypatch, capsys):
     assert all(np.array_equal(a, b) for a, b in zip(whole, again)) and capsys.readouterr().out.count("damaged part of the cache") == 2
 
 
+def test_an_index_that_is_taken_away_meanwhile_is_a_damaged_part(tmp_path, capsys):
+    sf.write(tmp_path / "a.wav", np.zeros(1000) + 0.1, 32000)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / f"cache/32000_{'0' * 16}.json").symlink_to("gone")  # listed, but not to be looked at
+    cache = common.AudioCache(str(tmp_path / "cache"), [{"audio": str(tmp_path / "a.wav")}], 32000)
+    assert len(cache.read(str(tmp_path / "a.wav"))) == 1000 and "damaged part of the cache" in capsys.readouterr().out
+
+
 def test_unreadable_files_are_remembered_with_their_reason(tmp_path):
     rows = sounds(tmp_path, 2)
     (tmp_path / "text.wav").write_text("no sound")
