@@ -84,7 +84,7 @@ def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_
         os.killpg(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=100)
         assert "SIGTERM: saved step" in out and "DataLoader worker" not in out, out[-3000:]
-        assert process.returncode == (143 if signals == 1 else 1) and common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 2
+        assert process.returncode == (143 if signals == 1 else 1) and common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 0  # of Cacophony, in stage 2
 
 
 def test_sigterm_in_a_curation_keeps_the_finished_blocks(corpus, tmp_path, monkeypatch, capsys, runs_of):
