@@ -159,7 +159,7 @@ EVIDENCE = {
     "claims_t_clap": _T + """ --budget '{"steps": 2400, "eval_steps": 600}'""",
     "claims_t_clap_paper_weight": _T + """ --budget '{"lt_weight": 0.5}'""", **{f"ablation_{name}": f"{_T} --ablation {name}" for name in T_ABLATIONS},
     "claims_cacophony": _CACO, **{f"ablation_{name}": f"{_CACO} --ablation {name}" for name in CACO_ABLATIONS},
-    "claims_collat": "collat --data DIR/scenes_1", **{f"ablation_{name}": f"collat --data DIR/scenes_1 --ablation {name}" for name in ("blocks", "matching")},
+    "claims_collat": "collat --data DIR/scenes_1", **{f"ablation_{name}": f"collat --data DIR/scenes_1 --ablation {name}" for name in COLLAT_ABLATIONS},
     "claims_curation_clap": _CURATION, **{f"ablation_{name}": f"{_CURATION} --ablation {name}" for name in CURATION_ABLATIONS},
     "one_ground": "one_ground --data DIR/scenes_1 --pool DIR/pool"}
 
