@@ -46,6 +46,7 @@ Run:  python cacophony.py --data demo                                 (two CPU c
 Stage 1 starts near 1 (patches are normalised) and falls fast, then slowly; Eq. (1) starts near 2 ln B, Eq. (2)
 near the logarithm of the vocabulary's size.
 """
+
 import dataclasses
 import json
 import math
@@ -73,14 +74,26 @@ import common
 @dataclass
 class Config:
     # data
-    data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo; stage 1 needs no captions
-    size: Literal["paper", "ablation", "tiny"] = "paper"  # ablation: the paper's smaller audio encoder (Table 8); tiny: small, from nothing
-    variant: Literal["paper", "jax", "official"] = "paper"  # details that differ: the authors' JAX code, or their torch port (D1-D3, D5)
-    stage: Literal["all", "mae", "contrastive"] = "all"  # masked autoencoder, contrastive captioning, or both in order
+    data: list[
+        str
+    ]  # manifests, folders that hold manifest.jsonl, or the word demo; stage 1 needs no captions
+    size: Literal["paper", "ablation", "tiny"] = (
+        "paper"  # ablation: the paper's smaller audio encoder (Table 8); tiny: small, from nothing
+    )
+    variant: Literal["paper", "jax", "official"] = (
+        "paper"  # details that differ: the authors' JAX code, or their torch port (D1-D3, D5)
+    )
+    stage: Literal["all", "mae", "contrastive"] = (
+        "all"  # masked autoencoder, contrastive captioning, or both in order
+    )
     audio_weights: str = ""  # stage 2's audio encoder: a run's mae.pt, the authors' torch file, or none; empty: runs/NAME/mae.pt
-    text_model: str = "roberta-base"  # start of the text encoder: hub id or folder (Sec. 3), or none
+    text_model: str = (
+        "roberta-base"  # start of the text encoder: hub id or folder (Sec. 3), or none
+    )
     max_tokens: int = 77  # captions are cut there (Sec. 3)
-    synthetic_share: float = 0.8  # of the draws from clips that have synthetic captions, how many take one (code)
+    synthetic_share: float = (
+        0.8  # of the draws from clips that have synthetic captions, how many take one (code)
+    )
     # model
     audio_dim: int = 768  # width of the audio encoder (Sec. 3)
     audio_layers: int = 12  # its layers (Sec. 3)
@@ -101,7 +114,9 @@ class Config:
     steps: int = 300000  # Sec. 4
     batch_size: int = 4096  # pairs over all processes (Sec. 4)
     lr: float = 1e-5  # peak of AdamW's learning rate (Sec. 4)
-    patches: int = 512  # most patches of a clip; of longer clips as many are drawn (Sec. 4: those of 10.24 s)
+    patches: int = (
+        512  # most patches of a clip; of longer clips as many are drawn (Sec. 4: those of 10.24 s)
+    )
     caption_weight: float = 1.0  # lambda, weight of the captioning loss (Eq. 3); 0: no decoder
     rho: float = 0.075  # SAM's distance (Eq. 4); 0: plain AdamW
     # both stages
@@ -109,12 +124,16 @@ class Config:
     warmup_steps: int = 10000  # linear warm-up, then cosine to min_lr (Sec. 4)
     min_lr: float = 1e-6  # end of the cosine (Sec. 4)
     weight_decay: float = 0.01  # AdamW's (Sec. 4)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
+    )
     seed: int = 0  # of weights, order, crops, captions, masks, patches
     # run
     name: str = ""  # folder under --runs; empty: cacophony-1, cacophony-2, ...
     runs: str = "runs"  # where run folders go
-    resume: bool = False  # continue runs/NAME/last.pt with its stored settings, in the stage it was in
+    resume: bool = (
+        False  # continue runs/NAME/last.pt with its stored settings, in the stage it was in
+    )
     eval_steps: int = 1000  # steps of stage 2 between validations (each may write best.pt)
     save_steps: int = 500  # steps between writes of last.pt
     log_steps: int = 10  # steps between lines of log.jsonl
@@ -128,9 +147,31 @@ class Config:
 
 ABLATION = dict(audio_dim=512, audio_mlp=1024)
 # A start from nothing needs larger steps; fewer patches of every clip make a step affordable on a CPU.
-TINY = dict(text_model="none", audio_dim=128, audio_layers=3, audio_heads=4, audio_mlp=512, joint_dim=128, decoder_layers=2,
-            text_dim=128, text_layers=2, mae_steps=500, mae_batch_size=32, mae_lr=3e-3, mae_crop_s=2.56, mae_layers=1, steps=300, batch_size=32,
-            lr=1e-3, patches=160, warmup_steps=40, min_lr=1e-5, eval_steps=100, save_steps=100, workers=1)
+TINY = dict(
+    text_model="none",
+    audio_dim=128,
+    audio_layers=3,
+    audio_heads=4,
+    audio_mlp=512,
+    joint_dim=128,
+    decoder_layers=2,
+    text_dim=128,
+    text_layers=2,
+    mae_steps=500,
+    mae_batch_size=32,
+    mae_lr=3e-3,
+    mae_crop_s=2.56,
+    mae_layers=1,
+    steps=300,
+    batch_size=32,
+    lr=1e-3,
+    patches=160,
+    warmup_steps=40,
+    min_lr=1e-5,
+    eval_steps=100,
+    save_steps=100,
+    workers=1,
+)
 PRESETS = {("size", "ablation"): ABLATION, ("size", "tiny"): TINY}
 SAMPLE_RATE, HOP, N_MELS = 16000, 160, 128  # 10 ms
 PATCH = 16  # frames and mel bins of a patch
@@ -140,8 +181,11 @@ LONGEST_S = 300.0  # D8
 PIECE_S = 60.0  # D9
 METHOD = "cacophony"
 # Three sources, one set of weights. heads: (audio, text) of the pooling layers
-VARIANTS = {"paper": dict(heads=(8, 8), eps=1e-6, window="start"), "jax": dict(heads=(8, 1), eps=1e-6, window="start"),
-            "official": dict(heads=(2, 1), eps=1e-5, window="centre")}  # D2, D3, D1
+VARIANTS = {
+    "paper": dict(heads=(8, 8), eps=1e-6, window="start"),
+    "jax": dict(heads=(8, 1), eps=1e-6, window="start"),
+    "official": dict(heads=(2, 1), eps=1e-5, window="centre"),
+}  # D2, D3, D1
 
 # ------------------------------------------------------------------------------------------------
 # Model
@@ -152,9 +196,16 @@ def tf_mel_filters():
     """(257, 128) triangles over 0 to 8000 Hz, linear in mel, as TensorFlow makes them; nothing passes 0 Hz (D1)."""
     mel = lambda hz: 1127 * torch.log1p(hz / 700)  # noqa: E731
     bins = mel(torch.linspace(0, SAMPLE_RATE / 2, 257, dtype=torch.float64))[1:, None]
-    edges = torch.linspace(0, float(mel(torch.tensor(SAMPLE_RATE / 2.0, dtype=torch.float64))), N_MELS + 2, dtype=torch.float64)
+    edges = torch.linspace(
+        0,
+        float(mel(torch.tensor(SAMPLE_RATE / 2.0, dtype=torch.float64))),
+        N_MELS + 2,
+        dtype=torch.float64,
+    )
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-    filters = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp(min=0)
+    filters = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp(
+        min=0
+    )
     return F.pad(filters, (0, 0, 1, 0)).float()
 
 
@@ -166,10 +217,22 @@ class MagnitudeMel(nn.Module):
 
     def __init__(self, window: str = "start"):
         super().__init__()
-        before = 0 if window == "start" else 56  # the port's torch.stft centres 400 samples in 512 (D1)
+        before = (
+            0 if window == "start" else 56
+        )  # the port's torch.stft centres 400 samples in 512 (D1)
         self.spectrogram = torchaudio.transforms.Spectrogram(
-            512, 512, HOP, power=None, center=False, window_fn=lambda n: F.pad(torch.hann_window(400), (before, 112 - before)))
-        filters = tf_mel_filters() if window == "start" else torchaudio.functional.melscale_fbanks(257, 0, 8000, N_MELS, SAMPLE_RATE)
+            512,
+            512,
+            HOP,
+            power=None,
+            center=False,
+            window_fn=lambda n: F.pad(torch.hann_window(400), (before, 112 - before)),
+        )
+        filters = (
+            tf_mel_filters()
+            if window == "start"
+            else torchaudio.functional.melscale_fbanks(257, 0, 8000, N_MELS, SAMPLE_RATE)
+        )
         self.register_buffer("filters", filters)
         common.keep_out_of_checkpoints(self)
 
@@ -178,7 +241,9 @@ class MagnitudeMel(nn.Module):
             n_frames = math.ceil(waveform.shape[1] / HOP)
             waveform = F.pad(waveform.float(), (0, (n_frames - 1) * HOP + 512 - waveform.shape[1]))
             spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, 257, T_mel, 2)
-            magnitudes = (spectrum[..., 0].square() + spectrum[..., 1].square()).sqrt()  # faster than torch's complex abs()
+            magnitudes = (
+                spectrum[..., 0].square() + spectrum[..., 1].square()
+            ).sqrt()  # faster than torch's complex abs()
             return 0.2 * (magnitudes.transpose(1, 2) @ self.filters + 1e-5).log() + 0.9
 
 
@@ -192,9 +257,12 @@ def to_patches(features):
     """(B, T_mel, 128) -> (B, N, 256): patch number t * 8 + f, each 16 frames by 16 mel bins, row by row."""
     B, T_mel, _ = features.shape
     if T_mel < PATCH:  # under 0.16 s
-        features, T_mel = F.pad(features, (0, 0, 0, PATCH - T_mel), value=0.2 * math.log(1e-5) + 0.9), PATCH
+        features, T_mel = (
+            F.pad(features, (0, 0, 0, PATCH - T_mel), value=0.2 * math.log(1e-5) + 0.9),
+            PATCH,
+        )
     T = T_mel // PATCH
-    x = features[:, :T * PATCH].reshape(B, T, PATCH, N_FREQ, PATCH)
+    x = features[:, : T * PATCH].reshape(B, T, PATCH, N_FREQ, PATCH)
     return x.transpose(2, 3).reshape(B, T * N_FREQ, PATCH * PATCH)
 
 
@@ -211,8 +279,14 @@ class AudioLayer(nn.Module):
     def forward(self, x, valid_mask):
         """x (B, N, C), valid_mask (B, N) bool, True = a real patch."""
         B, N, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(*qkv, attn_mask=valid_mask[:, None, None])  # (B, heads, N, C / heads)
+        qkv = (
+            self.qkv(self.norm1(x))
+            .view(B, N, 3, self.heads, C // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
+        h = F.scaled_dot_product_attention(
+            *qkv, attn_mask=valid_mask[:, None, None]
+        )  # (B, heads, N, C / heads)
         x = x + self.proj(h.transpose(1, 2).reshape(B, N, C))
         return x + self.fc2(F.silu(self.fc1(self.norm2(x))))
 
@@ -259,17 +333,27 @@ class MAE(nn.Module):
         """-> painted (B, N, 256), normalised values of every patch; visible_mask (B, N) bool."""
         B, N, _ = patches.shape
         n_visible = (valid_mask.sum(1) * (1 - self.mask_ratio)).round().long().clamp(min=1)  # (B,)
-        most = max(1, round(N * (1 - self.mask_ratio)))  # of any clip, known without waiting for a GPU
-        order = torch.rand(B, N, device=patches.device).masked_fill(~valid_mask, 2.0).argsort(1)  # real patches first
+        most = max(
+            1, round(N * (1 - self.mask_ratio))
+        )  # of any clip, known without waiting for a GPU
+        order = (
+            torch.rand(B, N, device=patches.device).masked_fill(~valid_mask, 2.0).argsort(1)
+        )  # real patches first
         chosen = order[:, :most]  # (B, V)
         seen = torch.arange(most, device=patches.device) < n_visible[:, None]  # (B, V)
         take = lambda x: x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))  # noqa: E731
-        encoded = self.audio_encoder(take(patches), number.gather(1, chosen), seen)  # masked patches never get here
+        encoded = self.audio_encoder(
+            take(patches), number.gather(1, chosen), seen
+        )  # masked patches never get here
         encoded = self.decoder.input_proj(encoded)  # (B, V, dim)
 
         visible_mask = torch.zeros_like(valid_mask).scatter(1, chosen, seen)
         tokens = self.mask_token.to(encoded.dtype).expand(B, N, -1)
-        tokens = tokens.scatter(1, chosen[..., None].expand_as(encoded), torch.where(seen[..., None], encoded, self.mask_token.to(encoded.dtype)))
+        tokens = tokens.scatter(
+            1,
+            chosen[..., None].expand_as(encoded),
+            torch.where(seen[..., None], encoded, self.mask_token.to(encoded.dtype)),
+        )
         tokens = self.decoder.transform(tokens + self.decoder.positions(number), valid_mask)
         return self.head(tokens), visible_mask
 
@@ -298,14 +382,16 @@ class AttentionPool(nn.Module):
 
     def forward(self, x, valid_mask):
         B, N, C = x.shape
-        k, v = self.kv_proj(x).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, C / heads) each
+        k, v = (
+            self.kv_proj(x).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, N, C / heads) each
         q = self.query.to(k.dtype).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_mask[:, None, None])
         return self.out_proj(pooled.reshape(B, C))
 
     def each(self, x):
         """What every position would give if the query attended to it alone. (B, N, C) -> (B, N, out_dim)."""
-        return self.out_proj(self.kv_proj(x)[..., x.shape[2]:])
+        return self.out_proj(self.kv_proj(x)[..., x.shape[2] :])
 
 
 class DecoderAttention(nn.Module):
@@ -314,8 +400,16 @@ class DecoderAttention(nn.Module):
     def __init__(self, dim, memory_dim, heads):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(memory_dim, dim), nn.Linear(memory_dim, dim)
-        self.dense, self.norm, self.dropout = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Dropout(0.1)
+        self.query, self.key, self.value = (
+            nn.Linear(dim, dim),
+            nn.Linear(memory_dim, dim),
+            nn.Linear(memory_dim, dim),
+        )
+        self.dense, self.norm, self.dropout = (
+            nn.Linear(dim, dim),
+            nn.LayerNorm(dim),
+            nn.Dropout(0.1),
+        )
 
     def split(self, x):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, L, C / heads)
@@ -325,7 +419,9 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x, keys_values, mask):
         """x (B, L, C), mask (B or 1, 1, L or 1, positions of the keys) bool, True = may be attended to."""
-        out = F.scaled_dot_product_attention(self.split(self.query(x)), *keys_values, attn_mask=mask)
+        out = F.scaled_dot_product_attention(
+            self.split(self.query(x)), *keys_values, attn_mask=mask
+        )
         return self.norm(x + self.dropout(self.dense(out.transpose(1, 2).flatten(2))))
 
 
@@ -334,7 +430,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, dim, audio_dim, heads):
         super().__init__()
-        self.attention, self.crossattention = DecoderAttention(dim, dim, heads), DecoderAttention(dim, audio_dim, heads)
+        self.attention, self.crossattention = (
+            DecoderAttention(dim, dim, heads),
+            DecoderAttention(dim, audio_dim, heads),
+        )
         self.intermediate, self.output = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(0.1)
 
@@ -379,12 +478,22 @@ class Model(nn.Module):
         self.log_mel = MagnitudeMel(variant["window"])
         self.audio_encoder = PatchTransformer(PATCH * PATCH, **shape["audio"], eps=variant["eps"])
         self.text_encoder = make_causal(text_encoder)
-        self.audio_pool = AttentionPool(shape["audio"]["dim"], min(variant["heads"][0], shape["audio"]["heads"]), shape["joint_dim"])
+        self.audio_pool = AttentionPool(
+            shape["audio"]["dim"],
+            min(variant["heads"][0], shape["audio"]["heads"]),
+            shape["joint_dim"],
+        )
         self.text_pool = AttentionPool(text_dim, variant["heads"][1], shape["joint_dim"])
-        self.decoder = nn.ModuleList(DecoderLayer(text_dim, shape["audio"]["dim"], text_encoder.model.config.num_attention_heads)
-                                     for _ in range(shape["decoder_layers"]))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(
+                text_dim, shape["audio"]["dim"], text_encoder.model.config.num_attention_heads
+            )
+            for _ in range(shape["decoder_layers"])
+        )
         if self.decoder:
-            self.head = nn.Linear(text_dim, text_encoder.model.config.vocab_size)  # not tied to the embeddings (code)
+            self.head = nn.Linear(
+                text_dim, text_encoder.model.config.vocab_size
+            )  # not tied to the embeddings (code)
             nn.init.normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
             for module in self.decoder.modules():
@@ -397,16 +506,25 @@ class Model(nn.Module):
         """Token ids (B, L) -> (B, L, C); with a transformers cache the ids continue what it holds."""
         start = cache.get_seq_length() if cache is not None else 0
         position = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
-        return self.text_encoder.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position,
-                                       past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return self.text_encoder.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
 
     def next_logits(self, text_states, audio_kv, audio_mask, past=None):
         """Logits (B, L, vocabulary) of the token after each; past: of each layer, keys and values so far, which are replaced."""
         L, earlier = text_states.shape[1], past[0][0].shape[2] if past and past[0] else 0
-        causal_mask = torch.ones(L, earlier + L, dtype=torch.bool, device=text_states.device).tril(earlier)[None, None]
+        causal_mask = torch.ones(L, earlier + L, dtype=torch.bool, device=text_states.device).tril(
+            earlier
+        )[None, None]
         x = text_states
         for i, layer in enumerate(self.decoder):
-            x, kv = layer(x, audio_kv[i], causal_mask, audio_mask[:, None, None], past[i] if past else None)
+            x, kv = layer(
+                x, audio_kv[i], causal_mask, audio_mask[:, None, None], past[i] if past else None
+            )
             if past is not None:
                 past[i] = kv
         return self.head(x)
@@ -422,11 +540,17 @@ class Model(nn.Module):
         audio_states = self.audio_encoder(patches, number, valid_mask)
         text_states = self.text_states(input_ids, attention_mask)
         audio_embeds = F.normalize(self.audio_pool(audio_states, valid_mask).float(), dim=-1)
-        text_embeds = F.normalize(self.text_pool(text_states, attention_mask.bool()).float(), dim=-1)
+        text_embeds = F.normalize(
+            self.text_pool(text_states, attention_mask.bool()).float(), dim=-1
+        )
         nll = audio_embeds.new_zeros(len(patches))
         if self.decoder:  # the last token has no successor
-            logits = self.next_logits(text_states[:, :-1], self.audio_keys_values(audio_states), valid_mask)
-            n_most = None if self.shape["variant"] == "paper" else self.text_encoder.max_tokens - 1  # D5
+            logits = self.next_logits(
+                text_states[:, :-1], self.audio_keys_values(audio_states), valid_mask
+            )
+            n_most = (
+                None if self.shape["variant"] == "paper" else self.text_encoder.max_tokens - 1
+            )  # D5
             nll = caption_nll(logits, input_ids[:, 1:], attention_mask[:, 1:], n_most)
         return audio_embeds, text_embeds, nll, self.log_scale.exp()
 
@@ -436,9 +560,16 @@ class Model(nn.Module):
         pieces, owner, _, lengths = common.cut_windows(waveform, n_samples, piece)
         steps = n_steps(torch.tensor(lengths))
         patches = torch.cat([to_patches(self.log_mel(part)) for part in pieces.split(8)])
-        number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(len(patches), -1)
+        number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(
+            len(patches), -1
+        )
         valid_mask = number < (N_FREQ * steps.to(waveform.device))[:, None]
-        states = torch.cat([self.audio_encoder(*part) for part in zip(patches.split(8), number.split(8), valid_mask.split(8))])
+        states = torch.cat(
+            [
+                self.audio_encoder(*part)
+                for part in zip(patches.split(8), number.split(8), valid_mask.split(8))
+            ]
+        )
         if len(pieces) == len(waveform):
             return states, valid_mask
         of_clip = [states[owner == b][valid_mask[owner == b]] for b in range(len(waveform))]
@@ -450,7 +581,9 @@ class Model(nn.Module):
     def embed_audio(self, waveform, n_samples=None):
         """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised; never random."""
         with common.evaluating(self):
-            return F.normalize(self.audio_pool(*self.audio_states(waveform, n_samples)).float(), dim=-1)
+            return F.normalize(
+                self.audio_pool(*self.audio_states(waveform, n_samples)).float(), dim=-1
+            )
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
@@ -468,7 +601,9 @@ class Model(nn.Module):
         """The encoder's own states, mean over the bands -> (B, T, C), every 0.16 s; HEAR's time stamps use these (Sec. 5)."""
         with common.evaluating(self):
             states, valid_mask = self.audio_states(waveform, n_samples)
-            return nn.utils.rnn.pad_sequence([x.float() for x in self._steps(states, valid_mask, waveform, n_samples)], True)
+            return nn.utils.rnn.pad_sequence(
+                [x.float() for x in self._steps(states, valid_mask, waveform, n_samples)], True
+            )
 
     def _steps(self, x, valid_mask, waveform, n_samples) -> list:
         """x (B, N, C) -> of each clip (ceil(its time steps), C), mean over the bands."""
@@ -486,10 +621,19 @@ class Model(nn.Module):
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), self.log_scale.device)
             states = self.text_states(tokens["input_ids"], tokens["attention_mask"])
-            return F.normalize(self.text_pool(states, tokens["attention_mask"].bool()).float(), dim=-1)
+            return F.normalize(
+                self.text_pool(states, tokens["attention_mask"].bool()).float(), dim=-1
+            )
 
     @torch.no_grad()
-    def caption(self, waveform, n_samples=None, temperature: float = 0.0, seed: int = 0, max_tokens: int = 100) -> list[str]:
+    def caption(
+        self,
+        waveform,
+        n_samples=None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_tokens: int = 100,
+    ) -> list[str]:
         """A caption for each clip of waveform (B, S) at 16 kHz, token by token.
 
         temperature: 0 takes the likeliest token, else tokens are drawn (the paper: 0.1); what a clip draws
@@ -498,32 +642,56 @@ class Model(nn.Module):
         if not self.decoder:
             raise ValueError("this model was trained without a captioner (--caption-weight 0)")
         from transformers import DynamicCache
+
         tokenizer = self.text_encoder.tokenizer
         with common.evaluating(self):
             audio_states, audio_mask = self.audio_states(waveform, n_samples)
-            audio_kv, cache, past = self.audio_keys_values(audio_states), DynamicCache(), [None] * len(self.decoder)
+            audio_kv, cache, past = (
+                self.audio_keys_values(audio_states),
+                DynamicCache(),
+                [None] * len(self.decoder),
+            )
             ids = torch.full((len(waveform), 1), tokenizer.cls_token_id, device=audio_states.device)
-            ended, generator = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), torch.Generator().manual_seed(seed)
-            for _ in range(min(max_tokens, self.text_encoder.model.config.max_position_embeddings) - 1):
+            ended, generator = (
+                torch.zeros(len(ids), dtype=torch.bool, device=ids.device),
+                torch.Generator().manual_seed(seed),
+            )
+            for _ in range(
+                min(max_tokens, self.text_encoder.model.config.max_position_embeddings) - 1
+            ):
                 states = self.text_states(ids[:, -1:], torch.ones_like(ids), cache)
                 logits = self.next_logits(states, audio_kv, audio_mask, past)[:, -1].float()
                 logits[:, [tokenizer.pad_token_id, tokenizer.cls_token_id]] = -math.inf
-                if temperature > 0:  # the largest of logits plus Gumbel noise is a draw from the softmax
+                if (
+                    temperature > 0
+                ):  # the largest of logits plus Gumbel noise is a draw from the softmax
                     noise = -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
                     logits = logits / temperature + noise.to(logits.device)
                 token = torch.where(ended, tokenizer.pad_token_id, logits.argmax(-1))
-                ids, ended = torch.cat([ids, token[:, None]], 1), ended | (token == tokenizer.sep_token_id)
+                ids, ended = (
+                    torch.cat([ids, token[:, None]], 1),
+                    ended | (token == tokenizer.sep_token_id),
+                )
                 if ended.all():
                     break
-        return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True).strip() for row in ids.tolist()]
+        return [
+            tokenizer.decode(
+                row, skip_special_tokens=True, clean_up_tokenization_spaces=True
+            ).strip()
+            for row in ids.tolist()
+        ]
 
     @classmethod
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt of stage 2."""
         content = common.read_checkpoint(path, METHOD)
         if content["stage"] != "contrastive":
-            raise ValueError(f"{path}: holds stage 1 only, an audio encoder that knows no text; stage 2 takes it as --audio-weights")
-        text_encoder = common.text_encoder_from_description(content["text_encoder"], content["config"]["max_tokens"])
+            raise ValueError(
+                f"{path}: holds stage 1 only, an audio encoder that knows no text; stage 2 takes it as --audio-weights"
+            )
+        text_encoder = common.text_encoder_from_description(
+            content["text_encoder"], content["config"]["max_tokens"]
+        )
         model = cls(content["shape"], text_encoder)
         common.load_strict(model, content["model"], path)
         return model.eval()
@@ -534,8 +702,15 @@ class Model(nn.Module):
         state = port_state(common.read_weights(source))
         text_encoder = common.text_encoder_from_pretrained(text_model, 100)  # the code's length
         dim, layers, mlp, joint, decoders = port_size(state)
-        model = cls(dict(audio=dict(dim=dim, layers=layers, heads=max(1, dim // 96), mlp=mlp), joint_dim=joint, decoder_layers=decoders,
-                         variant=variant), text_encoder)
+        model = cls(
+            dict(
+                audio=dict(dim=dim, layers=layers, heads=max(1, dim // 96), mlp=mlp),
+                joint_dim=joint,
+                decoder_layers=decoders,
+                variant=variant,
+            ),
+            text_encoder,
+        )
         common.load_strict(model, state, source)
         return model.eval()
 
@@ -549,18 +724,32 @@ def port_state(weights: dict) -> dict:
         if key.endswith("position_ids") or key.endswith("token_type_ids"):
             continue
         for theirs, ours in (
-                (r"^audio_module\.freq_positional_embedding$", "audio_encoder.freq_embedding"), (r"^audio_module\.", "audio_encoder."),
-                (r"^audio_attention_pool\.", "audio_pool."), (r"^text_module\.pooler\.attention_pool_query$", "text_pool.query"),
-                (r"^text_module\.pooler\.", "text_pool."), (r"^text_module\.encoder\.layers\.", "text_encoder.model.encoder.layer."),
-                (r"^text_module\.", "text_encoder.model."), (r"^text_proj\.", "text_pool.out_proj."),
-                (r"^decoder_module\.decoder_proj\.", "head."), (r"^decoder_module\.encoder\.layers\.", "decoder."),
-                (r"^logit_scale$", "log_scale")):
+            (r"^audio_module\.freq_positional_embedding$", "audio_encoder.freq_embedding"),
+            (r"^audio_module\.", "audio_encoder."),
+            (r"^audio_attention_pool\.", "audio_pool."),
+            (r"^text_module\.pooler\.attention_pool_query$", "text_pool.query"),
+            (r"^text_module\.pooler\.", "text_pool."),
+            (r"^text_module\.encoder\.layers\.", "text_encoder.model.encoder.layer."),
+            (r"^text_module\.", "text_encoder.model."),
+            (r"^text_proj\.", "text_pool.out_proj."),
+            (r"^decoder_module\.decoder_proj\.", "head."),
+            (r"^decoder_module\.encoder\.layers\.", "decoder."),
+            (r"^logit_scale$", "log_scale"),
+        ):
             key = re.sub(theirs, ours, key)
         if key.startswith("audio_encoder."):
-            key = key.replace(".attn.in_proj_", ".qkv.").replace(".attn.out_proj.", ".proj.").replace(".mlp.", ".")
+            key = (
+                key.replace(".attn.in_proj_", ".qkv.")
+                .replace(".attn.out_proj.", ".proj.")
+                .replace(".mlp.", ".")
+            )
         if key.startswith("decoder."):
-            key = key.replace("attention.self.", "attention.").replace("attention.output.dense", "attention.dense")
-            key = key.replace("attention.output.LayerNorm", "attention.norm").replace(".intermediate.dense", ".intermediate")
+            key = key.replace("attention.self.", "attention.").replace(
+                "attention.output.dense", "attention.dense"
+            )
+            key = key.replace("attention.output.LayerNorm", "attention.norm").replace(
+                ".intermediate.dense", ".intermediate"
+            )
             key = key.replace(".output.dense", ".output").replace(".output.LayerNorm", ".norm")
         state[key] = value.reshape(-1) if key == "text_pool.query" else value
     for kind in ("weight", "bias"):
@@ -574,31 +763,49 @@ def port_size(state: dict) -> tuple:
     """dim, layers, mlp, joint_dim, decoder layers, read from shapes; the paper's where keys are missing."""
     count = lambda prefix: len({m[1] for k in state if (m := re.match(rf"{prefix}\.(\d+)\.", k))})  # noqa: E731
     size = lambda key, default: len(state[key]) if key in state else default  # noqa: E731
-    return (size("audio_encoder.norm.weight", 768), count(r"audio_encoder\.layers") or 12,
-            size("audio_encoder.layers.0.fc1.weight", 3072), size("audio_pool.out_proj.weight", 768), count("decoder") or 4)
+    return (
+        size("audio_encoder.norm.weight", 768),
+        count(r"audio_encoder\.layers") or 12,
+        size("audio_encoder.layers.0.fc1.weight", 3072),
+        size("audio_pool.out_proj.weight", 768),
+        count("decoder") or 4,
+    )
 
 
 def audio_start(encoder: PatchTransformer, path) -> None:
     """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
     content = common.read_weights(path)
     state = content["model"] if content.get("method") == METHOD else port_state(content)
-    state = {k.removeprefix("audio_encoder."): v for k, v in state.items() if k.startswith("audio_encoder.")}
+    state = {
+        k.removeprefix("audio_encoder."): v
+        for k, v in state.items()
+        if k.startswith("audio_encoder.")
+    }
     common.load_strict(encoder, state, path)
 
 
 def audio_shape(cfg: Config) -> dict:
-    return dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp)
+    return dict(
+        dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp
+    )
 
 
 def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
     """A new model: the audio encoder from stage 1, the text encoder from --text-model, the rest from nothing."""
     text_encoder = common.start_text_encoder(cfg, captions, cfg.max_tokens)
-    shape = dict(audio=audio_shape(cfg), joint_dim=cfg.joint_dim, decoder_layers=cfg.decoder_layers if cfg.caption_weight else 0, variant=cfg.variant)
+    shape = dict(
+        audio=audio_shape(cfg),
+        joint_dim=cfg.joint_dim,
+        decoder_layers=cfg.decoder_layers if cfg.caption_weight else 0,
+        variant=cfg.variant,
+    )
     model = Model(shape, text_encoder)
     if cfg.audio_weights != "none":
         if not cfg.audio_weights and not mae.is_file():
-            raise FileNotFoundError(f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's "
-                                    "mae.pt, the authors' torch file, or none)")
+            raise FileNotFoundError(
+                f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's "
+                "mae.pt, the authors' torch file, or none)"
+            )
         audio_start(model.audio_encoder, cfg.audio_weights or mae)
     return model
 
@@ -625,12 +832,21 @@ def caption_nll(logits, targets, target_mask, n_most: int | None = None):
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
     """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
-    audio_embeds, text_embeds, nll = (common.gather_with_grad(x) for x in (audio_embeds, text_embeds, nll))
+    audio_embeds, text_embeds, nll = (
+        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, nll)
+    )
     sim = audio_embeds @ text_embeds.T  # (B, B)
     contrastive, captioning = contrastive_loss(sim, scale), nll.mean()
     loss = contrastive + cfg.caption_weight * captioning  # Eq. (3)
-    return loss, sim.detach(), {"loss_con": contrastive.detach(), "loss_cap": captioning.detach(),
-                                "modality_gap": modality_gap(audio_embeds.detach(), text_embeds.detach())}
+    return (
+        loss,
+        sim.detach(),
+        {
+            "loss_con": contrastive.detach(),
+            "loss_cap": captioning.detach(),
+            "modality_gap": modality_gap(audio_embeds.detach(), text_embeds.detach()),
+        },
+    )
 
 
 def modality_gap(audio_embeds, text_embeds):
@@ -654,7 +870,9 @@ def sam_backward(parameters: list, backward, rho: float):
     with torch.no_grad():
         kept = [p.clone() for p in held]
         norm = torch.stack([p.grad.float().norm() for p in held]).norm()
-        scale = rho / (norm + 1e-12)  # Eq. (4): the farthest point of the ball, as the loss grows linearly
+        scale = rho / (
+            norm + 1e-12
+        )  # Eq. (4): the farthest point of the ball, as the loss grows linearly
         for p in held:
             p.add_(p.grad * scale)  # Eq. (5)
             p.grad = None
@@ -677,7 +895,12 @@ class Clips(Dataset):
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize=None, cache: str = ""):
-        self.rows, self.cfg, self.tokenize, self.log_mel = rows, cfg, tokenize, MagnitudeMel(VARIANTS[cfg.variant]["window"])
+        self.rows, self.cfg, self.tokenize, self.log_mel = (
+            rows,
+            cfg,
+            tokenize,
+            MagnitudeMel(VARIANTS[cfg.variant]["window"]),
+        )
         self.read = common.audio_reader(cache, rows, SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
@@ -685,19 +908,32 @@ class Clips(Dataset):
         rng = np.random.default_rng((self.cfg.seed, *key))
         length_s = LONGEST_S if self.tokenize else self.cfg.mae_crop_s
         try:
-            waveform = self.read(row["audio"], length_s=length_s, crop_rng=rng, expected_s=row.get("duration"))
+            waveform = self.read(
+                row["audio"], length_s=length_s, crop_rng=rng, expected_s=row.get("duration")
+            )
         except common.AudioError as error:
             return error
         patches = to_patches(self.log_mel(common.as_float(waveform)[None]))[0]  # (N, 256)
         number = torch.arange(len(patches))
         if self.tokenize and len(patches) > self.cfg.patches:
-            number = torch.from_numpy(np.sort(rng.choice(len(patches), self.cfg.patches, replace=False)))
-        return patches[number], number, self.draw_caption(row, rng) if self.tokenize else None, row["audio"]
+            number = torch.from_numpy(
+                np.sort(rng.choice(len(patches), self.cfg.patches, replace=False))
+            )
+        return (
+            patches[number],
+            number,
+            self.draw_caption(row, rng) if self.tokenize else None,
+            row["audio"],
+        )
 
     def draw_caption(self, row: dict, rng) -> str:
         """One of the synthetic captions with the set share of the draws, where there are any, else one of the others."""
         written, synthetic = row.get("captions", []), row.get("synthetic", [])
-        texts = synthetic if synthetic and (not written or rng.random() < self.cfg.synthetic_share) else written
+        texts = (
+            synthetic
+            if synthetic and (not written or rng.random() < self.cfg.synthetic_share)
+            else written
+        )
         return texts[int(rng.integers(len(texts)))]
 
     def collate(self, items):
@@ -707,8 +943,11 @@ class Clips(Dataset):
     def tensors(self, items) -> dict:
         patches, numbers, captions, _ = zip(*items)
         lengths = torch.tensor([len(p) for p in patches])
-        batch = {"patches": nn.utils.rnn.pad_sequence(patches, True), "number": nn.utils.rnn.pad_sequence(numbers, True),
-                 "valid_mask": torch.arange(int(lengths.max())) < lengths[:, None]}
+        batch = {
+            "patches": nn.utils.rnn.pad_sequence(patches, True),
+            "number": nn.utils.rnn.pad_sequence(numbers, True),
+            "valid_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+        }
         if self.tokenize:
             tokens = self.tokenize(list(captions))
             batch |= {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
@@ -727,12 +966,21 @@ def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
 
 
 def check(cfg: Config) -> None:
-    common.check_counts(cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches")
-    if min(cfg.micro_batch, cfg.rho, cfg.caption_weight, cfg.warmup_steps) < 0 or not 0 <= cfg.synthetic_share <= 1:
-        raise ValueError("--micro-batch, --rho, --caption-weight and --warmup-steps must not be negative, --synthetic-share lies in 0 to 1")
+    common.check_counts(
+        cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches"
+    )
+    if (
+        min(cfg.micro_batch, cfg.rho, cfg.caption_weight, cfg.warmup_steps) < 0
+        or not 0 <= cfg.synthetic_share <= 1
+    ):
+        raise ValueError(
+            "--micro-batch, --rho, --caption-weight and --warmup-steps must not be negative, --synthetic-share lies in 0 to 1"
+        )
     if not 0 < cfg.mask_ratio < 1 or not 0.16 <= cfg.mae_crop_s <= LONGEST_S:
-        raise ValueError(f"--mask-ratio {cfg.mask_ratio}, --mae-crop-s {cfg.mae_crop_s}: expected a share between 0 and 1, and 0.16 to "
-                         f"{LONGEST_S:g} seconds")
+        raise ValueError(
+            f"--mask-ratio {cfg.mask_ratio}, --mae-crop-s {cfg.mae_crop_s}: expected a share between 0 and 1, and 0.16 to "
+            f"{LONGEST_S:g} seconds"
+        )
 
 
 def require_texts(rows: list[dict]) -> None:
@@ -755,8 +1003,12 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
     batch_size = min(cfg.mae_batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
     torch.manual_seed(cfg.seed)
-    model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, VARIANTS[cfg.variant]["eps"]).to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=cfg.mae_lr, weight_decay=cfg.weight_decay, fused=True)
+    model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, VARIANTS[cfg.variant]["eps"]).to(
+        device
+    )
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=cfg.mae_lr, weight_decay=cfg.weight_decay, fused=True
+    )
     step = 0
     run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
     if cfg.resume:
@@ -767,20 +1019,45 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
         run.drop_log_after(step, stage="mae")
     cfg.name = run.name
     wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
-    say(f"{METHOD}, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}")
+    say(
+        f"{METHOD}, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}"
+    )
 
     def save(name):
-        common.save_checkpoint(run.path / name, {
-            "method": METHOD, "stage": "mae", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
-            "shape": audio_shape(cfg), "model": model.state_dict(), "optimiser": optimiser.state_dict(), "versions": common.versions()})
+        common.save_checkpoint(
+            run.path / name,
+            {
+                "method": METHOD,
+                "stage": "mae",
+                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+                "step": step,
+                "shape": audio_shape(cfg),
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "versions": common.versions(),
+            },
+        )
 
     # Loop
     dataset = Clips(train_rows, cfg, cache=cfg.cache)
     durations = [min(row.get("duration") or cfg.mae_crop_s, cfg.mae_crop_s) for row in train_rows]
-    loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.mae_steps),
-                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
-    bar = tqdm(total=cfg.mae_steps, initial=step, unit="step", desc="stage 1", disable=rank > 0, dynamic_ncols=True)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.mae_steps),
+        num_workers=cfg.workers,
+        collate_fn=dataset.collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=common.outlive_sigterm,
+    )
+    bar = tqdm(
+        total=cfg.mae_steps,
+        initial=step,
+        unit="step",
+        desc="stage 1",
+        disable=rank > 0,
+        dynamic_ncols=True,
+    )
     recent, unreadable, clock, clips_seen = [], [], time.perf_counter(), 0
     model.train()
     for parts, names, bad in common.batches_on(device, loader):
@@ -791,8 +1068,14 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
             group["lr"] = learning_rate(cfg, cfg.mae_lr, step, cfg.mae_steps)
 
         optimiser.zero_grad(set_to_none=True)
-        loss, = common.cached_backward(wrapped, parts, lambda of_clips: (common.gather_with_grad(of_clips).mean(),),
-                                       lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
+        (loss,) = common.cached_backward(
+            wrapped,
+            parts,
+            lambda of_clips: (common.gather_with_grad(of_clips).mean(),),
+            lambda i: common.seed_step(cfg.seed, step, rank, i),
+            autocast,
+            cfg.micro_batch,
+        )
         optimiser.step()
 
         # Log: the only place, with saving, where a GPU is waited for
@@ -805,8 +1088,16 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
             run.settle_skipped(unreadable)
             unreadable.clear()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            run.log({"stage": "mae", "step": step, "loss": loss.item(), "lr": optimiser.param_groups[0]["lr"],
-                     "clips_per_s": clips_seen / seconds, "skipped": len(run.skipped)})
+            run.log(
+                {
+                    "stage": "mae",
+                    "step": step,
+                    "loss": loss.item(),
+                    "lr": optimiser.param_groups[0]["lr"],
+                    "clips_per_s": clips_seen / seconds,
+                    "skipped": len(run.skipped),
+                }
+            )
             bar.set_postfix_str(f"loss {loss.item():.3f} {clips_seen / seconds:.0f} clips/s")
             clips_seen = 0
         if step % cfg.save_steps == 0 or step == cfg.mae_steps or run.stop:
@@ -820,7 +1111,9 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
     if rank == 0:
         save("mae.pt")
         if cfg.plot:
-            say(f"picture: {plot_reconstructions(model, dataset, run.path / 'reconstructions.png')}")
+            say(
+                f"picture: {plot_reconstructions(model, dataset, run.path / 'reconstructions.png')}"
+            )
     common.barrier()
     return run.path / "mae.pt"
 
@@ -835,7 +1128,10 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
     texts = [row.get("captions") or row["synthetic"] for row in rows]
     owner = np.repeat(np.arange(len(rows)), [len(of) for of in texts])
     sim = common.similarities(model, audio_embeds, None, [c for of in texts for c in of])
-    scores, chance = common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(owner, len(rows))
+    scores, chance = (
+        common.retrieval_scores(common.retrieval_ranks(sim, owner)),
+        common.retrieval_chance(owner, len(rows)),
+    )
     first = np.concatenate([[0], np.cumsum([len(of) for of in texts])[:-1]])
     scale = model.log_scale.exp().cpu()
     scores["loss_con"] = float(contrastive_loss(torch.from_numpy(sim[:, first]), scale))
@@ -849,7 +1145,10 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
                 items = [dataset[0, j] for j in range(i, min(i + 32, len(rows)))]
                 batch = common.to_device(dataset.tensors(items), device)
                 nll += model(**batch)[2].tolist()
-        scores["loss_cap"], chance["loss_cap"] = float(np.mean(nll)), math.log(model.text_encoder.model.config.vocab_size)
+        scores["loss_cap"], chance["loss_cap"] = (
+            float(np.mean(nll)),
+            math.log(model.text_encoder.model.config.vocab_size),
+        )
     return scores, chance
 
 
@@ -858,7 +1157,11 @@ def selection_score(model, val_rows, cfg, say, step) -> float:
     if not val_rows:
         return float(step)
     scores, _ = validate(model, val_rows, cfg)
-    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "loss_con", "loss_cap") if k in scores]
+    shown = [
+        k
+        for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "loss_con", "loss_cap")
+        if k in scores
+    ]
     say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
     return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
 
@@ -874,40 +1177,76 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
     last = Path(cfg.runs) / cfg.name / "last.pt"
     stored = common.read_checkpoint(last, METHOD) if cfg.name and last.exists() else None
-    after_mae = bool(stored) and stored["stage"] == "mae" and stored["step"] == stored["config"]["mae_steps"]
+    after_mae = (
+        bool(stored)
+        and stored["stage"] == "mae"
+        and stored["step"] == stored["config"]["mae_steps"]
+    )
     checkpoint = stored if cfg.resume and not after_mae else None
     torch.manual_seed(cfg.seed)
     if checkpoint:
         model = Model.from_checkpoint(last)
     else:
-        texts = [text for row in train_rows for text in (*row.get("captions", []), *row.get("synthetic", []))]
+        texts = [
+            text
+            for row in train_rows
+            for text in (*row.get("captions", []), *row.get("synthetic", []))
+        ]
         model = start_model(cfg, texts, last.with_name("mae.pt"))
     model.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume or after_mae, len(train_rows), cfg.max_bad)
+    run = common.RunFolder(
+        cfg.runs, cfg.name, METHOD, cfg.resume or after_mae, len(train_rows), cfg.max_bad
+    )
     if checkpoint:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
     run.drop_log_after(step, stage="contrastive")
     wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
-    say(f"{METHOD}, stage 2: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
+    say(
+        f"{METHOD}, stage 2: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
         f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
-        f"writing to {run.path}")
+        f"writing to {run.path}"
+    )
 
     def save(name):
-        common.save_checkpoint(run.path / name, {
-            "method": METHOD, "stage": "contrastive", "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
-            "step": step, "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+        common.save_checkpoint(
+            run.path / name,
+            {
+                "method": METHOD,
+                "stage": "contrastive",
+                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+                "step": step,
+                "best": best,
+                "shape": model.shape,
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "text_encoder": model.text_encoder.description(),
+                "versions": common.versions(),
+            },
+        )
 
     # Loop
     dataset = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
     durations = [min(row.get("duration") or 10.0, LONGEST_S) for row in train_rows]
-    loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
-                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", desc="stage 2", disable=rank > 0, dynamic_ncols=True)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
+        num_workers=cfg.workers,
+        collate_fn=dataset.collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=common.outlive_sigterm,
+    )
+    bar = tqdm(
+        total=cfg.steps,
+        initial=step,
+        unit="step",
+        desc="stage 2",
+        disable=rank > 0,
+        dynamic_ncols=True,
+    )
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
     for parts, names, bad in common.batches_on(device, loader):
@@ -919,8 +1258,13 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
 
         optimiser.zero_grad(set_to_none=True)
         backward = lambda: common.cached_backward(  # noqa: E731
-            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i),
-            autocast, cfg.micro_batch)
+            wrapped,
+            parts,
+            lambda *outputs: training_loss(cfg, *outputs),
+            lambda i: common.seed_step(cfg.seed, step, rank, i),
+            autocast,
+            cfg.micro_batch,
+        )
         loss, sim, of_loss = sam_backward(parameters, backward, cfg.rho)
         optimiser.step()
 
@@ -935,12 +1279,23 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             unreadable.clear()
             r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {"stage": "contrastive", "step": step, "loss": loss.item(), "ln_B": math.log(len(sim)),
-                    **{k: v.item() for k, v in of_loss.items()}, "batch_R@1": r1, "scale": model.log_scale.exp().item(),
-                    "lr": optimiser.param_groups[0]["lr"], "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            line = {
+                "stage": "contrastive",
+                "step": step,
+                "loss": loss.item(),
+                "ln_B": math.log(len(sim)),
+                **{k: v.item() for k, v in of_loss.items()},
+                "batch_R@1": r1,
+                "scale": model.log_scale.exp().item(),
+                "lr": optimiser.param_groups[0]["lr"],
+                "pairs_per_s": pairs_seen / seconds,
+                "skipped": len(run.skipped),
+            }
             run.log(line)
-            bar.set_postfix_str(f"loss {line['loss_con']:.2f} (2 ln B {2 * line['ln_B']:.2f}) + {line['loss_cap']:.2f} R@1 {r1:.2f} "
-                                f"gap {line['modality_gap']:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            bar.set_postfix_str(
+                f"loss {line['loss_con']:.2f} (2 ln B {2 * line['ln_B']:.2f}) + {line['loss_cap']:.2f} R@1 {r1:.2f} "
+                f"gap {line['modality_gap']:.2f} {line['pairs_per_s']:.0f} pairs/s"
+            )
             pairs_seen = 0
         eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
         if eval_now or step % cfg.save_steps == 0 or run.stop:
@@ -964,19 +1319,32 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
         return {}
     model = Model.from_checkpoint(run.path / "best.pt").to(device)
     scores, chance = validate(model, val_rows, cfg, quiet=False)
-    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    result = {
+        "best_step": best["step"],
+        "n_clips": len(val_rows),
+        "scores": scores,
+        "chance": chance,
+    }
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
+    common.print_scores(
+        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
+    )
     if model.decoder:
         print()
         for row in val_rows[:3]:
             try:
-                waveform = torch.from_numpy(common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S))[None].to(device)
+                waveform = torch.from_numpy(common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S))[
+                    None
+                ].to(device)
             except common.AudioError:  # named by the validation
                 continue
-            print(f"  heard: {model.caption(waveform)[0]}\n  truth: {(row.get('captions') or row['synthetic'])[0]}")
-    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-          f"  python cacophony.py --data {' '.join(cfg.data)} --size {cfg.size} --rho 0 --caption-weight 0     (plain CLAP, to compare)")
+            print(
+                f"  heard: {model.caption(waveform)[0]}\n  truth: {(row.get('captions') or row['synthetic'])[0]}"
+            )
+    print(
+        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"  python cacophony.py --data {' '.join(cfg.data)} --size {cfg.size} --rho 0 --caption-weight 0     (plain CLAP, to compare)"
+    )
     return result
 
 
@@ -992,7 +1360,9 @@ def main(cfg: Config) -> dict:
     if cfg.stage != "contrastive" and stage == "mae":
         mae = train_mae(cfg, device, autocast, say)
         if cfg.stage == "mae":
-            say(f"\nNext:\n  python cacophony.py --stage contrastive --name {cfg.name} --data {' '.join(cfg.data)} --size {cfg.size}")
+            say(
+                f"\nNext:\n  python cacophony.py --stage contrastive --name {cfg.name} --data {' '.join(cfg.data)} --size {cfg.size}"
+            )
             return {"mae": str(mae)}
     return train_contrastive(cfg, device, autocast, say)
 
@@ -1003,24 +1373,48 @@ def main(cfg: Config) -> dict:
 
 
 @torch.no_grad()
-def plot_reconstructions(model: MAE, dataset: Clips, path: Path, clips: int = 3, dpi: int = 100) -> Path:
+def plot_reconstructions(
+    model: MAE, dataset: Clips, path: Path, clips: int = 3, dpi: int = 100
+) -> Path:
     """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
     plt = common.pyplot()
-    items = [item for item in (dataset[0, i] for i in range(min(20, len(dataset.rows)))) if not isinstance(item, common.AudioError)][:clips]
-    figure, axes = plt.subplots(4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained")
+    items = [
+        item
+        for item in (dataset[0, i] for i in range(min(20, len(dataset.rows))))
+        if not isinstance(item, common.AudioError)
+    ][:clips]
+    figure, axes = plt.subplots(
+        4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained"
+    )
     device = model.mask_token.device
     for column, item in zip(axes.T, items):
         batch = common.to_device(dataset.tensors([item]), device)
         torch.manual_seed(0)
         painted, visible_mask = model.paint(**batch)
         whole, target = batch["patches"], normalised(batch["patches"])
-        rows = [("spectrogram: " + Path(item[-1]).name, whole), ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
-                ("target: each patch with mean 0 and variance 1", target),
-                ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float()))]
+        rows = [
+            ("spectrogram: " + Path(item[-1]).name, whole),
+            ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
+            ("target: each patch with mean 0 and variance 1", target),
+            ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float())),
+        ]
         for row, (axis, (title, patches)) in enumerate(zip(column, rows)):
-            image = patches[0].view(-1, N_FREQ, PATCH, PATCH).transpose(1, 2).reshape(-1, N_MELS).T.cpu()
+            image = (
+                patches[0]
+                .view(-1, N_FREQ, PATCH, PATCH)
+                .transpose(1, 2)
+                .reshape(-1, N_MELS)
+                .T.cpu()
+            )
             low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)
-            axis.imshow(image, origin="lower", aspect="auto", vmin=low, vmax=high, extent=(0, image.shape[1] * HOP / SAMPLE_RATE, 0, N_MELS))
+            axis.imshow(
+                image,
+                origin="lower",
+                aspect="auto",
+                vmin=low,
+                vmax=high,
+                extent=(0, image.shape[1] * HOP / SAMPLE_RATE, 0, N_MELS),
+            )
             axis.set_title(title, fontsize=9)
             axis.set_ylabel("mel bin")
         column[-1].set_xlabel("time (s)")

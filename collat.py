@@ -46,6 +46,7 @@ Run:  python collat.py --data demo                              (two CPU cores, 
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
 Eq. (2) starts near ln B; Eq. (1) falls in a few steps to what one mean token gives, then slowly.
 """
+
 import dataclasses
 import json
 import math
@@ -74,7 +75,9 @@ import common
 class Config:
     # data
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
-    size: Literal["paper", "tiny"] = "paper"  # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
+    size: Literal["paper", "tiny"] = (
+        "paper"  # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
+    )
     audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"  # AST's start (Table 4b): transformers folder or hub id, AST's own file, or none
     text_model: str = "openai/clip-vit-large-patch14"  # the locked text encoder: hub id or folder (D2), or none: random, from the training texts
     max_tokens: int = 77  # slots, and where texts are cut (Sec. 3: the text encoder's most)
@@ -91,7 +94,9 @@ class Config:
     token_weight: float = 1.0  # lambda 1, of the cross-token loss (Sec. 4)
     global_weight: float = 0.1  # lambda 2, of the cross-global loss (Sec. 4)
     uni_weight: float = 0.01  # lambda 3, of the uni-token loss (Sec. 4); 0: no noisy view
-    matching: Literal["greedy", "optimal"] = "greedy"  # of slots to text tokens: Sec. 3, or the best assignment
+    matching: Literal["greedy", "optimal"] = (
+        "greedy"  # of slots to text tokens: Sec. 3, or the best assignment
+    )
     token_layer: int = 0  # text encoder layer whose states the token losses compare; 0: its static embeddings (Fig. 4b)
     # optimisation
     steps: int = 80000  # D9, 10 passes over AudioSet (ours)
@@ -101,7 +106,9 @@ class Config:
     audio_lr: float = 1e-5  # the same for AST (ours)
     warmup_steps: int = 1000  # linear warm-up, then cosine to 0 (ours)
     weight_decay: float = 0.01  # AdamW's (ours)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D11)
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D11)
+    )
     seed: int = 0  # of weights, order, crops, slots, noise
     # run
     name: str = ""  # folder under --runs; empty: collat-1, collat-2, ...
@@ -118,9 +125,27 @@ class Config:
 
 
 # A start from nothing needs one larger learning rate; larger patches make a step affordable on a CPU
-TINY = dict(audio_weights="none", text_model="none", max_tokens=20, audio_dim=128, audio_layers=3, audio_heads=4, audio_patch=32,
-            audio_stride=28, blocks=4, text_dim=128, text_layers=2, steps=400, batch_size=16, lr=1e-3, audio_lr=1e-3, warmup_steps=40,
-            eval_steps=100, save_steps=100, workers=1)
+TINY = dict(
+    audio_weights="none",
+    text_model="none",
+    max_tokens=20,
+    audio_dim=128,
+    audio_layers=3,
+    audio_heads=4,
+    audio_patch=32,
+    audio_stride=28,
+    blocks=4,
+    text_dim=128,
+    text_layers=2,
+    steps=400,
+    batch_size=16,
+    lr=1e-3,
+    audio_lr=1e-3,
+    warmup_steps=40,
+    eval_steps=100,
+    save_steps=100,
+    workers=1,
+)
 PRESETS = {("size", "tiny"): TINY}
 SAMPLE_RATE, N_MELS, N_FRAMES = 16000, 128, 1024  # 10 ms frames
 WINDOW_S = 10.24  # D1
@@ -139,8 +164,15 @@ def fbank(waveform):
     """
     waveform = F.pad(waveform, (0, max(0, 400 - len(waveform))))  # one frame at least
     features = torchaudio.compliance.kaldi.fbank(
-        (waveform - waveform.mean())[None], htk_compat=True, sample_frequency=SAMPLE_RATE, use_energy=False,
-        window_type="hamming", num_mel_bins=N_MELS, dither=0.0, frame_shift=10)[:N_FRAMES]
+        (waveform - waveform.mean())[None],
+        htk_compat=True,
+        sample_frequency=SAMPLE_RATE,
+        use_energy=False,
+        window_type="hamming",
+        num_mel_bins=N_MELS,
+        dither=0.0,
+        frame_shift=10,
+    )[:N_FRAMES]
     features = F.pad(features, (0, 0, 0, N_FRAMES - len(features)))
     return (features + 4.2677393) / (2 * 4.5689974)
 
@@ -153,16 +185,29 @@ class AST(nn.Module):
 
     def __init__(self, dim=768, layers=12, heads=12, patch=16, stride=10):
         super().__init__()
-        self.out_dim, self.grid = dim, ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1)  # bands, times
-        self.cls_token, self.dist_token = (nn.Parameter(torch.randn(1, 1, dim) * 0.02) for _ in range(2))
+        self.out_dim, self.grid = (
+            dim,
+            ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1),
+        )  # bands, times
+        self.cls_token, self.dist_token = (
+            nn.Parameter(torch.randn(1, 1, dim) * 0.02) for _ in range(2)
+        )
         self.pos_embed = nn.Parameter(torch.randn(1, 2 + math.prod(self.grid), dim) * 0.02)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, patch, stride)})
         self.blocks = nn.ModuleList(common.Block(dim, heads, eps=1e-12) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(self, log_mel):
-        x = self.patch_embed["proj"](log_mel.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)  # (B, P, dim)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.dist_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        x = (
+            self.patch_embed["proj"](log_mel.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)
+        )  # (B, P, dim)
+        x = (
+            torch.cat(
+                [self.cls_token.expand(len(x), -1, -1), self.dist_token.expand(len(x), -1, -1), x],
+                1,
+            )
+            + self.pos_embed
+        )
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -175,12 +220,20 @@ class CrossBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.query, self.key_value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.query, self.key_value, self.proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def queries_keys_values(self, slots, audio):
-        split = lambda x: x.view(*x.shape[:2], -1, self.heads, slots.shape[2] // self.heads).permute(2, 0, 3, 1, 4)  # noqa: E731
-        return *split(self.query(self.norm1(slots))), *split(self.key_value(audio))  # (B, heads, N or P, dim / heads) each
+        split = lambda x: x.view(
+            *x.shape[:2], -1, self.heads, slots.shape[2] // self.heads
+        ).permute(2, 0, 3, 1, 4)  # noqa: E731
+        return *split(self.query(self.norm1(slots))), *split(
+            self.key_value(audio)
+        )  # (B, heads, N or P, dim / heads) each
 
     def forward(self, slots, audio):
         """slots (B, N, dim), audio (B, P, dim) -> slots."""
@@ -234,12 +287,18 @@ class LockedText(nn.Module):
     def states(self, token_embeds, attention_mask=None) -> list:
         """Token embeddings (B, L, C) -> what enters the first layer, then what leaves each, the last normalised; (B, L, C) each."""
         if not self.is_clip:
-            out = self.encoder.model(inputs_embeds=token_embeds, attention_mask=attention_mask, output_hidden_states=True)
+            out = self.encoder.model(
+                inputs_embeds=token_embeds, attention_mask=attention_mask, output_hidden_states=True
+            )
             return list(out.hidden_states)
         tower, L = self.encoder.model.text_model, token_embeds.shape[1]
         states = [tower.embeddings(inputs_embeds=token_embeds)]
-        causal = torch.full((L, L), -math.inf, dtype=states[0].dtype, device=token_embeds.device).triu(1)[None, None]
-        for layer in tower.encoder.layers:  # padding stands behind the end token, so the causal mask hides it
+        causal = torch.full(
+            (L, L), -math.inf, dtype=states[0].dtype, device=token_embeds.device
+        ).triu(1)[None, None]
+        for layer in (
+            tower.encoder.layers
+        ):  # padding stands behind the end token, so the causal mask hides it
             out = layer(states[-1], attention_mask=causal)
             states.append(out[0] if isinstance(out, tuple) else out)
         return [*states[:-1], tower.final_layer_norm(states[-1])]
@@ -248,8 +307,14 @@ class LockedText(nn.Module):
         """(B, L, C) -> (B, D); attention_mask (B, L), 1 = a real token; none: all are slots (D2)."""
         if self.is_clip:
             end = -1 if attention_mask is None else attention_mask.sum(1) - 1
-            return self.encoder.model.text_projection(last_states[torch.arange(len(last_states), device=last_states.device), end])
-        mask = torch.ones_like(last_states[..., 0]) if attention_mask is None else attention_mask.to(last_states.dtype)
+            return self.encoder.model.text_projection(
+                last_states[torch.arange(len(last_states), device=last_states.device), end]
+            )
+        mask = (
+            torch.ones_like(last_states[..., 0])
+            if attention_mask is None
+            else attention_mask.to(last_states.dtype)
+        )
         return (last_states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -266,29 +331,47 @@ class Model(nn.Module):
         super().__init__()
         self.shape, audio = shape, shape["audio"]
         self.audio_encoder, self.text = AST(**audio), LockedText(text_encoder)
-        self.interaction = TokenInteraction(audio["dim"], audio["heads"], shape["blocks"], self.text.dim)
+        self.interaction = TokenInteraction(
+            audio["dim"], audio["heads"], shape["blocks"], self.text.dim
+        )
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D7
         self.patch_s = audio["stride"] / 100
-        slots = torch.randn(1, text_encoder.max_tokens, audio["dim"], generator=torch.Generator().manual_seed(0))
+        slots = torch.randn(
+            1, text_encoder.max_tokens, audio["dim"], generator=torch.Generator().manual_seed(0)
+        )
         self.register_buffer("slots", slots)  # of evaluation (D4)
 
     @property
     def text_encoder(self) -> common.TextEncoder:
         return self.text.encoder
 
-    def forward(self, log_mel, input_ids, attention_mask, matching="greedy", token_layer=0, noisy=True):
+    def forward(
+        self, log_mel, input_ids, attention_mask, matching="greedy", token_layer=0, noisy=True
+    ):
         """One training batch -> audio_embeds, text_embeds (B, D), cross-token sums (B,) and counts (B,), uni-token means (B,), scale.
 
         Shapes: log_mel (B, 1024, 128), input_ids and attention_mask (B, L).
         """
         B = len(log_mel)
-        slots = torch.randn(B, *self.slots.shape[1:], device=log_mel.device) if self.training else self.slots.expand(B, -1, -1)  # D4
-        views = torch.cat([log_mel, log_mel + NOISE_STD * torch.randn_like(log_mel)]) if noisy else log_mel  # D8
-        predicted = self.interaction(slots.repeat(len(views) // B, 1, 1), self.audio_encoder(views))  # (B or 2 B, N, C)
+        slots = (
+            torch.randn(B, *self.slots.shape[1:], device=log_mel.device)
+            if self.training
+            else self.slots.expand(B, -1, -1)
+        )  # D4
+        views = (
+            torch.cat([log_mel, log_mel + NOISE_STD * torch.randn_like(log_mel)])
+            if noisy
+            else log_mel
+        )  # D8
+        predicted = self.interaction(
+            slots.repeat(len(views) // B, 1, 1), self.audio_encoder(views)
+        )  # (B or 2 B, N, C)
         with torch.no_grad():
             text = self.text.token_embeds(input_ids)
             text_states = self.text.states(text, attention_mask)
-            text_embeds = F.normalize(self.text.pool(text_states[-1], attention_mask).float(), dim=-1)
+            text_embeds = F.normalize(
+                self.text.pool(text_states[-1], attention_mask).float(), dim=-1
+            )
         states = self.text.states(predicted[:B])
         audio_embeds = F.normalize(self.text.pool(states[-1]).float(), dim=-1)
         if token_layer:
@@ -305,21 +388,29 @@ class Model(nn.Module):
         """waveform (B, S), n_samples (B,) -> log-mel (B, 1024, 128) of each clip's first 10.24 s."""
         n_samples = [waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()
         window = round(WINDOW_S * SAMPLE_RATE)
-        return torch.stack([fbank(clip[:min(n, window)].float()) for clip, n in zip(waveform, n_samples)])
+        return torch.stack(
+            [fbank(clip[: min(n, window)].float()) for clip, n in zip(waveform, n_samples)]
+        )
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
         """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised; never random."""
         with common.evaluating(self):
-            windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, round(WINDOW_S * SAMPLE_RATE))
+            windows, owner, weight, lengths = common.cut_windows(
+                waveform, n_samples, round(WINDOW_S * SAMPLE_RATE)
+            )
             embeds = []
             for part, n in zip(windows.split(32), torch.tensor(lengths).split(32)):
                 tokens = self._tokens(self.first_window(part, n))
-                embeds.append(F.normalize(self.text.pool(self.text.states(tokens)[-1]).float(), dim=-1))
+                embeds.append(
+                    F.normalize(self.text.pool(self.text.states(tokens)[-1]).float(), dim=-1)
+                )
             return common.join_windows(torch.cat(embeds), owner, weight)
 
     def _tokens(self, log_mel):
-        return self.interaction(self.slots.expand(len(log_mel), -1, -1), self.audio_encoder(log_mel))
+        return self.interaction(
+            self.slots.expand(len(log_mel), -1, -1), self.audio_encoder(log_mel)
+        )
 
     @torch.no_grad()
     def token_embeds(self, waveform, n_samples=None):
@@ -335,7 +426,9 @@ class Model(nn.Module):
         pipeline built on this text encoder (Stable Diffusion 1.x on CLIP ViT-L/14).
         """
         with common.evaluating(self):
-            return self.text.states(self._tokens(self.first_window(waveform, n_samples)))[-1].float()
+            return self.text.states(self._tokens(self.first_window(waveform, n_samples)))[
+                -1
+            ].float()
 
     @torch.no_grad()
     def token_attention(self, waveform, texts: list[str]):
@@ -347,11 +440,21 @@ class Model(nn.Module):
             ids = common.to_device(self.text_encoder.tokenize(texts), self.slots.device)
             audio = self.audio_encoder(self.first_window(waveform))
             slots = self.slots.expand(len(audio), -1, -1)
-            matched = match(self.interaction(slots, audio), self.text.token_embeds(ids["input_ids"]), ids["attention_mask"])
-            shares = self.interaction.attention(slots, audio)[:, :, 2:].unflatten(2, self.audio_encoder.grid)
+            matched = match(
+                self.interaction(slots, audio),
+                self.text.token_embeds(ids["input_ids"]),
+                ids["attention_mask"],
+            )
+            shares = self.interaction.attention(slots, audio)[:, :, 2:].unflatten(
+                2, self.audio_encoder.grid
+            )
         tokens, maps = [], []
         for b, length in enumerate(ids["attention_mask"].sum(1).tolist()):
-            tokens.append(self.text_encoder.tokenizer.convert_ids_to_tokens(ids["input_ids"][b, :length].tolist()))
+            tokens.append(
+                self.text_encoder.tokenizer.convert_ids_to_tokens(
+                    ids["input_ids"][b, :length].tolist()
+                )
+            )
             maps.append(shares[b, matched[b, :length]].cpu().numpy())
         return tokens, maps
 
@@ -360,14 +463,21 @@ class Model(nn.Module):
         """-> (B, D), normalised."""
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), self.slots.device)
-            states = self.text.states(self.text.token_embeds(tokens["input_ids"]), tokens["attention_mask"])
+            states = self.text.states(
+                self.text.token_embeds(tokens["input_ids"]), tokens["attention_mask"]
+            )
             return F.normalize(self.text.pool(states[-1], tokens["attention_mask"]).float(), dim=-1)
 
     @classmethod
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt."""
         content = common.read_checkpoint(path, METHOD)
-        model = cls(content["shape"], common.text_encoder_from_description(content["text_encoder"], content["config"]["max_tokens"]))
+        model = cls(
+            content["shape"],
+            common.text_encoder_from_description(
+                content["text_encoder"], content["config"]["max_tokens"]
+            ),
+        )
         common.load_strict(model, content["model"], path)
         return model.eval()
 
@@ -377,18 +487,31 @@ def ast_state(weights: dict) -> dict:
     state = {}
     for key, value in weights.items():
         key = re.sub(r"^(module\.v\.|audio_spectrogram_transformer\.)", "", key)
-        for theirs, ours in ((r"^embeddings\.cls_token$", "cls_token"), (r"^embeddings\.distillation_token$", "dist_token"),
-                             (r"^embeddings\.position_embeddings$", "pos_embed"), (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-                             (r"^layers\.", "blocks."), (r"^layernorm\.", "norm."), (r"\.layernorm_before\.", ".norm1."),
-                             (r"\.layernorm_after\.", ".norm2."), (r"\.attention\.o_proj\.", ".attn.proj.")):
+        for theirs, ours in (
+            (r"^embeddings\.cls_token$", "cls_token"),
+            (r"^embeddings\.distillation_token$", "dist_token"),
+            (r"^embeddings\.position_embeddings$", "pos_embed"),
+            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^layers\.", "blocks."),
+            (r"^layernorm\.", "norm."),
+            (r"\.layernorm_before\.", ".norm1."),
+            (r"\.layernorm_after\.", ".norm2."),
+            (r"\.attention\.o_proj\.", ".attn.proj."),
+        ):
             key = re.sub(theirs, ours, key)
         state[key] = value
     for key in [k for k in state if ".attention.q_proj." in k]:
-        parts = [state.pop(key.replace("q_proj", name), None) for name in ("q_proj", "k_proj", "v_proj")]
+        parts = [
+            state.pop(key.replace("q_proj", name), None) for name in ("q_proj", "k_proj", "v_proj")
+        ]
         if all(part is not None for part in parts):
             state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
     # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is used
-    return {k: v for k, v in state.items() if not re.match(r"^(head|head_dist|module\.mlp_head|classifier)\.", k)}
+    return {
+        k: v
+        for k, v in state.items()
+        if not re.match(r"^(head|head_dist|module\.mlp_head|classifier)\.", k)
+    }
 
 
 def load_ast(encoder: AST, source: str) -> None:
@@ -400,8 +523,10 @@ def load_ast(encoder: AST, source: str) -> None:
         try:
             weights = transformers.ASTModel.from_pretrained(source).state_dict()
         except (OSError, ValueError) as error:
-            raise ValueError(f"--audio-weights {source}: not a file, not a local folder and not to be had from the hub "
-                             f"({str(error).strip().splitlines()[0]}); give AST's weights, or none") from None
+            raise ValueError(
+                f"--audio-weights {source}: not a file, not a local folder and not to be had from the hub "
+                f"({str(error).strip().splitlines()[0]}); give AST's weights, or none"
+            ) from None
     common.load_strict(encoder, ast_state(weights), source)
 
 
@@ -411,8 +536,10 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
     try:
         kind = transformers.AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
-        raise ValueError(f"--text-model {name}: not a local folder and not to be had from the hub ({str(error).strip().splitlines()[0]}); give a "
-                         "folder that holds config.json, weights and tokenizer, or none, or connect to a network") from None
+        raise ValueError(
+            f"--text-model {name}: not a local folder and not to be had from the hub ({str(error).strip().splitlines()[0]}); give a "
+            "folder that holds config.json, weights and tokenizer, or none, or connect to a network"
+        ) from None
     if not kind.startswith("clip"):
         return common.text_encoder_from_pretrained(name, max_tokens)
     model = transformers.CLIPTextModelWithProjection.from_pretrained(name, dtype=torch.float32)
@@ -421,12 +548,24 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
 
 def start_model(cfg: Config, texts: list[str]) -> Model:
     """AST from --audio-weights, the locked text encoder from --text-model, the token interaction module from nothing."""
-    text_encoder = common.start_text_encoder(cfg, texts, cfg.max_tokens) if cfg.text_model == "none" else locked_text(cfg.text_model, cfg.max_tokens)
-    audio = dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, patch=cfg.audio_patch, stride=cfg.audio_stride)
+    text_encoder = (
+        common.start_text_encoder(cfg, texts, cfg.max_tokens)
+        if cfg.text_model == "none"
+        else locked_text(cfg.text_model, cfg.max_tokens)
+    )
+    audio = dict(
+        dim=cfg.audio_dim,
+        layers=cfg.audio_layers,
+        heads=cfg.audio_heads,
+        patch=cfg.audio_patch,
+        stride=cfg.audio_stride,
+    )
     model = Model(dict(audio=audio, blocks=cfg.blocks), text_encoder)
     n_layers = text_encoder.model.config.num_hidden_layers
     if not 0 <= cfg.token_layer <= n_layers:
-        raise ValueError(f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 for its static embeddings")
+        raise ValueError(
+            f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 for its static embeddings"
+        )
     start_at_the_mean_token(model)
     if cfg.audio_weights != "none":
         load_ast(model.audio_encoder, cfg.audio_weights)
@@ -436,9 +575,14 @@ def start_model(cfg: Config, texts: list[str]) -> Model:
 @torch.no_grad()
 def start_at_the_mean_token(model: Model) -> None:
     """At first every slot is the text encoder's mean token, off by its tokens' deviations: what Eq. (1) would take hundreds of steps to find (D3)."""
-    table, out_proj = model.text_encoder.model.get_input_embeddings().weight, model.interaction.out_proj
+    table, out_proj = (
+        model.text_encoder.model.get_input_embeddings().weight,
+        model.interaction.out_proj,
+    )
     out_proj.bias.copy_(table.mean(0))
-    out_proj.weight.mul_(math.sqrt(3) * table.std(0)[:, None])  # of normalised input, torch's first weights make a deviation of 1 / sqrt(3)
+    out_proj.weight.mul_(
+        math.sqrt(3) * table.std(0)[:, None]
+    )  # of normalised input, torch's first weights make a deviation of 1 / sqrt(3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -477,19 +621,28 @@ def match_optimal(distance, real):
     Same arguments and result as match_greedy. Number 0 is a root that holds the token being placed; slots count from 1.
     """
     B, L, N = distance.shape
-    cost = distance.double() * real[..., None]  # padding costs the same everywhere, so it takes what is left
+    cost = (
+        distance.double() * real[..., None]
+    )  # padding costs the same everywhere, so it takes what is left
     rows, device = torch.arange(B, device=distance.device), distance.device
     token_price, slot_price = cost.new_zeros(B, L + 1), cost.new_zeros(B, N + 1)
-    holder, came_from = (torch.zeros(B, N + 1, dtype=torch.long, device=device) for _ in range(2))  # token of a slot, 0 = free
+    holder, came_from = (
+        torch.zeros(B, N + 1, dtype=torch.long, device=device) for _ in range(2)
+    )  # token of a slot, 0 = free
     for token in range(1, L + 1):
         holder[:, 0] = token
         slot = torch.zeros(B, dtype=torch.long, device=device)
         reach = cost.new_full((B, N + 1), math.inf)  # shortest known way to each slot
-        visited, active = torch.zeros(B, N + 1, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
+        visited, active = (
+            torch.zeros(B, N + 1, dtype=torch.bool, device=device),
+            torch.ones(B, dtype=torch.bool, device=device),
+        )
         while active.any():
             visited[rows[active], slot[active]] = True
             held = holder[rows, slot]  # (B,)
-            step = cost[rows, held - 1] - token_price[rows, held, None] - slot_price[:, 1:]  # (B, N)
+            step = (
+                cost[rows, held - 1] - token_price[rows, held, None] - slot_price[:, 1:]
+            )  # (B, N)
             shorter = (step < reach[:, 1:]) & ~visited[:, 1:] & active[:, None]
             reach[:, 1:] = torch.where(shorter, step, reach[:, 1:])
             came_from[:, 1:] = torch.where(shorter, slot[:, None], came_from[:, 1:])
@@ -515,7 +668,9 @@ def cross_token_loss(predicted, text, attention_mask, matched):
 
     predicted (B, N, C); text (B, L, C); attention_mask (B, L), 1 = a real token; matched (B, L) as from `match`.
     """
-    reordered = predicted.gather(1, matched[..., None].expand(-1, -1, predicted.shape[2]))  # g(h^(a-t)), (B, L, C)
+    reordered = predicted.gather(
+        1, matched[..., None].expand(-1, -1, predicted.shape[2])
+    )  # g(h^(a-t)), (B, L, C)
     distance = (reordered.float() - text.float()).abs().mean(-1)  # Eq. (1)
     return (distance * attention_mask).sum(1), attention_mask.sum(1).float()
 
@@ -523,7 +678,9 @@ def cross_token_loss(predicted, text, attention_mask, matched):
 def cross_global_loss(sim, scale):
     """sim (B, B) cosine, audio in rows; mean cross-entropy of the right partner, half of it in each direction (D7)."""
     target = torch.arange(len(sim), device=sim.device)
-    return (F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)) / 2  # Eq. (2)
+    return (
+        F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)
+    ) / 2  # Eq. (2)
 
 
 def uni_token_loss(predicted, noisy):
@@ -534,11 +691,23 @@ def uni_token_loss(predicted, noisy):
 def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_counts, uni, scale):
     """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
     audio_embeds, text_embeds, token_sums, token_counts, uni = (
-        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, token_sums, token_counts, uni))
+        common.gather_with_grad(x)
+        for x in (audio_embeds, text_embeds, token_sums, token_counts, uni)
+    )
     sim = audio_embeds @ text_embeds.T  # (B, B)
-    token, of_global, uni = token_sums.sum() / token_counts.sum(), cross_global_loss(sim, scale), uni.mean()
-    loss = cfg.token_weight * token + cfg.global_weight * of_global + cfg.uni_weight * uni  # Eq. (4)
-    return loss, sim.detach(), {"loss_token": token.detach(), "loss_global": of_global.detach(), "loss_uni": uni.detach()}
+    token, of_global, uni = (
+        token_sums.sum() / token_counts.sum(),
+        cross_global_loss(sim, scale),
+        uni.mean(),
+    )
+    loss = (
+        cfg.token_weight * token + cfg.global_weight * of_global + cfg.uni_weight * uni
+    )  # Eq. (4)
+    return (
+        loss,
+        sim.detach(),
+        {"loss_token": token.detach(), "loss_global": of_global.detach(), "loss_uni": uni.detach()},
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -548,7 +717,9 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_coun
 
 def label_prompt(labels: list[str]) -> str:
     """["a", "b", "c"] -> "This is a sound of a, b, and c". Source: Sec. 4."""
-    return "This is a sound of " + ", ".join([*labels[:-1], ("and " if len(labels) > 1 else "") + labels[-1]])
+    return "This is a sound of " + ", ".join(
+        [*labels[:-1], ("and " if len(labels) > 1 else "") + labels[-1]]
+    )
 
 
 def texts_of(row: dict) -> list[str]:
@@ -566,7 +737,9 @@ class Clips(Dataset):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
         try:
-            waveform = self.read(row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration"))
+            waveform = self.read(
+                row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+            )
         except common.AudioError as error:
             return error
         texts = texts_of(row)
@@ -579,7 +752,11 @@ class Clips(Dataset):
     def tensors(self, items) -> dict:
         features, texts, _ = zip(*items)
         tokens = self.tokenize(list(texts))
-        return {"log_mel": torch.stack(features), "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return {
+            "log_mel": torch.stack(features),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+        }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,10 +774,15 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     if classes:
         targets = common.label_targets(rows, classes)
         sim = audio_embeds @ common.embed_texts(model, [label_prompt([c]) for c in classes]).T
-        scores["tagging_mAP"], chance["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets))), float(targets.mean())
+        scores["tagging_mAP"], chance["tagging_mAP"] = (
+            float(np.nanmean(common.class_average_precisions(sim, targets))),
+            float(targets.mean()),
+        )
     owner = np.array([i for i, row in enumerate(rows) for _ in row.get("captions", [])])
     if len(owner):
-        sim = common.similarities(model, audio_embeds, None, [c for row in rows for c in row.get("captions", [])])
+        sim = common.similarities(
+            model, audio_embeds, None, [c for row in rows for c in row.get("captions", [])]
+        )
         scores |= common.retrieval_scores(common.retrieval_ranks(sim, owner))
         chance |= common.retrieval_chance(owner, len(rows))
     return scores, chance
@@ -612,7 +794,9 @@ def selection_score(model, val_rows, say, step) -> float:
         return float(step)
     scores, _ = validate(model, val_rows)
     used = [scores[k] for k in ("tagging_mAP", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
-    shown = [k for k in ("tagging_mAP", "t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
+    shown = [
+        k for k in ("tagging_mAP", "t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10") if k in scores
+    ]
     say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
     return sum(used) / len(used)
 
@@ -629,29 +813,51 @@ def main(cfg: Config) -> dict:
         if not row.get("labels"):
             common.require([row], "captions")
     common.check_counts(cfg, "steps", "eval_steps", "save_steps", "log_steps", "blocks")
-    if min(cfg.micro_batch, cfg.token_weight, cfg.global_weight, cfg.uni_weight, cfg.warmup_steps) < 0:
-        raise ValueError("--micro-batch, --warmup-steps and the weights of the losses must not be negative")
+    if (
+        min(cfg.micro_batch, cfg.token_weight, cfg.global_weight, cfg.uni_weight, cfg.warmup_steps)
+        < 0
+    ):
+        raise ValueError(
+            "--micro-batch, --warmup-steps and the weights of the losses must not be negative"
+        )
     if not (cfg.token_weight or cfg.global_weight):
-        raise ValueError("--token-weight 0 --global-weight 0: nothing ties audio to text; at least one must be above 0")
+        raise ValueError(
+            "--token-weight 0 --global-weight 0: nothing ties audio to text; at least one must be above 0"
+        )
     if not 1 <= cfg.audio_stride <= cfg.audio_patch <= N_MELS:
-        raise ValueError(f"--audio-patch {cfg.audio_patch} --audio-stride {cfg.audio_stride}: expected 1 <= stride <= patch <= {N_MELS}")
+        raise ValueError(
+            f"--audio-patch {cfg.audio_patch} --audio-stride {cfg.audio_stride}: expected 1 <= stride <= patch <= {N_MELS}"
+        )
     batch_size = min(cfg.batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
 
     # Model
-    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD) if cfg.resume else None
+    checkpoint = (
+        common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
+        if cfg.resume
+        else None
+    )
     torch.manual_seed(cfg.seed)
     if checkpoint:
         common.check_resume(cfg, checkpoint["config"])
         model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
     else:
         classes = sorted({label for row in train_rows for label in row.get("labels", [])})
-        model = start_model(cfg, [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))] + classes)
+        model = start_model(
+            cfg,
+            [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))]
+            + classes,
+        )
     model.to(device)
     wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio], "peak": peak}
-              for of_audio, peak in ((True, cfg.audio_lr), (False, cfg.lr))]
+    groups = [
+        {
+            "params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio],
+            "peak": peak,
+        }
+        for of_audio, peak in ((True, cfg.audio_lr), (False, cfg.lr))
+    ]
     optimiser = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     dataset = Clips(train_rows, cfg, model.text_encoder.tokenize)
     step, best = 0, {"score": -1.0, "step": 0}
@@ -661,20 +867,38 @@ def main(cfg: Config) -> dict:
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
     n_locked = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained.values())
-    say(f"{METHOD}: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in trained.values()) / 1e6:.1f} M parameters "
+    say(
+        f"{METHOD}: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in trained.values()) / 1e6:.1f} M parameters "
         f"and {n_locked / 1e6:.1f} M locked ones; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; "
-        f"ln B = {math.log(batch_size):.2f}; writing to {run.path}")
+        f"ln B = {math.log(batch_size):.2f}; writing to {run.path}"
+    )
 
     def save(name):
-        common.save_checkpoint(run.path / name, {
-            "method": METHOD, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
-            "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+        common.save_checkpoint(
+            run.path / name,
+            {
+                "method": METHOD,
+                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+                "step": step,
+                "best": best,
+                "shape": model.shape,
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "text_encoder": model.text_encoder.description(),
+                "versions": common.versions(),
+            },
+        )
 
     # Loop
     durations = [min(row.get("duration") or WINDOW_S, WINDOW_S) for row in train_rows]
-    loader = DataLoader(dataset, batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
-                        num_workers=cfg.workers, collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
+        num_workers=cfg.workers,
+        collate_fn=dataset.collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=common.outlive_sigterm,
+    )
     options = dict(matching=cfg.matching, token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
@@ -689,7 +913,13 @@ def main(cfg: Config) -> dict:
 
         optimiser.zero_grad(set_to_none=True)
         loss, sim, of_loss = common.cached_backward(
-            wrapped, parts, lambda *outputs: training_loss(cfg, *outputs), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
+            wrapped,
+            parts,
+            lambda *outputs: training_loss(cfg, *outputs),
+            lambda i: common.seed_step(cfg.seed, step, rank, i),
+            autocast,
+            cfg.micro_batch,
+        )
         nn.utils.clip_grad_norm_(trained.values(), 1.0)  # D9
         optimiser.step()
         with torch.no_grad():
@@ -706,12 +936,22 @@ def main(cfg: Config) -> dict:
             unreadable.clear()
             r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {"step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), **{k: v.item() for k, v in of_loss.items()},
-                    "batch_R@1": r1, "scale": model.log_scale.exp().item(), "lr": optimiser.param_groups[1]["lr"],
-                    "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            line = {
+                "step": step,
+                "loss": loss.item(),
+                "ln_B": math.log(len(sim)),
+                **{k: v.item() for k, v in of_loss.items()},
+                "batch_R@1": r1,
+                "scale": model.log_scale.exp().item(),
+                "lr": optimiser.param_groups[1]["lr"],
+                "pairs_per_s": pairs_seen / seconds,
+                "skipped": len(run.skipped),
+            }
             run.log(line)
-            bar.set_postfix_str(f"token {line['loss_token']:.4f} global {line['loss_global']:.3f} (ln B {line['ln_B']:.2f}) uni "
-                                f"{line['loss_uni']:.4f} R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            bar.set_postfix_str(
+                f"token {line['loss_token']:.4f} global {line['loss_global']:.3f} (ln B {line['ln_B']:.2f}) uni "
+                f"{line['loss_uni']:.4f} R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s"
+            )
             pairs_seen = 0
         eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
         if eval_now or step % cfg.save_steps == 0 or run.stop:
@@ -735,12 +975,21 @@ def main(cfg: Config) -> dict:
         return {}
     model = Model.from_checkpoint(run.path / "best.pt").to(device)
     scores, chance = validate(model, val_rows, quiet=False)
-    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    result = {
+        "best_step": best["step"],
+        "n_clips": len(val_rows),
+        "scores": scores,
+        "chance": chance,
+    }
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
-    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-          f"  python collat.py --data {' '.join(cfg.data)} --size {cfg.size} --token-weight 0 --uni-weight 0 --global-weight 1     "
-          "(the global loss alone: CLAP with a locked text encoder, to compare)")
+    common.print_scores(
+        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
+    )
+    print(
+        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"  python collat.py --data {' '.join(cfg.data)} --size {cfg.size} --token-weight 0 --uni-weight 0 --global-weight 1     "
+        "(the global loss alone: CLAP with a locked text encoder, to compare)"
+    )
     return result
 
 

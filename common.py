@@ -9,6 +9,7 @@ spectrogram frames, M mel bins, L text tokens, C channels (or classes, in a metr
 dimension, K codewords, N clips and Q captions in an evaluation.
 Similarity matrices have audio in rows and text in columns, everywhere.
 """
+
 import argparse
 import collections
 import contextlib
@@ -61,13 +62,19 @@ def cli(config_class, presets: dict, doc: str, argv: list[str] | None = None):
     """
     comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(config_class), re.M))
     parser = argparse.ArgumentParser(
-        description=doc.strip().splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        description=doc.strip().splitlines()[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
         empty = field.default is dataclasses.MISSING
-        default = "required" if empty and field.default_factory is dataclasses.MISSING else (
-            field.default_factory() if empty else field.default)
+        default = (
+            "required"
+            if empty and field.default_factory is dataclasses.MISSING
+            else (field.default_factory() if empty else field.default)
+        )
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
         if kind is bool:
@@ -75,12 +82,16 @@ def cli(config_class, presets: dict, doc: str, argv: list[str] | None = None):
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(flag, choices=typing.get_args(kind), help=text)
         elif typing.get_origin(kind) is list:
-            parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", help=text)
+            parser.add_argument(
+                flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", help=text
+            )
         else:
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     given = vars(parser.parse_args(argv))
     if "data" in hints and "data" not in given and not given.get("resume"):
-        parser.error("--data is missing: give a manifest, a folder that holds manifest.jsonl, or the word demo")
+        parser.error(
+            "--data is missing: give a manifest, a folder that holds manifest.jsonl, or the word demo"
+        )
     try:
         return configure(config_class, presets, **given)
     except ValueError as error:
@@ -98,12 +109,19 @@ def configure(config_class, presets: dict, **given):
             raise ValueError("--resume needs --name, the folder under runs/ to continue")
         path = Path(given.get("runs", "runs")) / given["name"] / "last.pt"
         stored = read_checkpoint(path)
-        method, differing = stored["method"], set(stored["config"]) ^ {field.name for field in dataclasses.fields(config_class)}
+        method, differing = (
+            stored["method"],
+            set(stored["config"]) ^ {field.name for field in dataclasses.fields(config_class)},
+        )
         if differing and method != Path(inspect.getfile(config_class)).stem:
-            raise ValueError(f"--resume: {path} holds a run of {method}; continue it with {method}.py")
+            raise ValueError(
+                f"--resume: {path} holds a run of {method}; continue it with {method}.py"
+            )
         if differing:
-            raise ValueError(f"--resume: {path} was written by another version of {method}.py, with other settings ("
-                             f"{', '.join(sorted(differing))}); continue it with that version or start a new --name")
+            raise ValueError(
+                f"--resume: {path} was written by another version of {method}.py, with other settings ("
+                f"{', '.join(sorted(differing))}); continue it with that version or start a new --name"
+            )
         return config_class(**{**stored["config"], "runs": given.get("runs", "runs"), **given})
     if given.get("data") == ["demo"]:
         given.setdefault("size", "tiny")
@@ -126,7 +144,10 @@ def run_entry(main, parse):
             TOLD_TO_STOP.clear()
             # a second one is obeyed at once; a batch system and torchrun both send one to the processes of a torchrun
             again = signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL
-            signal.signal(signal.SIGTERM, lambda *_: (TOLD_TO_STOP.set(), signal.signal(signal.SIGTERM, again)))
+            signal.signal(
+                signal.SIGTERM,
+                lambda *_: (TOLD_TO_STOP.set(), signal.signal(signal.SIGTERM, again)),
+            )
         main(settings)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
@@ -135,19 +156,36 @@ def run_entry(main, parse):
     except RuntimeError as error:
         text = str(error)
         no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
-        lost = dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("connection|peer|timed out|timeout", text, re.I))
+        lost = dist.is_initialized() and (
+            isinstance(error, dist.DistError)
+            or re.search("connection|peer|timed out|timeout", text, re.I)
+        )
         if os.environ.get("TRACEBACK") or not (no_memory or lost):
             raise
         if no_memory:
-            size = f" at --batch-size {settings.batch_size}" if hasattr(settings, "batch_size") else ""
-            smaller = "--micro-batch (gradient caching, the same gradients), " if hasattr(settings, "micro_batch") else ""
-            raise SystemExit(f"error: out of memory{size}; try {smaller}a smaller --batch-size, or --precision bf16 "
-                             f"({text.splitlines()[0]})") from None
-        print(f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another one ended or cannot be reached; look above "
-              f"for the first error, then continue with --resume ({text.splitlines()[0]})", file=sys.stderr, flush=True)  # before torchrun's SIGTERM is let through
+            size = (
+                f" at --batch-size {settings.batch_size}" if hasattr(settings, "batch_size") else ""
+            )
+            smaller = (
+                "--micro-batch (gradient caching, the same gradients), "
+                if hasattr(settings, "micro_batch")
+                else ""
+            )
+            raise SystemExit(
+                f"error: out of memory{size}; try {smaller}a smaller --batch-size, or --precision bf16 "
+                f"({text.splitlines()[0]})"
+            ) from None
+        print(
+            f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another one ended or cannot be reached; look above "
+            f"for the first error, then continue with --resume ({text.splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )  # before torchrun's SIGTERM is let through
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; a training run continues with --resume --name NAME, an evaluation with the same --cache") from None
+        raise SystemExit(
+            "interrupted; a training run continues with --resume --name NAME, an evaluation with the same --cache"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -179,27 +217,34 @@ def _ogg_is_cut(path) -> bool:
     """True if the last Ogg page promises more bytes than the file holds: a broken download."""
     with open(path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
-        start = f.seek(max(0, size - 2 ** 17))
+        start = f.seek(max(0, size - 2**17))
         tail = f.read()
     page = tail.rfind(b"OggS")
     if page < 0 or len(tail) < page + 27 or len(tail) < page + 27 + tail[page + 26]:
         return True
     segments = tail[page + 26]
-    return start + page + 27 + segments + sum(tail[page + 27:page + 27 + segments]) > size
+    return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments]) > size
 
 
 def _pieces(f, wanted: int):
     """At most `wanted` samples as mono float32, a few seconds at a time: memory follows what a file holds, not what its header claims."""
     while wanted > 0:
-        piece = f.read(min(wanted, max(1, 2 ** 21 // f.channels)), dtype="float32", always_2d=True).mean(axis=1)
+        piece = f.read(
+            min(wanted, max(1, 2**21 // f.channels)), dtype="float32", always_2d=True
+        ).mean(axis=1)
         if not len(piece):
             return
         wanted -= len(piece)
         yield piece
 
 
-def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=None,
-               expected_s: float | None = None) -> np.ndarray:
+def read_audio(
+    path,
+    sample_rate: int,
+    length_s: float | None = None,
+    crop_rng=None,
+    expected_s: float | None = None,
+) -> np.ndarray:
     """Read a file, or one crop of it by seeking, as mono float32 at `sample_rate`.
 
     Args
@@ -219,12 +264,17 @@ def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=N
             if total <= 0:
                 raise AudioError(f"{path}: holds no samples")
             if (expected_s and total / native_hz < 0.9 * expected_s - 0.1) or (
-                    f.format == "OGG" and _ogg_is_cut(path)):
-                raise AudioError(f"{path}: truncated, only {total / native_hz:.2f} s can be read"
-                                 + (f" of {expected_s:.2f} s" if expected_s else ""))
+                f.format == "OGG" and _ogg_is_cut(path)
+            ):
+                raise AudioError(
+                    f"{path}: truncated, only {total / native_hz:.2f} s can be read"
+                    + (f" of {expected_s:.2f} s" if expected_s else "")
+                )
             wanted = total if length_s is None else min(total, math.ceil(length_s * native_hz))
             if not 1000 <= native_hz <= 1_000_000:
-                raise AudioError(f"{path}: a sample rate of {native_hz} Hz; expected 1 kHz to 1 MHz")
+                raise AudioError(
+                    f"{path}: a sample rate of {native_hz} Hz; expected 1 kHz to 1 MHz"
+                )
             start = int(crop_rng.integers(0, total - wanted + 1)) if crop_rng is not None else 0
             f.seek(start)
             waveform = np.concatenate(list(_pieces(f, wanted)) or [np.zeros(0, np.float32)])
@@ -239,15 +289,20 @@ def read_audio(path, sample_rate: int, length_s: float | None = None, crop_rng=N
     if not np.isfinite(waveform).all():
         raise AudioError(f"{path}: holds NaN or infinite samples")
     waveform = resample(waveform, native_hz, sample_rate)
-    return waveform if length_s is None else waveform[:round(length_s * sample_rate)]
+    return waveform if length_s is None else waveform[: round(length_s * sample_rate)]
 
 
 def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
     """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type, n_samples (B)."""
     n_samples = torch.tensor([len(w) for w in waveforms])
     length = length or int(n_samples.max())
-    padded = [torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w)))) for w in waveforms]
-    return torch.utils.data.default_collate(padded), n_samples  # in a loader's process, straight into memory shared with the main one
+    padded = [
+        torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w))))
+        for w in waveforms
+    ]
+    return torch.utils.data.default_collate(
+        padded
+    ), n_samples  # in a loader's process, straight into memory shared with the main one
 
 
 CACHE_S, CACHE_FILES = 60.0, 512  # seconds kept of a file, files of one part
@@ -272,23 +327,38 @@ class AudioCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PermissionError(f"--cache {folder}: this folder cannot be made ({error.strerror})") from None
+            raise PermissionError(
+                f"--cache {folder}: this folder cannot be made ({error.strerror})"
+            ) from None
         sources = {row["audio"]: _stamp(row) for row in rows}
         barrier()
         missing = self.find(sources)
         barrier()  # all processes have seen the same before the first of them writes
-        parts = [[(path, sources[path]) for path in missing[i:i + CACHE_FILES]] for i in range(0, len(missing), CACHE_FILES)]
+        parts = [
+            [(path, sources[path]) for path in missing[i : i + CACHE_FILES]]
+            for i in range(0, len(missing), CACHE_FILES)
+        ]
         rank, world = rank_and_world()
         if missing:
             size = sum(min(sources[path][2] or 10.0, CACHE_S) for path in missing) * sample_rate * 2
             free = shutil.disk_usage(self.folder).free
             if rank == 0:
-                tqdm.write(f"--cache {folder}: decoding {len(missing):,} of {len(sources):,} files, about {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)")
+                tqdm.write(
+                    f"--cache {folder}: decoding {len(missing):,} of {len(sources):,} files, about {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
+                )
             if size > free:
-                raise ValueError(f"--cache {folder}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-            begin = len(parts) * rank // world  # every process starts elsewhere and leaves out what others have finished
-            loader = torch.utils.data.DataLoader(_CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]), batch_size=None,
-                                                 num_workers=min(workers, len(parts)), worker_init_fn=outlive_sigterm)
+                raise ValueError(
+                    f"--cache {folder}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+                )
+            begin = (
+                len(parts) * rank // world
+            )  # every process starts elsewhere and leaves out what others have finished
+            loader = torch.utils.data.DataLoader(
+                _CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]),
+                batch_size=None,
+                num_workers=min(workers, len(parts)),
+                worker_init_fn=outlive_sigterm,
+            )
             with tqdm(total=len(missing), desc="audio cache", unit="file", disable=rank > 0) as bar:
                 for done in loader:
                     bar.update(done)
@@ -297,6 +367,7 @@ class AudioCache:
 
     def find(self, sources: dict) -> list[str]:
         """Read the parts' indices; -> the sources that none of them holds as they are now."""
+
         def age(index):
             try:
                 return index.stat().st_mtime
@@ -317,14 +388,16 @@ class AudioCache:
                     self.entries[path] = index.with_suffix(".i16"), start, n
         return [path for path in sources if path not in self.entries]
 
-    def read(self, path, length_s: float | None = None, crop_rng=None, expected_s=None) -> np.ndarray:
+    def read(
+        self, path, length_s: float | None = None, crop_rng=None, expected_s=None
+    ) -> np.ndarray:
         """As `read_audio`, but int16, a view of the file; a sample of 1 is 32768 (`to_device` divides)."""
         part, start, n = self.entries[path]
         if isinstance(n, str):
             raise AudioError(n)
         wanted = n if length_s is None else min(n, round(length_s * self.rate))
         start += int(crop_rng.integers(0, n - wanted + 1)) if crop_rng is not None else 0
-        return _mapped(part)[start:start + wanted]
+        return _mapped(part)[start : start + wanted]
 
 
 def _stamp(row: dict) -> list:
@@ -338,7 +411,9 @@ def _stamp(row: dict) -> list:
 
 @functools.lru_cache(maxsize=256)
 def _mapped(path: Path) -> np.ndarray:
-    return np.asarray(np.memmap(path, np.int16, "c"))  # "c": as good as read-only, but torch does not warn
+    return np.asarray(
+        np.memmap(path, np.int16, "c")
+    )  # "c": as good as read-only, but torch does not warn
 
 
 class _CacheParts(torch.utils.data.Dataset):
@@ -362,7 +437,9 @@ class _CacheParts(torch.utils.data.Dataset):
                 except AudioError as error:
                     files[path] = 0, str(error), stamp
                     continue
-                out.write(np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16).tobytes())
+                out.write(
+                    np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16).tobytes()
+                )
                 files[path] = samples, len(waveform), stamp
                 samples += len(waveform)
         with written_whole(index, this_process()) as out:
@@ -372,12 +449,18 @@ class _CacheParts(torch.utils.data.Dataset):
 
 def audio_reader(cache: str, rows: list[dict], sample_rate: int, workers: int = 0):
     """-> read(path, length_s=, crop_rng=, expected_s=): float32 from the files (`read_audio`), or int16 from --cache."""
-    return AudioCache(cache, rows, sample_rate, workers).read if cache else functools.partial(read_audio, sample_rate=sample_rate)
+    return (
+        AudioCache(cache, rows, sample_rate, workers).read
+        if cache
+        else functools.partial(read_audio, sample_rate=sample_rate)
+    )
 
 
 def as_float(waveform: np.ndarray) -> torch.Tensor:
     """int16 samples of a cache, or float32 -> float32 in [-1, 1)."""
-    return torch.from_numpy(waveform.astype(np.float32) / 32768 if waveform.dtype == np.int16 else waveform)
+    return torch.from_numpy(
+        waveform.astype(np.float32) / 32768 if waveform.dtype == np.int16 else waveform
+    )
 
 
 def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
@@ -389,16 +472,23 @@ def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: 
         a list of W valid samples.
     """
     windows, owner, weight, lengths = [], [], [], []
-    for clip, n in enumerate([waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()):
+    for clip, n in enumerate(
+        [waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()
+    ):
         if n <= 0:
             raise ValueError(f"clip {clip} of the batch has n_samples = {n}; at least 1 is needed")
         for start in range(0, n, window):
-            piece = waveform[clip, start:min(start + window, n)]
+            piece = waveform[clip, start : min(start + window, n)]
             windows.append(F.pad(piece, (0, window - len(piece))))
             owner.append(clip)
             weight.append(len(piece) / n)
             lengths.append(len(piece))
-    return torch.stack(windows), torch.tensor(owner, device=waveform.device), torch.tensor(weight, device=waveform.device), lengths
+    return (
+        torch.stack(windows),
+        torch.tensor(owner, device=waveform.device),
+        torch.tensor(weight, device=waveform.device),
+        lengths,
+    )
 
 
 def join_windows(embeds, owner, weight):
@@ -406,7 +496,12 @@ def join_windows(embeds, owner, weight):
 
     Summed clip by clip: on a GPU, index_add would add in another order at every call.
     """
-    return F.normalize(torch.stack([part.sum(0) for part in (embeds * weight[:, None]).split(owner.bincount().tolist())]), dim=-1)
+    return F.normalize(
+        torch.stack(
+            [part.sum(0) for part in (embeds * weight[:, None]).split(owner.bincount().tolist())]
+        ),
+        dim=-1,
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -414,12 +509,28 @@ def join_windows(embeds, owner, weight):
 # ------------------------------------------------------------------------------------------------
 
 MANIFEST_KEYS = {
-    "audio": str, "duration": (int, float), "captions": list, "similarity": list, "synthetic": list, "description": str, "negatives": list,
-    "labels": list, "events": list, "phrases": list, "id": (str, int), "image": str, "split": str,
-    "fold": (int, str), "qa": list, "swapped_audio": str}
+    "audio": str,
+    "duration": (int, float),
+    "captions": list,
+    "similarity": list,
+    "synthetic": list,
+    "description": str,
+    "negatives": list,
+    "labels": list,
+    "events": list,
+    "phrases": list,
+    "id": (str, int),
+    "image": str,
+    "split": str,
+    "fold": (int, str),
+    "qa": list,
+    "swapped_audio": str,
+}
 
 
-def read_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None = None) -> list[dict]:
+def read_manifest(
+    data: list[str], need: tuple[str, ...] = (), split: str | None = None
+) -> list[dict]:
     """Read manifests (JSON Lines) into one list of rows, with audio paths made absolute.
 
     Args
@@ -459,8 +570,10 @@ def require(rows: list[dict], *keys: str) -> None:
     for row in rows:
         for key in keys:
             if row.get(key) in (None, []):
-                raise ValueError(f"{row['where']}: has no '{key}', which this run needs "
-                                 f"(keys there: {' '.join(', '.join(k for k in row if k != 'where').split())[:200]})")
+                raise ValueError(
+                    f"{row['where']}: has no '{key}', which this run needs "
+                    f"(keys there: {' '.join(', '.join(k for k in row if k != 'where').split())[:200]})"
+                )
 
 
 def manifest_path(item) -> Path:
@@ -469,8 +582,10 @@ def manifest_path(item) -> Path:
     if path.is_dir():
         path = path / "manifest.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such manifest; expected a .jsonl file, a folder that holds "
-                                "manifest.jsonl, or the word demo (prepare.py makes manifests)")
+        raise FileNotFoundError(
+            f"{path}: no such manifest; expected a .jsonl file, a folder that holds "
+            "manifest.jsonl, or the word demo (prepare.py makes manifests)"
+        )
     return path
 
 
@@ -479,12 +594,17 @@ def _parse_row(line: bytes, where: str) -> dict:
         row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         if where.endswith((".csv:1", ".tsv:1")):
-            raise ValueError(f"{where}: a table, not a manifest; make one first: python prepare.py csv {where[:-2]} --audio COLUMN "
-                             "--caption COLUMN --out FOLDER") from None
+            raise ValueError(
+                f"{where}: a table, not a manifest; make one first: python prepare.py csv {where[:-2]} --audio COLUMN "
+                "--caption COLUMN --out FOLDER"
+            ) from None
         raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{where}: not UTF-8 text; expected JSON Lines saved as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of thousands of digits, nesting without end
         raise ValueError(f"{where}: not JSON that can be read ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -497,30 +617,56 @@ def _parse_row(line: bytes, where: str) -> dict:
     if row.get("split", "train") not in ("train", "val", "test"):
         raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
     if not row.get("audio"):
-        raise ValueError(f"{where}: no key 'audio' (keys there: {' '.join(', '.join(row).split())[:200] or 'none'}); "
-                         "it must name the sound file")
+        raise ValueError(
+            f"{where}: no key 'audio' (keys there: {' '.join(', '.join(row).split())[:200] or 'none'}); "
+            "it must name the sound file"
+        )
     for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
         for number, caption in enumerate(row.get(key, []), 1):
             if not isinstance(caption, str) or not re.search(r"\w", caption):
-                raise ValueError(f"{where}: {name} {number} is empty ({caption!r}); write one or remove it")
+                raise ValueError(
+                    f"{where}: {name} {number} is empty ({caption!r}); write one or remove it"
+                )
     duration = row.get("duration", 1.0)
     if isinstance(duration, bool) or not 0 < duration < math.inf:
-        raise ValueError(f"{where}: duration {duration!r}; expected seconds above 0, or no such key")
+        raise ValueError(
+            f"{where}: duration {duration!r}; expected seconds above 0, or no such key"
+        )
     if not all(isinstance(label, str) for label in row.get("labels", [])):
         raise ValueError(f"{where}: labels {row['labels']!r}; expected a list of class names")
-    if not all(text is None or (isinstance(text, str) and re.search(r"\w", text)) for text in row.get("negatives", [])):
-        raise ValueError(f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null")
+    if not all(
+        text is None or (isinstance(text, str) and re.search(r"\w", text))
+        for text in row.get("negatives", [])
+    ):
+        raise ValueError(
+            f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null"
+        )
     for event in row.get("events", []):
-        if not isinstance(event, dict) or not {"label", "onset", "offset"} <= set(event) or not isinstance(event["label"], str):
+        if (
+            not isinstance(event, dict)
+            or not {"label", "onset", "offset"} <= set(event)
+            or not isinstance(event["label"], str)
+        ):
             raise ValueError(f"{where}: an event needs label, onset and offset, found {event!r}")
-        _check_times(event["onset"], event["offset"], row.get("duration"), f"{where}: event {event['label']!r}")
+        _check_times(
+            event["onset"],
+            event["offset"],
+            row.get("duration"),
+            f"{where}: event {event['label']!r}",
+        )
     for phrase in row.get("phrases", []):
-        if not (isinstance(phrase, dict) and isinstance(phrase.get("phrase"), str) and re.search(r"\w", phrase["phrase"])
-                and isinstance(phrase.get("segments"), list)):
+        if not (
+            isinstance(phrase, dict)
+            and isinstance(phrase.get("phrase"), str)
+            and re.search(r"\w", phrase["phrase"])
+            and isinstance(phrase.get("segments"), list)
+        ):
             raise ValueError(f"{where}: a phrase needs 'phrase' and 'segments', found {phrase!r}")
         for segment in phrase["segments"]:
             if not isinstance(segment, list) or len(segment) != 2:
-                raise ValueError(f"{where}: segment {segment!r} of {phrase['phrase']!r}; expected [onset, offset] in seconds")
+                raise ValueError(
+                    f"{where}: segment {segment!r} of {phrase['phrase']!r}; expected [onset, offset] in seconds"
+                )
             if segment != [0, 0]:  # AudioGrounding's mark for "not in the clip"
                 _check_times(*segment, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
     row["where"] = where
@@ -528,12 +674,21 @@ def _parse_row(line: bytes, where: str) -> dict:
 
 
 def _check_times(onset, offset, duration, where: str) -> None:
-    if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t) for t in (onset, offset)):
-        raise ValueError(f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers")
+    if not all(
+        isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t)
+        for t in (onset, offset)
+    ):
+        raise ValueError(
+            f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers"
+        )
     if not 0 <= onset < offset:
         raise ValueError(f"{where}: onset {onset}, offset {offset}; expected 0 <= onset < offset")
-    if duration and onset > 10 * duration:  # annotations may run past a shortened file, but not that far
-        raise ValueError(f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected seconds")
+    if (
+        duration and onset > 10 * duration
+    ):  # annotations may run past a shortened file, but not that far
+        raise ValueError(
+            f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected seconds"
+        )
 
 
 def read_classes(data: list[str], rows: list[dict]) -> list[str]:
@@ -541,11 +696,19 @@ def read_classes(data: list[str], rows: list[dict]) -> list[str]:
     path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
     if path.is_file():
         try:
-            classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            classes = [
+                line.strip()
+                for line in path.read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            ]
         except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8, one class a line") from None
+            raise ValueError(
+                f"{path}: not UTF-8 text; save it as UTF-8, one class a line"
+            ) from None
         if not classes:
-            raise ValueError(f"{path}: the class list is empty; write one class a line, or remove the file")
+            raise ValueError(
+                f"{path}: the class list is empty; write one class a line, or remove the file"
+            )
         twice = sorted({c for c in classes if classes.count(c) > 1})
         if twice:
             raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
@@ -554,7 +717,9 @@ def read_classes(data: list[str], rows: list[dict]) -> list[str]:
     return sorted(labels | {event["label"] for row in rows for event in row.get("events", [])})
 
 
-def split_train_val(rows: list[dict], seed: int = 0, most: int = 1000) -> tuple[list[dict], list[dict]]:
+def split_train_val(
+    rows: list[dict], seed: int = 0, most: int = 1000
+) -> tuple[list[dict], list[dict]]:
     """Rows for training (split "train" or none) and validation (split "val", else 5 % held out).
 
     Held-out clips are drawn by the file's name, so several captions of a clip stay together.
@@ -563,12 +728,16 @@ def split_train_val(rows: list[dict], seed: int = 0, most: int = 1000) -> tuple[
     val = [row for row in rows if row.get("split") == "val"]
     audio = sorted({row["audio"] for row in train})
     if not val and len(audio) > 3:
-        held = np.random.default_rng(seed).permutation(len(audio))[:min(most, max(2, len(audio) // 20))]
+        held = np.random.default_rng(seed).permutation(len(audio))[
+            : min(most, max(2, len(audio) // 20))
+        ]
         held = {audio[i] for i in held}
         val = [row for row in train if row["audio"] in held]
         train = [row for row in train if row["audio"] not in held]
     if not train:
-        raise ValueError(f"no row of the manifest is for training (first: {rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at all")
+        raise ValueError(
+            f"no row of the manifest is for training (first: {rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at all"
+        )
     return train, val
 
 
@@ -588,7 +757,7 @@ def _fade(sound: np.ndarray, rate: int) -> np.ndarray:
     ramp = np.linspace(0, 1, n, dtype=np.float32)
     sound = sound.copy()
     sound[:n] *= ramp
-    sound[len(sound) - n:] *= ramp[::-1]
+    sound[len(sound) - n :] *= ramp[::-1]
     return sound
 
 
@@ -608,9 +777,9 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
         if label not in [s[0] for s in sounds]:
             longest = int(0.85 * scene_s / n * rate)
             start = int(rng.integers(0, max(1, len(sound) - longest + 1)))
-            sound = _fade(sound[start:start + longest], rate)
+            sound = _fade(sound[start : start + longest], rate)
             level = 10 ** (-rng.uniform(16, 26) / 20)  # RMS between -16 and -26 dB of full scale
-            sounds.append((label, phrase, sound * level / (np.sqrt(np.mean(sound ** 2)) + 1e-9)))
+            sounds.append((label, phrase, sound * level / (np.sqrt(np.mean(sound**2)) + 1e-9)))
         if len(sounds) == n:
             break
     n, size = len(sounds), int(scene_s * rate)
@@ -627,27 +796,35 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
         swapped = np.zeros(size, np.float32) if n > 1 else None
     # background: white noise with some more energy at low frequencies
     noise = np.cumsum(rng.standard_normal(size).astype(np.float32))
-    noise = np.diff(noise, prepend=0) + 0.02 * (noise - np.convolve(noise, np.ones(64) / 64, "same"))
-    noise *= 10 ** (-rng.uniform(42, 52) / 20) / np.sqrt(np.mean(noise ** 2))
+    noise = np.diff(noise, prepend=0) + 0.02 * (
+        noise - np.convolve(noise, np.ones(64) / 64, "same")
+    )
+    noise *= 10 ** (-rng.uniform(42, 52) / 20) / np.sqrt(np.mean(noise**2))
     waveform = noise.astype(np.float32)
     for (_, _, sound), onset in zip(sounds, onsets):
-        waveform[onset:onset + len(sound)] += sound
+        waveform[onset : onset + len(sound)] += sound
     if swapped is not None:
         swapped += noise
         for (_, _, sound), onset in zip(sounds[::-1], back):
-            swapped[onset:onset + len(sound)] += sound
+            swapped[onset : onset + len(sound)] += sound
 
     templates = TOGETHER if together else {1: ONE, 2: TWO, 3: THREE}[n]
     chosen = [templates[i] for i in rng.permutation(len(templates))[:2]]
     phrases = [s[1] for s in sounds]
     ordered = n > 1 and not together
-    times = [[round(o / rate, 3), round((o + length) / rate, 3)] for o, length in zip(onsets, lengths)]
+    times = [
+        [round(o / rate, 3), round((o + length) / rate, 3)] for o, length in zip(onsets, lengths)
+    ]
     row = {
-        "duration": scene_s, "captions": [t.format(*phrases) for t in chosen],
+        "duration": scene_s,
+        "captions": [t.format(*phrases) for t in chosen],
         "negatives": [t.format(*phrases[::-1]) if ordered else None for t in chosen],
         "labels": [s[0] for s in sounds],
-        "events": [{"label": s[0], "onset": on, "offset": off} for s, (on, off) in zip(sounds, times)],
-        "phrases": [{"phrase": p, "segments": [t]} for p, t in zip(phrases, times)]}
+        "events": [
+            {"label": s[0], "onset": on, "offset": off} for s, (on, off) in zip(sounds, times)
+        ],
+        "phrases": [{"phrase": p, "segments": [t]} for p, t in zip(phrases, times)],
+    }
     return np.clip(waveform, -1, 1), row, None if swapped is None else np.clip(swapped, -1, 1)
 
 
@@ -658,7 +835,9 @@ def write_audio(path: Path, waveform: np.ndarray, rate: int) -> None:
     os.replace(temporary, path)
 
 
-def write_scene(folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str, suffix: str = "wav") -> dict:
+def write_scene(
+    folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str, suffix: str = "wav"
+) -> dict:
     """Make one scene, write its audio (for test scenes also `name`_swapped) -> its row."""
     waveform, row, swapped = make_scene(np.random.default_rng(seed), draw_sound, rate)
     write_audio(folder / f"{name}.{suffix}", waveform, rate)
@@ -694,7 +873,9 @@ def written_whole(path: Path, who: str = ""):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise OSError(f"{path} cannot be written ({error.strerror}); what was there before is whole") from None
+            raise OSError(
+                f"{path} cannot be written ({error.strerror}); what was there before is whole"
+            ) from None
         raise  # what the caller did meanwhile
 
 
@@ -714,31 +895,49 @@ def demo_sound(rng, rate: int = DEMO_HZ):
         "beeps": ("rapid beeps", lambda: tone(1500) * pulses(5, 0.1)),
         "alarm": ("a two-tone alarm", lambda: tone(np.where(t * 2 % 1 < 0.5, 700, 1100))),
         "siren": ("a wailing siren", lambda: tone(900 + 400 * np.sin(2 * np.pi * 0.8 * t))),
-        "bell": ("a bell ringing", lambda: sum(
-            tone(600 * r) * np.exp(-t * (1 + r)) for r in (1, 2.76, 5.4, 8.9))),
+        "bell": (
+            "a bell ringing",
+            lambda: sum(tone(600 * r) * np.exp(-t * (1 + r)) for r in (1, 2.76, 5.4, 8.9)),
+        ),
         "clicks": ("steady clicking", lambda: white * pulses(4, 0.008)),
         "rumble": ("a deep rumble", lambda: smooth(white, 200)),
         "hiss": ("a loud hiss", lambda: white - smooth(white, 5)),
         "gusts": ("gusts of wind", lambda: smooth(white, 30) * (1 + np.sin(2 * np.pi * 0.9 * t))),
-        "warble": ("a warbling whistle", lambda: tone(2200) * (1 + np.sin(2 * np.pi * 9 * t)))}
+        "warble": ("a warbling whistle", lambda: tone(2200) * (1 + np.sin(2 * np.pi * 9 * t))),
+    }
     label = sorted(sounds)[int(rng.integers(len(sounds)))]
     phrase, make = sounds[label]
     return label, phrase, make().astype(np.float32)
 
 
-def build_demo(folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val", 60), ("test", 60))) -> Path:
+def build_demo(
+    folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val", 60), ("test", 60))
+) -> Path:
     """The built-in corpus: synthetic 10 s scenes, equal on every machine; built on first use."""
     folder = Path(folder)
     if not (folder / "manifest.jsonl").is_file() and rank_and_world()[0] == 0:
         try:
             (folder / "audio").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PermissionError(f"{folder}: the demo corpus cannot be written here ({error.strerror}); "
-                                  "run from a folder that you may write to") from None
+            raise PermissionError(
+                f"{folder}: the demo corpus cannot be written here ({error.strerror}); "
+                "run from a folder that you may write to"
+            ) from None
         jobs = [(split, i) for split, count in sizes for i in range(count)]
-        rows = [write_scene(folder / "audio", f"{split}_{i:04d}", (seed, len(split), i), demo_sound, DEMO_HZ, split)
-                for split, i in tqdm(jobs, desc=f"building the demo corpus in {folder}", unit="clip")]
-        write_lines(folder / "classes.txt", sorted({label for row in rows for label in row["labels"]}))
+        rows = [
+            write_scene(
+                folder / "audio",
+                f"{split}_{i:04d}",
+                (seed, len(split), i),
+                demo_sound,
+                DEMO_HZ,
+                split,
+            )
+            for split, i in tqdm(jobs, desc=f"building the demo corpus in {folder}", unit="clip")
+        ]
+        write_lines(
+            folder / "classes.txt", sorted({label for row in rows for label in row["labels"]})
+        )
         write_lines(folder / "manifest.jsonl", [json.dumps(row) for row in rows])
     barrier()
     return folder
@@ -763,10 +962,14 @@ class LogMel(nn.Module):
     10 log10(max(x, 1e-10)) without a top_db. Source: HTS-AT's torchlibrosa settings.
     """
 
-    def __init__(self, sample_rate=32000, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000):
+    def __init__(
+        self, sample_rate=32000, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000
+    ):
         super().__init__()
         self.spectrogram = torchaudio.transforms.Spectrogram(n_fft, n_fft, hop, power=None)
-        self.mel_scale = torchaudio.transforms.MelScale(n_mels, sample_rate, fmin_hz, fmax_hz, n_fft // 2 + 1, "slaney", "slaney")
+        self.mel_scale = torchaudio.transforms.MelScale(
+            n_mels, sample_rate, fmin_hz, fmax_hz, n_fft // 2 + 1, "slaney", "slaney"
+        )
         keep_out_of_checkpoints(self)
 
     def forward(self, waveform):
@@ -778,7 +981,9 @@ class LogMel(nn.Module):
 
     def power(self, waveform):
         spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, bins, T_mel, 2)
-        return spectrum[..., 0].square() + spectrum[..., 1].square()  # torchaudio's abs() first takes a slow root
+        return (
+            spectrum[..., 0].square() + spectrum[..., 1].square()
+        )  # torchaudio's abs() first takes a slow root
 
 
 def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
@@ -792,7 +997,9 @@ def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
         widths = (torch.rand(len(x), stripes, device=x.device) * width).floor()
         starts = (torch.rand(len(x), stripes, device=x.device) * (size - widths)).floor()
         position = torch.arange(size, device=x.device)
-        hit = ((position >= starts[..., None]) & (position < (starts + widths)[..., None])).any(1)  # (B, size)
+        hit = ((position >= starts[..., None]) & (position < (starts + widths)[..., None])).any(
+            1
+        )  # (B, size)
         x = x.masked_fill(hit[:, :, None] if dim == 1 else hit[:, None, :], 0.0)
     return x
 
@@ -814,7 +1021,7 @@ class BiasedAttention(torch.autograd.Function):
     def forward(ctx, qkv, bias):
         N, L, _, heads, D = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, N * heads, L, D)
-        q = q * D ** -0.5
+        q = q * D**-0.5
         logits = torch.bmm(q, k.transpose(1, 2)).view(-1, *bias.shape)  # (N / P, P, heads, L, L)
         p = logits.add_(bias).softmax(-1).to(v.dtype).view(-1, L, L)  # autocast's softmax is fp32
         out = torch.bmm(p, v)
@@ -827,9 +1034,11 @@ class BiasedAttention(torch.autograd.Function):
         q, k, v, p, out = ctx.saved_tensors
         N, heads, L, D = grad.shape
         grad = grad.reshape(out.shape)
-        grad_logits = torch.bmm(grad, v.transpose(1, 2)).sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
+        grad_logits = (
+            torch.bmm(grad, v.transpose(1, 2)).sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
+        )
         grad_qkv = q.new_empty(3, *q.shape)
-        torch.bmm(grad_logits, k, out=grad_qkv[0]).mul_(D ** -0.5)
+        torch.bmm(grad_logits, k, out=grad_qkv[0]).mul_(D**-0.5)
         torch.bmm(grad_logits.transpose(1, 2), q, out=grad_qkv[1])
         torch.bmm(p.transpose(1, 2), grad, out=grad_qkv[2])
         grad_qkv = grad_qkv.view(3, N, heads, L, D).permute(1, 3, 0, 2, 4)
@@ -851,19 +1060,25 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         N, L, C = x.shape
         qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)
-        bias = None if bias is None else bias.to(qkv.dtype)  # under autocast qkv is bf16, a bias table fp32
+        bias = (
+            None if bias is None else bias.to(qkv.dtype)
+        )  # under autocast qkv is bf16, a bias table fp32
         if bias is not None and not x.is_cuda and not torch.compiler.is_compiling():
             x = BiasedAttention.apply(qkv, bias)  # (N, heads, L, C / heads)
         else:
-            bias = None if bias is None else bias.expand(N // len(bias), *bias.shape).reshape(N, *bias.shape[1:])
+            bias = (
+                None
+                if bias is None
+                else bias.expand(N // len(bias), *bias.shape).reshape(N, *bias.shape[1:])
+            )
             x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(N, L, C))
 
     def values(self, x):
         """proj(V(x)): every position keeps its own value, nothing is mixed over positions."""
         C = x.shape[-1]
-        bias = None if self.qkv.bias is None else self.qkv.bias[2 * C:]
-        return self.proj(F.linear(x, self.qkv.weight[2 * C:], bias))
+        bias = None if self.qkv.bias is None else self.qkv.bias[2 * C :]
+        return self.proj(F.linear(x, self.qkv.weight[2 * C :], bias))
 
 
 def drop_path(x, probability: float, training: bool, parts: int = 1):
@@ -895,13 +1110,17 @@ class Block(nn.Module):
     second LayerNorm's output is added directly.
     """
 
-    def __init__(self, dim, heads, mlp_ratio=4, drop_path=0.0, qkv_bias=True, eps=1e-5, locality=""):
+    def __init__(
+        self, dim, heads, mlp_ratio=4, drop_path=0.0, qkv_bias=True, eps=1e-5, locality=""
+    ):
         super().__init__()
         self.drop_path, self.locality = drop_path, locality
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, mlp_ratio * dim), "fc2": nn.Linear(mlp_ratio * dim, dim)})
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(dim, mlp_ratio * dim), "fc2": nn.Linear(mlp_ratio * dim, dim)}
+        )
         if locality == "official":
             self.mlp.requires_grad_(False)  # unused, kept so that the authors' weights load
 
@@ -936,8 +1155,10 @@ class Reorder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        index, = ctx.saved_tensors
-        inverse = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+        (index,) = ctx.saved_tensors
+        inverse = torch.empty_like(index).scatter_(
+            0, index, torch.arange(len(index), device=index.device)
+        )
         return grad.index_select(0, inverse), None
 
 
@@ -952,14 +1173,26 @@ class SwinStage(nn.Module):
         self.grid, self.window = grid, min(window, grid)
         self.shift = self.window // 2 if grid > self.window else 0  # one window: nothing to shift
         self.blocks = nn.ModuleList(
-            Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities))
+            Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities)
+        )
         self.bias_tables = nn.ParameterList(
-            nn.init.trunc_normal_(nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads)), std=0.02)
-            for _ in self.blocks)
+            nn.init.trunc_normal_(
+                nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads)), std=0.02
+            )
+            for _ in self.blocks
+        )
         for block, table in zip(self.blocks, self.bias_tables):
             table.requires_grad_(not block.locality)
-        self.downsample = nn.ModuleDict(
-            {"norm": nn.LayerNorm(4 * dim), "reduction": nn.Linear(4 * dim, 2 * dim, bias=False)}) if merge else None
+        self.downsample = (
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(4 * dim),
+                    "reduction": nn.Linear(4 * dim, 2 * dim, bias=False),
+                }
+            )
+            if merge
+            else None
+        )
 
         side = torch.arange(self.window)
         row, column = torch.cartesian_prod(side, side).T  # (L,) each
@@ -971,21 +1204,31 @@ class SwinStage(nn.Module):
         windows = lambda cells: cells.view(n, w, n, w).transpose(1, 2).reshape(n * n, w * w)  # noqa: E731
         cells = torch.arange(grid * grid).view(grid, grid)
         rolled = torch.roll(cells, (-self.shift, -self.shift), (0, 1))
-        four = torch.stack([cells[0::2, 0::2], cells[1::2, 0::2], cells[0::2, 1::2], cells[1::2, 1::2]], -1)
-        orders = torch.stack([cells.flatten(), windows(cells).flatten(), windows(rolled).flatten(), four.flatten()])
-        self.register_buffer("orders", orders, persistent=False)  # (4, G * G): the cell that each row holds
-        self.register_buffer("positions", orders.argsort(1), persistent=False)  # (4, G * G): the row of each cell
+        four = torch.stack(
+            [cells[0::2, 0::2], cells[1::2, 0::2], cells[0::2, 1::2], cells[1::2, 1::2]], -1
+        )
+        orders = torch.stack(
+            [cells.flatten(), windows(cells).flatten(), windows(rolled).flatten(), four.flatten()]
+        )
+        self.register_buffer(
+            "orders", orders, persistent=False
+        )  # (4, G * G): the cell that each row holds
+        self.register_buffer(
+            "positions", orders.argsort(1), persistent=False
+        )  # (4, G * G): the row of each cell
         if self.shift:  # cells that the roll brought together from opposite edges must not attend
             edge = torch.zeros(grid, dtype=torch.long)
-            edge[-self.window:], edge[-self.shift:] = 1, 2
+            edge[-self.window :], edge[-self.shift :] = 1, 2
             region = windows(3 * edge[:, None] + edge)  # (nW, L)
             # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products fivefold
             mask = (region[:, :, None] != region[:, None, :]) * -1e4  # (nW, L, L)
             self.register_buffer("shift_mask", mask, persistent=False)
 
     def attention_bias(self, i: int):
-        L = self.window ** 2
-        bias = F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1).permute(0, 3, 1, 2)
+        L = self.window**2
+        bias = (
+            F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1).permute(0, 3, 1, 2)
+        )
         if i % 2 and self.shift:
             bias = bias + self.shift_mask[:, None]  # (nW, heads, L, L)
         return bias
@@ -994,8 +1237,10 @@ class SwinStage(nn.Module):
         """Rows of x (B * G * G, C) from one of `orders` to another."""
         if self.grid == self.window and after < 3:  # a single window is the grid itself
             return x
-        clips = torch.arange(len(x) // self.grid ** 2, device=x.device) * self.grid ** 2
-        return Reorder.apply(x, (clips[:, None] + self.positions[before, self.orders[after]]).flatten())
+        clips = torch.arange(len(x) // self.grid**2, device=x.device) * self.grid**2
+        return Reorder.apply(
+            x, (clips[:, None] + self.positions[before, self.orders[after]]).flatten()
+        )
 
     def forward(self, x):
         """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
@@ -1004,7 +1249,7 @@ class SwinStage(nn.Module):
         for i, block in enumerate(self.blocks):
             x, order = self.reorder(x, order, 1 + i % 2), 1 + i % 2
             bias = None if block.locality else self.attention_bias(i)
-            x = block(x.view(-1, self.window ** 2, C), bias, (G // self.window) ** 2).reshape(-1, C)
+            x = block(x.view(-1, self.window**2, C), bias, (G // self.window) ** 2).reshape(-1, C)
         if self.downsample is None:
             return self.reorder(x, order, 0).view(B, G, G, C)
         x = self.reorder(x, order, 3).view(B, G // 2, G // 2, 4 * C)
@@ -1026,23 +1271,49 @@ class HTSAT(nn.Module):
         locality: "paper" or "official", see `Block`.
     """
 
-    def __init__(self, dim=96, depths=(2, 2, 6, 2), heads=(4, 8, 16, 32), patch=4, window=8, spec_size=256,
-                 n_mels=64, drop_path=0.1, locality_blocks=0, locality="paper"):
+    def __init__(
+        self,
+        dim=96,
+        depths=(2, 2, 6, 2),
+        heads=(4, 8, 16, 32),
+        patch=4,
+        window=8,
+        spec_size=256,
+        n_mels=64,
+        drop_path=0.1,
+        locality_blocks=0,
+        locality="paper",
+    ):
         super().__init__()
         if not 0 <= locality_blocks <= depths[-1]:
-            raise ValueError(f"locality_blocks = {locality_blocks}: the last stage has {depths[-1]} blocks")
+            raise ValueError(
+                f"locality_blocks = {locality_blocks}: the last stage has {depths[-1]} blocks"
+            )
         self.spec_size, self.chunks = spec_size, spec_size // n_mels
         self.out_dim = dim * 2 ** (len(depths) - 1)
         self.n_frames = self.chunks * (spec_size // patch >> (len(depths) - 1))
         self.bn0 = nn.BatchNorm1d(n_mels)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, patch, patch), "norm": nn.LayerNorm(dim)})
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv2d(1, dim, patch, patch), "norm": nn.LayerNorm(dim)}
+        )
         drops = torch.linspace(0, drop_path, sum(depths)).tolist()
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             last = i == len(depths) - 1
-            kinds = ["" if not last or j < depth - locality_blocks else locality for j in range(depth)]
-            self.layers.append(SwinStage(dim << i, spec_size // patch >> i, heads[i], window,
-                                         [drops.pop(0) for _ in range(depth)], kinds, merge=not last))
+            kinds = [
+                "" if not last or j < depth - locality_blocks else locality for j in range(depth)
+            ]
+            self.layers.append(
+                SwinStage(
+                    dim << i,
+                    spec_size // patch >> i,
+                    heads[i],
+                    window,
+                    [drops.pop(0) for _ in range(depth)],
+                    kinds,
+                    merge=not last,
+                )
+            )
         self.norm = nn.LayerNorm(self.out_dim)
         init_linear_layers(self)
 
@@ -1056,7 +1327,9 @@ class HTSAT(nn.Module):
         if T_mel > length:
             raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {length}")
         x = F.interpolate(x[:, None], (length, M), mode="bicubic", align_corners=True)
-        x = x.view(B, self.chunks, self.spec_size, M).transpose(2, 3)  # row = chunk * M + mel, column = time
+        x = x.view(B, self.chunks, self.spec_size, M).transpose(
+            2, 3
+        )  # row = chunk * M + mel, column = time
         x = self.patch_embed["proj"](x.reshape(B, 1, self.spec_size, self.spec_size))
         x = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, G, G, C)
         for layer in self.layers:
@@ -1074,15 +1347,23 @@ def htsat_state(weights: dict) -> dict:
     files with their prefix already removed, and of transformers' ClapModel or ClapAudioModel.
     """
     state, qkv = {}, {}
-    unused = re.compile(r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|^(spectrogram|logmel)_extractor\.|"
-                        r"^(audio_feats_extractor|mel_trans)\.|position_ids$|patch_embed\.mel_conv2d\.")
+    unused = re.compile(
+        r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|^(spectrogram|logmel)_extractor\.|"
+        r"^(audio_feats_extractor|mel_trans)\.|position_ids$|patch_embed\.mel_conv2d\."
+    )
     for key, value in weights.items():
         key = re.sub(r"^(sed_model\.|(audio_model\.)?audio_encoder\.)", "", key)
         if unused.search(key):
             continue
-        for theirs, ours in (("batch_norm.", "bn0."), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
-                             ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"),
-                             ("output.dense", "mlp.fc2"), ("attention.self.relative", "attn.relative")):
+        for theirs, ours in (
+            ("batch_norm.", "bn0."),
+            ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+            ("attention.output.dense", "attn.proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+            ("attention.self.relative", "attn.relative"),
+        ):
             key = key.replace(theirs, ours)
         table = re.match(r"(layers\.\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", key)
         part = re.match(r"(.*)\.attention\.self\.(query|key|value)\.(weight|bias)$", key)
@@ -1103,7 +1384,11 @@ def load_htsat(encoder: HTSAT, path: str) -> None:
     folder = Path(path)
     if folder.is_dir() or not folder.suffix:  # a folder, or a hub id
         weights = transformers_weights(path)
-        weights = {k: v for k, v in weights.items() if k.startswith(("audio_model.audio_encoder.", "audio_encoder."))}
+        weights = {
+            k: v
+            for k, v in weights.items()
+            if k.startswith(("audio_model.audio_encoder.", "audio_encoder."))
+        }
     else:
         weights = read_weights(path)
         weights = weights.get("state_dict", weights)
@@ -1128,7 +1413,9 @@ class TextEncoder(nn.Module):
     def __init__(self, model, tokenizer, max_tokens: int, pooler: bool = False):
         super().__init__()
         if max_tokens < 3:
-            raise ValueError(f"--max-tokens {max_tokens}: at least 3 are needed, two of them special ones")
+            raise ValueError(
+                f"--max-tokens {max_tokens}: at least 3 are needed, two of them special ones"
+            )
         if getattr(model, "pooler", None) is not None and not pooler:
             model.pooler = None  # an unused layer would stop DDP
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
@@ -1136,13 +1423,25 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> dict:
         """-> input_ids (B, L), attention_mask (B, L), word_mask (B, L) bool, True = a real word piece."""
-        tokens = self.tokenizer(texts, padding="longest", truncation=True, max_length=self.max_tokens,
-                                return_special_tokens_mask=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            texts,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
         word_mask = tokens["special_tokens_mask"] == 0
         if not word_mask.any(1).all():
             empty = texts[int((~word_mask.any(1)).nonzero()[0, 0])]
-            raise ValueError(f"the text {empty!r} has no token to embed; every text needs at least one word")
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], "word_mask": word_mask}
+            raise ValueError(
+                f"the text {empty!r} has no token to embed; every text needs at least one word"
+            )
+        return {
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "word_mask": word_mask,
+        }
 
     def forward(self, input_ids, attention_mask):
         """-> last hidden state (B, L, out_dim)."""
@@ -1151,12 +1450,16 @@ class TextEncoder(nn.Module):
     def description(self) -> dict:
         """What `text_encoder_from_description` needs, as plain strings."""
         special = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        return {"config": json.dumps(self.model.config.to_dict()), "special_tokens": json.dumps(special),
-                "tokenizer": self.tokenizer.backend_tokenizer.to_str()}
+        return {
+            "config": json.dumps(self.model.config.to_dict()),
+            "special_tokens": json.dumps(special),
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+        }
 
 
 def quiet_transformers():
     import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -1170,13 +1473,22 @@ def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = Fals
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--text-model {name}: not a local folder and not to be had from the hub ({reason}); "
-                         "give a folder that holds config.json, weights and tokenizer, or connect to a network") from None
+        raise ValueError(
+            f"--text-model {name}: not a local folder and not to be had from the hub ({reason}); "
+            "give a folder that holds config.json, weights and tokenizer, or connect to a network"
+        ) from None
     return TextEncoder(model, tokenizer, max_tokens, pooler)
 
 
-def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads: int, max_tokens: int, vocabulary: int = 4000,
-                              pooler: bool = False) -> TextEncoder:
+def text_encoder_from_scratch(
+    captions: list[str],
+    dim: int,
+    layers: int,
+    heads: int,
+    max_tokens: int,
+    vocabulary: int = 4000,
+    pooler: bool = False,
+) -> TextEncoder:
     """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
 
     The most frequent words, plus single characters for all others. tokenizers' own WordPiece trainer
@@ -1185,16 +1497,38 @@ def text_encoder_from_scratch(captions: list[str], dim: int, layers: int, heads:
     transformers = quiet_transformers()
     backend = transformers.BertTokenizer().backend_tokenizer
     words = collections.Counter(
-        word for caption in captions
-        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption)))
+        word
+        for caption in captions
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
+            backend.normalizer.normalize_str(caption)
+        )
+    )
     characters = sorted({character for word in words for character in word})
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *("##" + c for c in characters)]
-    frequent = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
-    pieces += frequent[:max(0, vocabulary - len(pieces))]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *("##" + c for c in characters),
+    ]
+    frequent = [
+        word
+        for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))
+        if len(word) > 1
+    ]
+    pieces += frequent[: max(0, vocabulary - len(pieces))]
     tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
     config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * dim, max_position_embeddings=max(64, max_tokens), pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * dim,
+        max_position_embeddings=max(64, max_tokens),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens, pooler)
 
 
@@ -1202,13 +1536,18 @@ def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = Fa
     """The text encoder of a new model: --text-model's, or, where that is none, one from nothing with the vocabulary of `texts`."""
     if cfg.text_model != "none":
         return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
-    return text_encoder_from_scratch(texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler)
+    return text_encoder_from_scratch(
+        texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler
+    )
 
 
-def text_encoder_from_description(description: dict, max_tokens: int, pooler: bool = False) -> TextEncoder:
+def text_encoder_from_description(
+    description: dict, max_tokens: int, pooler: bool = False
+) -> TextEncoder:
     """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a network."""
     transformers = quiet_transformers()
     from tokenizers import Tokenizer
+
     config = json.loads(description["config"])
     config = transformers.AutoConfig.for_model(**config)
     if config.model_type == "clip_text_model":  # CoLLAT needs its projection
@@ -1216,7 +1555,9 @@ def text_encoder_from_description(description: dict, max_tokens: int, pooler: bo
     else:
         model = transformers.AutoModel.from_config(config).float()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(description["tokenizer"]), **json.loads(description["special_tokens"]))
+        tokenizer_object=Tokenizer.from_str(description["tokenizer"]),
+        **json.loads(description["special_tokens"]),
+    )
     return TextEncoder(model, tokenizer, max_tokens, pooler)
 
 
@@ -1231,7 +1572,9 @@ class _Sparsemax(torch.autograd.Function):
         z_sorted = z.sort(-1, descending=True).values
         rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
         excess = z_sorted.cumsum(-1) - 1
-        size = (rank * z_sorted > excess).sum(-1, keepdim=True).clamp(min=1)  # of the support; 0 only with NaN
+        size = (
+            (rank * z_sorted > excess).sum(-1, keepdim=True).clamp(min=1)
+        )  # of the support; 0 only with NaN
         p = (z - excess.gather(-1, size - 1) / size).clamp(min=0)
         ctx.save_for_backward(p)
         return p
@@ -1249,7 +1592,9 @@ def sparsemax(z):
 
     Source: Martins & Astudillo, ICML 2016. Exact, by sorting.
     """
-    return _Sparsemax.apply((z if z.dtype == torch.float64 else z.float()) - z.detach().amax(-1, keepdim=True))
+    return _Sparsemax.apply(
+        (z if z.dtype == torch.float64 else z.float()) - z.detach().amax(-1, keepdim=True)
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1273,12 +1618,16 @@ def retrieval_ranks(sim, owner: np.ndarray, n_clips: int | None = None, block: i
     rows = sim if callable(sim) else lambda part: sim[part]
     N, Q = n_clips if callable(sim) else len(sim), len(owner)
     blocks = [slice(start, min(start + block, N)) for start in range(0, N, block)]
-    by_clip = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=N))[:-1])
+    by_clip = np.split(
+        np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=N))[:-1]
+    )
     own, a2t, ap10 = np.empty(Q, np.float32), [], []
     for part in tqdm(blocks, desc="ranks, audio to text", unit="block", leave=False, delay=2):
         scores = rows(part)
         if not np.isfinite(scores).all():
-            raise FloatingPointError("some similarities are NaN or infinite; the model's weights are broken")
+            raise FloatingPointError(
+                "some similarities are NaN or infinite; the model's weights are broken"
+            )
         own = own.astype(scores.dtype, copy=False)
         for clip, row in zip(range(part.start, part.stop), scores):
             mine = by_clip[clip]
@@ -1305,7 +1654,8 @@ def retrieval_scores(ranks: dict) -> dict:
         for k in (1, 5, 10):
             scores[f"{way}_R@{k}"] = float((r < k).mean())
         scores[f"{way}_mAP@10"] = float(
-            np.where(r < 10, 1 / (r + 1), 0).mean() if way == "t2a" else ranks["a2t_ap10"].mean())
+            np.where(r < 10, 1 / (r + 1), 0).mean() if way == "t2a" else ranks["a2t_ap10"].mean()
+        )
         scores[f"{way}_MRR"] = float((1 / (r + 1)).mean())
         scores[f"{way}_median_rank"] = float(np.median(r) + 1)
     return scores
@@ -1318,17 +1668,29 @@ def retrieval_chance(owner: np.ndarray, n_clips: int) -> dict:
     per_clip = per_clip[per_clip > 0]
     harmonic = lambda n: float((1 / np.arange(1, n + 1)).sum())  # noqa: E731
     # P(best own caption has rank >= r) = C(Q - m, r) / C(Q, r), for m own captions
-    survival = {m: np.concatenate([[1.0], np.cumprod([max(0, Q - m - r) / (Q - r) for r in range(Q)])])
-                for m in set(per_clip.tolist())}
+    survival = {
+        m: np.concatenate([[1.0], np.cumprod([max(0, Q - m - r) / (Q - r) for r in range(Q)])])
+        for m in set(per_clip.tolist())
+    }
     for k in (1, 5, 10):
         chance[f"t2a_R@{k}"] = min(1.0, k / n_clips)
         chance[f"a2t_R@{k}"] = float(np.mean([1 - survival[m][min(k, Q)] for m in per_clip]))
     chance["t2a_mAP@10"] = harmonic(min(10, n_clips)) / n_clips
     # E[i / (r + 1)] summed over own captions: each lies at rank r with probability 1 / Q
-    chance["a2t_mAP@10"] = float(np.mean([np.mean([
-        (1 + r * (m - 1) / max(1, Q - 1)) / (r + 1) for r in range(min(10, Q))]) * min(10, Q) / Q for m in per_clip]))
+    chance["a2t_mAP@10"] = float(
+        np.mean(
+            [
+                np.mean([(1 + r * (m - 1) / max(1, Q - 1)) / (r + 1) for r in range(min(10, Q))])
+                * min(10, Q)
+                / Q
+                for m in per_clip
+            ]
+        )
+    )
     chance["t2a_MRR"] = harmonic(n_clips) / n_clips
-    chance["a2t_MRR"] = float(np.mean([(-np.diff(survival[m]) / np.arange(1, Q + 1)).sum() for m in per_clip]))
+    chance["a2t_MRR"] = float(
+        np.mean([(-np.diff(survival[m]) / np.arange(1, Q + 1)).sum() for m in per_clip])
+    )
     chance["t2a_median_rank"] = (n_clips + 1) / 2
     chance["a2t_median_rank"] = float(np.median([np.argmax(survival[m] <= 0.5) for m in per_clip]))
     return chance
@@ -1343,7 +1705,9 @@ def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
     scores, hits = scores[order], np.cumsum(targets[order])
     if not len(hits) or hits[-1] == 0:
         return float("nan")
-    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # last index of each threshold
+    ends = np.append(
+        np.flatnonzero(np.diff(scores)), len(scores) - 1
+    )  # last index of each threshold
     gained = np.diff(hits[ends], prepend=0)
     return float((gained / hits[-1] * hits[ends] / (ends + 1)).sum())
 
@@ -1361,8 +1725,10 @@ def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
         found = [*row.get("labels", []), *(event["label"] for event in row.get("events", []))]
         targets[n, [index[label] for label in found if label in index]] = True
     if not targets.any():
-        raise ValueError(f"none of the manifest's labels is among the {len(classes)} classes ({', '.join(classes[:3])}, ...); "
-                         "is classes.txt beside the manifest the right list?")
+        raise ValueError(
+            f"none of the manifest's labels is among the {len(classes)} classes ({', '.join(classes[:3])}, ...); "
+            "is classes.txt beside the manifest the right list?"
+        )
     return targets
 
 
@@ -1372,11 +1738,16 @@ def frame_targets(row: dict, classes: list[str], n_frames: int, frame_s: float) 
     centre_s = (np.arange(n_frames) + 0.5) * frame_s
     for event in row.get("events", []):
         if event["label"] in classes:
-            targets[(centre_s >= event["onset"]) & (centre_s < event["offset"]), classes.index(event["label"])] = True
+            targets[
+                (centre_s >= event["onset"]) & (centre_s < event["offset"]),
+                classes.index(event["label"]),
+            ] = True
     return targets
 
 
-def frame_average_precisions(frame_embeds, class_embeds, rows, classes, frame_s: float, centred: bool):
+def frame_average_precisions(
+    frame_embeds, class_embeds, rows, classes, frame_s: float, centred: bool
+):
     """Frame-level AP of each class over all frames of all clips.
 
     Args
@@ -1388,7 +1759,9 @@ def frame_average_precisions(frame_embeds, class_embeds, rows, classes, frame_s:
     scores = np.concatenate(frame_embeds) @ class_embeds.T  # (frames, C)
     if centred:
         scores = scores - scores.mean(1, keepdims=True)
-    targets = np.concatenate([frame_targets(row, classes, len(f), frame_s) for row, f in zip(rows, frame_embeds)])
+    targets = np.concatenate(
+        [frame_targets(row, classes, len(f), frame_s) for row, f in zip(rows, frame_embeds)]
+    )
     return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
 
 
@@ -1412,7 +1785,11 @@ def detections(scores: np.ndarray):
     lowest, width = [scores], 1  # lowest[k][i] = min(scores[i : i + 2 ** k])
     while width < n and (lowest[-1] > -np.inf).any():
         one = lowest[-1]
-        lowest.append(np.minimum(one, np.concatenate([one[width:], np.full(min(width, n), -np.inf, one.dtype)])))
+        lowest.append(
+            np.minimum(
+                one, np.concatenate([one[width:], np.full(min(width, n), -np.inf, one.dtype)])
+            )
+        )
         width *= 2
     start = np.flatnonzero(scores > -np.inf)
     value, stop = scores[start], start + 1
@@ -1427,8 +1804,18 @@ def detections(scores: np.ndarray):
     return start[lives], stop[lives], value[lives], floor[lives]
 
 
-def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, dtc: float, gtc: float,
-            cttc: float | None = None, alpha_ct: float = 0.0, max_efpr: float | None = 100.0, desc="PSDS") -> list:
+def psd_roc(
+    scores: list,
+    rows: list[dict],
+    classes: list[str],
+    frame_s: float,
+    dtc: float,
+    gtc: float,
+    cttc: float | None = None,
+    alpha_ct: float = 0.0,
+    max_efpr: float | None = 100.0,
+    desc="PSDS",
+) -> list:
     """Each class's true positive ratio against its effective false positives an hour, over all thresholds.
 
     Exact: a threshold between any two scores is an operating point. Memory does not grow with the
@@ -1447,12 +1834,16 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
     """
     lengths = np.array([len(s) + 1 for s in scores])  # one more edge than frames
     begin = np.concatenate([[0], np.cumsum(lengths)])
-    edges = np.concatenate([frame_edges(len(s), frame_s, row["duration"]) for s, row in zip(scores, rows)])
+    edges = np.concatenate(
+        [frame_edges(len(s), frame_s, row["duration"]) for s, row in zip(scores, rows)]
+    )
     hours = sum(row["duration"] for row in rows) / 3600
     labels = {event["label"] for row in rows for event in row.get("events", [])}
     columns = [k for k, name in enumerate(classes) if name in labels]
     if not columns:
-        raise ValueError("no event of the clips is of one of the classes; detection cannot be scored")
+        raise ValueError(
+            "no event of the clips is of one of the classes; detection cannot be scored"
+        )
     index = {classes[k]: c for c, k in enumerate(columns)}
     events = [[] for _ in columns]  # (clip, onset, offset)
     for i, row in enumerate(rows):
@@ -1465,7 +1856,7 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
     covered = [{} for _ in columns]
     for c, found in enumerate(events):
         for i, on, off in found:
-            seconds = np.clip(edges[begin[i]:begin[i + 1]] - on, 0, off - on)
+            seconds = np.clip(edges[begin[i] : begin[i + 1]] - on, 0, off - on)
             covered[c][i] = covered[c].get(i, 0) + seconds
     # the same by clip: the k-th class that occurs in it, for k = 0, 1, ...
     others = []
@@ -1476,7 +1867,7 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
                 if taken[i] == len(others):
                     others.append((np.full(len(rows), -1), np.zeros(len(edges))))
                 others[taken[i]][0][i] = c
-                others[taken[i]][1][begin[i]:begin[i + 1]] = seconds
+                others[taken[i]][1][begin[i] : begin[i + 1]] = seconds
                 taken[i] += 1
     per_hour = np.array([0.0 if h == 0 else 1 / h for h in event_hours])
 
@@ -1487,12 +1878,14 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
     for c, column in enumerate(tqdm(columns, desc=desc, unit="class", leave=False, delay=2)):
         flat[inside] = np.concatenate([s[:, column] for s in scores])
         if np.isnan(flat).any():
-            raise FloatingPointError(f"some scores of class {classes[column]!r} are NaN; the model's weights are broken")
+            raise FloatingPointError(
+                f"some scores of class {classes[column]!r} are NaN; the model's weights are broken"
+            )
         start, stop, top, floor = detections(flat)
         seconds = edges[stop] - edges[start]
         own = np.zeros(len(edges))
         for i, cover in covered[c].items():
-            own[begin[i]:begin[i + 1]] = cover
+            own[begin[i] : begin[i + 1]] = cover
         counts = np.round(own[stop] - own[start], 6) >= np.round(dtc * seconds, 6)
         wrong = ~counts
         cost = np.full(wrong.sum(), 1 / hours)
@@ -1501,8 +1894,12 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
             for which, cover in others:
                 hit = np.flatnonzero((which[clip] >= 0) & (which[clip] != c))
                 at = np.flatnonzero(wrong)[hit]
-                crosses = np.round(cover[stop[at]] - cover[start[at]], 6) >= np.round(cttc * seconds[at], 6)
-                cost[hit[crosses]] += alpha_ct / max(len(columns) - 1, 1) * per_hour[which[clip[hit[crosses]]]]
+                crosses = np.round(cover[stop[at]] - cover[start[at]], 6) >= np.round(
+                    cttc * seconds[at], 6
+                )
+                cost[hit[crosses]] += (
+                    alpha_ct / max(len(columns) - 1, 1) * per_hour[which[clip[hit[crosses]]]]
+                )
 
         thresholds, found = [top[wrong], floor[wrong]], [np.zeros(2 * wrong.sum())]
         costs = [cost, -cost]
@@ -1523,7 +1920,9 @@ def psd_roc(scores: list, rows: list[dict], classes: list[str], frame_s: float, 
         order = order[thresholds[order] > -np.inf]
         last = np.append(np.diff(thresholds[order]) != 0, True) if len(order) else np.zeros(0, bool)
         tpr = np.cumsum(found[order])[last] / len(events[c])
-        efpr = np.cumsum(costs[order])[last].round(9)  # sums of equal terms in another order are equal
+        efpr = np.cumsum(costs[order])[last].round(
+            9
+        )  # sums of equal terms in another order are equal
         roc.append(staircase(tpr, efpr, max_efpr))
     return roc
 
@@ -1549,10 +1948,10 @@ def psds(roc: list, alpha_st: float = 1.0, max_efpr: float | None = 100.0) -> fl
     """
     at = np.concatenate([efpr for efpr, _ in roc])
     step = np.concatenate([np.diff(tpr, prepend=0.0) for _, tpr in roc])
-    square = np.concatenate([np.diff(tpr ** 2, prepend=0.0) for _, tpr in roc])
+    square = np.concatenate([np.diff(tpr**2, prepend=0.0) for _, tpr in roc])
     order = np.argsort(at, kind="stable")
     mean, mean_square = np.cumsum(step[order]) / len(roc), np.cumsum(square[order]) / len(roc)
-    height = np.maximum(mean - alpha_st * np.sqrt(np.maximum(mean_square - mean ** 2, 0)), 0)
+    height = np.maximum(mean - alpha_st * np.sqrt(np.maximum(mean_square - mean**2, 0)), 0)
     end = at.max() if max_efpr is None else max_efpr
     return float((height * np.diff(np.append(at[order], end))).sum() / end)
 
@@ -1569,9 +1968,12 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
+        raise ValueError(
+            "--plot needs matplotlib; install it with: pip install matplotlib"
+        ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
+
     return matplotlib.pyplot
 
 
@@ -1592,7 +1994,9 @@ class AudioFiles(torch.utils.data.Dataset):
     def __getitem__(self, i):
         row = self.rows[i]
         try:
-            return i, read_audio(row["audio"], self.sample_rate, self.length_s, expected_s=row.get("duration"))
+            return i, read_audio(
+                row["audio"], self.sample_rate, self.length_s, expected_s=row.get("duration")
+            )
         except AudioError as error:
             return i, error
 
@@ -1613,19 +2017,37 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", 
     length_s = model.window_s if crop == "first" and math.isfinite(model.window_s) else None
     seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     batches = [[]]
-    for i in np.argsort(seconds, kind="stable").tolist():  # short with short: little padding, and bounded memory
+    for i in np.argsort(
+        seconds, kind="stable"
+    ).tolist():  # short with short: little padding, and bounded memory
         if i in done:
             continue
-        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(seconds[i], 30.0 * batch_size):
+        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(
+            seconds[i], 30.0 * batch_size
+        ):
             batches.append([])
         batches[-1].append(i)
-    return torch.utils.data.DataLoader(AudioFiles(rows, model.sample_rate, length_s), batch_sampler=[b for b in batches if b],
-                                       num_workers=workers, collate_fn=collate_audio, worker_init_fn=outlive_sigterm)
+    return torch.utils.data.DataLoader(
+        AudioFiles(rows, model.sample_rate, length_s),
+        batch_sampler=[b for b in batches if b],
+        num_workers=workers,
+        collate_fn=collate_audio,
+        worker_init_fn=outlive_sigterm,
+    )
 
 
 @torch.no_grad()
-def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", frames=False, desc="embedding audio",
-                quiet=False, cache: Path | None = None):
+def embed_files(
+    model,
+    rows: list[dict],
+    batch_size=32,
+    workers=0,
+    crop="all",
+    frames=False,
+    desc="embedding audio",
+    quiet=False,
+    cache: Path | None = None,
+):
     """Embed every readable file of `rows`.
 
     Args: crop "all": every consecutive window; "first": the first window only; frames: the name of the model's
@@ -1641,13 +2063,18 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PermissionError(f"--cache {cache}: this folder cannot be made ({error.strerror})") from None
+            raise PermissionError(
+                f"--cache {cache}: this folder cannot be made ({error.strerror})"
+            ) from None
         for part in sorted(cache.glob("*.npz")):
             try:
                 with np.load(part) as held:
                     for k, key in enumerate(held["keys"].tolist()):
                         if not frames or f"{frames}{k}" in held:
-                            stored[key] = held["embeds"][k], held[f"{frames}{k}"] if frames else None
+                            stored[key] = (
+                                held["embeds"][k],
+                                held[f"{frames}{k}"] if frames else None,
+                            )
             except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
                 tqdm.write(f"{part}: a damaged part of the cache, embedded again")
         for i, row in enumerate(rows):
@@ -1655,29 +2082,48 @@ def embed_files(model, rows: list[dict], batch_size=32, workers=0, crop="all", f
                 found[i] = stored[file_key(row)]
     loader = file_batches(model, rows, batch_size, workers, crop, done=found)
     device = next(model.parameters()).device
-    for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=quiet):
+    for indices, waveform, n_samples, errors in tqdm(
+        loader, desc=desc, unit="batch", leave=False, disable=quiet
+    ):
         bad.update(errors)
         if not indices:
             continue
         waveform = waveform.to(device)
         embeds = model.embed_audio(waveform, n_samples).cpu().numpy()
         if not np.isfinite(embeds).all():
-            raise FloatingPointError("some embeddings are NaN or infinite; the model's weights are broken")
-        clips = getattr(model, frames)(waveform, n_samples).cpu().numpy() if frames else [None] * len(indices)
+            raise FloatingPointError(
+                "some embeddings are NaN or infinite; the model's weights are broken"
+            )
+        clips = (
+            getattr(model, frames)(waveform, n_samples).cpu().numpy()
+            if frames
+            else [None] * len(indices)
+        )
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
             timed = frames and frames != "token_embeds"  # those tokens are as many for every clip
-            found[i] = embed, clip[:math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if timed else clip
+            found[i] = (
+                embed,
+                clip[: math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if timed else clip,
+            )
         if cache is not None:
             held = {f"{frames}{k}": found[i][1] for k, i in enumerate(indices) if frames}
             keys = [file_key(rows[i]) for i in indices]
-            name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + (f"_{frames}" if frames else "")
+            name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + (
+                f"_{frames}" if frames else ""
+            )
             with written_whole(cache / f"{name}.npz", this_process()) as file:
                 np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
     if not found:
-        raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[min(bad)] if bad else 'no rows'}")
+        raise ValueError(
+            f"none of {len(rows)} audio files could be read; first: {bad[min(bad)] if bad else 'no rows'}"
+        )
     kept = sorted(found)
-    return (kept, np.stack([found[i][0] for i in kept]), [found[i][1] for i in kept] if frames else None,
-            [bad[i] for i in sorted(bad)])
+    return (
+        kept,
+        np.stack([found[i][0] for i in kept]),
+        [found[i][1] for i in kept] if frames else None,
+        [bad[i] for i in sorted(bad)],
+    )
 
 
 def file_key(row: dict) -> str:
@@ -1686,14 +2132,18 @@ def file_key(row: dict) -> str:
         stat = os.stat(row["audio"])
     except OSError:
         return ""
-    return f"{os.path.abspath(row['audio'])}|{stat.st_size}|{stat.st_mtime_ns}|{row.get('duration')}"
+    return (
+        f"{os.path.abspath(row['audio'])}|{stat.st_size}|{stat.st_mtime_ns}|{row.get('duration')}"
+    )
 
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
     """(Q, D) float32; equal texts are embedded once, so their scores tie exactly."""
     unique, inverse = np.unique(texts, return_inverse=True)
-    parts = [model.embed_text(unique[i:i + batch_size].tolist()).cpu().numpy()
-             for i in range(0, len(unique), batch_size)]
+    parts = [
+        model.embed_text(unique[i : i + batch_size].tolist()).cpu().numpy()
+        for i in range(0, len(unique), batch_size)
+    ]
     return np.concatenate(parts)[inverse]
 
 
@@ -1719,7 +2169,9 @@ def start_device(name: str) -> torch.device:
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if "RANK" in os.environ and not dist.is_initialized():
         # the others wait while the first process validates and embeds captions; nccl's own limit is ten minutes
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(
+            "nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2)
+        )
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
@@ -1730,8 +2182,11 @@ def start(cfg, presets: dict):
     """What every training begins with -> device, autocast, say (prints, in the first process only); says which presets are in use."""
     device = start_device(cfg.device)
     say = tqdm.write if rank_and_world()[0] == 0 else (lambda text: None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or (
-        cfg.precision == "auto" and device.type == "cuda"))
+    autocast = torch.autocast(
+        device.type,
+        torch.bfloat16,
+        enabled=cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda"),
+    )
     for (name, choice), preset in presets.items():
         if getattr(cfg, name) == choice:
             say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
@@ -1747,7 +2202,9 @@ def seed_step(seed: int, step: int, rank: int = 0, part: int = 0) -> None:
 
     So a resumed run needs no stored generator state to repeat the uninterrupted one.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank, part)).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(
+        int(np.random.SeedSequence((seed, step, rank, part)).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -1767,7 +2224,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         # Every process computes the same full loss, so its own rows' gradient is complete;
         # times world, because DistributedDataParallel divides by it.
-        return grad[ctx.start:ctx.start + ctx.size] * ctx.world
+        return grad[ctx.start : ctx.start + ctx.size] * ctx.world
 
 
 def gather_with_grad(x):
@@ -1796,7 +2253,9 @@ def batches_on(device, loader):
         return
     stream, ready = torch.cuda.Stream(device), None
     for batch in loader:
-        stream.wait_stream(torch.cuda.current_stream(device))  # memory given back by a batch is not taken while it is computed with
+        stream.wait_stream(
+            torch.cuda.current_stream(device)
+        )  # memory given back by a batch is not taken while it is computed with
         with torch.cuda.stream(stream):
             coming = to_device(batch, device)
         if ready is not None:
@@ -1812,7 +2271,11 @@ def collate_parts(items: list, micro_batch: int, tensors):
     bad = [str(item) for item in items if isinstance(item, AudioError)]
     good = [item for item in items if not isinstance(item, AudioError)]
     size = micro_batch or max(1, len(good))
-    return [tensors(good[i:i + size]) for i in range(0, len(good), size)], [item[-1] for item in good], bad
+    return (
+        [tensors(good[i : i + size]) for i in range(0, len(good), size)],
+        [item[-1] for item in good],
+        bad,
+    )
 
 
 def compile_training(model) -> None:
@@ -1821,6 +2284,7 @@ def compile_training(model) -> None:
     Masks are drawn as without it: a run can be compared, and gradient caching passes twice with the same ones.
     """
     import torch._inductor.config
+
     torch._inductor.config.fallback_random = True
     model.compile()
 
@@ -1842,11 +2306,20 @@ def wrap(model, device, compiled: bool, micro_batch: int = 0):
     if rank_and_world()[1] == 1:
         return model
     on_gpu = device.type == "cuda"
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu and not micro_batch else model
+    synchronised = (
+        nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu and not micro_batch else model
+    )
     return nn.parallel.DistributedDataParallel(synchronised, [device.index] if on_gpu else None)
 
 
-def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextlib.nullcontext(), micro_batch: int = 0):
+def cached_backward(
+    model,
+    parts: list[dict],
+    loss_of,
+    reseed,
+    autocast=contextlib.nullcontext(),
+    micro_batch: int = 0,
+):
     """Backward pass of a loss over a batch given in parts, with the graph of one part in memory at a time.
 
     Gradient caching (Gao et al., RepL4NLP 2021): every part is embedded without a graph; the loss of the
@@ -1861,6 +2334,7 @@ def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextl
         micro_batch: not 0 where another process may have several parts: all must then go the same way, since
             DistributedDataParallel talks to the others in every pass, and a process that skips one waits forever.
     """
+
     def outputs(i):
         reseed(i)
         with autocast:
@@ -1872,16 +2346,25 @@ def cached_backward(model, parts: list[dict], loss_of, reseed, autocast=contextl
         return result
     with torch.no_grad():
         held = [[x.detach().requires_grad_() for x in outputs(i)] for i in range(len(parts))]
-    result = loss_of(*(torch.cat(column) if column[0].dim() else torch.stack(column).mean() for column in zip(*held)))
+    result = loss_of(
+        *(
+            torch.cat(column) if column[0].dim() else torch.stack(column).mean()
+            for column in zip(*held)
+        )
+    )
     result[0].backward()
     for i in range(len(parts)):
-        quiet = i < len(parts) - 1 and hasattr(model, "no_sync")  # the processes add up their gradients once
+        quiet = i < len(parts) - 1 and hasattr(
+            model, "no_sync"
+        )  # the processes add up their gradients once
         with model.no_sync() if quiet else contextlib.nullcontext():
             sum((x * cached.grad).sum() for x, cached in zip(outputs(i), held[i])).backward()
     return result
 
 
-def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=(5, 10, 15, 20, 25, 30)):
+def bucketed_batches(
+    durations, batch_size: int, seed: int, epoch: int, edges_s=(5, 10, 15, 20, 25, 30)
+):
     """Indices of one epoch as batches of clips of similar length, in random order.
 
     First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a batch
@@ -1891,7 +2374,7 @@ def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=
     """
     rng, durations = np.random.default_rng((seed, epoch)), np.asarray(durations)
     order = rng.permutation(len(durations))
-    order = order[:len(order) // batch_size * batch_size] if len(order) >= batch_size else order
+    order = order[: len(order) // batch_size * batch_size] if len(order) >= batch_size else order
     bucket = np.digitize(durations[order], edges_s)
     by_length = lambda members: members[np.argsort(durations[members], kind="stable")]  # noqa: E731
     batches, left = [], []
@@ -1899,10 +2382,12 @@ def bucketed_batches(durations, batch_size: int, seed: int, epoch: int, edges_s=
         members = order[bucket == b]
         full = len(members) // batch_size * batch_size
         for i in range(0, full, 8 * batch_size):
-            batches += list(by_length(members[i:min(i + 8 * batch_size, full)]).reshape(-1, batch_size))
+            batches += list(
+                by_length(members[i : min(i + 8 * batch_size, full)]).reshape(-1, batch_size)
+            )
         left.append(members[full:])
     left = by_length(np.concatenate(left))
-    batches += [left[i:i + batch_size] for i in range(0, len(left), batch_size)]
+    batches += [left[i : i + batch_size] for i in range(0, len(left), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -1921,12 +2406,16 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
     """Factor of the peak learning rate: linear from 0, then half a cosine to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    return 0.5 * (
+        1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    )
 
 
 def barrier() -> None:
     if dist.is_initialized():
-        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+        dist.barrier(
+            device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+        )
 
 
 def check_counts(cfg, *names: str) -> None:
@@ -1940,18 +2429,37 @@ def check_batch(cfg, size: int, n: int, what: str, flag: str = "batch_size") -> 
     """ValueError if a batch of `size` of the n clips or pairs of a training leaves a process less than two."""
     world = rank_and_world()[1]
     if size < 2 * world:
-        raise ValueError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)} with {n} training {what}(s) on {world} process(es): at least 2 {what}s "
-                         "are needed in each (a contrastive loss of 1 is 0)")
+        raise ValueError(
+            f"--{flag.replace('_', '-')} {getattr(cfg, flag)} with {n} training {what}(s) on {world} process(es): at least 2 {what}s "
+            "are needed in each (a contrastive loss of 1 is 0)"
+        )
 
 
 def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not ignored."""
-    free = {"resume", "name", "runs", "workers", "device", "log_steps", "save_steps", "eval_epochs", "eval_steps", "plot", "max_bad", "data",
-            "cache", "compile", "micro_batch"}
+    free = {
+        "resume",
+        "name",
+        "runs",
+        "workers",
+        "device",
+        "log_steps",
+        "save_steps",
+        "eval_epochs",
+        "eval_steps",
+        "plot",
+        "max_bad",
+        "data",
+        "cache",
+        "compile",
+        "micro_batch",
+    }
     for key, value in stored.items():
         if key not in free and getattr(cfg, key) != value:
-            raise ValueError(f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was started with {value}; "
-                             "leave the flag out or start a new --name")
+            raise ValueError(
+                f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was started with {value}; "
+                "leave the flag out or start a new --name"
+            )
 
 
 def check_finite(recent: list, run, model=None) -> None:
@@ -1962,14 +2470,20 @@ def check_finite(recent: list, run, model=None) -> None:
     for step, loss, names in recent:
         if not torch.isfinite(loss):
             rank, world = rank_and_world()
-            path = run.path / f"nonfinite_batch{f'_{rank}' if world > 1 else ''}.txt"  # each process lists its share
+            path = (
+                run.path / f"nonfinite_batch{f'_{rank}' if world > 1 else ''}.txt"
+            )  # each process lists its share
             write_lines(path, names)
-            raise FloatingPointError(f"the loss of step {step} is {loss.item()}; the batch's files are listed in {path}, the "
-                                     "last checkpoint is from before; try a smaller --lr or --precision fp32")
+            raise FloatingPointError(
+                f"the loss of step {step} is {loss.item()}; the batch's files are listed in {path}, the "
+                "last checkpoint is from before; try a smaller --lr or --precision fp32"
+            )
     recent.clear()
     if model is not None and not all(torch.isfinite(p).all() for p in model.parameters()):
-        raise FloatingPointError("a weight became NaN or infinite though the loss did not; nothing was saved, the last checkpoint "
-                                 "is from before; try a smaller --lr or --precision fp32")
+        raise FloatingPointError(
+            "a weight became NaN or infinite though the loss did not; nothing was saved, the last checkpoint "
+            "is from before; try a smaller --lr or --precision fp32"
+        )
 
 
 @contextlib.contextmanager
@@ -1994,33 +2508,54 @@ class RunFolder:
 
     locks = {}
 
-    def __init__(self, runs: str, name: str, method: str, resume: bool, n_clips: int, max_bad: float):
+    def __init__(
+        self, runs: str, name: str, method: str, resume: bool, n_clips: int, max_bad: float
+    ):
         number = 1
         while not name and (Path(runs) / f"{method}-{number}").exists():
             number += 1
         shared = [name or f"{method}-{number}"]
         if dist.is_initialized():
-            dist.broadcast_object_list(shared)  # processes that look later would see the first one's folder
+            dist.broadcast_object_list(
+                shared
+            )  # processes that look later would see the first one's folder
         self.path, self.name = Path(runs) / shared[0], shared[0]
-        self.n_clips, self.max_bad, self.writes, self.all_told = n_clips, max_bad, rank_and_world()[0] == 0, False
+        self.n_clips, self.max_bad, self.writes, self.all_told = (
+            n_clips,
+            max_bad,
+            rank_and_world()[0] == 0,
+            False,
+        )
         if not resume and (self.path / "last.pt").exists():
-            raise FileExistsError(f"{self.path} already holds a run; continue it with --resume or choose another --name")
+            raise FileExistsError(
+                f"{self.path} already holds a run; continue it with --resume or choose another --name"
+            )
         if self.writes:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if fcntl and self.path not in RunFolder.locks:  # a second stage has it already
                     RunFolder.locks.clear()  # earlier runs of this process are over
                     RunFolder.locks[self.path] = open(self.path / "lock", "w")
-                    fcntl.lockf(RunFolder.locks[self.path], fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it back from a killed process
+                    fcntl.lockf(
+                        RunFolder.locks[self.path], fcntl.LOCK_EX | fcntl.LOCK_NB
+                    )  # the system takes it back from a killed process
                 for name in () if resume else ("log.jsonl", "skipped.txt"):
                     (self.path / name).write_text("")
             except BlockingIOError:
-                raise FileExistsError(f"{self.path} is being written by another process; choose another --name") from None
+                raise FileExistsError(
+                    f"{self.path} is being written by another process; choose another --name"
+                ) from None
             except OSError as error:
-                raise PermissionError(f"--runs {runs}: cannot write to {self.path} ({error.strerror})") from None
+                raise PermissionError(
+                    f"--runs {runs}: cannot write to {self.path} ({error.strerror})"
+                ) from None
         barrier()  # no process goes on before the folder is there
         skipped = self.path / "skipped.txt"
-        self.skipped = set(skipped.read_text(encoding="utf-8").splitlines()) if resume and skipped.exists() else set()
+        self.skipped = (
+            set(skipped.read_text(encoding="utf-8").splitlines())
+            if resume and skipped.exists()
+            else set()
+        )
 
     @property
     def stop(self) -> bool:
@@ -2037,8 +2572,15 @@ class RunFolder:
     def drop_log_after(self, step: int, stage: str | None = None) -> None:
         """Forget log lines written after the checkpoint that a killed run resumes from; those of other stages stay."""
         if self.writes:
-            lines = [(x, json.loads(x)) for x in (self.path / "log.jsonl").read_text().splitlines() if x.endswith("}")]
-            write_lines(self.path / "log.jsonl", [x for x, line in lines if line.get("stage") != stage or line["step"] <= step])
+            lines = [
+                (x, json.loads(x))
+                for x in (self.path / "log.jsonl").read_text().splitlines()
+                if x.endswith("}")
+            ]
+            write_lines(
+                self.path / "log.jsonl",
+                [x for x, line in lines if line.get("stage") != stage or line["step"] <= step],
+            )
 
     def log(self, line: dict) -> None:
         if self.writes:
@@ -2057,8 +2599,10 @@ class RunFolder:
             with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
                 f.writelines(text + "\n" for text in new)
         if len(self.skipped) > self.max_bad * self.n_clips:
-            raise ValueError(f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than --max-bad "
-                             f"{self.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in {self.path / 'skipped.txt'})")
+            raise ValueError(
+                f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than --max-bad "
+                f"{self.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in {self.path / 'skipped.txt'})"
+            )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2076,14 +2620,25 @@ def save_checkpoint(path: Path, payload: dict) -> None:
 
 def versions() -> dict:
     import transformers
-    return {"torch": str(torch.__version__), "torchaudio": str(torchaudio.__version__),
-            "transformers": transformers.__version__, "numpy": np.__version__}
+
+    return {
+        "torch": str(torch.__version__),
+        "torchaudio": str(torchaudio.__version__),
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def allowed_globals() -> list:
     """What published checkpoints carry beside their weights; nothing else in a file is ever built."""
     from numpy._core.multiarray import scalar
-    allowed = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]  # numpy 2's and 1's name
+
+    allowed = [
+        argparse.Namespace,
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        np.dtype,
+    ]  # numpy 2's and 1's name
     return allowed + [type(np.dtype(t)) for t in "fdil"]
 
 
@@ -2095,13 +2650,23 @@ def read_weights(path) -> dict:
         with torch.serialization.safe_globals(allowed_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, struct.error) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a torch weight file that can be read safely ({reason})") from None
-    except Exception as error:  # pickle.UnpicklingError: the file asks for something not on the list
-        raise ValueError(f"{path}: not a weight file that can be read safely "
-                         f"({str(error).strip().splitlines()[0][:160]})") from None
+        reason = (
+            str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        )
+        raise ValueError(
+            f"{path}: not a torch weight file that can be read safely ({reason})"
+        ) from None
+    except (
+        Exception
+    ) as error:  # pickle.UnpicklingError: the file asks for something not on the list
+        raise ValueError(
+            f"{path}: not a weight file that can be read safely "
+            f"({str(error).strip().splitlines()[0][:160]})"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dictionary of weights, found {type(content).__name__}")
+        raise ValueError(
+            f"{path}: expected a dictionary of weights, found {type(content).__name__}"
+        )
     return content
 
 
@@ -2109,11 +2674,17 @@ def read_checkpoint(path, method: str | None = None) -> dict:
     """One of this project's checkpoints; `method` checks whose it is."""
     content = read_weights(path)
     if "method" not in content or "config" not in content:
-        raise ValueError(f"{path}: not a checkpoint of this project (keys: {', '.join(repr(key)[:40] for key in list(content)[:5])})")
+        raise ValueError(
+            f"{path}: not a checkpoint of this project (keys: {', '.join(repr(key)[:40] for key in list(content)[:5])})"
+        )
     if method and content["method"] != method:
-        raise ValueError(f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py")
+        raise ValueError(
+            f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py"
+        )
     if "model" not in content:
-        raise ValueError(f"{path}: a checkpoint of {content['method']} without weights (no key 'model')")
+        raise ValueError(
+            f"{path}: a checkpoint of {content['method']} without weights (no key 'model')"
+        )
     return content
 
 
@@ -2121,11 +2692,23 @@ def load_strict(module: nn.Module, state: dict, source) -> None:
     """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-              for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
-    listed = lambda names: f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"  # noqa: E731
-    problems = [f"{text} {listed(names)}" for text, names in
-                (("missing keys:", missing), ("unexpected keys:", extra), ("wrong shapes:", sorted(shapes))) if names]
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own.keys() & state.keys()
+        if state[k].shape != own[k].shape
+    ]
+    listed = lambda names: (
+        f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+    )  # noqa: E731
+    problems = [
+        f"{text} {listed(names)}"
+        for text, names in (
+            ("missing keys:", missing),
+            ("unexpected keys:", extra),
+            ("wrong shapes:", sorted(shapes)),
+        )
+        if names
+    ]
     if problems:
         raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
     module.load_state_dict(state)
@@ -2136,10 +2719,16 @@ def transformers_weights(name: str) -> dict:
     transformers = quiet_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[config.model_type]
+        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[
+            config.model_type
+        ]
         return kind.from_pretrained(name).state_dict()
     except KeyError:
-        raise ValueError(f"{name}: a transformers model of type '{config.model_type}'; expected CLAP") from None
+        raise ValueError(
+            f"{name}: a transformers model of type '{config.model_type}'; expected CLAP"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: not a transformers CLAP folder or reachable hub id "
-                         f"({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(
+            f"{name}: not a transformers CLAP folder or reachable hub id "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None

@@ -49,6 +49,7 @@ Run:  python curation_clap.py --data demo                              (two CPU 
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol classification --prompt curation_clap
 Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. Eq. (5) falls to no fixed value (D6).
 """
+
 import dataclasses
 import hashlib
 import json
@@ -80,32 +81,54 @@ import common
 class Config:
     # data
     data: list[str]  # annotated manifests, folders that hold manifest.jsonl, or the word demo
-    size: Literal["paper", "tiny"] = "paper"  # paper: CNN14 + BERT; tiny: same family, small, from nothing
-    variant: Literal["paper", "official"] = "paper"  # official: details as in the released code (D2, D3)
-    stage: Literal["all", "teacher", "curate", "student"] = "all"  # one of the three, or all in order
-    pool: list[str] = field(default_factory=list)  # unlabelled audio: manifests (captions and labels are not read), or files of eval.py embed
+    size: Literal["paper", "tiny"] = (
+        "paper"  # paper: CNN14 + BERT; tiny: same family, small, from nothing
+    )
+    variant: Literal["paper", "official"] = (
+        "paper"  # official: details as in the released code (D2, D3)
+    )
+    stage: Literal["all", "teacher", "curate", "student"] = (
+        "all"  # one of the three, or all in order
+    )
+    pool: list[str] = field(
+        default_factory=list
+    )  # unlabelled audio: manifests (captions and labels are not read), or files of eval.py embed
     pool_share: float = 0.0  # without --pool: share of the training clips whose captions are forgotten (ours; the demo has no other pool)
-    captions: list[str] = field(default_factory=list)  # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3)
-    labels: list[str] = field(default_factory=list)  # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
+    captions: list[str] = field(
+        default_factory=list
+    )  # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3)
+    labels: list[str] = field(
+        default_factory=list
+    )  # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
     teacher: str = ""  # of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty: runs/NAME/teacher.pt
     teacher_fraction: float = 1.0  # share of the annotated clips that is used (0.1 in Table 3)
     # curation
-    curation: Literal["ads", "du", "ds", "none"] = "ads"  # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
-    threshold: float = 0.7  # sigma, least cosine of clip and caption (DU 0.7, ADS 0.6 to 0.75: Sec. 3)
-    ds_threshold: float = 0.7  # least cosine of caption and class prompt (0.7, 0.6, 0.675 for ESC, US8K, TUT: code)
+    curation: Literal["ads", "du", "ds", "none"] = (
+        "ads"  # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
+    )
+    threshold: float = (
+        0.7  # sigma, least cosine of clip and caption (DU 0.7, ADS 0.6 to 0.75: Sec. 3)
+    )
+    ds_threshold: float = (
+        0.7  # least cosine of caption and class prompt (0.7, 0.6, 0.675 for ESC, US8K, TUT: code)
+    )
     top_k: int = 0  # DU, ADS: instead of a threshold so many best captions a clip (5: code)
     ds_top_k: int = 0  # DS, ADS: instead of ds_threshold so many nearest captions a class (ours)
     dry_run: bool = False  # stop at curation with similarities, yields and examples of a sample, to choose sigma
     block: int = 8192  # clips curated between two points of resumption; never changes the result
     # model
-    audio_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024, 2048])  # of CNN14's blocks
+    audio_channels: list[int] = field(
+        default_factory=lambda: [64, 128, 256, 512, 1024, 2048]
+    )  # of CNN14's blocks
     hop: int = 320  # samples between spectrogram frames (Sec. 3)
     window_s: float = 5.0  # seconds heard at once (Sec. 3)
     joint_dim: int = 1024  # dimension shared by audio and text (Sec. 3)
     block_dropout: float = 0.2  # after each of CNN14's blocks (PANNs)
     dropout: float = 0.5  # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
     audio_weights: str = "Cnn14_mAP=0.431.pth"  # the teacher's audio encoder: PANNs' file, MS-CLAP 2022's (then all of it), or none
-    text_model: str = "bert-base-uncased"  # the teacher's text encoder: hub id or folder (Sec. 3), or none
+    text_model: str = (
+        "bert-base-uncased"  # the teacher's text encoder: hub id or folder (Sec. 3), or none
+    )
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # loss
@@ -123,7 +146,9 @@ class Config:
     clip: float = 5.0  # largest norm of the gradient (code)
     replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.3)
     replay_prob: float = 0.5  # share of them (code)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
+    )
     seed: int = 0  # of weights, order, crops, dropout, choice of clips
     # run
     name: str = ""  # folder under --runs; empty: curation_clap-1, curation_clap-2, ...
@@ -140,9 +165,29 @@ class Config:
 
 # A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a step affordable on a CPU. The cosines of
 # a small teacher lie anywhere (0.3 was a good one), so it curates by rank.
-TINY = dict(audio_weights="none", text_model="none", audio_channels=[8, 16, 32, 64, 128], hop=1024, joint_dim=128, block_dropout=0.0, dropout=0.1,
-            text_dim=128, text_layers=2, temperature=0.07, pool_share=0.5, top_k=2, ds_top_k=30, teacher_epochs=10, student_epochs=5,
-            epoch_steps=30, batch_size=32, lr=1e-3, patience=2, save_steps=100, workers=1)
+TINY = dict(
+    audio_weights="none",
+    text_model="none",
+    audio_channels=[8, 16, 32, 64, 128],
+    hop=1024,
+    joint_dim=128,
+    block_dropout=0.0,
+    dropout=0.1,
+    text_dim=128,
+    text_layers=2,
+    temperature=0.07,
+    pool_share=0.5,
+    top_k=2,
+    ds_top_k=30,
+    teacher_epochs=10,
+    student_epochs=5,
+    epoch_steps=30,
+    batch_size=32,
+    lr=1e-3,
+    patience=2,
+    save_steps=100,
+    workers=1,
+)
 OFFICIAL = dict(temperature=0.07)  # D2
 PRESETS = {("size", "tiny"): TINY, ("variant", "official"): OFFICIAL}
 SAMPLE_RATE, N_FFT, N_MELS, FMIN_HZ, FMAX_HZ = 44100, 1024, 64, 50, 14000
@@ -180,16 +225,27 @@ class CNN14(nn.Module):
     unused, so that they load. The mel matrix is stored with the weights (D5).
     """
 
-    def __init__(self, channels=(64, 128, 256, 512, 1024, 2048), hop: int = 320, block_dropout: float = 0.2, dropout: float = 0.5):
+    def __init__(
+        self,
+        channels=(64, 128, 256, 512, 1024, 2048),
+        hop: int = 320,
+        block_dropout: float = 0.2,
+        dropout: float = 0.5,
+    ):
         super().__init__()
         self.log_mel = common.LogMel(SAMPLE_RATE, N_FFT, hop, N_MELS, FMIN_HZ, FMAX_HZ)
-        self.log_mel.mel_scale.register_buffer("fb", self.log_mel.mel_scale.fb, persistent=True)  # D5
+        self.log_mel.mel_scale.register_buffer(
+            "fb", self.log_mel.mel_scale.fb, persistent=True
+        )  # D5
         self.block_dropout, self.dropout, self.out_dim = block_dropout, dropout, channels[-1]
         self.bn0 = nn.BatchNorm2d(N_MELS)
         self.blocks = [f"conv_block{i}" for i in range(1, len(channels) + 1)]
         for name, channels_in, out in zip(self.blocks, (1, *channels), channels):
             self.add_module(name, ConvBlock(channels_in, out))
-        self.fc1, self.fc_audioset = nn.Linear(self.out_dim, self.out_dim), nn.Linear(self.out_dim, 527)
+        self.fc1, self.fc_audioset = (
+            nn.Linear(self.out_dim, self.out_dim),
+            nn.Linear(self.out_dim, 527),
+        )
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -220,14 +276,27 @@ def panns_state(weights: dict, source) -> dict:
     """PANNs' names -> CNN14's. The Fourier matrices are computed here; a file with other ones is refused."""
     state = {}
     window = torch.hann_window(N_FFT, dtype=torch.float64)
-    angle = 2 * math.pi * torch.outer(torch.arange(N_FFT // 2 + 1.0, dtype=torch.float64), torch.arange(N_FFT, dtype=torch.float64)) / N_FFT
+    angle = (
+        2
+        * math.pi
+        * torch.outer(
+            torch.arange(N_FFT // 2 + 1.0, dtype=torch.float64),
+            torch.arange(N_FFT, dtype=torch.float64),
+        )
+        / N_FFT
+    )
     fourier = {"conv_real": angle.cos() * window, "conv_imag": -angle.sin() * window}
     for key, value in weights.items():
         part = re.match(r"spectrogram_extractor\.stft\.(conv_real|conv_imag)\.weight$", key)
         if part is None:
             state[key.replace("logmel_extractor.melW", "log_mel.mel_scale.fb")] = value
-        elif value.shape != (N_FFT // 2 + 1, 1, N_FFT) or (value[:, 0].double() - fourier[part[1]]).abs().max() > 1e-4:
-            raise ValueError(f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, which this encoder computes")
+        elif (
+            value.shape != (N_FFT // 2 + 1, 1, N_FFT)
+            or (value[:, 0].double() - fourier[part[1]]).abs().max() > 1e-4
+        ):
+            raise ValueError(
+                f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, which this encoder computes"
+            )
     return state
 
 
@@ -236,7 +305,10 @@ class Projection(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, dropout: float):
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(dim_in, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.linear1, self.linear2 = (
+            nn.Linear(dim_in, dim, bias=False),
+            nn.Linear(dim, dim, bias=False),
+        )
         self.layer_norm, self.dropout = nn.LayerNorm(dim), dropout
 
     def forward(self, x):
@@ -265,17 +337,29 @@ class Model(nn.Module):
     clean_caption = staticmethod(clean_caption)
     sample_rate = SAMPLE_RATE
 
-    def __init__(self, text_encoder: common.TextEncoder, audio: dict | None = None, joint_dim: int = 1024, window_s: float = 5.0,
-                 temperature: float = 0.007):
+    def __init__(
+        self,
+        text_encoder: common.TextEncoder,
+        audio: dict | None = None,
+        joint_dim: int = 1024,
+        window_s: float = 5.0,
+        temperature: float = 0.007,
+    ):
         super().__init__()
         audio = {"dropout": 0.5, **(audio or {})}
-        self.shape = {"audio": audio, "joint_dim": joint_dim, "window_s": window_s}  # rebuilds the model, with the text encoder
+        self.shape = {
+            "audio": audio,
+            "joint_dim": joint_dim,
+            "window_s": window_s,
+        }  # rebuilds the model, with the text encoder
         self.window_s = window_s
         self.crop_rule = f"repeated to {window_s:g} s; all consecutive windows, the last one repeated too, averaged by their seconds"
         self.audio_encoder, self.text_encoder = CNN14(**audio), text_encoder
         self.audio_projection = Projection(self.audio_encoder.out_dim, joint_dim, audio["dropout"])
         self.text_projection = Projection(text_encoder.out_dim, joint_dim, audio["dropout"])
-        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())  # log(1 / tau), the factor on cosines
+        self.log_scale = nn.Parameter(
+            torch.tensor(1 / temperature).log()
+        )  # log(1 / tau), the factor on cosines
 
     def clip_embeds(self, waveform):
         """waveform (B, S) of one window -> (B, D), normalised."""
@@ -283,11 +367,17 @@ class Model(nn.Module):
 
     def caption_embeds(self, input_ids, attention_mask):
         """Token ids (B, L) -> (B, D), normalised; BERT's first token (code)."""
-        return F.normalize(self.text_projection(self.text_encoder(input_ids, attention_mask)[:, 0]).float(), dim=-1)
+        return F.normalize(
+            self.text_projection(self.text_encoder(input_ids, attention_mask)[:, 0]).float(), dim=-1
+        )
 
     def forward(self, waveform, input_ids, attention_mask):
         """One training batch -> audio_embeds, text_embeds (B, D), scale."""
-        return self.clip_embeds(waveform), self.caption_embeds(input_ids, attention_mask), self.log_scale.exp()
+        return (
+            self.clip_embeds(waveform),
+            self.caption_embeds(input_ids, attention_mask),
+            self.log_scale.exp(),
+        )
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
@@ -295,8 +385,12 @@ class Model(nn.Module):
         with common.evaluating(self):
             window = round(self.window_s * self.sample_rate)
             windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
-            windows = torch.stack([repeat_to(piece[:n], window) for piece, n in zip(windows, lengths)])
-            return common.join_windows(torch.cat([self.clip_embeds(part) for part in windows.split(32)]), owner, weight)
+            windows = torch.stack(
+                [repeat_to(piece[:n], window) for piece, n in zip(windows, lengths)]
+            )
+            return common.join_windows(
+                torch.cat([self.clip_embeds(part) for part in windows.split(32)]), owner, weight
+            )
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
@@ -309,7 +403,10 @@ class Model(nn.Module):
     def from_checkpoint(cls, path):
         """A run's teacher.pt, last.pt or best.pt."""
         content = common.read_checkpoint(path, METHOD)
-        model = cls(common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS), **content["shape"])
+        model = cls(
+            common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS),
+            **content["shape"],
+        )
         common.load_strict(model, content["model"], path)
         return model.eval()
 
@@ -325,13 +422,21 @@ class Model(nn.Module):
 def ms_clap_state(weights: dict, source) -> dict:
     """MS-CLAP 2022's names -> ours. Unknown names stay, so that strict loading lists them."""
     prefix = "audio_encoder.base."
-    audio = panns_state({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, source)
+    audio = panns_state(
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, source
+    )
     state = {f"audio_encoder.{k}": v for k, v in audio.items()}
     for key, value in weights.items():
         # BERT's pooler is trained by nobody here: the first token is taken before it
-        if not re.match(re.escape(prefix) + r"|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)", key):
-            for theirs, ours in (("audio_encoder.projection.", "audio_projection."), ("caption_encoder.projection.", "text_projection."),
-                                 ("caption_encoder.base.", "text_encoder.model."), ("logit_scale", "log_scale")):
+        if not re.match(
+            re.escape(prefix) + r"|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)", key
+        ):
+            for theirs, ours in (
+                ("audio_encoder.projection.", "audio_projection."),
+                ("caption_encoder.projection.", "text_projection."),
+                ("caption_encoder.base.", "text_encoder.model."),
+                ("logit_scale", "log_scale"),
+            ):
                 key = key.replace(theirs, ours)
             state[key] = value
     return state
@@ -341,14 +446,23 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     """The teacher that training starts from."""
     if cfg.audio_weights != "none":
         if not Path(cfg.audio_weights).is_file():
-            raise FileNotFoundError(f"--audio-weights {cfg.audio_weights}: no such file; PANNs' Cnn14_mAP=0.431.pth is in its authors' Zenodo "
-                                    "record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in record 7312125 (or give none)")
+            raise FileNotFoundError(
+                f"--audio-weights {cfg.audio_weights}: no such file; PANNs' Cnn14_mAP=0.431.pth is in its authors' Zenodo "
+                "record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in record 7312125 (or give none)"
+            )
         weights = common.read_weights(cfg.audio_weights)
         weights = weights.get("model", weights)
-        if any(str(key).startswith("caption_encoder.base.") for key in weights):  # MS-CLAP 2022's file
+        if any(
+            str(key).startswith("caption_encoder.base.") for key in weights
+        ):  # MS-CLAP 2022's file
             return Model.from_published(cfg.audio_weights, cfg.text_model)
     text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS)
-    audio = dict(channels=cfg.audio_channels, hop=cfg.hop, block_dropout=cfg.block_dropout, dropout=cfg.dropout)
+    audio = dict(
+        channels=cfg.audio_channels,
+        hop=cfg.hop,
+        block_dropout=cfg.block_dropout,
+        dropout=cfg.dropout,
+    )
     model = Model(text_encoder, audio, cfg.joint_dim, cfg.window_s, cfg.temperature)
     if cfg.text_model == "none":
         with torch.no_grad():
@@ -356,7 +470,9 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
                 if isinstance(module, nn.Linear):
                     module.weight *= 1 / math.sqrt(module.in_features) / 0.02
     if cfg.audio_weights != "none":
-        common.load_strict(model.audio_encoder, panns_state(weights, cfg.audio_weights), cfg.audio_weights)
+        common.load_strict(
+            model.audio_encoder, panns_state(weights, cfg.audio_weights), cfg.audio_weights
+        )
     return model
 
 
@@ -364,8 +480,10 @@ def load_teacher(cfg: Config) -> tuple[Model, Path]:
     """--teacher, or the run's own."""
     path = Path(cfg.teacher) if cfg.teacher else Path(cfg.runs) / cfg.name / "teacher.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such teacher; run --stage teacher --name {cfg.name or 'NAME'} first, or give --teacher (a run's "
-                                "teacher.pt, or MS-CLAP 2022's file)")
+        raise FileNotFoundError(
+            f"{path}: no such teacher; run --stage teacher --name {cfg.name or 'NAME'} first, or give --teacher (a run's "
+            "teacher.pt, or MS-CLAP 2022's file)"
+        )
     own = "method" in common.read_weights(path)
     return Model.from_checkpoint(path) if own else Model.from_published(path, cfg.text_model), path
 
@@ -406,12 +524,17 @@ def soft_divergence(logits, target):
 
 def soft_labelled_loss(logits, target_a2t, target_t2a):
     """Rows of logits are clips and meet clip targets, columns are captions and meet caption targets."""
-    return (soft_divergence(logits, target_a2t) + soft_divergence(logits.T, target_t2a)) / 2  # Eq. (5)
+    return (
+        soft_divergence(logits, target_a2t) + soft_divergence(logits.T, target_t2a)
+    ) / 2  # Eq. (5)
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
     """Outputs of Model.forward in this process, and the teacher's embeds of all (or None) -> loss, sim (B, B)."""
-    audio_embeds, text_embeds = common.gather_with_grad(audio_embeds), common.gather_with_grad(text_embeds)
+    audio_embeds, text_embeds = (
+        common.gather_with_grad(audio_embeds),
+        common.gather_with_grad(text_embeds),
+    )
     sim = audio_embeds @ text_embeds.T  # (B, B)
     logits = scaled(sim, scale, cfg.variant == "official")
     if taught is None:
@@ -428,17 +551,39 @@ def read_corpus(cfg: Config) -> dict:
     """-> annotated rows (train, val), the pool's items, and how many clips the stages can meet."""
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
     n_clips = len(train_rows)
-    if not 0 < cfg.teacher_fraction <= 1 or not 0 <= cfg.pool_share < 1 or not 0 <= cfg.replay_prob < 1 or not 0 <= cfg.beta <= 1:
-        raise ValueError(f"--teacher-fraction {cfg.teacher_fraction}, --pool-share {cfg.pool_share}, --replay-prob {cfg.replay_prob}, --beta "
-                         f"{cfg.beta}: expected above 0 to 1, 0 to below 1 (twice), 0 to 1")
-    common.check_counts(cfg, "teacher_epochs", "student_epochs", "save_steps", "log_steps", "block", "hop")
-    if min(cfg.micro_batch, cfg.top_k, cfg.ds_top_k, cfg.epoch_steps, cfg.patience) < 0 or cfg.temperature <= 0 or cfg.window_s <= 0:
-        raise ValueError("--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s "
-                         "lie above 0")
-    pool = [item if str(item).endswith(".npz") else str(common.manifest_path(item)) for item in cfg.pool]
+    if (
+        not 0 < cfg.teacher_fraction <= 1
+        or not 0 <= cfg.pool_share < 1
+        or not 0 <= cfg.replay_prob < 1
+        or not 0 <= cfg.beta <= 1
+    ):
+        raise ValueError(
+            f"--teacher-fraction {cfg.teacher_fraction}, --pool-share {cfg.pool_share}, --replay-prob {cfg.replay_prob}, --beta "
+            f"{cfg.beta}: expected above 0 to 1, 0 to below 1 (twice), 0 to 1"
+        )
+    common.check_counts(
+        cfg, "teacher_epochs", "student_epochs", "save_steps", "log_steps", "block", "hop"
+    )
+    if (
+        min(cfg.micro_batch, cfg.top_k, cfg.ds_top_k, cfg.epoch_steps, cfg.patience) < 0
+        or cfg.temperature <= 0
+        or cfg.window_s <= 0
+    ):
+        raise ValueError(
+            "--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s "
+            "lie above 0"
+        )
+    pool = [
+        item if str(item).endswith(".npz") else str(common.manifest_path(item)) for item in cfg.pool
+    ]
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
-        pool = [[{k: v for k, v in row.items() if k in ("audio", "duration", "where")} for row in forgotten]]
+        pool = [
+            [
+                {k: v for k, v in row.items() if k in ("audio", "duration", "where")}
+                for row in forgotten
+            ]
+        ]
     train_rows, _ = split_clips(train_rows, cfg.teacher_fraction, (cfg.seed, 2))
     common.require(train_rows + val_rows, "captions")
     return {"train": train_rows, "val": val_rows, "pool": pool, "n_clips": n_clips}
@@ -447,36 +592,59 @@ def read_corpus(cfg: Config) -> dict:
 def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict], list[dict]]:
     """Rows of a random share of the clips, and the others; the rows of a clip stay together, order is kept (D11)."""
     audio = list(dict.fromkeys(row["audio"] for row in rows))
-    chosen = np.random.default_rng(seed).permutation(len(audio))[:max(1, round(share * len(audio)))]
+    chosen = np.random.default_rng(seed).permutation(len(audio))[
+        : max(1, round(share * len(audio)))
+    ]
     chosen = {audio[i] for i in chosen}
-    return [row for row in rows if row["audio"] in chosen], [row for row in rows if row["audio"] not in chosen]
+    return [row for row in rows if row["audio"] in chosen], [
+        row for row in rows if row["audio"] not in chosen
+    ]
 
 
 class Centre:
     """Stands in for a random generator where a crop is to be the middle one."""
+
     integers = staticmethod(lambda low, high: (low + high - 1) // 2)
 
 
 class Pairs(Dataset):
     """One item a (clip, caption) pair of one of several sets. Items are asked for as (set, epoch, index), which seeds the crop."""
 
-    def __init__(self, sets: list[list[dict]], cfg: Config, tokenize, window_s: float, centre: bool = False):
-        self.sets = [[(row, k) for row in rows for k in range(len(row["captions"]))] for rows in sets]
+    def __init__(
+        self, sets: list[list[dict]], cfg: Config, tokenize, window_s: float, centre: bool = False
+    ):
+        self.sets = [
+            [(row, k) for row in rows for k in range(len(row["captions"]))] for rows in sets
+        ]
         self.cfg, self.tokenize, self.window_s, self.centre = cfg, tokenize, window_s, centre
-        self.read = common.audio_reader("" if centre else cfg.cache, [row for rows in sets for row in rows], SAMPLE_RATE, cfg.workers)
+        self.read = common.audio_reader(
+            "" if centre else cfg.cache,
+            [row for rows in sets for row in rows],
+            SAMPLE_RATE,
+            cfg.workers,
+        )
 
     def __getitem__(self, key):
         group, epoch, index = key
         row, k = self.sets[group][index]
         rng = np.random.default_rng((self.cfg.seed, *key))
         try:
-            waveform = self.read(row["audio"], length_s=self.window_s, crop_rng=Centre if self.centre else rng, expected_s=row.get("duration"))
+            waveform = self.read(
+                row["audio"],
+                length_s=self.window_s,
+                crop_rng=Centre if self.centre else rng,
+                expected_s=row.get("duration"),
+            )
         except common.AudioError as error:
             return error
         free = round(self.window_s * SAMPLE_RATE) - len(waveform)
         before = Centre.integers(0, free + 1) if self.centre else int(rng.integers(free + 1))
         before = before if self.cfg.variant == "official" else 0  # D3
-        return np.pad(waveform, (before, free - before)), clean_caption(row["captions"][k]), row["audio"]
+        return (
+            np.pad(waveform, (before, free - before)),
+            clean_caption(row["captions"][k]),
+            row["audio"],
+        )
 
     def collate(self, items):
         """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
@@ -485,26 +653,45 @@ class Pairs(Dataset):
     def tensors(self, items) -> dict:
         waveforms, captions, _ = zip(*items)
         tokens = self.tokenize(list(captions))
-        return {"waveform": default_collate([torch.from_numpy(w) for w in waveforms]), "input_ids": tokens["input_ids"],
-                "attention_mask": tokens["attention_mask"]}
+        return {
+            "waveform": default_collate([torch.from_numpy(w) for w in waveforms]),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+        }
 
 
-def mixed_batches(sizes: list[int], batch_size: int, replay_prob: float, seed: int, start_step: int, total_steps: int):
+def mixed_batches(
+    sizes: list[int],
+    batch_size: int,
+    replay_prob: float,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+):
     """Yield this process's share of every batch as [(set, epoch, index), ...]; a batch comes whole from one set (D9).
 
     With two sets, the first with probability replay_prob. Each set is gone through in a new random order every
     epoch; what does not fill a batch is left out of that epoch.
     """
     rank, world = common.rank_and_world()
-    chosen = (np.random.default_rng((seed, 3)).random(total_steps) >= replay_prob).astype(int) if len(sizes) > 1 else np.zeros(total_steps, int)
+    chosen = (
+        (np.random.default_rng((seed, 3)).random(total_steps) >= replay_prob).astype(int)
+        if len(sizes) > 1
+        else np.zeros(total_steps, int)
+    )
     order = {}
     for step in range(start_step, total_steps):
         group = int(chosen[step])
         count = min(batch_size, sizes[group])
         epoch, place = divmod(int((chosen[:step] == group).sum()), sizes[group] // count)
         if order.get(group, (None,))[0] != epoch:
-            order[group] = epoch, np.random.default_rng((seed, 4, group, epoch)).permutation(sizes[group])
-        yield [(group, epoch, int(i)) for i in order[group][1][place * count:(place + 1) * count]][rank::world]
+            order[group] = (
+                epoch,
+                np.random.default_rng((seed, 4, group, epoch)).permutation(sizes[group]),
+            )
+        yield [
+            (group, epoch, int(i)) for i in order[group][1][place * count : (place + 1) * count]
+        ][rank::world]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -519,7 +706,10 @@ def exact_cosines(audio, text, clip, caption) -> np.ndarray:
     all of them fit into the 53 bits of a double. So the order of adding, hence block and device, cannot matter (D10).
     """
     parts = [slice(i, i + 8192) for i in range(0, len(clip), 8192)]
-    cosines = [(audio[clip[part]].astype(np.float64) * text[caption[part]].astype(np.float64)).sum(1) for part in parts]
+    cosines = [
+        (audio[clip[part]].astype(np.float64) * text[caption[part]].astype(np.float64)).sum(1)
+        for part in parts
+    ]
     return np.concatenate([np.zeros(0), *cosines])
 
 
@@ -531,29 +721,49 @@ class Search:
     product only a block exists at a time, and only groups of captions whose best is a candidate are looked into.
     """
 
-    def __init__(self, text_embeds: np.ndarray, threshold: float, top_k: int = 0, device="cpu", group: int = 256, n_products: int = 0):
-        self.text, self.threshold, self.top_k, self.group = text_embeds, threshold, min(top_k, len(text_embeds)), group
+    def __init__(
+        self,
+        text_embeds: np.ndarray,
+        threshold: float,
+        top_k: int = 0,
+        device="cpu",
+        group: int = 256,
+        n_products: int = 0,
+    ):
+        self.text, self.threshold, self.top_k, self.group = (
+            text_embeds,
+            threshold,
+            min(top_k, len(text_embeds)),
+            group,
+        )
         self.device = torch.device(device)
         Q, D = text_embeds.shape
         on_gpu = self.device.type == "cuda"
         columns = torch.from_numpy(text_embeds).to(self.device)
         columns = F.pad(columns if on_gpu else columns.float(), (0, 0, 0, -Q % group))
-        self.columns, self.dtype = columns.T.contiguous(), columns.dtype  # (D, Q padded to whole groups)
+        self.columns, self.dtype = (
+            columns.T.contiguous(),
+            columns.dtype,
+        )  # (D, Q padded to whole groups)
         # what the rough product may be off: its result rounded to fp16 and parts of its sums, or D roundings to fp32
-        self.margin = 4e-3 if on_gpu else (D + 8) * 2.0 ** -23
+        self.margin = 4e-3 if on_gpu else (D + 8) * 2.0**-23
         # products at a time: on a CPU few enough for its caches
-        self.rows = max(1, (n_products or (2 ** 28 if on_gpu else 2_621_440)) // columns.shape[0])
+        self.rows = max(1, (n_products or (2**28 if on_gpu else 2_621_440)) // columns.shape[0])
         self.held = torch.empty(self.rows, columns.shape[0], dtype=self.dtype, device=self.device)
 
     def __call__(self, audio_embeds: np.ndarray):
         """audio_embeds (N, D) fp16 -> yields clip, caption (P,) int, cosine (P,) float64; by clip, best first, ties by caption."""
         for start in range(0, len(audio_embeds), self.rows):
-            audio = audio_embeds[start:start + self.rows]
-            clip, caption = self.candidates(torch.from_numpy(np.ascontiguousarray(audio)).to(self.device, self.dtype))
+            audio = audio_embeds[start : start + self.rows]
+            clip, caption = self.candidates(
+                torch.from_numpy(np.ascontiguousarray(audio)).to(self.device, self.dtype)
+            )
             cosine = exact_cosines(audio, self.text, clip, caption)
             order = np.lexsort((caption, -cosine, clip))
             if self.top_k:
-                first = np.searchsorted(clip[order], clip[order])  # where the clip's candidates begin
+                first = np.searchsorted(
+                    clip[order], clip[order]
+                )  # where the clip's candidates begin
                 order = order[np.arange(len(order)) - first < self.top_k]
             else:
                 order = order[cosine[order] >= self.threshold]
@@ -570,7 +780,9 @@ class Search:
             lowest = sim.topk(self.top_k).values[:, -1:] - 2 * self.margin  # (n, 1)
         grouped = sim.view(n, -1, self.group)
         row, group = (grouped.amax(2) >= lowest).nonzero(as_tuple=True)
-        found, place = (grouped[row, group] >= (lowest[row] if self.top_k else lowest)).nonzero(as_tuple=True)
+        found, place = (grouped[row, group] >= (lowest[row] if self.top_k else lowest)).nonzero(
+            as_tuple=True
+        )
         return row[found].cpu().numpy(), (group[found] * self.group + place).cpu().numpy()
 
 
@@ -581,7 +793,11 @@ def stored_array(path: Path, name: str) -> np.ndarray:
             info = archive.getinfo(f"{name}.npy")
             with archive.open(info) as file:
                 version = np.lib.format.read_magic(file)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else np.lib.format.read_array_header_2_0(file)
+                shape, fortran, dtype = (
+                    np.lib.format.read_array_header_1_0(file)
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0(file)
+                )
                 header = file.tell()
         with open(path, "rb") as file:
             file.seek(info.header_offset + 26)
@@ -589,11 +805,17 @@ def stored_array(path: Path, name: str) -> np.ndarray:
         if info.compress_type or fortran:
             raise ValueError("compressed")
         start = info.header_offset + 30 + name_length + extra_length + header
-        return np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else np.zeros(shape, dtype)
+        return (
+            np.memmap(path, dtype, "r", start, shape)
+            if math.prod(shape)
+            else np.zeros(shape, dtype)
+        )
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; eval.py embed writes one") from None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        raise ValueError(f"{path}: not a file that eval.py embed writes (no readable array '{name}' in it)") from None
+        raise ValueError(
+            f"{path}: not a file that eval.py embed writes (no readable array '{name}' in it)"
+        ) from None
 
 
 def pool_rows(item):
@@ -602,7 +824,10 @@ def pool_rows(item):
     for row in common.iter_manifest([item]) if not isinstance(item, list) else item:
         if row.get("split", "train") == "train" and row["audio"] != last:
             last = row["audio"]
-            yield {"audio": os.path.abspath(last), **({"duration": row["duration"]} if "duration" in row else {})}
+            yield {
+                "audio": os.path.abspath(last),
+                **({"duration": row["duration"]} if "duration" in row else {}),
+            }
 
 
 def pool_blocks(pool: list, size: int):
@@ -610,9 +835,20 @@ def pool_blocks(pool: list, size: int):
     size = -(-size // EMBED_BATCH) * EMBED_BATCH
     for item in pool:
         if not isinstance(item, list) and str(item).endswith(".npz"):
-            for i in range(0, len(stored_array(Path(item), "audio")), size):  # mapped anew each time, so that pages read are given back
-                audio, embeds = (np.array(stored_array(Path(item), name)[i:i + size]) for name in ("audio", "audio_embeds"))
-                yield [{"audio": name if name[0] == "/" else os.path.abspath(name)} for name in audio.tolist()], embeds
+            for i in range(
+                0, len(stored_array(Path(item), "audio")), size
+            ):  # mapped anew each time, so that pages read are given back
+                audio, embeds = (
+                    np.array(stored_array(Path(item), name)[i : i + size])
+                    for name in ("audio", "audio_embeds")
+                )
+                yield (
+                    [
+                        {"audio": name if name[0] == "/" else os.path.abspath(name)}
+                        for name in audio.tolist()
+                    ],
+                    embeds,
+                )
             continue
         rows = []
         for row in pool_rows(item):
@@ -639,29 +875,57 @@ def array_digest(array: np.ndarray) -> str:
 
 def pool_digest(pool: list) -> str:
     """Changes when the pool does: the content of manifests, size and date of files of embeddings."""
-    return digest(*(item if isinstance(item, list) else common.file_key({"audio": str(item)}) if str(item).endswith(".npz")
-                    else [str(common.manifest_path(item).parent.absolute()), file_digest(common.manifest_path(item))] for item in pool))
+    return digest(
+        *(
+            item
+            if isinstance(item, list)
+            else common.file_key({"audio": str(item)})
+            if str(item).endswith(".npz")
+            else [
+                str(common.manifest_path(item).parent.absolute()),
+                file_digest(common.manifest_path(item)),
+            ]
+            for item in pool
+        )
+    )
 
 
 def half(embeds) -> np.ndarray:
     """Normalised once more, as fp16 (D10)."""
     embeds = np.asarray(embeds, np.float32)
     if not np.isfinite(embeds).all():
-        raise FloatingPointError("some embeddings are NaN or infinite; the teacher's weights, or the file of embeddings, are broken")
-    return (embeds / np.maximum(np.linalg.norm(embeds, axis=1, keepdims=True), 1e-12)).astype(np.float16)
+        raise FloatingPointError(
+            "some embeddings are NaN or infinite; the teacher's weights, or the file of embeddings, are broken"
+        )
+    return (embeds / np.maximum(np.linalg.norm(embeds, axis=1, keepdims=True), 1e-12)).astype(
+        np.float16
+    )
 
 
 @torch.no_grad()
 def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str):
     """-> kept (n,) indices into rows, embeds (n, D) fp16, error texts. Batches of neighbours, so that they do not depend on the block."""
-    loader = DataLoader(common.AudioFiles(rows, SAMPLE_RATE, CURATION_S), EMBED_BATCH, num_workers=workers, collate_fn=common.collate_audio,
-                        worker_init_fn=common.outlive_sigterm)
+    loader = DataLoader(
+        common.AudioFiles(rows, SAMPLE_RATE, CURATION_S),
+        EMBED_BATCH,
+        num_workers=workers,
+        collate_fn=common.collate_audio,
+        worker_init_fn=common.outlive_sigterm,
+    )
     kept, embeds, bad = [], [np.zeros((0, model.shape["joint_dim"]), np.float16)], []
-    for indices, waveform, n_samples, errors in tqdm(loader, desc=desc, unit="batch", leave=False, disable=common.rank_and_world()[0] > 0):
+    for indices, waveform, n_samples, errors in tqdm(
+        loader, desc=desc, unit="batch", leave=False, disable=common.rank_and_world()[0] > 0
+    ):
         bad += [text for _, text in errors]
         if indices:
             with autocast:
-                embeds.append(half(model.embed_audio(waveform.to(model.log_scale.device), n_samples).cpu().numpy()))
+                embeds.append(
+                    half(
+                        model.embed_audio(waveform.to(model.log_scale.device), n_samples)
+                        .cpu()
+                        .numpy()
+                    )
+                )
             kept += indices
     return np.array(kept, int), np.concatenate(embeds), bad
 
@@ -675,7 +939,9 @@ def read_captions(cfg: Config, train_rows: list[dict]):
     """Texts to curate from -> unique captions, for each the rows (audio, duration) it describes, embeds (Q, D) or None."""
     if any(str(item).endswith(".npz") for item in cfg.captions):
         if len(cfg.captions) > 1:
-            raise ValueError(f"--captions {' '.join(cfg.captions)}: one file of eval.py embed, or manifests")
+            raise ValueError(
+                f"--captions {' '.join(cfg.captions)}: one file of eval.py embed, or manifests"
+            )
         path = Path(cfg.captions[0])
         audio, owner, texts = (stored_array(path, name) for name in ("audio", "owner", "captions"))
         told = [(str(text), {"audio": str(audio[i])}) for text, i in zip(texts, owner)]
@@ -683,8 +949,16 @@ def read_captions(cfg: Config, train_rows: list[dict]):
     else:
         rows = train_rows
         if cfg.captions:
-            rows = [row for row in common.read_manifest(cfg.captions, ("captions",)) if row.get("split", "train") == "train"]
-        told = [(clean_caption(caption), {k: row[k] for k in ("audio", "duration") if k in row}) for row in rows for caption in row["captions"]]
+            rows = [
+                row
+                for row in common.read_manifest(cfg.captions, ("captions",))
+                if row.get("split", "train") == "train"
+            ]
+        told = [
+            (clean_caption(caption), {k: row[k] for k in ("audio", "duration") if k in row})
+            for row in rows
+            for caption in row["captions"]
+        ]
         embeds = None
     if not told:
         raise ValueError(f"--captions {' '.join(cfg.captions)}: no caption in it")
@@ -703,14 +977,22 @@ def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
     for item in cfg.labels:
         if str(item).endswith(".txt"):
             if not Path(item).is_file():
-                raise FileNotFoundError(f"--labels {item}: no such file; expected one class a line, or a manifest")
-            classes += [line.strip() for line in Path(item).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+                raise FileNotFoundError(
+                    f"--labels {item}: no such file; expected one class a line, or a manifest"
+                )
+            classes += [
+                line.strip()
+                for line in Path(item).read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            ]
         else:
             classes += common.read_classes([item], common.read_manifest([item]))
     classes = list(dict.fromkeys(classes if cfg.labels else common.read_classes(cfg.data, rows)))
     if not classes:
-        raise ValueError(f"--curation {cfg.curation} looks for captions near the domain's classes, and there are none; give --labels "
-                         "(a classes.txt or a manifest with labels), or --curation du")
+        raise ValueError(
+            f"--curation {cfg.curation} looks for captions near the domain's classes, and there are none; give --labels "
+            "(a classes.txt or a manifest with labels), or --curation du"
+        )
     return [re.sub(r"[_/]", " ", name).lower() for name in classes]
 
 
@@ -730,13 +1012,24 @@ def pair_lines(rows: list[dict], found, captions: list[str]):
     clip, caption, cosine = found
     starts = np.flatnonzero(np.diff(clip, prepend=-1))
     caption, cosine = caption.tolist(), cosine.round(4).tolist()
-    for start, stop, i in zip(starts.tolist(), [*starts[1:].tolist(), len(clip)], clip[starts].tolist()):
-        yield json.dumps({**rows[i], "captions": [captions[q] for q in caption[start:stop]], "similarity": cosine[start:stop]}, ensure_ascii=False)
+    for start, stop, i in zip(
+        starts.tolist(), [*starts[1:].tolist(), len(clip)], clip[starts].tolist()
+    ):
+        yield json.dumps(
+            {
+                **rows[i],
+                "captions": [captions[q] for q in caption[start:stop]],
+                "similarity": cosine[start:stop],
+            },
+            ensure_ascii=False,
+        )
 
 
 def mine_block(path: Path, rows: list[dict], embeds, search: Search, captions: list[str]) -> None:
     """Write the pairs of one block; a kill leaves whole blocks only."""
-    common.write_lines(path, (line for found in search(embeds) for line in pair_lines(rows, found, captions)))
+    common.write_lines(
+        path, (line for found in search(embeds) for line in pair_lines(rows, found, captions))
+    )
 
 
 def join_blocks(paths: list[Path], out: Path) -> tuple[int, int]:
@@ -768,19 +1061,29 @@ def pool_sizes(cfg: Config, corpus: dict) -> list[int]:
     if cfg.curation == "ds":
         return []
     if not corpus["pool"]:
-        raise ValueError(f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool (manifests, or files of eval.py embed)")
+        raise ValueError(
+            f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool (manifests, or files of eval.py embed)"
+        )
     sizes = [len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block)]
     if not sizes:
-        raise ValueError("--pool: no training row in it (rows of split val and test are never curated)")
+        raise ValueError(
+            "--pool: no training row in it (rows of split val and test are never curated)"
+        )
     return sizes
 
 
 def domain_prompts(cfg: Config, corpus: dict) -> list[str]:
     """The class prompts that captions must be near to; none for DU, which knows no domain."""
-    return [] if cfg.curation == "du" else [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
+    return (
+        []
+        if cfg.curation == "du"
+        else [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
+    )
 
 
-def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], device, autocast, say) -> dict:
+def curate(
+    cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], device, autocast, say
+) -> dict:
     """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry run's report.
 
     sizes, prompts: as from pool_sizes and domain_prompts.
@@ -789,11 +1092,24 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
     model, teacher_path = load_teacher(cfg)
     model.to(device)
     begun = bool(cfg.name) and (Path(cfg.runs) / cfg.name / "log.jsonl").exists()
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, begun, corpus["n_clips"] + sum(sizes), cfg.max_bad)
+    run = common.RunFolder(
+        cfg.runs, cfg.name, METHOD, begun, corpus["n_clips"] + sum(sizes), cfg.max_bad
+    )
     cfg.name, folder = run.name, run.path
-    say(f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix {model.audio_encoder.mel_rate()}")
-    embeds_folder = Path(cfg.runs) / "embeds" / digest(
-        file_digest(teacher_path), pool_digest(corpus["pool"]), -(-cfg.block // EMBED_BATCH), cfg.precision, device.type)
+    say(
+        f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix {model.audio_encoder.mel_rate()}"
+    )
+    embeds_folder = (
+        Path(cfg.runs)
+        / "embeds"
+        / digest(
+            file_digest(teacher_path),
+            pool_digest(corpus["pool"]),
+            -(-cfg.block // EMBED_BATCH),
+            cfg.precision,
+            device.type,
+        )
+    )
     parts = folder / "curation"
     embeds_folder.mkdir(parents=True, exist_ok=True), parts.mkdir(parents=True, exist_ok=True)
 
@@ -801,22 +1117,32 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
     captions, described, stored = read_captions(cfg, corpus["train"])
     text_embeds = embed_captions(model, captions, stored, embeds_folder)
     if text_embeds.shape[1] != model.shape["joint_dim"]:
-        raise ValueError(f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have {model.shape['joint_dim']}; "
-                         "embed them with the same teacher")
+        raise ValueError(
+            f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have {model.shape['joint_dim']}; "
+            "embed them with the same teacher"
+        )
     if prompts:
         prompt_embeds = embed_captions(model, prompts, None, embeds_folder)
         if cfg.dry_run and rank == 0:
             report_domain(prompts, captions, prompt_embeds, text_embeds, cfg)
         chosen, nearness = near_labels(prompt_embeds, text_embeds, cfg.ds_threshold, cfg.ds_top_k)
         if not len(chosen):
-            best = float((prompt_embeds.astype(np.float32) @ text_embeds.astype(np.float32).T).max())
-            raise ValueError(f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt (the nearest: {best:.3f}); "
-                             "choose a lower one with --dry-run")
+            best = float(
+                (prompt_embeds.astype(np.float32) @ text_embeds.astype(np.float32).T).max()
+            )
+            raise ValueError(
+                f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt (the nearest: {best:.3f}); "
+                "choose a lower one with --dry-run"
+            )
         of_domain = [captions[q] for q in chosen]
         say(f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes")
     if cfg.dry_run:
         if cfg.curation != "ds" and rank == 0:
-            texts, of_texts = (captions, text_embeds) if cfg.curation == "du" else (of_domain, text_embeds[chosen])
+            texts, of_texts = (
+                (captions, text_embeds)
+                if cfg.curation == "du"
+                else (of_domain, text_embeds[chosen])
+            )
             report_pool(cfg, model, corpus["pool"], sum(sizes), texts, of_texts, autocast)
         common.barrier()
         return {}
@@ -824,11 +1150,23 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
         own = {}  # DS: these captions with their own audio
         for q, value in zip(chosen.tolist(), nearness.tolist()):
             for row in described[q]:
-                row = own.setdefault(row["audio"], {**row, "audio": os.path.abspath(row["audio"]), "captions": [], "similarity": []})
+                row = own.setdefault(
+                    row["audio"],
+                    {
+                        **row,
+                        "audio": os.path.abspath(row["audio"]),
+                        "captions": [],
+                        "similarity": [],
+                    },
+                )
                 row["captions"].append(captions[q]), row["similarity"].append(round(value, 4))
         name = "curated.jsonl" if cfg.curation == "ds" else "replay.jsonl"
-        common.write_lines(folder / name, [json.dumps(row, ensure_ascii=False) for row in own.values()])
-        say(f"DS: {sum(len(row['captions']) for row in own.values()):,} pairs of {len(own):,} clips in {folder / name}")
+        common.write_lines(
+            folder / name, [json.dumps(row, ensure_ascii=False) for row in own.values()]
+        )
+        say(
+            f"DS: {sum(len(row['captions']) for row in own.values()):,} pairs of {len(own):,} clips in {folder / name}"
+        )
     if cfg.curation == "ds":
         common.barrier()
         return {"curated": str(folder / "curated.jsonl")}
@@ -836,8 +1174,18 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
         captions, text_embeds = of_domain, np.ascontiguousarray(text_embeds[chosen])
 
     # Pairs, block by block; the processes take turns
-    told = digest(embeds_folder.name, captions, cfg.curation, cfg.threshold, cfg.top_k, array_digest(text_embeds))
-    if rank == 0 and (not (parts / "settings.txt").exists() or (parts / "settings.txt").read_text().strip() != told):
+    told = digest(
+        embeds_folder.name,
+        captions,
+        cfg.curation,
+        cfg.threshold,
+        cfg.top_k,
+        array_digest(text_embeds),
+    )
+    if rank == 0 and (
+        not (parts / "settings.txt").exists()
+        or (parts / "settings.txt").read_text().strip() != told
+    ):
         for path in [*parts.glob("pairs_*.jsonl"), folder / "curated.jsonl"]:
             path.unlink(missing_ok=True)
         common.write_lines(parts / "settings.txt", [told])
@@ -847,36 +1195,59 @@ def curate(cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], devi
     paths = [parts / f"pairs_{number:06d}.jsonl" for number in range(len(sizes))]
     if not done[0]:
         search = Search(text_embeds, cfg.threshold, cfg.top_k, device)
-        bar = tqdm(total=sum(sizes), unit="clip", desc=f"curating with {len(captions)} captions", disable=rank > 0, dynamic_ncols=True)
+        bar = tqdm(
+            total=sum(sizes),
+            unit="clip",
+            desc=f"curating with {len(captions)} captions",
+            disable=rank > 0,
+            dynamic_ncols=True,
+        )
         for first, mine in rounds(pool_blocks(corpus["pool"], cfg.block), rank, world):
             bad = []
             if mine is not None:
                 number, (rows, embeds) = mine
                 if embeds is None:
-                    rows, embeds, bad = block_embeds(model, rows, embeds_folder / f"audio_{number:06d}.npz", cfg, autocast)
+                    rows, embeds, bad = block_embeds(
+                        model, rows, embeds_folder / f"audio_{number:06d}.npz", cfg, autocast
+                    )
                 elif not paths[number].exists():
                     embeds = half(embeds)
                     if embeds.shape[1] != text_embeds.shape[1]:
-                        raise ValueError(f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' have {text_embeds.shape[1]}; embed both "
-                                         "with the same teacher")
+                        raise ValueError(
+                            f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' have {text_embeds.shape[1]}; embed both "
+                            "with the same teacher"
+                        )
                 if not paths[number].exists():
                     mine_block(paths[number], rows, embeds, search, captions)
             run.settle_skipped(bad)  # also keeps the processes within a block of each other
             run.end_if_told(f"the pairs of {min(first + world, len(sizes))} of {len(sizes)} blocks")
-            bar.update(sum(sizes[first:first + world]))
+            bar.update(sum(sizes[first : first + world]))
         bar.close()
         common.barrier()
         if rank == 0:
             clips, pairs = join_blocks(paths, folder / "curated.jsonl")
             if not pairs:
                 (folder / "curated.jsonl").unlink()
-                raise ValueError(f"--threshold {cfg.threshold}: no clip of the pool is that close to any of {len(captions)} captions; choose a lower "
-                                 "one with --dry-run, or give --top-k")
+                raise ValueError(
+                    f"--threshold {cfg.threshold}: no clip of the pool is that close to any of {len(captions)} captions; choose a lower "
+                    "one with --dry-run, or give --top-k"
+                )
             for path in paths:
                 path.unlink()
-            run.log({"stage": "curate", "step": 0, "captions": len(captions), "pool": sum(sizes), "clips": clips, "pairs": pairs,
-                     "skipped": len(run.skipped)})
-            say(f"{cfg.curation.upper()}: {pairs:,} pairs of {clips:,} of {sum(sizes):,} clips in {folder / 'curated.jsonl'}")
+            run.log(
+                {
+                    "stage": "curate",
+                    "step": 0,
+                    "captions": len(captions),
+                    "pool": sum(sizes),
+                    "clips": clips,
+                    "pairs": pairs,
+                    "skipped": len(run.skipped),
+                }
+            )
+            say(
+                f"{cfg.curation.upper()}: {pairs:,} pairs of {clips:,} of {sum(sizes):,} clips in {folder / 'curated.jsonl'}"
+            )
     common.barrier()
     return {"curated": str(folder / "curated.jsonl")}
 
@@ -897,7 +1268,9 @@ def rounds(blocks, rank: int, world: int):
 def block_embeds(model: Model, rows, path: Path, cfg: Config, autocast):
     """The block's readable rows, their embeds (n, D) fp16 and error texts: stored ones, or made and stored."""
     if not path.exists():
-        kept, embeds, bad = embed_rows(model, rows, cfg.workers, autocast, f"embedding block {path.stem[-6:]}")
+        kept, embeds, bad = embed_rows(
+            model, rows, cfg.workers, autocast, f"embedding block {path.stem[-6:]}"
+        )
         save_arrays(path, kept=kept, embeds=embeds, bad=np.array(bad, dtype=str))
     with np.load(path) as held:
         return [rows[i] for i in held["kept"]], held["embeds"], held["bad"].tolist()
@@ -911,7 +1284,9 @@ def report_domain(prompts, captions, prompt_embeds, text_embeds, cfg: Config) ->
     histogram(nearest)
     for level in np.arange(0.3, 1.0, 0.05):
         at = np.flatnonzero((nearest >= level) & (nearest < level + 0.05))[:2]
-        examples = "".join(f"   {captions[q]!r} ({nearest[q]:.2f}, {prompts[sim[q].argmax()]!r})" for q in at)
+        examples = "".join(
+            f"   {captions[q]!r} ({nearest[q]:.2f}, {prompts[sim[q].argmax()]!r})" for q in at
+        )
         print(f"  >= {level:.2f}: {(nearest >= level).sum():>9,} captions{examples}")
 
 
@@ -923,13 +1298,19 @@ def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, au
         chosen = [i for i in range(len(block)) if number + i in wanted]
         number += len(block)
         if stored is None:
-            kept, found, _ = embed_rows(model, [block[i] for i in chosen], cfg.workers, autocast, "embedding a sample")
+            kept, found, _ = embed_rows(
+                model, [block[i] for i in chosen], cfg.workers, autocast, "embedding a sample"
+            )
             chosen = [chosen[i] for i in kept]
         else:
             found = half(stored[chosen])
         rows += [block[i] for i in chosen]
         embeds.append(found)
-    embeds, levels, edges = np.concatenate(embeds), np.round(np.arange(-0.2, 1.0, 0.05), 2), np.linspace(-1, 1, 41)
+    embeds, levels, edges = (
+        np.concatenate(embeds),
+        np.round(np.arange(-0.2, 1.0, 0.05), 2),
+        np.linspace(-1, 1, 41),
+    )
     counts, examples = np.zeros(40, int), {level: [] for level in levels}
     pairs, clips = np.zeros(len(levels), int), np.zeros(len(levels), int)
     columns = text_embeds.astype(np.float32).T
@@ -937,21 +1318,33 @@ def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, au
     for i in tqdm(rng.permutation(len(embeds)), desc="similarities", unit="clip", leave=False):
         sim = embeds[i].astype(np.float32) @ columns
         counts += np.histogram(sim.clip(-1, 1), edges)[0]
-        above = (sim[:, None] >= levels).sum(0) if len(sim) < 100_000 else np.array([(sim >= level).sum() for level in levels])
+        above = (
+            (sim[:, None] >= levels).sum(0)
+            if len(sim) < 100_000
+            else np.array([(sim >= level).sum() for level in levels])
+        )
         pairs, clips = pairs + above, clips + (above > 0)
         for level in levels:
             if len(examples[level]) < 2:
                 near = np.flatnonzero((sim >= level) & (sim < level + 0.05))
                 if len(near):
                     q = near[int(rng.integers(len(near)))]
-                    examples[level].append(f"{Path(rows[i]['audio']).name}: {captions[q]!r} ({sim[q]:.2f})")
-    print(f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} captions:")
+                    examples[level].append(
+                        f"{Path(rows[i]['audio']).name}: {captions[q]!r} ({sim[q]:.2f})"
+                    )
+    print(
+        f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} captions:"
+    )
     histogram(counts=counts, edges=edges)
     share = n_pool / max(1, len(embeds))
-    print(f"\n  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}   (of the whole pool{'' if share == 1 else ', estimated'})")
+    print(
+        f"\n  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}   (of the whole pool{'' if share == 1 else ', estimated'})"
+    )
     for level, p, c in zip(levels, pairs, clips):
         if p:
-            print(f"  {level:>9.2f} {round(p * share):>14,} {round(c * share):>12,} {p / max(1, c):>16.1f}   {'   '.join(examples[level])}")
+            print(
+                f"  {level:>9.2f} {round(p * share):>14,} {round(c * share):>12,} {p / max(1, c):>16.1f}   {'   '.join(examples[level])}"
+            )
 
 
 def histogram(values=None, counts=None, edges=None) -> None:
@@ -978,7 +1371,9 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     captions = [(i, clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
     owner = np.array([i for i, _ in captions])
     sim = common.similarities(model, audio_embeds, None, [c for _, c in captions])
-    return common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(owner, len(rows))
+    return common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(
+        owner, len(rows)
+    )
 
 
 def teach(teacher, parts: list[dict], autocast):
@@ -991,7 +1386,9 @@ def teach(teacher, parts: list[dict], autocast):
 
 
 @torch.no_grad()
-def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, autocast) -> tuple[float, float]:
+def validation_loss(
+    cfg: Config, model: Model, teacher, dataset: Pairs, device, autocast
+) -> tuple[float, float]:
     """Mean of the stage's loss over full batches of validation pairs (D8), and of what equal cosines would give.
 
     Computed by one process alone, whatever their number. Against hard targets equal cosines give ln B, against
@@ -999,8 +1396,16 @@ def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, 
     """
     n = len(dataset.sets[0])
     size = min(cfg.batch_size, n)
-    loader = DataLoader(dataset, batch_sampler=[[(0, 0, i) for i in range(start, start + size)] for start in range(0, n - size + 1, size)],
-                        num_workers=cfg.workers, collate_fn=dataset.collate, worker_init_fn=common.outlive_sigterm)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[
+            [(0, 0, i) for i in range(start, start + size)]
+            for start in range(0, n - size + 1, size)
+        ],
+        num_workers=cfg.workers,
+        collate_fn=dataset.collate,
+        worker_init_fn=common.outlive_sigterm,
+    )
     total, chance, count = 0.0, 0.0, 0
     with common.evaluating(model):
         for parts, names, _ in loader:
@@ -1008,16 +1413,40 @@ def validation_loss(cfg: Config, model: Model, teacher, dataset: Pairs, device, 
                 continue
             parts = common.to_device(parts, device)
             with autocast:
-                audio, text = (torch.cat(column) for column in zip(*(model(**part)[:2] for part in parts)))
-                taught = None if teacher is None else [torch.cat(column) for column in zip(*(teacher(**part)[:2] for part in parts))]
+                audio, text = (
+                    torch.cat(column) for column in zip(*(model(**part)[:2] for part in parts))
+                )
+                taught = (
+                    None
+                    if teacher is None
+                    else [
+                        torch.cat(column)
+                        for column in zip(*(teacher(**part)[:2] for part in parts))
+                    ]
+                )
             logits = scaled(audio @ text.T, model.log_scale.exp(), cfg.variant == "official")
-            loss_of = contrastive_loss if taught is None else lambda x: soft_labelled_loss(x, *soft_targets(*taught, cfg.beta))
+            loss_of = (
+                contrastive_loss
+                if taught is None
+                else lambda x: soft_labelled_loss(x, *soft_targets(*taught, cfg.beta))
+            )
             total, count = total + loss_of(logits).item() * len(names), count + len(names)
             chance += loss_of(torch.zeros_like(logits)).item() * len(names)
     return (total / count, chance / count) if count else (math.inf, math.inf)
 
 
-def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]], corpus: dict, device, autocast, say, checkpoint) -> dict:
+def train(
+    cfg: Config,
+    stage: str,
+    model: Model,
+    teacher,
+    sets: list[list[dict]],
+    corpus: dict,
+    device,
+    autocast,
+    say,
+    checkpoint,
+) -> dict:
     """Stages 1 and 3 -> runs/NAME/last.pt and the best by validation loss: teacher.pt, or best.pt; its scores on the validation split.
 
     sets: rows of the pairs to learn from; where there are two, the first is the replay.
@@ -1030,37 +1459,71 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     dataset = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
     held_out = Pairs([corpus["val"]], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
-    of_batch = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))  # pairs; the smaller of two sets may not fill one
+    of_batch = list(
+        dict.fromkeys(min(cfg.batch_size, size) for size in sizes)
+    )  # pairs; the smaller of two sets may not fill one
     epoch_steps = cfg.epoch_steps or sizes[0] // of_batch[0]
     steps = epochs * epoch_steps
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.1, patience=cfg.patience, min_lr=1e-8)  # D7
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimiser, factor=0.1, patience=cfg.patience, min_lr=1e-8
+    )  # D7
     step, best = 0, {"loss": math.inf, "step": 0}
-    resumed = checkpoint is not None or (Path(cfg.runs) / cfg.name / "log.jsonl").exists() and bool(cfg.name) and stage == "student"
+    resumed = (
+        checkpoint is not None
+        or (Path(cfg.runs) / cfg.name / "log.jsonl").exists()
+        and bool(cfg.name)
+        and stage == "student"
+    )
     run = common.RunFolder(cfg.runs, cfg.name, METHOD, resumed, corpus["n_clips"], cfg.max_bad)
     cfg.name = run.name
     best_file = "teacher.pt" if stage == "teacher" else "best.pt"
     if checkpoint:
-        optimiser.load_state_dict(checkpoint["optimiser"]), scheduler.load_state_dict(checkpoint["scheduler"])
+        (
+            optimiser.load_state_dict(checkpoint["optimiser"]),
+            scheduler.load_state_dict(checkpoint["scheduler"]),
+        )
         step, best = checkpoint["step"], checkpoint["best"]
     if resumed:
         run.drop_log_after(step, stage=stage)
-    say(f"{METHOD}, {stage}: {' + '.join(f'{n:,}' for n in sizes)} pairs{' (replay + curated)' if len(sizes) > 1 else ''}, "
+    say(
+        f"{METHOD}, {stage}: {' + '.join(f'{n:,}' for n in sizes)} pairs{' (replay + curated)' if len(sizes) > 1 else ''}, "
         f"{len(corpus['val'])} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; "
         f"mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of {epoch_steps} steps of "
-        f"{' or '.join(map(str, of_batch))} pairs on {world} x {device.type}; ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}; writing to {run.path}")
+        f"{' or '.join(map(str, of_batch))} pairs on {world} x {device.type}; ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}; writing to {run.path}"
+    )
 
     def save(name):
-        common.save_checkpoint(run.path / name, {
-            "method": METHOD, "stage": stage, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step, "best": best,
-            "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-            "scheduler": scheduler.state_dict(), "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+        common.save_checkpoint(
+            run.path / name,
+            {
+                "method": METHOD,
+                "stage": stage,
+                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+                "step": step,
+                "best": best,
+                "shape": model.shape,
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "text_encoder": model.text_encoder.description(),
+                "versions": common.versions(),
+            },
+        )
 
     # Loop
-    loader = DataLoader(dataset, batch_sampler=mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, step, steps), num_workers=cfg.workers,
-                        collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
-    bar = tqdm(total=steps, initial=step, unit="step", desc=stage, disable=rank > 0, dynamic_ncols=True)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, step, steps),
+        num_workers=cfg.workers,
+        collate_fn=dataset.collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=common.outlive_sigterm,
+    )
+    bar = tqdm(
+        total=steps, initial=step, unit="step", desc=stage, disable=rank > 0, dynamic_ncols=True
+    )
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
     for parts, names, bad in common.batches_on(device, loader):
@@ -1070,8 +1533,14 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
         taught = teach(teacher, parts, autocast)
 
         optimiser.zero_grad(set_to_none=True)
-        loss, sim = common.cached_backward(wrapped, parts, lambda *embeds: training_loss(cfg, *embeds, taught),
-                                           lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
+        loss, sim = common.cached_backward(
+            wrapped,
+            parts,
+            lambda *embeds: training_loss(cfg, *embeds, taught),
+            lambda i: common.seed_step(cfg.seed, step, rank, i),
+            autocast,
+            cfg.micro_batch,
+        )
         nn.utils.clip_grad_norm_(parameters, cfg.clip)
         optimiser.step()
 
@@ -1086,17 +1555,31 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
             unreadable.clear()
             r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {"stage": stage, "step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), "batch_R@1": r1,
-                    "scale": model.log_scale.exp().item(), "lr": optimiser.param_groups[0]["lr"],
-                    "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            line = {
+                "stage": stage,
+                "step": step,
+                "loss": loss.item(),
+                "ln_B": math.log(len(sim)),
+                "batch_R@1": r1,
+                "scale": model.log_scale.exp().item(),
+                "lr": optimiser.param_groups[0]["lr"],
+                "pairs_per_s": pairs_seen / seconds,
+                "skipped": len(run.skipped),
+            }
             run.log(line)
-            bar.set_postfix_str(f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            bar.set_postfix_str(
+                f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s"
+            )
             pairs_seen = 0
         eval_now = step % epoch_steps == 0
         if eval_now or step % cfg.save_steps == 0 or run.stop:
             common.check_finite(recent, run, model)
             if eval_now:
-                value = [validation_loss(cfg, model, teacher, held_out, device, autocast)[0] if rank == 0 and corpus["val"] else 0.0]
+                value = [
+                    validation_loss(cfg, model, teacher, held_out, device, autocast)[0]
+                    if rank == 0 and corpus["val"]
+                    else 0.0
+                ]
                 if dist.is_initialized():
                     dist.broadcast_object_list(value)  # the learning rate is that of all processes
                 if corpus["val"]:
@@ -1119,14 +1602,29 @@ def train(cfg: Config, stage: str, model: Model, teacher, sets: list[list[dict]]
     if rank > 0 or not corpus["val"]:
         return {}
     if not (run.path / best_file).exists():
-        raise ValueError(f"no validation loss was finite, so there is no {best_file}; are the validation clips readable "
-                         f"({run.path / 'skipped.txt'})?")
+        raise ValueError(
+            f"no validation loss was finite, so there is no {best_file}; are the validation clips readable "
+            f"({run.path / 'skipped.txt'})?"
+        )
     model = Model.from_checkpoint(run.path / best_file).to(device)
     scores, chance = validate(model, corpus["val"], quiet=False)
-    scores["val_loss"], chance["val_loss"] = best["loss"], validation_loss(cfg, model, teacher, held_out, device, autocast)[1]
-    result = {"stage": stage, "best_step": best["step"], "n_clips": len(corpus["val"]), "scores": scores, "chance": chance}
+    scores["val_loss"], chance["val_loss"] = (
+        best["loss"],
+        validation_loss(cfg, model, teacher, held_out, device, autocast)[1],
+    )
+    result = {
+        "stage": stage,
+        "best_step": best["step"],
+        "n_clips": len(corpus["val"]),
+        "scores": scores,
+        "chance": chance,
+    }
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"{METHOD}, {stage}, on {len(corpus['val'])} validation clips (step {best['step']})", scores, chance)
+    common.print_scores(
+        f"{METHOD}, {stage}, on {len(corpus['val'])} validation clips (step {best['step']})",
+        scores,
+        chance,
+    )
     return result
 
 
@@ -1135,14 +1633,23 @@ def student_sets(cfg: Config, corpus: dict) -> list[list[dict]]:
     if cfg.curation == "none":
         return [corpus["train"]]
     folder = Path(cfg.runs) / cfg.name
-    needed = [folder / "curated.jsonl"] + [folder / "replay.jsonl"] * (cfg.curation == "ads" and cfg.replay)
+    needed = [folder / "curated.jsonl"] + [folder / "replay.jsonl"] * (
+        cfg.curation == "ads" and cfg.replay
+    )
     for path in needed:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such manifest; run --stage curate --curation {cfg.curation} --name {cfg.name or 'NAME'} first")
+            raise FileNotFoundError(
+                f"{path}: no such manifest; run --stage curate --curation {cfg.curation} --name {cfg.name or 'NAME'} first"
+            )
     curated = common.read_manifest([str(needed[0])], ("captions",))
     if not cfg.replay or cfg.curation == "ds":
         return [curated]
-    return [common.read_manifest([str(needed[1])], ("captions",)) if cfg.curation == "ads" else corpus["train"], curated]
+    return [
+        common.read_manifest([str(needed[1])], ("captions",))
+        if cfg.curation == "ads"
+        else corpus["train"],
+        curated,
+    ]
 
 
 def main(cfg: Config) -> dict:
@@ -1155,7 +1662,9 @@ def main(cfg: Config) -> dict:
         stored = stored or common.read_checkpoint(last, METHOD)
         common.check_resume(cfg, stored["config"])
     elif stored and stored["stage"] == "student" and cfg.stage in ("all", "student"):
-        raise FileExistsError(f"{last.parent} already holds a run; continue it with --resume or choose another --name")
+        raise FileExistsError(
+            f"{last.parent} already holds a run; continue it with --resume or choose another --name"
+        )
     corpus, result = read_corpus(cfg), {}
     in_student = cfg.resume and stored["stage"] == "student"
     curates = cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student
@@ -1164,9 +1673,22 @@ def main(cfg: Config) -> dict:
 
     if cfg.stage in ("all", "teacher") and not cfg.teacher and not in_student:
         torch.manual_seed(cfg.seed)
-        captions = [clean_caption(caption) for row in corpus["train"] for caption in row["captions"]]
+        captions = [
+            clean_caption(caption) for row in corpus["train"] for caption in row["captions"]
+        ]
         model = Model.from_checkpoint(last) if cfg.resume else start_model(cfg, captions)
-        result = train(cfg, "teacher", model, None, [corpus["train"]], corpus, device, autocast, say, stored if cfg.resume else None)
+        result = train(
+            cfg,
+            "teacher",
+            model,
+            None,
+            [corpus["train"]],
+            corpus,
+            device,
+            autocast,
+            say,
+            stored if cfg.resume else None,
+        )
     if curates:
         result = curate(cfg, corpus, sizes, prompts, device, autocast, say) or result
         if cfg.dry_run:
@@ -1174,14 +1696,33 @@ def main(cfg: Config) -> dict:
     if cfg.stage in ("all", "student"):
         teacher = load_teacher(cfg)[0].to(device).requires_grad_(False) if cfg.soft_labels else None
         model = Model.from_checkpoint(last) if in_student else load_teacher(cfg)[0]
-        result = train(cfg, "student", model, teacher, student_sets(cfg, corpus), corpus, device, autocast, say, stored if in_student else None)
+        result = train(
+            cfg,
+            "student",
+            model,
+            teacher,
+            student_sets(cfg, corpus),
+            corpus,
+            device,
+            autocast,
+            say,
+            stored if in_student else None,
+        )
     if common.rank_and_world()[0] == 0:
         flags = f"--data {' '.join(cfg.data)} --size {cfg.size} --name {cfg.name}"
-        shown = {"teacher": [f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"],
-                 "curate": [f"python curation_clap.py --stage student {flags}"]}.get(cfg.stage, [
-                     f"python eval.py {Path(cfg.runs) / cfg.name}/best.pt --data {' '.join(cfg.data)} --protocol all --prompt curation_clap",
-                     f"python curation_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --teacher {Path(cfg.runs) / cfg.name}/teacher.pt "
-                     "--no-replay     (another student, to compare)"])
+        shown = {
+            "teacher": [
+                f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"
+            ],
+            "curate": [f"python curation_clap.py --stage student {flags}"],
+        }.get(
+            cfg.stage,
+            [
+                f"python eval.py {Path(cfg.runs) / cfg.name}/best.pt --data {' '.join(cfg.data)} --protocol all --prompt curation_clap",
+                f"python curation_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --teacher {Path(cfg.runs) / cfg.name}/teacher.pt "
+                "--no-replay     (another student, to compare)",
+            ],
+        )
         print("\nNext:\n  " + "\n  ".join(shown))
     return result
 

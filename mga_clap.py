@@ -50,6 +50,7 @@ Run:  python mga_clap.py --data demo                              (two CPU cores
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
 The loss starts near ln B (4.85 at B = 128); flat for more than an epoch: see README, "Is my loss normal?".
 """
+
 import dataclasses
 import json
 import math
@@ -78,14 +79,24 @@ import common
 class Config:
     # data
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
-    size: Literal["paper", "tiny"] = "paper"  # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
-    variant: Literal["paper", "official"] = "paper"  # official: do as the released code where it differs (D3-D9)
-    encoder: Literal["htsat", "atst"] = "htsat"  # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
+    size: Literal["paper", "tiny"] = (
+        "paper"  # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
+    )
+    variant: Literal["paper", "official"] = (
+        "paper"  # official: do as the released code where it differs (D3-D9)
+    )
+    encoder: Literal["htsat", "atst"] = (
+        "htsat"  # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
+    )
     audio_weights: str = "HTSAT.ckpt"  # its start: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers CLAP folder, or none
-    text_model: str = "bert-base-uncased"  # start of the text encoder: hub id or folder (Sec. 4.1), or none
+    text_model: str = (
+        "bert-base-uncased"  # start of the text encoder: hub id or folder (Sec. 4.1), or none
+    )
     max_tokens: int = 30  # captions are cut there, [CLS] and [SEP] included (code, D12)
     # model
-    aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = "codebook"  # mean: plain CLAP; the others: Table 4
+    aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = (
+        "codebook"  # mean: plain CLAP; the others: Table 4
+    )
     affinity: Literal["max", "mean"] = "max"  # how frames or words vote for a codeword (Table 5)
     sparsity: Literal["sparsemax", "softmax"] = "sparsemax"  # affinities to weights (Table 5)
     codewords: int = 4096  # size of the shared codebook (Fig. 4)
@@ -93,13 +104,19 @@ class Config:
     locality_blocks: int = 1  # last blocks that are locality-aware (Fig. 6); plain CLAP: 0
     joint_dim: int = 1024  # dimension shared by audio and text (code)
     audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
-    audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # blocks a stage (atst: 12)
-    audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage (atst: 12)
+    audio_depths: list[int] = field(
+        default_factory=lambda: [2, 2, 6, 2]
+    )  # blocks a stage (atst: 12)
+    audio_heads: list[int] = field(
+        default_factory=lambda: [4, 8, 16, 32]
+    )  # heads a stage (atst: 12)
     audio_patch: int = 4  # HTS-AT patch, in mel bins and frames
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # loss
-    hard_negatives: bool = True  # weigh negatives by how close they are (Table 5); off: plain contrastive loss
+    hard_negatives: bool = (
+        True  # weigh negatives by how close they are (Table 5); off: plain contrastive loss
+    )
     gamma: float = 0.15  # sharpness of the hard-negative weights (Fig. 5)
     init_temperature: float = 0.07  # start of the learnt divisor tau (code)
     # optimisation
@@ -108,7 +125,9 @@ class Config:
     lr: float = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
     warmup_epochs: float = 2.0  # linear warm-up, then cosine to 0 (code, D9)
     drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (code)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D10)
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D10)
+    )
     seed: int = 0  # of weights, order, crops, masks
     # run
     name: str = ""  # folder under --runs; empty: mga_clap-1, mga_clap-2, ...
@@ -125,10 +144,26 @@ class Config:
 
 
 # A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
-TINY = dict(audio_weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[1, 4],
-            audio_heads=[4, 8], text_dim=128, text_layers=2, joint_dim=128, codewords=256, affinity_scale=70.0,
-            batch_size=48, lr=1e-3, warmup_epochs=1.0, drop_path=0.0, eval_epochs=5, save_steps=100,
-            workers=1)
+TINY = dict(
+    audio_weights="none",
+    text_model="none",
+    audio_patch=16,
+    audio_dim=64,
+    audio_depths=[1, 4],
+    audio_heads=[4, 8],
+    text_dim=128,
+    text_layers=2,
+    joint_dim=128,
+    codewords=256,
+    affinity_scale=70.0,
+    batch_size=48,
+    lr=1e-3,
+    warmup_epochs=1.0,
+    drop_path=0.0,
+    eval_epochs=5,
+    save_steps=100,
+    workers=1,
+)
 OFFICIAL = dict(epochs=10)  # D9
 ATST = dict(audio_weights="atstframe_base.ckpt", audio_dim=768, audio_depths=[12], audio_heads=[12])
 PRESETS = {("variant", "official"): OFFICIAL, ("encoder", "atst"): ATST, ("size", "tiny"): TINY}
@@ -148,8 +183,15 @@ def clean_caption(text: str) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def codebook_weights(feats, codebook, eta: float, valid_mask=None, affinity="max", sparsity="sparsemax",
-                     masked_score=float("-inf")):
+def codebook_weights(
+    feats,
+    codebook,
+    eta: float,
+    valid_mask=None,
+    affinity="max",
+    sparsity="sparsemax",
+    masked_score=float("-inf"),
+):
     """Weights of the codewords for each clip or caption.
 
     Args
@@ -161,7 +203,11 @@ def codebook_weights(feats, codebook, eta: float, valid_mask=None, affinity="max
     """
     score = feats @ codebook.T  # (B, T, D) x (D, K) -> (B, T, K)
     if affinity == "mean":
-        valid = torch.ones_like(score[..., :1]) if valid_mask is None else valid_mask[..., None].to(score.dtype)
+        valid = (
+            torch.ones_like(score[..., :1])
+            if valid_mask is None
+            else valid_mask[..., None].to(score.dtype)
+        )
         votes = (score * valid).sum(1) / valid.sum(1)
     else:
         if valid_mask is not None:
@@ -193,17 +239,36 @@ class ATSTFrame(nn.Module):
     Args: dim, depth, heads: 768, 12, 12 in the published base model; n_frames: longest input in tokens.
     """
 
-    def __init__(self, dim=768, depth=12, heads=12, n_frames=250, drop_path=0.1, locality_blocks=0, locality="paper"):
+    def __init__(
+        self,
+        dim=768,
+        depth=12,
+        heads=12,
+        n_frames=250,
+        drop_path=0.1,
+        locality_blocks=0,
+        locality="paper",
+    ):
         super().__init__()
         if not 0 <= locality_blocks <= depth:
             raise ValueError(f"locality_blocks = {locality_blocks}: the encoder has {depth} blocks")
         self.out_dim, self.n_frames = dim, n_frames
         self.patch_embed = nn.Linear(64 * 4, dim)
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n_frames + 1, dim), std=0.02))
+        self.pos_embed = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, n_frames + 1, dim), std=0.02)
+        )
         drops = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(
-            common.Block(dim, heads, drop_path=drops[i], qkv_bias=False, eps=1e-6,
-                         locality=locality if i >= depth - locality_blocks else "") for i in range(depth))
+            common.Block(
+                dim,
+                heads,
+                drop_path=drops[i],
+                qkv_bias=False,
+                eps=1e-6,
+                locality=locality if i >= depth - locality_blocks else "",
+            )
+            for i in range(depth)
+        )
         self.norm_frame = nn.LayerNorm(dim, eps=1e-6)
         common.init_linear_layers(self)
 
@@ -212,9 +277,15 @@ class ATSTFrame(nn.Module):
         B, M, T_mel = log_mel.shape
         T = T_mel // 4
         if T > self.n_frames:
-            raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {4 * self.n_frames + 3}")
-        patches = log_mel[:, :, :4 * T].reshape(B, M, T, 4).transpose(1, 2).reshape(B, T, 4 * M)  # mel-major, time-minor
-        x = self.patch_embed(patches) + self.pos_embed[:, 1:T + 1]  # slot 0 belongs to a clip token that it has not
+            raise ValueError(
+                f"spectrogram of {T_mel} frames; this encoder takes at most {4 * self.n_frames + 3}"
+            )
+        patches = (
+            log_mel[:, :, : 4 * T].reshape(B, M, T, 4).transpose(1, 2).reshape(B, T, 4 * M)
+        )  # mel-major, time-minor
+        x = (
+            self.patch_embed(patches) + self.pos_embed[:, 1 : T + 1]
+        )  # slot 0 belongs to a clip token that it has not
         for block in self.blocks:
             x = block(x)
         return self.norm_frame(x)
@@ -251,18 +322,35 @@ class Model(nn.Module):
         if cfg.encoder == "atst":
             self.log_mel = ATSTMel()
             self.audio_encoder = ATSTFrame(
-                cfg.audio_dim << len(cfg.audio_depths) - 1, sum(cfg.audio_depths), cfg.audio_heads[-1],
-                drop_path=cfg.drop_path, locality_blocks=cfg.locality_blocks, locality=cfg.variant)
+                cfg.audio_dim << len(cfg.audio_depths) - 1,
+                sum(cfg.audio_depths),
+                cfg.audio_heads[-1],
+                drop_path=cfg.drop_path,
+                locality_blocks=cfg.locality_blocks,
+                locality=cfg.variant,
+            )
         else:
-            self.log_mel = common.LogMel(self.sample_rate, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000)
+            self.log_mel = common.LogMel(
+                self.sample_rate, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000
+            )
             self.audio_encoder = common.HTSAT(
-                cfg.audio_dim, cfg.audio_depths, cfg.audio_heads, cfg.audio_patch, drop_path=cfg.drop_path,
-                locality_blocks=cfg.locality_blocks, locality=cfg.variant)
+                cfg.audio_dim,
+                cfg.audio_depths,
+                cfg.audio_heads,
+                cfg.audio_patch,
+                drop_path=cfg.drop_path,
+                locality_blocks=cfg.locality_blocks,
+                locality=cfg.variant,
+            )
         self.text_encoder = text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
         two_layers = lambda dim: nn.Sequential(  # noqa: E731
-            nn.LayerNorm(dim), nn.Linear(dim, cfg.joint_dim), nn.GELU(),
-            nn.LayerNorm(cfg.joint_dim), nn.Linear(cfg.joint_dim, cfg.joint_dim))
+            nn.LayerNorm(dim),
+            nn.Linear(dim, cfg.joint_dim),
+            nn.GELU(),
+            nn.LayerNorm(cfg.joint_dim),
+            nn.Linear(cfg.joint_dim, cfg.joint_dim),
+        )
         self.frame_proj = two_layers(self.audio_encoder.out_dim)
         self.word_proj = two_layers(text_encoder.out_dim)
         self.temperature = nn.Parameter(torch.tensor(cfg.init_temperature))
@@ -272,13 +360,22 @@ class Model(nn.Module):
 
     def aggregate(self, feats, valid_mask=None):
         """Frames or words (B, T, D) -> normalised embeds (B, D), mean number of active codewords."""
-        if self.cfg.aggregator != "codebook":  # plain CLAP, and the clip and class vectors of the pairwise methods
+        if (
+            self.cfg.aggregator != "codebook"
+        ):  # plain CLAP, and the clip and class vectors of the pairwise methods
             valid = torch.ones_like(feats[..., :1]) if valid_mask is None else valid_mask[..., None]
             feats = F.normalize(feats.float(), dim=-1) if self.pairwise else feats.float()
             pooled = (feats * valid).sum(1) / valid.sum(1)
             return F.normalize(pooled, dim=-1), pooled.new_zeros(())
-        weights = codebook_weights(feats, self.codebook, self.eta, valid_mask, self.cfg.affinity, self.cfg.sparsity,
-                                   0.0 if self.cfg.variant == "official" else float("-inf"))
+        weights = codebook_weights(
+            feats,
+            self.codebook,
+            self.eta,
+            valid_mask,
+            self.cfg.affinity,
+            self.cfg.sparsity,
+            0.0 if self.cfg.variant == "official" else float("-inf"),
+        )
         with torch.autocast(weights.device.type, enabled=False):
             mixture = weights @ self.codebook  # Eq. (3)
         return F.normalize(mixture, dim=-1), (weights > 0).sum(1).float().mean()
@@ -299,12 +396,21 @@ class Model(nn.Module):
         frames, words = self.frame_feats(waveform), self.word_feats(input_ids, attention_mask)
         if self.pairwise:
             words = masked_words(words, word_mask[:, 1:])
-            words = F.pad(words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1]))  # one shape on all processes
-            frames = F.pad(frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1]))  # official batches are as long as their longest clip
+            words = F.pad(
+                words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1])
+            )  # one shape on all processes
+            frames = F.pad(
+                frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1])
+            )  # official batches are as long as their longest clip
             return F.normalize(frames.float(), dim=-1), words, self.temperature, words.new_zeros(())
         audio_embeds, audio_active = self.aggregate(frames)
         text_embeds, text_active = self.aggregate(words, word_mask[:, 1:])
-        return audio_embeds, text_embeds, self.temperature, (audio_active + text_active).detach() / 2
+        return (
+            audio_embeds,
+            text_embeds,
+            self.temperature,
+            (audio_active + text_active).detach() / 2,
+        )
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
@@ -325,11 +431,19 @@ class Model(nn.Module):
         with common.evaluating(self):
             frame_feats, owner, _ = self._window_feats(waveform, n_samples)
             frames = F.normalize(frame_feats.float(), dim=-1)
-            return nn.utils.rnn.pad_sequence([frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True)
+            return nn.utils.rnn.pad_sequence(
+                [frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True
+            )
 
     def _window_feats(self, waveform, n_samples):
-        windows, owner, weight, _ = common.cut_windows(waveform, n_samples, int(WINDOW_S * self.sample_rate))
-        return torch.cat([self.frame_feats(part) for part in windows.split(32)]), owner, weight  # bounded memory
+        windows, owner, weight, _ = common.cut_windows(
+            waveform, n_samples, int(WINDOW_S * self.sample_rate)
+        )
+        return (
+            torch.cat([self.frame_feats(part) for part in windows.split(32)]),
+            owner,
+            weight,
+        )  # bounded memory
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
@@ -348,22 +462,40 @@ class Model(nn.Module):
         similarity, device = PAIRWISE[self.cfg.aggregator], self.temperature.device
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), device)
-            words = masked_words(self.word_feats(tokens["input_ids"], tokens["attention_mask"]), tokens["word_mask"][:, 1:])
-            frames = nn.utils.rnn.pad_sequence([torch.from_numpy(f).to(device) for f in frame_embeds], True)
-            return torch.cat([torch.cat([similarity(f, w, self.temperature) for w in words.split(64)], 1)
-                              for f in frames.split(64)]).cpu().numpy()
+            words = masked_words(
+                self.word_feats(tokens["input_ids"], tokens["attention_mask"]),
+                tokens["word_mask"][:, 1:],
+            )
+            frames = nn.utils.rnn.pad_sequence(
+                [torch.from_numpy(f).to(device) for f in frame_embeds], True
+            )
+            return (
+                torch.cat(
+                    [
+                        torch.cat([similarity(f, w, self.temperature) for w in words.split(64)], 1)
+                        for f in frames.split(64)
+                    ]
+                )
+                .cpu()
+                .numpy()
+            )
 
     @classmethod
     def from_checkpoint(cls, path, text_model="bert-base-uncased"):
         """A run's last.pt or best.pt, or the authors' model.pt (then with `text_model`'s tokenizer)."""
         content = common.read_weights(path)
         if "codebook" in content.get("model", {}) and "method" not in content:
-            model = cls(Config(data=[], variant="official"), common.text_encoder_from_pretrained(text_model, 30))
+            model = cls(
+                Config(data=[], variant="official"),
+                common.text_encoder_from_pretrained(text_model, 30),
+            )
             common.load_strict(model, official_state(content["model"]), path)
         else:
             content = common.read_checkpoint(path, METHOD)
             cfg = Config(**content["config"])
-            model = cls(cfg, common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens))
+            model = cls(
+                cfg, common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens)
+            )
             common.load_strict(model, content["model"], path)
         return model.eval()
 
@@ -406,7 +538,9 @@ PAIRWISE = {"uaca": uaca_similarity, "wstag": wstag_similarity, "pacl": pacl_sim
 def official_state(weights: dict) -> dict:
     """The authors' model.pt names -> ours. Unknown names stay, so that strict loading lists them."""
     prefix = "audio_encoder.audio_enc."
-    audio = common.htsat_state({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    audio = common.htsat_state(
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    )
     state = {f"audio_encoder.{k}": v for k, v in audio.items()}
     for key, value in weights.items():
         if not key.startswith(prefix) and not key.endswith("embeddings.position_ids"):
@@ -417,12 +551,18 @@ def official_state(weights: dict) -> dict:
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """A new model: encoders from --audio-weights and --text-model, the rest from nothing."""
-    if Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists():  # before a text encoder is fetched
-        raise FileNotFoundError(f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at github.com/RetroCirce/"
-                                "HTS-Audio-Transformer, ATST-Frame's at github.com/Audio-WestlakeU/audiossl (or give none)")
+    if (
+        Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists()
+    ):  # before a text encoder is fetched
+        raise FileNotFoundError(
+            f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at github.com/RetroCirce/"
+            "HTS-Audio-Transformer, ATST-Frame's at github.com/Audio-WestlakeU/audiossl (or give none)"
+        )
     model = Model(cfg, common.start_text_encoder(cfg, captions, cfg.max_tokens))
     if cfg.audio_weights != "none":
-        (load_atst if cfg.encoder == "atst" else common.load_htsat)(model.audio_encoder, cfg.audio_weights)
+        (load_atst if cfg.encoder == "atst" else common.load_htsat)(
+            model.audio_encoder, cfg.audio_weights
+        )
     return model
 
 
@@ -448,7 +588,9 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
     def one_way(logits, twin):
         hardness = (gamma * logits).masked_fill(twin, float("-inf"))
         candidates = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
-        log_alpha = candidates.to(logits.dtype).log() + hardness - hardness.logsumexp(1, keepdim=True)  # Eq. (8)
+        log_alpha = (
+            candidates.to(logits.dtype).log() + hardness - hardness.logsumexp(1, keepdim=True)
+        )  # Eq. (8)
         log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive counts once
         return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
 
@@ -463,7 +605,9 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
     def one_way(logits, targets):
         logits = logits - logits.amax(1, keepdim=True).detach()
         hard = torch.exp(gamma * logits)
-        others = (hard.sum(1) - hard).clamp(min=1e-30)  # no keepdim: column j gets row j's sum; 0 for a single pair
+        others = (hard.sum(1) - hard).clamp(
+            min=1e-30
+        )  # no keepdim: column j gets row j's sum; 0 for a single pair
         weight = (len(sim) - 1) * hard / others
         weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
         log_prob = logits - torch.log((weight * logits.exp()).sum(1, keepdim=True) + 1e-7)
@@ -503,7 +647,9 @@ class Pairs(Dataset):
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
         clips = {audio: i for i, audio in enumerate(dict.fromkeys(row["audio"] for row in rows))}
-        self.pairs = [(clips[row["audio"]], row, caption) for row in rows for caption in row["captions"]]
+        self.pairs = [
+            (clips[row["audio"]], row, caption) for row in rows for caption in row["captions"]
+        ]
         self.durations = [row.get("duration", WINDOW_S) for _, row, _ in self.pairs]
         self.cfg, self.tokenize, self.rate = cfg, tokenize, SAMPLE_RATE[cfg.encoder]
         self.read = common.audio_reader(cfg.cache, rows, self.rate, cfg.workers)
@@ -513,7 +659,9 @@ class Pairs(Dataset):
         clip, row, caption = self.pairs[index]
         rng = np.random.default_rng((self.cfg.seed, epoch, index))
         try:
-            waveform = self.read(row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration"))
+            waveform = self.read(
+                row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+            )
         except common.AudioError as error:
             return error
         return waveform, clean_caption(caption), clip, row["audio"]
@@ -523,11 +671,19 @@ class Pairs(Dataset):
         bad = [str(item) for item in items if isinstance(item, common.AudioError)]
         good = [item for item in items if not isinstance(item, common.AudioError)]
         if not good:
-            return None, None, (), bad  # raised by the loop: an error in a worker process reaches it as a traceback
+            return (
+                None,
+                None,
+                (),
+                bad,
+            )  # raised by the loop: an error in a worker process reaches it as a traceback
         waveforms, captions, clips, names = zip(*good)
         longest = max(1024, *(len(w) for w in waveforms))  # at least one frame of the spectrogram
         padded = longest if self.cfg.variant == "official" else int(WINDOW_S * self.rate)  # D8
-        batch = {"waveform": common.pad_batch(waveforms, padded)[0], **self.tokenize(list(captions))}
+        batch = {
+            "waveform": common.pad_batch(waveforms, padded)[0],
+            **self.tokenize(list(captions)),
+        }
         return batch, torch.tensor(clips), names, bad
 
 
@@ -540,7 +696,8 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     """Scores on `rows` and what chance would give: retrieval; tagging and frame-level mAP with labels."""
     frames = bool(classes) and any(row.get("events") for row in rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
-        model, rows, frames=frames or model.pairwise, desc="validation", quiet=quiet)
+        model, rows, frames=frames or model.pairwise, desc="validation", quiet=quiet
+    )
     for text in bad:
         tqdm.write(f"validation: left out {text}")
     rows = [rows[i] for i in kept]
@@ -551,14 +708,18 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     chance = common.retrieval_chance(owner, len(rows))
     if classes and any(row.get("labels") or row.get("events") for row in rows):
         names = [c.replace("_", " ") for c in classes]
-        targets, sim = common.label_targets(rows, classes), common.similarities(model, audio_embeds, frame_embeds, names)
+        targets, sim = (
+            common.label_targets(rows, classes),
+            common.similarities(model, audio_embeds, frame_embeds, names),
+        )
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
         chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
         if frames:
             class_embeds = common.embed_texts(model, names)
             for name, centred in (("frame_mAP_raw", False), ("frame_mAP_centred", True)):
                 per_class, chance[name] = common.frame_average_precisions(
-                    frame_embeds, class_embeds, rows, classes, model.frame_s, centred)
+                    frame_embeds, class_embeds, rows, classes, model.frame_s, centred
+                )
                 scores[name] = float(np.nanmean(per_class))
     return scores, chance
 
@@ -568,7 +729,10 @@ def selection_score(model, val_rows, say, step) -> float:
     if not val_rows:
         return float(step)
     scores, _ = validate(model, val_rows, [])
-    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5")))
+    say(
+        f"step {step}: validation "
+        + " ".join(f"{k} {scores[k]:.3f}" for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
+    )
     return sum(scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
 
 
@@ -583,14 +747,20 @@ def main(cfg: Config) -> dict:
     common.require(train_rows + val_rows, "captions")
     classes = common.read_classes(cfg.data, val_rows)
     if classes and any(row.get("labels") or row.get("events") for row in val_rows):
-        common.label_targets(val_rows, classes)  # a wrong class list is said now, not after the training
+        common.label_targets(
+            val_rows, classes
+        )  # a wrong class list is said now, not after the training
     common.check_counts(cfg, "epochs", "eval_epochs", "save_steps", "log_steps")
     n_pairs = sum(len(row["captions"]) for row in train_rows)
     batch_size = min(cfg.batch_size, n_pairs)
     common.check_batch(cfg, batch_size, n_pairs, "pair")
 
     # Model
-    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD) if cfg.resume else None
+    checkpoint = (
+        common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
+        if cfg.resume
+        else None
+    )
     torch.manual_seed(cfg.seed)
     if checkpoint:
         common.check_resume(cfg, checkpoint["config"])
@@ -605,27 +775,48 @@ def main(cfg: Config) -> dict:
     # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
     dataset = Pairs(train_rows, cfg, model.text_encoder.tokenize)
     steps_per_epoch = n_pairs // batch_size
-    total_steps, warmup_steps = cfg.epochs * steps_per_epoch, int(cfg.warmup_epochs * steps_per_epoch)
+    total_steps, warmup_steps = (
+        cfg.epochs * steps_per_epoch,
+        int(cfg.warmup_epochs * steps_per_epoch),
+    )
     step, best = 0, {"score": -1.0, "step": 0}
     run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
     if checkpoint:
         optimiser.load_state_dict(checkpoint["optimiser"])
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
-    say(f"{METHOD}: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips for validation; "
+    say(
+        f"{METHOD}: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips for validation; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {total_steps} steps of {batch_size} pairs on "
-        f"{world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}")
+        f"{world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}"
+    )
 
     def save(name):
-        common.save_checkpoint(run.path / name, {
-            "method": METHOD, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
-            "best": best, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+        common.save_checkpoint(
+            run.path / name,
+            {
+                "method": METHOD,
+                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+                "step": step,
+                "best": best,
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "text_encoder": model.text_encoder.description(),
+                "versions": common.versions(),
+            },
+        )
 
     # Loop
-    loader = DataLoader(dataset, batch_sampler=common.training_batches(
-        dataset.durations, batch_size, cfg.seed, step, total_steps), num_workers=cfg.workers, collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=common.training_batches(
+            dataset.durations, batch_size, cfg.seed, step, total_steps
+        ),
+        num_workers=cfg.workers,
+        collate_fn=dataset.collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=common.outlive_sigterm,
+    )
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
@@ -658,12 +849,23 @@ def main(cfg: Config) -> dict:
             unreadable.clear()
             r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item(), "ln_B": math.log(len(sim)),
-                    "batch_R@1": r1, "temperature": temperature.item(), "active_codewords": active.item(),
-                    "lr": optimiser.param_groups[0]["lr"], "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            line = {
+                "step": step,
+                "epoch": step / steps_per_epoch,
+                "loss": loss.item(),
+                "ln_B": math.log(len(sim)),
+                "batch_R@1": r1,
+                "temperature": temperature.item(),
+                "active_codewords": active.item(),
+                "lr": optimiser.param_groups[0]["lr"],
+                "pairs_per_s": pairs_seen / seconds,
+                "skipped": len(run.skipped),
+            }
             run.log(line)
-            bar.set_postfix_str(f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} "
-                                f"active {line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s")
+            bar.set_postfix_str(
+                f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} "
+                f"active {line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s"
+            )
             pairs_seen = 0
         eval_now = step % (cfg.eval_epochs * steps_per_epoch) == 0 or step == total_steps
         if eval_now or step % cfg.save_steps == 0 or run.stop:
@@ -687,12 +889,21 @@ def main(cfg: Config) -> dict:
         return {}
     model = Model.from_checkpoint(run.path / "best.pt").to(device)
     scores, chance = validate(model, val_rows, classes, quiet=False)
-    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    result = {
+        "best_step": best["step"],
+        "n_clips": len(val_rows),
+        "scores": scores,
+        "chance": chance,
+    }
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
-    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-          f"  python mga_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --aggregator mean --locality-blocks 0 "
-          "--no-hard-negatives     (plain CLAP, to compare)")
+    common.print_scores(
+        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
+    )
+    print(
+        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"  python mga_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --aggregator mean --locality-blocks 0 "
+        "--no-hard-negatives     (plain CLAP, to compare)"
+    )
     return result
 
 
@@ -716,14 +927,21 @@ def last_block_maps(model: Model, waveform):
         model.frame_feats(waveform)
     handle.remove()
     x, heads = captured["x"][:1].float(), block.attn.heads  # (1, L, C)
-    q, k, v = block.attn.qkv(x).view(x.shape[1], 3, heads, -1).permute(1, 2, 0, 3)  # (heads, L, C / heads)
+    q, k, v = (
+        block.attn.qkv(x).view(x.shape[1], 3, heads, -1).permute(1, 2, 0, 3)
+    )  # (heads, L, C / heads)
     attention = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1).mean(0)
     v = F.normalize(v, dim=-1)
     maps = [attention, (v @ v.transpose(1, 2)).mean(0)]
-    if not atst:  # cell (row, column) of the grid, rows = chunk x frequency -> frame = chunk x column
+    if (
+        not atst
+    ):  # cell (row, column) of the grid, rows = chunk x frequency -> frame = chunk x column
         stage, chunks = model.audio_encoder.layers[-1], model.audio_encoder.chunks
         G, f = stage.grid, stage.grid // chunks
-        maps = [m.view(chunks, f, G, chunks, f, G).mean((1, 4)).reshape(chunks * G, chunks * G) for m in maps]
+        maps = [
+            m.view(chunks, f, G, chunks, f, G).mean((1, 4)).reshape(chunks * G, chunks * G)
+            for m in maps
+        ]
         maps[0] = maps[0] * f  # rows sum to 1 again
     return [m.cpu().numpy() for m in maps]
 
@@ -732,32 +950,69 @@ def plot(model: Model, row: dict, class_names: list[str], folder: Path, plt) -> 
     """Pictures of one clip (its first window): Fig. 3 and, with a codebook, Fig. 7 -> their paths."""
     device = model.temperature.device
     waveform = torch.from_numpy(common.read_audio(row["audio"], model.sample_rate, WINDOW_S))[None]
-    waveform = F.pad(waveform, (0, int(WINDOW_S * model.sample_rate) - waveform.shape[1])).to(device)
+    waveform = F.pad(waveform, (0, int(WINDOW_S * model.sample_rate) - waveform.shape[1])).to(
+        device
+    )
     end_s, paths = model.frame_s * model.audio_encoder.n_frames, [folder / "last_block.png"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axis, values, title in zip(axes, last_block_maps(model, waveform), ("query-key attention", "value-value cosine")):
+    for axis, values, title in zip(
+        axes, last_block_maps(model, waveform), ("query-key attention", "value-value cosine")
+    ):
         figure.colorbar(axis.imshow(values, extent=(0, end_s, end_s, 0)), ax=axis)
         axis.set(title=f"{title}, last block", xlabel="time attended to (s)", ylabel="time (s)")
-    figure.suptitle(Path(row["audio"]).name + (", a locality-aware block: query and key are not used"
-                                               if model.cfg.locality_blocks else ""), fontsize=10)
+    figure.suptitle(
+        Path(row["audio"]).name
+        + (
+            ", a locality-aware block: query and key are not used"
+            if model.cfg.locality_blocks
+            else ""
+        ),
+        fontsize=10,
+    )
     figure.savefig(paths[0], dpi=110)
     plt.close(figure)
     if model.cfg.aggregator == "codebook":
         with common.evaluating(model), torch.no_grad():
             frames = model.frame_feats(waveform)
-            weights = codebook_weights(frames, model.codebook, model.eta, affinity=model.cfg.affinity, sparsity=model.cfg.sparsity)[0]
-            cosines = F.normalize(model.codebook, dim=-1) @ model.embed_text(class_names).T  # (K, classes)
+            weights = codebook_weights(
+                frames,
+                model.codebook,
+                model.eta,
+                affinity=model.cfg.affinity,
+                sparsity=model.cfg.sparsity,
+            )[0]
+            cosines = (
+                F.normalize(model.codebook, dim=-1) @ model.embed_text(class_names).T
+            )  # (K, classes)
             activity = (frames[0].float() @ model.codebook.T / model.eta).cpu().numpy()  # (T, K)
         top = weights.argsort(descending=True)[:5].tolist()
-        figure, axes = plt.subplots(len(top), 1, figsize=(8, 1.4 * len(top)), sharex=True, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            len(top),
+            1,
+            figsize=(8, 1.4 * len(top)),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
         for axis, codeword in zip(axes[:, 0], top):
             nearest = cosines[codeword].argsort(descending=True)[:3].tolist()
-            axis.step((np.arange(len(activity)) + 0.5) * model.frame_s, activity[:, codeword], where="mid")
+            axis.step(
+                (np.arange(len(activity)) + 0.5) * model.frame_s, activity[:, codeword], where="mid"
+            )
             for event in row.get("events", []):
                 axis.axvspan(event["onset"], event["offset"], alpha=0.15, color="tab:green", lw=0)
-            axis.set_title(f"codeword {codeword}, weight {weights[codeword]:.3f}, nearest: " + ", ".join(
-                f"{class_names[c]} ({cosines[codeword, c]:.2f})" for c in nearest), fontsize=9, loc="left")
-        axes[-1, 0].set_xlabel("time (s); events shaded: " + ", ".join(f"{e['label']} {e['onset']:.1f}-{e['offset']:.1f}" for e in row.get("events", [])))
+            axis.set_title(
+                f"codeword {codeword}, weight {weights[codeword]:.3f}, nearest: "
+                + ", ".join(f"{class_names[c]} ({cosines[codeword, c]:.2f})" for c in nearest),
+                fontsize=9,
+                loc="left",
+            )
+        axes[-1, 0].set_xlabel(
+            "time (s); events shaded: "
+            + ", ".join(
+                f"{e['label']} {e['onset']:.1f}-{e['offset']:.1f}" for e in row.get("events", [])
+            )
+        )
         figure.supylabel("affinity", fontsize=9)
         figure.suptitle(f"the five heaviest codewords of {Path(row['audio']).name}", fontsize=10)
         paths.append(folder / "codewords.png")

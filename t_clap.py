@@ -38,6 +38,7 @@ Run:  python t_clap.py --data demo                              (two CPU cores, 
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
 Eq. (1) starts near ln B from nothing, far below it from LAION's weights; Eq. (3) starts at ln 2 = 0.69.
 """
+
 import dataclasses
 import json
 import math
@@ -64,8 +65,12 @@ import common
 @dataclass
 class Config:
     # data
-    data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo; those with negatives are told from those without
-    size: Literal["paper", "tiny"] = "paper"  # paper: HTS-AT + RoBERTa-base; tiny: same family, small, from nothing
+    data: list[
+        str
+    ]  # manifests, folders that hold manifest.jsonl, or the word demo; those with negatives are told from those without
+    size: Literal["paper", "tiny"] = (
+        "paper"  # paper: HTS-AT + RoBERTa-base; tiny: same family, small, from nothing
+    )
     weights: str = "630k-best.pt"  # start: a LAION-CLAP file, a transformers CLAP folder or hub id, a T-CLAP checkpoint, or none
     text_model: str = "roberta-base"  # tokenizer of a LAION-CLAP file; with --weights none the text encoder's start, or none
     # model, read only when --weights none
@@ -87,7 +92,9 @@ class Config:
     lr: float = 1e-4  # peak of Adam's learning rate (Sec. 4)
     warmup_steps: int = 10000  # linear warm-up (Sec. 4), then cosine to 0 (D5)
     drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (LAION-CLAP); a T-CLAP checkpoint keeps its own
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D8)
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D8)
+    )
     seed: int = 0  # of weights, order, crops, captions, masks
     # run
     name: str = ""  # folder under --runs; empty: t_clap-1, t_clap-2, ...
@@ -103,11 +110,29 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
 
-TINY = dict(weights="none", text_model="none", audio_patch=16, audio_dim=64, audio_depths=[1, 4], audio_heads=[4, 8],
-            text_dim=128, text_layers=2, joint_dim=128, lt_weight=2.0, lt_scale=14.0,  # D10
-            # few clips of sets with an order a batch: with few classes more would often share sounds, and then the contrastive
-            # loss alone learns order
-            steps=2000, batch_size=16, mix=1.0, lr=5e-4, warmup_steps=200, drop_path=0.0, eval_steps=500, workers=1)
+TINY = dict(
+    weights="none",
+    text_model="none",
+    audio_patch=16,
+    audio_dim=64,
+    audio_depths=[1, 4],
+    audio_heads=[4, 8],
+    text_dim=128,
+    text_layers=2,
+    joint_dim=128,
+    lt_weight=2.0,
+    lt_scale=14.0,  # D10
+    # few clips of sets with an order a batch: with few classes more would often share sounds, and then the contrastive
+    # loss alone learns order
+    steps=2000,
+    batch_size=16,
+    mix=1.0,
+    lr=5e-4,
+    warmup_steps=200,
+    drop_path=0.0,
+    eval_steps=500,
+    workers=1,
+)
 PRESETS = {("size", "tiny"): TINY}
 WINDOW_S = 10.0  # LAION's training crop
 MAX_TOKENS = 77  # LAION's padding and truncation length
@@ -134,19 +159,48 @@ class Model(nn.Module):
 
     window_s = WINDOW_S
     crop_rule = f"all consecutive windows of {WINDOW_S:g} s, the last one tiled as often as it fits whole, then zero-padded; averaged by their seconds"  # D2
-    clean_caption = staticmethod(lambda text: text)  # LAION's basic path tokenises captions as they are
+    clean_caption = staticmethod(
+        lambda text: text
+    )  # LAION's basic path tokenises captions as they are
 
-    def __init__(self, text_encoder: common.TextEncoder, audio: dict, joint_dim: int = 512, mel: dict | None = None):
+    def __init__(
+        self,
+        text_encoder: common.TextEncoder,
+        audio: dict,
+        joint_dim: int = 512,
+        mel: dict | None = None,
+    ):
         super().__init__()
-        mel = {"sample_rate": 48000, "n_fft": 1024, "hop": 480, "n_mels": 64, "fmin_hz": 50, "fmax_hz": 14000, **(mel or {})}
-        self.shape = {"audio": dict(audio), "joint_dim": joint_dim, "mel": mel}  # rebuilds the model, with the text encoder
+        mel = {
+            "sample_rate": 48000,
+            "n_fft": 1024,
+            "hop": 480,
+            "n_mels": 64,
+            "fmin_hz": 50,
+            "fmax_hz": 14000,
+            **(mel or {}),
+        }
+        self.shape = {
+            "audio": dict(audio),
+            "joint_dim": joint_dim,
+            "mel": mel,
+        }  # rebuilds the model, with the text encoder
         self.sample_rate, self.log_mel = mel["sample_rate"], common.LogMel(**mel)
         self.audio_encoder, self.text_encoder = common.HTSAT(**audio), text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
-        head = lambda dim: nn.Sequential(nn.Linear(dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim))  # noqa: E731
-        self.audio_projection, self.text_projection = head(self.audio_encoder.out_dim), head(text_encoder.out_dim)
-        self.logit_scale_a = nn.Parameter(torch.tensor(1 / 0.07).log())  # logs of the factors on cosines;
-        self.logit_scale_t = nn.Parameter(torch.tensor(1 / 0.07).log(), requires_grad=False)  # LAION's plain loss uses the first
+        head = lambda dim: nn.Sequential(
+            nn.Linear(dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim)
+        )  # noqa: E731
+        self.audio_projection, self.text_projection = (
+            head(self.audio_encoder.out_dim),
+            head(text_encoder.out_dim),
+        )
+        self.logit_scale_a = nn.Parameter(
+            torch.tensor(1 / 0.07).log()
+        )  # logs of the factors on cosines;
+        self.logit_scale_t = nn.Parameter(
+            torch.tensor(1 / 0.07).log(), requires_grad=False
+        )  # LAION's plain loss uses the first
 
     def clip_feats(self, waveform):
         """waveform (B, S) of one window, tiled -> projected clips (B, D)."""
@@ -154,7 +208,9 @@ class Model(nn.Module):
 
     def text_feats(self, input_ids, attention_mask):
         """Token ids (B, L) -> projected texts (B, D), of the pooler's tanh(dense(<s>))."""
-        return self.text_projection(self.text_encoder.model.pooler(self.text_encoder(input_ids, attention_mask)))
+        return self.text_projection(
+            self.text_encoder.model.pooler(self.text_encoder(input_ids, attention_mask))
+        )
 
     def forward(self, waveform, input_ids, attention_mask, ordered):
         """One training batch -> audio_embeds, text_embeds, negative_embeds (B, D), scale.
@@ -164,7 +220,9 @@ class Model(nn.Module):
         """
         B = len(waveform)
         audio_embeds = F.normalize(self.clip_feats(waveform).float(), dim=-1)
-        texts = F.normalize(self.text_feats(input_ids, attention_mask).float(), dim=-1)  # (B + len(ordered), D)
+        texts = F.normalize(
+            self.text_feats(input_ids, attention_mask).float(), dim=-1
+        )  # (B + len(ordered), D)
         negative_embeds = torch.zeros_like(texts[:B]).index_copy(0, ordered, texts[B:])
         return audio_embeds, texts[:B], negative_embeds, self.logit_scale_a.exp()
 
@@ -173,7 +231,11 @@ class Model(nn.Module):
         """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised; never random."""
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
-            return common.join_windows(F.normalize(self.audio_projection(frame_feats.mean(1)).float(), dim=-1), owner, weight)
+            return common.join_windows(
+                F.normalize(self.audio_projection(frame_feats.mean(1)).float(), dim=-1),
+                owner,
+                weight,
+            )
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
@@ -181,26 +243,37 @@ class Model(nn.Module):
         with common.evaluating(self):
             frame_feats, owner, _ = self._window_feats(waveform, n_samples)
             frames = F.normalize(self.audio_projection(frame_feats), dim=-1)
-            return nn.utils.rnn.pad_sequence([frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True)
+            return nn.utils.rnn.pad_sequence(
+                [frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True
+            )
 
     def _window_feats(self, waveform, n_samples):
         window = int(WINDOW_S * self.sample_rate)
         windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
         windows = torch.stack([tile(piece[:n], window) for piece, n in zip(windows, lengths)])
-        return torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)]), owner, weight
+        return (
+            torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)]),
+            owner,
+            weight,
+        )
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
         """-> (B, D), normalised."""
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), self.logit_scale_a.device)
-            return F.normalize(self.text_feats(tokens["input_ids"], tokens["attention_mask"]).float(), dim=-1)
+            return F.normalize(
+                self.text_feats(tokens["input_ids"], tokens["attention_mask"]).float(), dim=-1
+            )
 
     @classmethod
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt."""
         content = common.read_checkpoint(path, METHOD)
-        model = cls(common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS, pooler=True), **content["shape"])
+        model = cls(
+            common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS, pooler=True),
+            **content["shape"],
+        )
         common.load_strict(model, content["model"], path)
         return model.eval()
 
@@ -215,44 +288,79 @@ class Model(nn.Module):
                 raise ValueError(f"{source}: {FUSED}")
             text_encoder = common.text_encoder_from_pretrained(text_model, MAX_TOKENS, pooler=True)
             audio = htsat_size(weights, "audio_branch.") | {"drop_path": drop_path}
-            model = cls(text_encoder, audio, len(weights.get("audio_projection.0.weight", range(512))))
+            model = cls(
+                text_encoder, audio, len(weights.get("audio_projection.0.weight", range(512)))
+            )
             state = laion_state(weights)
         else:
             text_encoder, config, weights, mel = _transformers_clap(source)
             audio = config.audio_config
-            model = cls(text_encoder, dict(
-                dim=audio.patch_embeds_hidden_size, depths=audio.depths, heads=audio.num_attention_heads, patch=audio.patch_size,
-                window=audio.window_size, spec_size=audio.spec_size, n_mels=audio.num_mel_bins, drop_path=drop_path), config.projection_dim, mel)
+            model = cls(
+                text_encoder,
+                dict(
+                    dim=audio.patch_embeds_hidden_size,
+                    depths=audio.depths,
+                    heads=audio.num_attention_heads,
+                    patch=audio.patch_size,
+                    window=audio.window_size,
+                    spec_size=audio.spec_size,
+                    n_mels=audio.num_mel_bins,
+                    drop_path=drop_path,
+                ),
+                config.projection_dim,
+                mel,
+            )
             state = transformers_state(weights)
         common.load_strict(model, state, source)
         return model.eval()
 
 
-FUSED = ("a CLAP with feature fusion: its audio encoder has branches for long audio that no paper here uses; take the file "
-         "without fusion (laion/clap-htsat-unfused, 630k-best.pt)")
+FUSED = (
+    "a CLAP with feature fusion: its audio encoder has branches for long audio that no paper here uses; take the file "
+    "without fusion (laion/clap-htsat-unfused, 630k-best.pt)"
+)
 
 
 def htsat_size(weights: dict, prefix: str) -> dict:
     """dim, depths and heads of an HTS-AT, read from the shapes of its weights; the paper's where keys are missing."""
     depths, heads = {}, {}
     for key, value in weights.items():
-        found = re.match(re.escape(prefix) + r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", key)
+        found = re.match(
+            re.escape(prefix)
+            + r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$",
+            key,
+        )
         if found:
             layer = int(found[1])
-            depths[layer], heads[layer] = max(depths.get(layer, 0), int(found[2]) + 1), value.shape[1]
+            depths[layer], heads[layer] = (
+                max(depths.get(layer, 0), int(found[2]) + 1),
+                value.shape[1],
+            )
     if sorted(depths) != [0, 1, 2, 3]:
         depths, heads = dict(enumerate((2, 2, 6, 2))), dict(enumerate((4, 8, 16, 32)))
-    return dict(dim=len(weights.get(prefix + "patch_embed.proj.weight", range(96))),
-                depths=[depths[i] for i in range(4)], heads=[heads[i] for i in range(4)])
+    return dict(
+        dim=len(weights.get(prefix + "patch_embed.proj.weight", range(96))),
+        depths=[depths[i] for i in range(4)],
+        heads=[heads[i] for i in range(4)],
+    )
 
 
 def laion_state(weights: dict) -> dict:
     """LAION's names -> ours. Unknown names stay, so that strict loading lists them."""
-    audio = common.htsat_state({k.removeprefix("audio_branch."): v for k, v in weights.items() if k.startswith("audio_branch.")})
+    audio = common.htsat_state(
+        {
+            k.removeprefix("audio_branch."): v
+            for k, v in weights.items()
+            if k.startswith("audio_branch.")
+        }
+    )
     state = {f"audio_encoder.{k}": v for k, v in audio.items()}
     for key, value in weights.items():
         # the MLP heads are trained but unused without LAION's mlp_loss
-        if not re.match(r"audio_branch\.|(audio|text)_transform\.|text_branch\.embeddings\.(position|token_type)_ids$", key):
+        if not re.match(
+            r"audio_branch\.|(audio|text)_transform\.|text_branch\.embeddings\.(position|token_type)_ids$",
+            key,
+        ):
             state[key.replace("text_branch.", "text_encoder.model.")] = value
     return state
 
@@ -264,7 +372,11 @@ def transformers_state(weights: dict) -> dict:
     for key, value in weights.items():
         if not re.match(r"audio_model\.|text_model\.embeddings\.(position|token_type)_ids$", key):
             key = key.replace("text_model.", "text_encoder.model.")
-            state[key.replace("projection.linear1", "projection.0").replace("projection.linear2", "projection.2")] = value
+            state[
+                key.replace("projection.linear1", "projection.0").replace(
+                    "projection.linear2", "projection.2"
+                )
+            ] = value
     return state
 
 
@@ -275,25 +387,42 @@ def _transformers_clap(name):
         try:
             config = transformers.AutoConfig.from_pretrained(name)
         except ValueError:
-            raise ValueError(f"{name}: not a model folder; expected a transformers CLAP with its config.json, or a weight file") from None
+            raise ValueError(
+                f"{name}: not a model folder; expected a transformers CLAP with its config.json, or a weight file"
+            ) from None
         if config.model_type != "clap":
-            raise ValueError(f"{name}: a transformers model of type {config.model_type!r}; expected 'clap'")
+            raise ValueError(
+                f"{name}: a transformers model of type {config.model_type!r}; expected 'clap'"
+            )
         if config.audio_config.enable_fusion:
             raise ValueError(f"{name}: {FUSED}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         weights = transformers.ClapModel.from_pretrained(name, dtype=torch.float32).state_dict()
     except OSError as error:
-        raise ValueError(f"{name}: neither a checkpoint file nor a CLAP folder, and not to be had from the hub "
-                         f"({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(
+            f"{name}: neither a checkpoint file nor a CLAP folder, and not to be had from the hub "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
     text = config.text_config.to_dict()
     text.pop("model_type")
-    text_encoder = common.TextEncoder(transformers.RobertaModel(transformers.RobertaConfig(**text)), tokenizer, MAX_TOKENS, pooler=True)
+    text_encoder = common.TextEncoder(
+        transformers.RobertaModel(transformers.RobertaConfig(**text)),
+        tokenizer,
+        MAX_TOKENS,
+        pooler=True,
+    )
     try:
         given = transformers.AutoFeatureExtractor.from_pretrained(name).to_dict()
     except (OSError, ValueError):  # a folder without preprocessor_config.json: LAION's settings
         given = {}
-    names = {"sampling_rate": "sample_rate", "fft_window_size": "n_fft", "hop_length": "hop", "feature_size": "n_mels",
-             "frequency_min": "fmin_hz", "frequency_max": "fmax_hz"}
+    names = {
+        "sampling_rate": "sample_rate",
+        "fft_window_size": "n_fft",
+        "hop_length": "hop",
+        "feature_size": "n_mels",
+        "frequency_min": "fmin_hz",
+        "frequency_max": "fmax_hz",
+    }
     mel = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
     return text_encoder, config, weights, mel
 
@@ -302,15 +431,26 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     """The model that training starts from: --weights, or a new one."""
     if cfg.weights == "none":
         text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS, pooler=True)
-        model = Model(text_encoder, dict(dim=cfg.audio_dim, depths=cfg.audio_depths, heads=cfg.audio_heads, patch=cfg.audio_patch,
-                                         drop_path=cfg.drop_path), cfg.joint_dim)
+        model = Model(
+            text_encoder,
+            dict(
+                dim=cfg.audio_dim,
+                depths=cfg.audio_depths,
+                heads=cfg.audio_heads,
+                patch=cfg.audio_patch,
+                drop_path=cfg.drop_path,
+            ),
+            cfg.joint_dim,
+        )
         feel_order(model, text=cfg.text_model == "none")
         return model
     if Path(cfg.weights).is_file() and "method" in common.read_weights(cfg.weights):
         return Model.from_checkpoint(cfg.weights)
     if cfg.weights.endswith((".pt", ".ckpt", ".pth")) and not Path(cfg.weights).is_file():
-        raise FileNotFoundError(f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository lukewys/laion_clap "
-                                "(or give laion/clap-htsat-unfused, which is fetched, or none)")
+        raise FileNotFoundError(
+            f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository lukewys/laion_clap "
+            "(or give laion/clap-htsat-unfused, which is fetched, or none)"
+        )
     return Model.from_published(cfg.weights, cfg.text_model, cfg.drop_path)
 
 
@@ -344,7 +484,9 @@ def feel_order(model: Model, text: bool) -> None:
 def contrastive_loss(sim, scale):
     """sim (B, B) cosine, audio in rows; mean over both directions of the cross-entropy of the right partner."""
     target = torch.arange(len(sim), device=sim.device)
-    return (F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)) / 2  # Eq. (1)
+    return (
+        F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)
+    ) / 2  # Eq. (1)
 
 
 def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 1.0):
@@ -363,12 +505,17 @@ def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 
 def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale):
     """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
     audio_embeds, text_embeds, negative_embeds = (
-        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, negative_embeds))
+        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, negative_embeds)
+    )
     sim = audio_embeds @ text_embeds.T  # (B, B)
     contrastive = contrastive_loss(sim, scale)
     temporal, order = temporal_loss(audio_embeds, text_embeds, negative_embeds, cfg.lt_scale)
     loss = contrastive + cfg.lt_weight * temporal  # Eq. (2)
-    return loss, sim.detach(), {"loss_c": contrastive.detach(), "loss_t": temporal.detach(), "order_accuracy": order}
+    return (
+        loss,
+        sim.detach(),
+        {"loss_c": contrastive.detach(), "loss_t": temporal.detach(), "order_accuracy": order},
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -384,7 +531,10 @@ def split_sets(rows: list[dict]) -> list[list[dict]]:
     """Rows of the manifests that have negatives, and rows of those that have none."""
     manifest = lambda row: row["where"].rpartition(":")[0]  # noqa: E731
     ordered = {manifest(row) for row in rows if has_negatives(row)}
-    return [[row for row in rows if manifest(row) in ordered], [row for row in rows if manifest(row) not in ordered]]
+    return [
+        [row for row in rows if manifest(row) in ordered],
+        [row for row in rows if manifest(row) not in ordered],
+    ]
 
 
 def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
@@ -409,8 +559,11 @@ def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
             if count:
                 epoch, place = divmod(step, size // count)
                 if orders[group][0] != epoch:
-                    orders[group] = epoch, np.random.default_rng((seed, group, epoch)).permutation(size)
-                chosen = orders[group][1][place * count:(place + 1) * count]
+                    orders[group] = (
+                        epoch,
+                        np.random.default_rng((seed, group, epoch)).permutation(size),
+                    )
+                chosen = orders[group][1][place * count : (place + 1) * count]
                 batch += [(group, epoch, int(i)) for i in chosen]
         yield batch[rank::world]
 
@@ -420,7 +573,9 @@ class Clips(Dataset):
 
     def __init__(self, groups: list[list[dict]], cfg: Config, tokenize, sample_rate: int):
         self.groups, self.cfg, self.tokenize, self.rate = groups, cfg, tokenize, sample_rate
-        self.read = common.audio_reader(cfg.cache, [row for group in groups for row in group], sample_rate, cfg.workers)
+        self.read = common.audio_reader(
+            cfg.cache, [row for group in groups for row in group], sample_rate, cfg.workers
+        )
 
     def __getitem__(self, key):
         group, epoch, index = key
@@ -430,7 +585,9 @@ class Clips(Dataset):
         negatives = row.get("negatives", []) if self.cfg.lt_weight else []
         negative = negatives[chosen] if chosen < len(negatives) else None
         try:
-            waveform = self.read(row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration"))
+            waveform = self.read(
+                row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+            )
         except common.AudioError as error:
             return error
         return waveform, row["captions"][chosen], negative, row["audio"]
@@ -444,8 +601,12 @@ class Clips(Dataset):
         window = int(WINDOW_S * self.rate)
         ordered = [i for i, negative in enumerate(negatives) if negative]
         tokens = self.tokenize([*captions, *(negatives[i] for i in ordered)])
-        return {"waveform": default_collate([tile(torch.from_numpy(w), window) for w in waveforms]), "ordered": torch.tensor(ordered, dtype=torch.long),
-                "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return {
+            "waveform": default_collate([tile(torch.from_numpy(w), window) for w in waveforms]),
+            "ordered": torch.tensor(ordered, dtype=torch.long),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+        }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -462,12 +623,23 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     captions = [(i, c) for i, row in enumerate(rows) for c in row["captions"]]
     owner = np.array([i for i, _ in captions])
     sim = common.similarities(model, audio_embeds, None, [c for _, c in captions])
-    scores, chance = common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(owner, len(rows))
-    pairs = [(i, c, n) for i, row in enumerate(rows) for c, n in zip(row["captions"], row.get("negatives", [])) if n]
+    scores, chance = (
+        common.retrieval_scores(common.retrieval_ranks(sim, owner)),
+        common.retrieval_chance(owner, len(rows)),
+    )
+    pairs = [
+        (i, c, n)
+        for i, row in enumerate(rows)
+        for c, n in zip(row["captions"], row.get("negatives", []))
+        if n
+    ]
     if pairs:
         right, wrong = (common.embed_texts(model, [pair[k] for pair in pairs]) for k in (1, 2))
         clips = audio_embeds[[i for i, _, _ in pairs]]
-        scores["t_classify_t2a"], chance["t_classify_t2a"] = float(((clips * (right - wrong)).sum(1) > 0).mean()), 0.5
+        scores["t_classify_t2a"], chance["t_classify_t2a"] = (
+            float(((clips * (right - wrong)).sum(1) > 0).mean()),
+            0.5,
+        )
     return scores, chance
 
 
@@ -476,8 +648,16 @@ def selection_score(model, val_rows, say, step) -> float:
     if not val_rows:
         return float(step)
     scores, _ = validate(model, val_rows)
-    shown = [k for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "t_classify_t2a") if k in scores]
-    say((f"step {step}" if step else "before the first step") + ": validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
+    shown = [
+        k
+        for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "t_classify_t2a")
+        if k in scores
+    ]
+    say(
+        (f"step {step}" if step else "before the first step")
+        + ": validation "
+        + " ".join(f"{k} {scores[k]:.3f}" for k in shown)
+    )
     return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
 
 
@@ -496,20 +676,33 @@ def main(cfg: Config) -> dict:
     if cfg.mix < 0 or cfg.micro_batch < 0:
         raise ValueError(f"--mix {cfg.mix}, --micro-batch {cfg.micro_batch}: must not be negative")
     if cfg.lt_weight and not sizes[0]:
-        raise ValueError("no training row has a negative, so the temporal loss has nothing to learn from; make them with prepare.py "
-                         "rewrite --task negatives, or give --lt-weight 0 for plain contrastive training")
+        raise ValueError(
+            "no training row has a negative, so the temporal loss has nothing to learn from; make them with prepare.py "
+            "rewrite --task negatives, or give --lt-weight 0 for plain contrastive training"
+        )
     counts = shares(sizes, cfg.batch_size, cfg.mix)
     batch_size = sum(counts)
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
 
     # Model
-    checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD) if cfg.resume else None
+    checkpoint = (
+        common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
+        if cfg.resume
+        else None
+    )
     torch.manual_seed(cfg.seed)
     if checkpoint:
         common.check_resume(cfg, checkpoint["config"])
         model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
     else:
-        model = start_model(cfg, [text for row in train_rows for text in (*row["captions"], *filter(None, row.get("negatives", [])))])
+        model = start_model(
+            cfg,
+            [
+                text
+                for row in train_rows
+                for text in (*row["captions"], *filter(None, row.get("negatives", [])))
+            ],
+        )
     model.to(device)
     wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -522,21 +715,39 @@ def main(cfg: Config) -> dict:
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
     with_negative = sum(map(has_negatives, groups[0]))
-    say(f"{METHOD}: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} of sets without, {len(val_rows)} "
+    say(
+        f"{METHOD}: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} of sets without, {len(val_rows)} "
         f"clips for validation; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {cfg.steps} steps of "
-        f"{counts[0]} + {counts[1]} clips on {world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}")
+        f"{counts[0]} + {counts[1]} clips on {world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}"
+    )
 
     def save(name):
-        common.save_checkpoint(run.path / name, {
-            "method": METHOD, "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False}, "step": step,
-            "best": best, "shape": model.shape, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-            "text_encoder": model.text_encoder.description(), "versions": common.versions()})
+        common.save_checkpoint(
+            run.path / name,
+            {
+                "method": METHOD,
+                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
+                "step": step,
+                "best": best,
+                "shape": model.shape,
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "text_encoder": model.text_encoder.description(),
+                "versions": common.versions(),
+            },
+        )
 
     # Loop
     if not checkpoint and cfg.weights != "none" and rank == 0:
         selection_score(model, val_rows, say, step)
-    loader = DataLoader(dataset, batch_sampler=mixed_batches(sizes, counts, cfg.seed, step, cfg.steps), num_workers=cfg.workers,
-                        collate_fn=dataset.collate, pin_memory=device.type == "cuda", worker_init_fn=common.outlive_sigterm)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=mixed_batches(sizes, counts, cfg.seed, step, cfg.steps),
+        num_workers=cfg.workers,
+        collate_fn=dataset.collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=common.outlive_sigterm,
+    )
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
     model.train()
@@ -549,7 +760,13 @@ def main(cfg: Config) -> dict:
 
         optimiser.zero_grad(set_to_none=True)
         loss, sim, of_loss = common.cached_backward(
-            wrapped, parts, lambda *embeds: training_loss(cfg, *embeds), lambda i: common.seed_step(cfg.seed, step, rank, i), autocast, cfg.micro_batch)
+            wrapped,
+            parts,
+            lambda *embeds: training_loss(cfg, *embeds),
+            lambda i: common.seed_step(cfg.seed, step, rank, i),
+            autocast,
+            cfg.micro_batch,
+        )
         optimiser.step()
         with torch.no_grad():
             model.logit_scale_a.clamp_(0, math.log(100))
@@ -565,12 +782,22 @@ def main(cfg: Config) -> dict:
             unreadable.clear()
             r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {"step": step, "loss": loss.item(), "ln_B": math.log(len(sim)), **{k: v.item() for k, v in of_loss.items()},
-                    "batch_R@1": r1, "scale": model.logit_scale_a.exp().item(), "lr": optimiser.param_groups[0]["lr"],
-                    "pairs_per_s": pairs_seen / seconds, "skipped": len(run.skipped)}
+            line = {
+                "step": step,
+                "loss": loss.item(),
+                "ln_B": math.log(len(sim)),
+                **{k: v.item() for k, v in of_loss.items()},
+                "batch_R@1": r1,
+                "scale": model.logit_scale_a.exp().item(),
+                "lr": optimiser.param_groups[0]["lr"],
+                "pairs_per_s": pairs_seen / seconds,
+                "skipped": len(run.skipped),
+            }
             run.log(line)
-            bar.set_postfix_str(f"loss {line['loss_c']:.3f} (ln B {line['ln_B']:.2f}) + {line['loss_t']:.3f} R@1 {r1:.2f} "
-                                f"order {line['order_accuracy']:.2f} {line['pairs_per_s']:.0f} pairs/s")
+            bar.set_postfix_str(
+                f"loss {line['loss_c']:.3f} (ln B {line['ln_B']:.2f}) + {line['loss_t']:.3f} R@1 {r1:.2f} "
+                f"order {line['order_accuracy']:.2f} {line['pairs_per_s']:.0f} pairs/s"
+            )
             pairs_seen = 0
         eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
         if eval_now or step % cfg.save_steps == 0 or run.stop:
@@ -594,11 +821,20 @@ def main(cfg: Config) -> dict:
         return {}
     model = Model.from_checkpoint(run.path / "best.pt").to(device)
     scores, chance = validate(model, val_rows, quiet=False)
-    result = {"best_step": best["step"], "n_clips": len(val_rows), "scores": scores, "chance": chance}
+    result = {
+        "best_step": best["step"],
+        "n_clips": len(val_rows),
+        "scores": scores,
+        "chance": chance,
+    }
     common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance)
-    print(f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-          f"  python t_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --lt-weight 0     (no temporal loss, to compare)")
+    common.print_scores(
+        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
+    )
+    print(
+        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"  python t_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --lt-weight 0     (no temporal loss, to compare)"
+    )
     return result
 
 

@@ -5,6 +5,7 @@
 Prints and writes a list of {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine",
 "settings"}; a ratio above 1 means ours is better.
 """
+
 import argparse
 import hashlib
 import json
@@ -26,7 +27,12 @@ import soundfile as sf  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.utils import flop_counter  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, ClapAudioConfig, ClapAudioModel  # noqa: E402
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    ClapAudioConfig,
+    ClapAudioModel,
+)  # noqa: E402
 
 import cacophony  # noqa: E402
 import collat  # noqa: E402
@@ -36,14 +42,27 @@ import curation_clap  # noqa: E402
 import mga_clap  # noqa: E402
 import t_clap  # noqa: E402
 
-SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony, "collat": collat, "curation_clap": curation_clap}
+SCRIPTS = {
+    "mga_clap": mga_clap,
+    "t_clap": t_clap,
+    "cacophony": cacophony,
+    "collat": collat,
+    "curation_clap": curation_clap,
+}
 
 
 def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if (
-        Path("/proc/cpuinfo").exists()) else [platform.processor()]
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ]
+        if (Path("/proc/cpuinfo").exists())
+        else [platform.processor()]
+    )
     return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
@@ -67,33 +86,72 @@ def htsat(tiny: bool) -> dict:
     Same weights, same batch, drop path and dropout off in both, fp32.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = dict(patch_embeds_hidden_size=16, depths=[2, 2], num_attention_heads=[2, 4], patch_size=16,
-                 patch_stride=[16, 16], hidden_size=32) if tiny else dict(patch_embeds_hidden_size=96)
+    sizes = (
+        dict(
+            patch_embeds_hidden_size=16,
+            depths=[2, 2],
+            num_attention_heads=[2, 4],
+            patch_size=16,
+            patch_stride=[16, 16],
+            hidden_size=32,
+        )
+        if tiny
+        else dict(patch_embeds_hidden_size=96)
+    )
     torch.manual_seed(0)
-    theirs = ClapAudioModel(ClapAudioConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)).train().to(device)
-    ours = common.HTSAT(16, (2, 2), (2, 4), 16, drop_path=0.0) if tiny else common.HTSAT(drop_path=0.0)
+    theirs = (
+        ClapAudioModel(
+            ClapAudioConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+        )
+        .train()
+        .to(device)
+    )
+    ours = (
+        common.HTSAT(16, (2, 2), (2, 4), 16, drop_path=0.0) if tiny else common.HTSAT(drop_path=0.0)
+    )
     common.load_strict(ours, common.htsat_state(theirs.state_dict()), "ClapAudioModel")
     ours.train().to(device)
     batch, repeats = (2, 2) if tiny else (4, 15)
     log_mel = torch.randn(batch, 1001, 64, device=device) * 10 - 30
     longer = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-    optimisers = {name: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], 1e-6, fused=True)
-                  for name, m in (("ours", ours), ("peer", theirs))}
+    optimisers = {
+        name: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], 1e-6, fused=True)
+        for name, m in (("ours", ours), ("peer", theirs))
+    }
 
     def step(name, forward):
         forward().square().mean().backward()
         optimisers[name].step()
         optimisers[name].zero_grad(set_to_none=True)
 
-    medians = alternate({
-        "ours": lambda: step("ours", lambda: ours(log_mel)),
-        "peer": lambda: step("peer", lambda: theirs(input_features=log_mel[:, None], is_longer=longer).last_hidden_state)},
-        repeats, device)
-    return {"name": "htsat", "ours": medians["ours"], "peer": medians["peer"],
-            "peer_name": "transformers ClapAudioModel", "unit": "s per training step", "ratio": medians["peer"] / medians["ours"],
-            "machine": machine(), "settings": {
-                "batch": batch, "input": "log-mel (1001, 64)", "size": "tiny" if tiny else "paper", "dtype": "float32",
-                "repeats": repeats, "torch": str(torch.__version__)}}
+    medians = alternate(
+        {
+            "ours": lambda: step("ours", lambda: ours(log_mel)),
+            "peer": lambda: step(
+                "peer",
+                lambda: theirs(input_features=log_mel[:, None], is_longer=longer).last_hidden_state,
+            ),
+        },
+        repeats,
+        device,
+    )
+    return {
+        "name": "htsat",
+        "ours": medians["ours"],
+        "peer": medians["peer"],
+        "peer_name": "transformers ClapAudioModel",
+        "unit": "s per training step",
+        "ratio": medians["peer"] / medians["ours"],
+        "machine": machine(),
+        "settings": {
+            "batch": batch,
+            "input": "log-mel (1001, 64)",
+            "size": "tiny" if tiny else "paper",
+            "dtype": "float32",
+            "repeats": repeats,
+            "torch": str(torch.__version__),
+        },
+    }
 
 
 def detection_clips(n_clips: int, n_classes: int, n_frames=32, frame_s=0.3125, seed=0):
@@ -105,14 +163,23 @@ def detection_clips(n_clips: int, n_classes: int, n_frames=32, frame_s=0.3125, s
         events, values = [], rng.normal(size=(n_frames, n_classes)).astype(np.float32)
         for c in rng.choice(n_classes, min(4, n_classes), replace=False):
             onset = rng.uniform(0, 8)
-            events.append({"label": classes[c], "onset": onset, "offset": min(10.0, onset + rng.uniform(0.3, 4))})
+            events.append(
+                {
+                    "label": classes[c],
+                    "onset": onset,
+                    "offset": min(10.0, onset + rng.uniform(0.3, 4)),
+                }
+            )
             values[(edges[:-1] < events[-1]["offset"]) & (edges[1:] > onset), c] += 2
         scores.append(values)
         rows.append({"duration": 10.0, "events": events})
     return scores, rows, classes
 
 
-PSDS = {"PSDS1": dict(dtc=0.7, gtc=0.7, cttc=None, alpha_ct=0.0), "PSDS2": dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5)}
+PSDS = {
+    "PSDS1": dict(dtc=0.7, gtc=0.7, cttc=None, alpha_ct=0.0),
+    "PSDS2": dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5),
+}
 
 
 def measure_psds(who: str, n_clips: int, n_classes: int) -> dict:
@@ -121,23 +188,44 @@ def measure_psds(who: str, n_clips: int, n_classes: int) -> dict:
     if who == "peer":
         import pandas as pd
         from sed_scores_eval import intersection_based
+
         edges = np.arange(33) * 0.3125
-        tables = {f"f{i}": pd.DataFrame({"onset": edges[:-1], "offset": edges[1:], **dict(zip(classes, values.T))})
-                  for i, values in enumerate(scores)}
-        truth = {f"f{i}": [(e["onset"], e["offset"], e["label"]) for e in row["events"]] for i, row in enumerate(rows)}
+        tables = {
+            f"f{i}": pd.DataFrame(
+                {"onset": edges[:-1], "offset": edges[1:], **dict(zip(classes, values.T))}
+            )
+            for i, values in enumerate(scores)
+        }
+        truth = {
+            f"f{i}": [(e["onset"], e["offset"], e["label"]) for e in row["events"]]
+            for i, row in enumerate(rows)
+        }
         durations = {f"f{i}": 10.0 for i in range(n_clips)}
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     values = {}
     for name, s in PSDS.items():
         if who == "peer":
-            values[name] = float(intersection_based.psds(
-                tables, truth, durations, dtc_threshold=s["dtc"], gtc_threshold=s["gtc"], cttc_threshold=s["cttc"],
-                alpha_ct=s["alpha_ct"], alpha_st=0.0, max_efpr=100.0)[0])
+            values[name] = float(
+                intersection_based.psds(
+                    tables,
+                    truth,
+                    durations,
+                    dtc_threshold=s["dtc"],
+                    gtc_threshold=s["gtc"],
+                    cttc_threshold=s["cttc"],
+                    alpha_ct=s["alpha_ct"],
+                    alpha_st=0.0,
+                    max_efpr=100.0,
+                )[0]
+            )
         else:
             values[name] = common.psds(common.psd_roc(scores, rows, classes, 0.3125, **s), 0.0)
-    return {"values": values, "seconds": time.perf_counter() - start,
-            "extra_GB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20,
-            "total_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+    return {
+        "values": values,
+        "seconds": time.perf_counter() - start,
+        "extra_GB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20,
+        "total_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
 
 
 def in_own_process(*args) -> dict:
@@ -151,21 +239,49 @@ def psds(tiny: bool) -> dict:
     ours, peer = in_own_process("ours", *size), in_own_process("peer", *size)
     for name in PSDS:
         if abs(ours["values"][name] - peer["values"][name]) > 1e-6:
-            raise AssertionError(f"{name}: ours {ours['values'][name]}, sed_scores_eval {peer['values'][name]}")
-    return {"name": "psds", "ours": ours["seconds"], "peer": peer["seconds"], "peer_name": "sed_scores_eval",
-            "unit": "s for PSDS1 + PSDS2", "ratio": peer["seconds"] / ours["seconds"], "machine": machine(), "settings": {
-                "clips": size[0], "classes": size[1], "frames": 32, "values": ours["values"],
-                "ours_extra_GB": ours["extra_GB"], "peer_extra_GB": peer["extra_GB"]}}
+            raise AssertionError(
+                f"{name}: ours {ours['values'][name]}, sed_scores_eval {peer['values'][name]}"
+            )
+    return {
+        "name": "psds",
+        "ours": ours["seconds"],
+        "peer": peer["seconds"],
+        "peer_name": "sed_scores_eval",
+        "unit": "s for PSDS1 + PSDS2",
+        "ratio": peer["seconds"] / ours["seconds"],
+        "machine": machine(),
+        "settings": {
+            "clips": size[0],
+            "classes": size[1],
+            "frames": 32,
+            "values": ours["values"],
+            "ours_extra_GB": ours["extra_GB"],
+            "peer_extra_GB": peer["extra_GB"],
+        },
+    }
 
 
 def psds_large(tiny: bool) -> dict:
     """The size of AudioSet-Strong's evaluation set, where sed_scores_eval cannot finish: no peer."""
     size = (30, 6) if tiny else (16996, 407)
     ours = in_own_process("ours", *size)
-    return {"name": "psds_large", "ours": ours["seconds"], "peer": None, "peer_name": "none: sed_scores_eval runs out of memory",
-            "unit": "s for PSDS1 + PSDS2", "ratio": None, "machine": machine(), "settings": {
-                "clips": size[0], "classes": size[1], "frames": 32, "values": ours["values"], "extra_GB": ours["extra_GB"],
-                "total_GB": ours["total_GB"]}}
+    return {
+        "name": "psds_large",
+        "ours": ours["seconds"],
+        "peer": None,
+        "peer_name": "none: sed_scores_eval runs out of memory",
+        "unit": "s for PSDS1 + PSDS2",
+        "ratio": None,
+        "machine": machine(),
+        "settings": {
+            "clips": size[0],
+            "classes": size[1],
+            "frames": 32,
+            "values": ours["values"],
+            "extra_GB": ours["extra_GB"],
+            "total_GB": ours["total_GB"],
+        },
+    }
 
 
 def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool, done: Path) -> dict:
@@ -175,13 +291,19 @@ def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool, done: P
     """
     torch.manual_seed(0)
     text = curation_clap.half(torch.randn(n_captions, DIM).numpy())
-    search = curation_clap.Search(text, CURATE_SIGMA, device="cuda" if torch.cuda.is_available() else "cpu")
+    search = curation_clap.Search(
+        text, CURATE_SIGMA, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
     captions = [f"caption {q}" for q in range(n_captions)]
     done.mkdir(exist_ok=True)
     seconds, paths = {"ours": 0.0, "peer": 0.0}, []
     sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     start = time.perf_counter()
-    for number, (rows, embeds) in enumerate(curation_clap.pool_blocks([folder / f"pool_{n_clips}.npz"], CURATE_BLOCK if n_clips > 5000 else 256)):
+    for number, (rows, embeds) in enumerate(
+        curation_clap.pool_blocks(
+            [folder / f"pool_{n_clips}.npz"], CURATE_BLOCK if n_clips > 5000 else 256
+        )
+    ):
         paths.append(done / f"pairs_{number:06d}.jsonl")
         if not paths[-1].exists():
             curation_clap.mine_block(paths[-1], rows, curation_clap.half(embeds), search, captions)
@@ -190,16 +312,29 @@ def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool, done: P
         audio = torch.from_numpy(embeds).to(search.device, search.dtype)
         start = time.perf_counter()
         for i in range(0, len(audio) if peer else 0, search.rows):
-            torch.mm(audio[i:i + search.rows], search.columns, out=search.held[:len(audio[i:i + search.rows])])
+            torch.mm(
+                audio[i : i + search.rows],
+                search.columns,
+                out=search.held[: len(audio[i : i + search.rows])],
+            )
         sync()
         seconds["peer"] += time.perf_counter() - start
         start = time.perf_counter()
     clips, pairs = curation_clap.join_blocks(paths, done / "curated.jsonl")
-    return {**seconds, "clips": clips, "pairs": pairs, "hash": hashlib.sha256((done / "curated.jsonl").read_bytes()).hexdigest(),
-            "peak_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+    return {
+        **seconds,
+        "clips": clips,
+        "pairs": pairs,
+        "hash": hashlib.sha256((done / "curated.jsonl").read_bytes()).hexdigest(),
+        "peak_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
 
 
-DIM, CURATE_SIGMA, CURATE_BLOCK = 128, 0.36, 8192  # of random pairs 2 in 100,000 are kept, as many as DU keeps in the paper
+DIM, CURATE_SIGMA, CURATE_BLOCK = (
+    128,
+    0.36,
+    8192,
+)  # of random pairs 2 in 100,000 are kept, as many as DU keeps in the paper
 
 
 def curate(tiny: bool) -> dict:
@@ -210,15 +345,27 @@ def curate(tiny: bool) -> dict:
         folder = Path(folder)
         for n in sizes:
             embeds = np.random.default_rng(n).normal(size=(n, DIM)).astype(np.float32)
-            np.savez(folder / f"pool_{n}.npz", audio_embeds=embeds, audio=np.array([f"/pool/{i:09d}.wav" for i in range(n)]))
-        with context.Pool(1, maxtasksperchild=1) as pool:  # a process each, for the peak of its memory
+            np.savez(
+                folder / f"pool_{n}.npz",
+                audio_embeds=embeds,
+                audio=np.array([f"/pool/{i:09d}.wav" for i in range(n)]),
+            )
+        with context.Pool(
+            1, maxtasksperchild=1
+        ) as pool:  # a process each, for the peak of its memory
             apply = (lambda f, a: f(*a)) if tiny else pool.apply
-            small, large = (apply(curate_pool, (folder, n, n_captions, n == sizes[1], folder / f"done_{n}")) for n in sizes)
+            small, large = (
+                apply(curate_pool, (folder, n, n_captions, n == sizes[1], folder / f"done_{n}"))
+                for n in sizes
+            )
             if tiny:  # a part is missing
                 shutil.copytree(folder / f"done_{sizes[1]}", folder / "killed")
                 (folder / "killed/pairs_000001.jsonl").unlink()
             else:
-                killed = context.Process(target=curate_pool, args=(folder, sizes[1], n_captions, False, folder / "killed"))
+                killed = context.Process(
+                    target=curate_pool,
+                    args=(folder, sizes[1], n_captions, False, folder / "killed"),
+                )
                 killed.start()
                 while killed.is_alive() and not (folder / "killed/pairs_000001.jsonl").exists():
                     time.sleep(0.01)
@@ -228,11 +375,25 @@ def curate(tiny: bool) -> dict:
         if resumed["hash"] != large["hash"]:
             raise AssertionError("a killed and resumed curation wrote another manifest")
     n_pairs = sizes[1] * n_captions
-    return {"name": "curate", "ours": large["ours"], "peer": large["peer"], "peer_name": "bare matrix products of the same blocks",
-            "unit": f"s for {n_pairs / 1e6:,.0f} million pairs", "ratio": large["peer"] / large["ours"], "machine": machine(), "settings": {
-                "million_pairs_per_s": round(n_pairs / large["ours"] / 1e6),
-                "clips": sizes[1], "captions": n_captions, "dimensions": DIM, "sigma": CURATE_SIGMA, "pairs_kept": large["pairs"],
-                "peak_GB": {str(n): round(r["peak_GB"], 3) for n, r in zip(sizes, (small, large))}, "killed_and_resumed_to_the_same_bytes": True}}
+    return {
+        "name": "curate",
+        "ours": large["ours"],
+        "peer": large["peer"],
+        "peer_name": "bare matrix products of the same blocks",
+        "unit": f"s for {n_pairs / 1e6:,.0f} million pairs",
+        "ratio": large["peer"] / large["ours"],
+        "machine": machine(),
+        "settings": {
+            "million_pairs_per_s": round(n_pairs / large["ours"] / 1e6),
+            "clips": sizes[1],
+            "captions": n_captions,
+            "dimensions": DIM,
+            "sigma": CURATE_SIGMA,
+            "pairs_kept": large["pairs"],
+            "peak_GB": {str(n): round(r["peak_GB"], 3) for n, r in zip(sizes, (small, large))},
+            "killed_and_resumed_to_the_same_bytes": True,
+        },
+    }
 
 
 def matching(tiny: bool) -> dict:
@@ -244,26 +405,69 @@ def matching(tiny: bool) -> dict:
     width, layers, heads, batch, N = (32, 1, 2, 8, 20) if tiny else (768, 12, 12, 64, 77)
     part = batch if device.type == "cuda" or tiny else 2
     torch.manual_seed(0)
-    tower = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-                                                       projection_dim=width, max_position_embeddings=N))
-    model = collat.Model(dict(audio=dict(dim=width, layers=layers, heads=heads, patch=16, stride=48 if tiny else 10), blocks=8),
-                         common.TextEncoder(tower, None, N)).to(device).train()
-    log_mel, mask = torch.randn(part, 1024, 128, device=device), torch.ones(batch, N, dtype=torch.long, device=device)
+    tower = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            max_position_embeddings=N,
+        )
+    )
+    model = (
+        collat.Model(
+            dict(
+                audio=dict(
+                    dim=width, layers=layers, heads=heads, patch=16, stride=48 if tiny else 10
+                ),
+                blocks=8,
+            ),
+            common.TextEncoder(tower, None, N),
+        )
+        .to(device)
+        .train()
+    )
+    log_mel, mask = (
+        torch.randn(part, 1024, 128, device=device),
+        torch.ones(batch, N, dtype=torch.long, device=device),
+    )
     ids = torch.randint(1, 49000, (batch, N), device=device)
     predicted, text = torch.randn(batch, N, width, device=device), model.text.token_embeds(ids)
-    cfg, autocast = collat.Config(data=[]), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    cfg, autocast = (
+        collat.Config(data=[]),
+        torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+    )
 
     def step():
         with autocast:
             outputs = model(log_mel, ids[:part], mask[:part])
         collat.training_loss(cfg, *outputs)[0].backward()
 
-    medians = alternate({"ours": lambda: collat.match(predicted, text, mask), "peer": step}, 1 if device.type == "cpu" else 10, device)
+    medians = alternate(
+        {"ours": lambda: collat.match(predicted, text, mask), "peer": step},
+        1 if device.type == "cpu" else 10,
+        device,
+    )
     medians["peer"] *= batch / part
-    return {"name": "matching", "ours": medians["ours"], "peer": medians["peer"], "peer_name": "a training step, matching included",
-            "unit": f"s for {batch} clips", "ratio": medians["peer"] / medians["ours"], "machine": machine(), "settings": {
-                "share_of_the_step": medians["ours"] / medians["peer"], "clips": batch, "slots": N, "tokens": N, "width": width,
-                "clips_timed": part, "dtype": "bfloat16" if device.type == "cuda" else "float32"}}
+    return {
+        "name": "matching",
+        "ours": medians["ours"],
+        "peer": medians["peer"],
+        "peer_name": "a training step, matching included",
+        "unit": f"s for {batch} clips",
+        "ratio": medians["peer"] / medians["ours"],
+        "machine": machine(),
+        "settings": {
+            "share_of_the_step": medians["ours"] / medians["peer"],
+            "clips": batch,
+            "slots": N,
+            "tokens": N,
+            "width": width,
+            "clips_timed": part,
+            "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        },
+    }
 
 
 # Training steps at the papers' sizes -----------------------------------------------------------------
@@ -271,14 +475,24 @@ def matching(tiny: bool) -> dict:
 
 def untrained(name: str, max_tokens: int, pooler: bool = False) -> common.TextEncoder:
     """The text encoder of a hub id with random weights and no tokenizer: nothing is fetched."""
-    kinds = {"bert-base-uncased": (transformers.BertModel, transformers.BertConfig()),
-             "roberta-base": (transformers.RobertaModel, transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1))}
+    kinds = {
+        "bert-base-uncased": (transformers.BertModel, transformers.BertConfig()),
+        "roberta-base": (
+            transformers.RobertaModel,
+            transformers.RobertaConfig(
+                vocab_size=50265, max_position_embeddings=514, type_vocab_size=1
+            ),
+        ),
+    }
     kind, config = kinds[name]
     return common.TextEncoder(kind(config, add_pooling_layer=pooler), None, max_tokens, pooler)
 
 
 def token_batch(B: int, L: int, words: int, device) -> dict:
-    return {"input_ids": torch.randint(5, words, (B, L), device=device), "attention_mask": torch.ones(B, L, dtype=torch.long, device=device)}
+    return {
+        "input_ids": torch.randint(5, words, (B, L), device=device),
+        "attention_mask": torch.ones(B, L, dtype=torch.long, device=device),
+    }
 
 
 def seconds_of_sound(B: int, seconds: float, rate: int, device):
@@ -289,39 +503,114 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
     """-> model, batch(B), loss_of(cfg-bound outputs), cfg, the paper's batch size and the clips that a GPU holds at once."""
     script = SCRIPTS[method]
     sizes = conftest.SMALL_OF[method] if tiny else {}
-    cfg = common.configure(script.Config, script.PRESETS, data=["none"], **{k: v for k, v in sizes.items() if k not in ("steps", "batch_size")})
-    text = (lambda pooler=False: common.text_encoder_from_scratch(["a dog barks"], 64, 1, 1, 77, pooler=pooler)) if tiny else (
-        lambda pooler=False: untrained(cfg.text_model, 77, pooler))
+    cfg = common.configure(
+        script.Config,
+        script.PRESETS,
+        data=["none"],
+        **{k: v for k, v in sizes.items() if k not in ("steps", "batch_size")},
+    )
+    text = (
+        (
+            lambda pooler=False: common.text_encoder_from_scratch(
+                ["a dog barks"], 64, 1, 1, 77, pooler=pooler
+            )
+        )
+        if tiny
+        else (lambda pooler=False: untrained(cfg.text_model, 77, pooler))
+    )
     L, words = 30, 20 if tiny else 20000
     if method == "mga_clap":
         model = mga_clap.Model(cfg, text())
-        batch = lambda B: {"waveform": seconds_of_sound(B, 10, 32000, device), **token_batch(B, L, words, device),  # noqa: E731
-                           "word_mask": torch.ones(B, L, dtype=torch.bool, device=device)}
-        loss_of = lambda a, t, temperature, active: mga_clap.training_loss(cfg, a.float(), t.float(), temperature.float(), torch.arange(len(a), device=device))  # noqa: E731
+        batch = lambda B: {
+            "waveform": seconds_of_sound(B, 10, 32000, device),
+            **token_batch(B, L, words, device),  # noqa: E731
+            "word_mask": torch.ones(B, L, dtype=torch.bool, device=device),
+        }
+        loss_of = lambda a, t, temperature, active: mga_clap.training_loss(
+            cfg, a.float(), t.float(), temperature.float(), torch.arange(len(a), device=device)
+        )  # noqa: E731
     elif method == "t_clap":
-        model = t_clap.Model(text(True), dict(dim=cfg.audio_dim, depths=cfg.audio_depths, heads=cfg.audio_heads, patch=cfg.audio_patch, drop_path=cfg.drop_path),
-                             cfg.joint_dim)
-        batch = lambda B: {"waveform": seconds_of_sound(B, 10, 48000, device), "ordered": torch.arange(max(1, B // 5), device=device),  # noqa: E731
-                           **token_batch(B + max(1, B // 5), L, words, device)}
+        model = t_clap.Model(
+            text(True),
+            dict(
+                dim=cfg.audio_dim,
+                depths=cfg.audio_depths,
+                heads=cfg.audio_heads,
+                patch=cfg.audio_patch,
+                drop_path=cfg.drop_path,
+            ),
+            cfg.joint_dim,
+        )
+        batch = lambda B: {
+            "waveform": seconds_of_sound(B, 10, 48000, device),
+            "ordered": torch.arange(max(1, B // 5), device=device),  # noqa: E731
+            **token_batch(B + max(1, B // 5), L, words, device),
+        }
         loss_of = lambda *embeds: t_clap.training_loss(cfg, *embeds)  # noqa: E731
     elif method == "cacophony":
-        model = cacophony.Model(dict(audio=cacophony.audio_shape(cfg), joint_dim=cfg.joint_dim, decoder_layers=cfg.decoder_layers, variant="paper"), text())
+        model = cacophony.Model(
+            dict(
+                audio=cacophony.audio_shape(cfg),
+                joint_dim=cfg.joint_dim,
+                decoder_layers=cfg.decoder_layers,
+                variant="paper",
+            ),
+            text(),
+        )
         N = cfg.patches
-        batch = lambda B: {"patches": torch.randn(B, N, 256, device=device), "number": torch.arange(N, device=device).expand(B, N),  # noqa: E731
-                           "valid_mask": torch.ones(B, N, dtype=torch.bool, device=device), **token_batch(B, L, words, device)}
+        batch = lambda B: {
+            "patches": torch.randn(B, N, 256, device=device),
+            "number": torch.arange(N, device=device).expand(B, N),  # noqa: E731
+            "valid_mask": torch.ones(B, N, dtype=torch.bool, device=device),
+            **token_batch(B, L, words, device),
+        }
         loss_of = lambda *outputs: cacophony.training_loss(cfg, *outputs)  # noqa: E731
     elif method == "collat":
         width, layers, heads = (64, 1, 1) if tiny else (768, 12, 12)
-        tower = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                                                           intermediate_size=4 * width, projection_dim=width))
-        model = collat.Model(dict(audio=dict(dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, patch=cfg.audio_patch, stride=cfg.audio_stride),
-                                  blocks=cfg.blocks), common.TextEncoder(tower, None, cfg.max_tokens))
-        batch = lambda B: {"log_mel": torch.randn(B, 1024, 128, device=device), **token_batch(B, min(L, cfg.max_tokens), words, device)}  # noqa: E731
+        tower = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
+                projection_dim=width,
+            )
+        )
+        model = collat.Model(
+            dict(
+                audio=dict(
+                    dim=cfg.audio_dim,
+                    layers=cfg.audio_layers,
+                    heads=cfg.audio_heads,
+                    patch=cfg.audio_patch,
+                    stride=cfg.audio_stride,
+                ),
+                blocks=cfg.blocks,
+            ),
+            common.TextEncoder(tower, None, cfg.max_tokens),
+        )
+        batch = lambda B: {
+            "log_mel": torch.randn(B, 1024, 128, device=device),
+            **token_batch(B, min(L, cfg.max_tokens), words, device),
+        }  # noqa: E731
         loss_of = lambda *outputs: collat.training_loss(cfg, *outputs)  # noqa: E731
     else:
-        model = curation_clap.Model(text(), dict(channels=cfg.audio_channels, hop=cfg.hop, block_dropout=cfg.block_dropout, dropout=cfg.dropout), cfg.joint_dim,
-                                    cfg.window_s, cfg.temperature)
-        batch = lambda B: {"waveform": seconds_of_sound(B, cfg.window_s, 44100, device), **token_batch(B, L, words, device)}  # noqa: E731
+        model = curation_clap.Model(
+            text(),
+            dict(
+                channels=cfg.audio_channels,
+                hop=cfg.hop,
+                block_dropout=cfg.block_dropout,
+                dropout=cfg.dropout,
+            ),
+            cfg.joint_dim,
+            cfg.window_s,
+            cfg.temperature,
+        )
+        batch = lambda B: {
+            "waveform": seconds_of_sound(B, cfg.window_s, 44100, device),
+            **token_batch(B, L, words, device),
+        }  # noqa: E731
         loss_of = lambda *embeds: curation_clap.training_loss(cfg, *embeds, None)  # noqa: E731
     return model.to(device).train(), batch, loss_of, cfg
 
@@ -346,11 +635,15 @@ def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
         common.compile_training(model)
 
     def backward():
-        return common.cached_backward(model, parts, loss_of, lambda i: torch.manual_seed(i), autocast)
+        return common.cached_backward(
+            model, parts, loss_of, lambda i: torch.manual_seed(i), autocast
+        )
 
     def step():
         optimiser.zero_grad(set_to_none=True)
-        cacophony.sam_backward(parameters, backward, cfg.rho) if method == "cacophony" else backward()
+        cacophony.sam_backward(
+            parameters, backward, cfg.rho
+        ) if method == "cacophony" else backward()
         optimiser.step()
 
     with flop_counter.FlopCounterMode(display=False) as counter:
@@ -359,8 +652,13 @@ def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = alternate({"ours": step}, repeats, device)["ours"]
-    return {"seconds": seconds, "pairs": B, "pairs_per_s": B / seconds, "flop": counter.get_total_flops(),
-            "peak_GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None}
+    return {
+        "seconds": seconds,
+        "pairs": B,
+        "pairs_per_s": B / seconds,
+        "flop": counter.get_total_flops(),
+        "peak_GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+    }
 
 
 def measure_peer(which: str, tiny: bool, repeats: int) -> dict:
@@ -376,10 +674,24 @@ def measure_peer(which: str, tiny: bool, repeats: int) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and which == "released")
     autocast = torch.autocast(device.type, half, enabled=on_gpu)
     if which == "ClapModel":
-        audio = dict(conftest.CLAP_AUDIO) if tiny else dict(patch_embeds_hidden_size=96, depths=[2, 2, 6, 2], num_attention_heads=[4, 8, 16, 32])
+        audio = (
+            dict(conftest.CLAP_AUDIO)
+            if tiny
+            else dict(
+                patch_embeds_hidden_size=96, depths=[2, 2, 6, 2], num_attention_heads=[4, 8, 16, 32]
+            )
+        )
         text = dict(conftest.CLAP_TEXT, vocab_size=30000) if tiny else {}
-        model = transformers.ClapModel(transformers.ClapConfig(audio_config=audio, text_config=text)).to(device).train()
-        parts = {"input_features": torch.randn(B, 1, 1001, 64, device=device), "is_longer": torch.zeros(B, 1, dtype=torch.bool, device=device), **token_batch(B, 30, 20 if tiny else 20000, device)}
+        model = (
+            transformers.ClapModel(transformers.ClapConfig(audio_config=audio, text_config=text))
+            .to(device)
+            .train()
+        )
+        parts = {
+            "input_features": torch.randn(B, 1, 1001, 64, device=device),
+            "is_longer": torch.zeros(B, 1, dtype=torch.bool, device=device),
+            **token_batch(B, 30, 20 if tiny else 20000, device),
+        }
         loss_of = lambda: model(**parts, return_loss=True).loss  # noqa: E731
     else:
         model, batch, of_outputs, _ = paper_step("mga_clap", tiny, device)
@@ -422,18 +734,39 @@ def steps(tiny: bool) -> list[dict]:
             ours = measure_step(method, tiny, compiled, repeats)
             eager = eager or ours
             peak = next((value for name, value in BF16_PEAK.items() if name in machine()), None)
-            for which, peer in peers.items() if method == "mga_clap" else [("eager" if compiled else None, eager if compiled else None)]:
-                rows.append({"name": f"step_{method}{'_compiled' if compiled else ''}{f'_{which}' if which in peers else ''}", "ours": ours["seconds"],
-                             "peer": peer and peer["seconds"], "peer_name": which or "none", "unit": "s per training step",
-                             "ratio": peer and peer["seconds"] / ours["seconds"], "machine": machine(), "settings": {
-                                 "pairs": ours["pairs"], "pairs_per_s": ours["pairs_per_s"], "dtype": "bfloat16" if on_gpu else "float32",
-                                 "TFLOP": eager["flop"] / 1e12, "share_of_bf16_peak": peak and eager["flop"] / ours["seconds"] / peak, "peak_GB": ours["peak_GB"],
-                                 "compiled": compiled}})
+            for which, peer in (
+                peers.items()
+                if method == "mga_clap"
+                else [("eager" if compiled else None, eager if compiled else None)]
+            ):
+                rows.append(
+                    {
+                        "name": f"step_{method}{'_compiled' if compiled else ''}{f'_{which}' if which in peers else ''}",
+                        "ours": ours["seconds"],
+                        "peer": peer and peer["seconds"],
+                        "peer_name": which or "none",
+                        "unit": "s per training step",
+                        "ratio": peer and peer["seconds"] / ours["seconds"],
+                        "machine": machine(),
+                        "settings": {
+                            "pairs": ours["pairs"],
+                            "pairs_per_s": ours["pairs_per_s"],
+                            "dtype": "bfloat16" if on_gpu else "float32",
+                            "TFLOP": eager["flop"] / 1e12,
+                            "share_of_bf16_peak": peak and eager["flop"] / ours["seconds"] / peak,
+                            "peak_GB": ours["peak_GB"],
+                            "compiled": compiled,
+                        },
+                    }
+                )
             torch.cuda.empty_cache() if on_gpu else None
     return rows
 
 
-LINKS = {"8 GPUs of one node, 450 GB/s each": (8, 450e9), "16 GPUs of two nodes, 50 GB/s each": (16, 50e9)}  # NVLink 4 and 400 Gb/s InfiniBand
+LINKS = {
+    "8 GPUs of one node, 450 GB/s each": (8, 450e9),
+    "16 GPUs of two nodes, 50 GB/s each": (16, 50e9),
+}  # NVLink 4 and 400 Gb/s InfiniBand
 
 
 def scaling(tiny: bool) -> list[dict]:
@@ -443,9 +776,19 @@ def scaling(tiny: bool) -> list[dict]:
         model = paper_step(method, tiny, torch.device("cpu"))[0]
         n_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         passes = 2 if method == "cacophony" else 1  # SAM
-        rows += [{"name": f"scaling_{method}", "ours": passes * 2 * (n - 1) / n * n_bytes / speed, "peer": None, "peer_name": f"computed, {name}",
-                  "unit": "s per step to add up the gradients", "ratio": None, "machine": "none", "settings": {
-                      "gradient_GB": n_bytes / 1e9, "passes": passes}} for name, (n, speed) in LINKS.items()]
+        rows += [
+            {
+                "name": f"scaling_{method}",
+                "ours": passes * 2 * (n - 1) / n * n_bytes / speed,
+                "peer": None,
+                "peer_name": f"computed, {name}",
+                "unit": "s per step to add up the gradients",
+                "ratio": None,
+                "machine": "none",
+                "settings": {"gradient_GB": n_bytes / 1e9, "passes": passes},
+            }
+            for name, (n, speed) in LINKS.items()
+        ]
     return rows
 
 
@@ -459,10 +802,14 @@ class CachedCrops(torch.utils.data.Dataset):
         self.rows, self.read = rows, common.audio_reader(str(folder), rows, 32000)
 
     def __len__(self):
-        return 10 ** 9
+        return 10**9
 
     def __getitem__(self, i):
-        return self.read(self.rows[i % len(self.rows)]["audio"], length_s=10.0, crop_rng=np.random.default_rng((0, i)))
+        return self.read(
+            self.rows[i % len(self.rows)]["audio"],
+            length_s=10.0,
+            crop_rng=np.random.default_rng((0, i)),
+        )
 
     def collate(self, items):
         return common.pad_batch(items, 320_000)[0]
@@ -471,7 +818,10 @@ class CachedCrops(torch.utils.data.Dataset):
 def feed(tiny: bool) -> list[dict]:
     """Crops of 10 s from files of 30 s (44.1 kHz, for a model at 32 kHz), against reading and resampling whole files; the cache; padding."""
     n, rows = (3, []) if tiny else (16, [])
-    rng, settings = np.random.default_rng(0), {"files": n, "file_s": 30, "crop_s": 10, "from_hz": 44100, "to_hz": 32000}
+    rng, settings = (
+        np.random.default_rng(0),
+        {"files": n, "file_s": 30, "crop_s": 10, "from_hz": 44100, "to_hz": 32000},
+    )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         noise = np.cumsum(rng.normal(size=(n, 44100 * 30)), 1)
@@ -479,50 +829,135 @@ def feed(tiny: bool) -> list[dict]:
         for suffix in ("wav", "flac", "ogg"):
             paths = [folder / f"{i}.{suffix}" for i in range(n)]
             for path, x in zip(paths, noise):
-                common.write_audio(path, x, 44100) if suffix != "ogg" else sf.write(path, x, 44100, format="OGG", subtype="VORBIS")
+                common.write_audio(path, x, 44100) if suffix != "ogg" else sf.write(
+                    path, x, 44100, format="OGG", subtype="VORBIS"
+                )
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             crops = np.random.default_rng(1)
-            medians = alternate({"ours": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in paths],
-                                 "peer": lambda: [common.read_audio(path, 32000)[:320_000] for path in paths]}, 1 if tiny else 5, torch.device("cpu"))
+            medians = alternate(
+                {
+                    "ours": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in paths],
+                    "peer": lambda: [common.read_audio(path, 32000)[:320_000] for path in paths],
+                },
+                1 if tiny else 5,
+                torch.device("cpu"),
+            )
             torch.set_num_threads(threads)
-            rows.append({"name": f"feed_{suffix}", "ours": n / medians["ours"], "peer": n / medians["peer"], "peer_name": "whole files read and resampled",
-                         "unit": "clips per second and core", "ratio": medians["peer"] / medians["ours"], "machine": machine(), "settings": settings})
+            rows.append(
+                {
+                    "name": f"feed_{suffix}",
+                    "ours": n / medians["ours"],
+                    "peer": n / medians["peer"],
+                    "peer_name": "whole files read and resampled",
+                    "unit": "clips per second and core",
+                    "ratio": medians["peer"] / medians["ours"],
+                    "machine": machine(),
+                    "settings": settings,
+                }
+            )
         for path, x in zip(paths, noise):
-            sf.write(path.with_suffix(".wav"), x[:32000 * 30], 32000)
-        data = CachedCrops([{"audio": str(path.with_suffix(".wav")), "duration": 30.0} for path in paths], folder / "cache")
+            sf.write(path.with_suffix(".wav"), x[: 32000 * 30], 32000)
+        data = CachedCrops(
+            [{"audio": str(path.with_suffix(".wav")), "duration": 30.0} for path in paths],
+            folder / "cache",
+        )
         batch_size, batches = (8, 3) if tiny else (128, 100)
-        loader = iter(torch.utils.data.DataLoader(data, batch_size, num_workers=2, collate_fn=data.collate))
+        loader = iter(
+            torch.utils.data.DataLoader(data, batch_size, num_workers=2, collate_fn=data.collate)
+        )
         next(loader)
         start = time.perf_counter()
         for _ in range(batches):
             next(loader)
         rate = batches * batch_size / (time.perf_counter() - start)
         del loader
-        rows.append({"name": "feed_cache", "ours": rate, "peer": 2 * rows[0]["ours"], "peer_name": "crops from wav, two cores", "unit": "clips per second, two processes",
-                     "ratio": rate / (2 * rows[0]["ours"]), "machine": machine(), "settings": {"clip_s": 10, "hz": 32000, "batch": batch_size, "batches": batches}})
-    durations = np.concatenate([np.full(8000, 10.0), rng.uniform(15, 30, 6000), np.exp(rng.normal(2.2, 0.9, 6000)).clip(1, 30)])
+        rows.append(
+            {
+                "name": "feed_cache",
+                "ours": rate,
+                "peer": 2 * rows[0]["ours"],
+                "peer_name": "crops from wav, two cores",
+                "unit": "clips per second, two processes",
+                "ratio": rate / (2 * rows[0]["ours"]),
+                "machine": machine(),
+                "settings": {"clip_s": 10, "hz": 32000, "batch": batch_size, "batches": batches},
+            }
+        )
+    durations = np.concatenate(
+        [
+            np.full(8000, 10.0),
+            rng.uniform(15, 30, 6000),
+            np.exp(rng.normal(2.2, 0.9, 6000)).clip(1, 30),
+        ]
+    )
     padding = {}
-    for name, batches in (("ours", common.bucketed_batches(durations, 128, 0, 0)), ("peer", rng.permutation(len(durations))[:19968].reshape(-1, 128))):
-        padding[name] = 1 - sum(durations[b].sum() for b in batches) / sum(len(b) * durations[b].max() for b in batches)
-    rows.append({"name": "feed_padding", **padding, "peer_name": "batches drawn at random", "unit": "share of padding", "ratio": padding["peer"] / padding["ours"],
-                 "machine": "any", "settings": {"clips": "8,000 of 10 s, 6,000 of 15 to 30 s, 6,000 log-normal around 9 s, at most 30 s", "batch": 128}})
+    for name, batches in (
+        ("ours", common.bucketed_batches(durations, 128, 0, 0)),
+        ("peer", rng.permutation(len(durations))[:19968].reshape(-1, 128)),
+    ):
+        padding[name] = 1 - sum(durations[b].sum() for b in batches) / sum(
+            len(b) * durations[b].max() for b in batches
+        )
+    rows.append(
+        {
+            "name": "feed_padding",
+            **padding,
+            "peer_name": "batches drawn at random",
+            "unit": "share of padding",
+            "ratio": padding["peer"] / padding["ours"],
+            "machine": "any",
+            "settings": {
+                "clips": "8,000 of 10 s, 6,000 of 15 to 30 s, 6,000 log-normal around 9 s, at most 30 s",
+                "batch": 128,
+            },
+        }
+    )
     return rows
 
 
-BENCHES = {"steps": steps, "scaling": scaling, "feed": feed, "matching": matching, "htsat": htsat, "psds": psds, "psds_large": psds_large, "curate": curate}
+BENCHES = {
+    "steps": steps,
+    "scaling": scaling,
+    "feed": feed,
+    "matching": matching,
+    "htsat": htsat,
+    "psds": psds,
+    "psds_large": psds_large,
+    "curate": curate,
+}
 
 
 def table(results: list[dict]) -> list[str]:
     """Lines of the README's performance table."""
     short = lambda x: "-" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"  # noqa: E731
-    shown = ("pairs", "pairs_per_s", "dtype", "TFLOP", "share_of_bf16_peak", "peak_GB", "million_pairs_per_s", "share_of_the_step", "ours_extra_GB", "peer_extra_GB",
-             "total_GB", "gradient_GB")
-    lines = ["| bench | unit | ours | peer | its value | ratio | more | machine |", "|---|---|---|---|---|---|---|---|"]
+    shown = (
+        "pairs",
+        "pairs_per_s",
+        "dtype",
+        "TFLOP",
+        "share_of_bf16_peak",
+        "peak_GB",
+        "million_pairs_per_s",
+        "share_of_the_step",
+        "ours_extra_GB",
+        "peer_extra_GB",
+        "total_GB",
+        "gradient_GB",
+    )
+    lines = [
+        "| bench | unit | ours | peer | its value | ratio | more | machine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in results:
-        more = ", ".join(f"{k.replace('_', ' ')} {short(v) if isinstance(v, (int, float)) else v}" for k, v in r["settings"].items()
-                         if k in shown and v is not None and not isinstance(v, dict))
-        lines.append(f"| {r['name']} | {r['unit']} | {short(r['ours'])} | {r['peer_name']} | {short(r['peer'])} | {short(r['ratio'])} | {more} | {r['machine']} |")
+        more = ", ".join(
+            f"{k.replace('_', ' ')} {short(v) if isinstance(v, (int, float)) else v}"
+            for k, v in r["settings"].items()
+            if k in shown and v is not None and not isinstance(v, dict)
+        )
+        lines.append(
+            f"| {r['name']} | {r['unit']} | {short(r['ours'])} | {r['peer_name']} | {short(r['peer'])} | {short(r['ratio'])} | {more} | {r['machine']} |"
+        )
     return lines
 
 
@@ -530,7 +965,9 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("name", choices=[*BENCHES, "all"])
     parser.add_argument("--json", help="write the list to this file")
-    parser.add_argument("--tiny", action="store_true", help="miniature sizes, to check that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="miniature sizes, to check that it runs"
+    )
     args = parser.parse_args(argv)
     results = []
     for name in [args.name] if args.name != "all" else BENCHES:
@@ -539,7 +976,11 @@ def main(argv=None) -> list[dict]:
     print("\n".join(table(results)))
     if args.json:  # the other benches' last results stay
         path, names = Path(args.json), {r["name"] for r in results}
-        kept = [r for r in json.loads(path.read_text()) if r["name"] not in names] if path.exists() else []
+        kept = (
+            [r for r in json.loads(path.read_text()) if r["name"] not in names]
+            if path.exists()
+            else []
+        )
         common.write_lines(path, [json.dumps(kept + results, indent=1)])
     return results
 

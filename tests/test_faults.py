@@ -1,4 +1,5 @@
 """What goes wrong in a long training: kills, signals, full disks and memory, a second run, lost processes, changed flags."""
+
 import contextlib
 import dataclasses
 import importlib
@@ -20,7 +21,7 @@ from conftest import config as config_of
 from test_scripts import SCRIPTS, every_script, strip
 
 TRAIN = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch; torch.set_num_threads(1)
 from pathlib import Path
 from conftest import common, config
@@ -35,7 +36,12 @@ common.run_entry(SCRIPT.main, parse)
 
 def training(method, data, runs, fresh=False, **flags):
     """Python source that starts or resumes a small run."""
-    source = TRAIN.replace("SCRIPT", method).replace("DATA", str(data)).replace("RUNS", str(runs)).replace("FRESH", str(fresh))
+    source = (
+        TRAIN.replace("SCRIPT", method)
+        .replace("DATA", str(data))
+        .replace("RUNS", str(runs))
+        .replace("FRESH", str(fresh))
+    )
     return source.replace("FLAGS", repr(flags))
 
 
@@ -50,72 +56,157 @@ def at_step(monkeypatch, number, act):
     """Inside, `act` is called before step `number` (from 0) of a training is computed."""
     seed_step = common.seed_step
     with monkeypatch.context() as patch:
-        patch.setattr(common, "seed_step", lambda seed, step, *place: (act() if step == number else None, seed_step(seed, step, *place)))
+        patch.setattr(
+            common,
+            "seed_step",
+            lambda seed, step, *place: (
+                act() if step == number else None,
+                seed_step(seed, step, *place),
+            ),
+        )
         yield
 
 
 @every_script
-def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(corpus, tmp_path, monkeypatch, runs_of, method, capsys):
+def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(
+    corpus, tmp_path, monkeypatch, runs_of, method, capsys
+):
     script, before = SCRIPTS[method], signal.getsignal(signal.SIGTERM)
-    with at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit) as stopped:
-        common.run_entry(script.main, lambda: config_of(method, corpus, tmp_path, name="a", save_steps=100))
-    assert stopped.value.code == 143 and "SIGTERM: saved step 3; continue with --resume --name a" in capsys.readouterr().out
+    with (
+        at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        common.run_entry(
+            script.main, lambda: config_of(method, corpus, tmp_path, name="a", save_steps=100)
+        )
+    assert (
+        stopped.value.code == 143
+        and "SIGTERM: saved step 3; continue with --resume --name a" in capsys.readouterr().out
+    )
     assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
     assert signal.getsignal(signal.SIGTERM) == before
     common.TOLD_TO_STOP.clear()
-    script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    script.main(
+        common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
+    )
     same_weights(tmp_path / "a", runs_of(method)[0])
 
 
-@pytest.mark.parametrize("method", [name if name == "curation_clap" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS])
-def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_is_saved(corpus, tmp_path, method):
-    long = {"epochs": 2000} if method == "mga_clap" else {"steps": 4000} if "steps" in SMALL_OF[method] else {"teacher_epochs": 2000}
+@pytest.mark.parametrize(
+    "method",
+    [
+        name if name == "curation_clap" else pytest.param(name, marks=pytest.mark.slow)
+        for name in SCRIPTS
+    ],
+)
+def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_is_saved(
+    corpus, tmp_path, method
+):
+    long = (
+        {"epochs": 2000}
+        if method == "mga_clap"
+        else {"steps": 4000}
+        if "steps" in SMALL_OF[method]
+        else {"teacher_epochs": 2000}
+    )
     source = tmp_path / "train.py"
     source.write_text(training(method, corpus, tmp_path, fresh=True, workers=2, **long))
     log = tmp_path / "a/log.jsonl"
-    for launcher, signals in (([], 1), (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 2)):  # a batch system's, then torchrun's own
-        process = subprocess.Popen([sys.executable, *launcher, source], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for launcher, signals in (
+        ([], 1),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 2),
+    ):  # a batch system's, then torchrun's own
+        process = subprocess.Popen(
+            [sys.executable, *launcher, source],
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         log.unlink(missing_ok=True)
         (tmp_path / "a/last.pt").unlink(missing_ok=True)
         end = time.monotonic() + 200
-        while not (log.exists() and log.read_text().count("\n") > 2) and process.poll() is None and time.monotonic() < end:
+        while (
+            not (log.exists() and log.read_text().count("\n") > 2)
+            and process.poll() is None
+            and time.monotonic() < end
+        ):
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=100)
         assert "SIGTERM: saved step" in out and "DataLoader worker" not in out, out[-3000:]
-        assert process.returncode == (143 if signals == 1 else 1) and common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 0  # of Cacophony, in stage 2
+        assert (
+            process.returncode == (143 if signals == 1 else 1)
+            and common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 0
+        )  # of Cacophony, in stage 2
 
 
-def test_sigterm_in_a_curation_keeps_the_finished_blocks(corpus, tmp_path, monkeypatch, capsys, runs_of):
+def test_sigterm_in_a_curation_keeps_the_finished_blocks(
+    corpus, tmp_path, monkeypatch, capsys, runs_of
+):
     script = SCRIPTS["curation_clap"]
     monkeypatch.setattr(script, "EMBED_BATCH", 2)
     mined, mine_block = [], script.mine_block
-    monkeypatch.setattr(script, "mine_block", lambda path, *args: (mined.append(path.name), mine_block(path, *args), len(mined) == 2 and os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(
+        script,
+        "mine_block",
+        lambda path, *args: (
+            mined.append(path.name),
+            mine_block(path, *args),
+            len(mined) == 2 and os.kill(os.getpid(), signal.SIGTERM),
+        ),
+    )
     with pytest.raises(SystemExit) as stopped:
-        common.run_entry(script.main, lambda: config_of("curation_clap", corpus, tmp_path, name="a", block=2))
-    assert stopped.value.code == 143 and "SIGTERM: saved the pairs of 2 of " in capsys.readouterr().out
+        common.run_entry(
+            script.main, lambda: config_of("curation_clap", corpus, tmp_path, name="a", block=2)
+        )
+    assert (
+        stopped.value.code == 143 and "SIGTERM: saved the pairs of 2 of " in capsys.readouterr().out
+    )
     common.TOLD_TO_STOP.clear()
-    script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    script.main(
+        common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
+    )
     assert len(mined) == len(set(mined)) > 2  # none twice
-    of = lambda path: [(row["audio"], row["captions"]) for row in map(json.loads, (path / "curated.jsonl").read_text().splitlines())]  # noqa: E731
+    of = lambda path: [
+        (row["audio"], row["captions"])
+        for row in map(json.loads, (path / "curated.jsonl").read_text().splitlines())
+    ]  # noqa: E731
     assert of(tmp_path / "a") == of(runs_of("curation_clap")[0])
 
 
 @every_script
-def test_a_full_disk_leaves_the_checkpoint_before_it_whole(corpus, tmp_path, monkeypatch, runs_of, method):
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
+    corpus, tmp_path, monkeypatch, runs_of, method
+):
     script, limits = SCRIPTS[method], resource.getrlimit(resource.RLIMIT_FSIZE)
-    step = 3 if method in ("cacophony", "curation_clap") else 4  # between the first checkpoint and the last
+    step = (
+        3 if method in ("cacophony", "curation_clap") else 4
+    )  # between the first checkpoint and the last
     fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # noqa: E731
     if method == "cacophony":
         script.main(config_of(method, corpus, tmp_path, name="a", stage="mae"))
     try:
-        with at_step(monkeypatch, step, fill), pytest.raises(OSError, match="cannot be written .*; what was there before is whole"):
-            script.main(config_of(method, corpus, tmp_path, name="a", **({"stage": "contrastive"} if method == "cacophony" else {})))
+        with (
+            at_step(monkeypatch, step, fill),
+            pytest.raises(OSError, match="cannot be written .*; what was there before is whole"),
+        ):
+            script.main(
+                config_of(
+                    method,
+                    corpus,
+                    tmp_path,
+                    name="a",
+                    **({"stage": "contrastive"} if method == "cacophony" else {}),
+                )
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "a").glob("*.tmp"))
-    script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    script.main(
+        common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
+    )
     same_weights(tmp_path / "a", runs_of(method)[0])
 
 
@@ -138,9 +229,13 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
         common.save_checkpoint(tmp_path / "last.pt", {"step": 2})
     monkeypatch.undo()
     assert common.read_weights(tmp_path / "last.pt") == {"step": 1}
-    (tmp_path / "last.pt.tmp").write_bytes(b"half")  # what a real kill leaves behind is in nobody's way
+    (tmp_path / "last.pt.tmp").write_bytes(
+        b"half"
+    )  # what a real kill leaves behind is in nobody's way
     common.save_checkpoint(tmp_path / "last.pt", {"step": 3})
-    assert common.read_weights(tmp_path / "last.pt") == {"step": 3} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert common.read_weights(tmp_path / "last.pt") == {"step": 3} and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["last.pt"]
 
 
 @pytest.mark.slow
@@ -148,15 +243,30 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
 def test_kill_9_at_twenty_random_moments(corpus, tmp_path, runs_of, method):
     """Every step writes a checkpoint, so that many kills fall into the writing."""
     draw = random.Random(0)
-    flags = dict(save_steps=1, **({"epochs": 6} if method == "mga_clap" else {"steps": 24} if "steps" in SMALL_OF[method] else {"teacher_epochs": 6}))
+    flags = dict(
+        save_steps=1,
+        **(
+            {"epochs": 6}
+            if method == "mga_clap"
+            else {"steps": 24}
+            if "steps" in SMALL_OF[method]
+            else {"teacher_epochs": 6}
+        ),
+    )
     SCRIPTS[method].main(config_of(method, corpus, tmp_path / "whole", name="a", **flags))
     kills, seen = 0, []
     source = training(method, corpus, tmp_path / "killed", **flags)
     while kills < 20:
-        process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", source], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         last = tmp_path / "killed/a/log.jsonl"
         before, deadline = last.stat().st_mtime_ns if last.exists() else 0, time.time() + 120
-        while process.poll() is None and time.time() < deadline and (last.stat().st_mtime_ns if last.exists() else 0) == before:
+        while (
+            process.poll() is None
+            and time.time() < deadline
+            and (last.stat().st_mtime_ns if last.exists() else 0) == before
+        ):
             time.sleep(0.01)  # until it trains
         time.sleep(draw.uniform(0, 0.4))
         if process.poll() is not None:
@@ -173,7 +283,9 @@ def test_kill_9_at_twenty_random_moments(corpus, tmp_path, runs_of, method):
         done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     same_weights(tmp_path / "killed/a", tmp_path / "whole/a")
-    assert not list((tmp_path / "killed/a").rglob("*.tmp"))  # a finished run leaves nothing half-written
+    assert not list(
+        (tmp_path / "killed/a").rglob("*.tmp")
+    )  # a finished run leaves nothing half-written
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
@@ -181,7 +293,10 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(FileExistsError, match=f"{tmp_path}/a is being written by another process; choose another --name"):
+        with pytest.raises(
+            FileExistsError,
+            match=f"{tmp_path}/a is being written by another process; choose another --name",
+        ):
             common.RunFolder(str(tmp_path), "a", "x", True, 1, 0.5)
         common.RunFolder(str(tmp_path), "b", "x", False, 1, 0.5)
     finally:
@@ -191,43 +306,69 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
     common.RunFolder(str(tmp_path), "a", "x", True, 1, 0.5)  # a second stage of the same process
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), None], ids=["gpu", "cpu"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), None],
+    ids=["gpu", "cpu"],
+)
 def test_out_of_memory_names_the_batch_and_the_flags(error):
     def main(cfg):
         if error:
             raise error
-        torch.empty(2 ** 60)
+        torch.empty(2**60)
 
-    with pytest.raises(SystemExit, match="^error: out of memory at --batch-size 512; try --micro-batch .*, a smaller --batch-size, or --precision bf16 .*allocate"):
+    with pytest.raises(
+        SystemExit,
+        match="^error: out of memory at --batch-size 512; try --micro-batch .*, a smaller --batch-size, or --precision bf16 .*allocate",
+    ):
         common.run_entry(main, lambda: SCRIPTS["t_clap"].Config(data=["x"]))
     with pytest.raises(SystemExit, match="try a smaller --batch-size"):
         common.run_entry(main, lambda: SCRIPTS["mga_clap"].Config(data=["x"]))
     with pytest.raises(RuntimeError, match="a fault of ours"):  # anything else keeps its traceback
-        common.run_entry(lambda cfg: (_ for _ in ()).throw(RuntimeError("a fault of ours")), lambda: None)
+        common.run_entry(
+            lambda cfg: (_ for _ in ()).throw(RuntimeError("a fault of ours")), lambda: None
+        )
 
 
 def test_every_process_lists_its_share_of_a_batch_without_a_finite_loss(tmp_path, monkeypatch):
     run = common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
     for rank in (0, 1):
         monkeypatch.setattr(common, "rank_and_world", lambda: (rank, 2))
-        with pytest.raises(FloatingPointError, match=f"the loss of step 7 is nan; .*nonfinite_batch_{rank}.txt"):
+        with pytest.raises(
+            FloatingPointError, match=f"the loss of step 7 is nan; .*nonfinite_batch_{rank}.txt"
+        ):
             common.check_finite([(7, torch.tensor(float("nan")), [f"{rank}.wav"])], run)
-    assert [(tmp_path / f"a/nonfinite_batch_{rank}.txt").read_text() for rank in (0, 1)] == ["0.wav\n", "1.wav\n"]
+    assert [(tmp_path / f"a/nonfinite_batch_{rank}.txt").read_text() for rank in (0, 1)] == [
+        "0.wav\n",
+        "1.wav\n",
+    ]
 
 
-@pytest.mark.parametrize("micro_batch, kind", [(0, torch.nn.SyncBatchNorm), (8, torch.nn.BatchNorm2d)])
-def test_batch_norm_is_synchronised_only_where_every_process_has_one_part(monkeypatch, micro_batch, kind):
+@pytest.mark.parametrize(
+    "micro_batch, kind", [(0, torch.nn.SyncBatchNorm), (8, torch.nn.BatchNorm2d)]
+)
+def test_batch_norm_is_synchronised_only_where_every_process_has_one_part(
+    monkeypatch, micro_batch, kind
+):
     """SyncBatchNorm talks to the others in every pass, and with gradient caching they may have different numbers of passes."""
     monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, devices: model)
-    wrapped = common.wrap(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), torch.device("cuda", 0), False, micro_batch)
+    wrapped = common.wrap(
+        torch.nn.Sequential(torch.nn.BatchNorm2d(3)), torch.device("cuda", 0), False, micro_batch
+    )
     assert type(wrapped[0]) is kind
 
 
 def test_resume_may_change_what_the_weights_do_not_depend_on(corpus, tmp_path, runs_of):
     stored = common.read_checkpoint(runs_of("t_clap")[0] / "last.pt")["config"]
     script = importlib.import_module("t_clap")
-    for flags in (dict(micro_batch=2), dict(compile=True), dict(cache="x"), dict(workers=3), dict(eval_steps=7)):
+    for flags in (
+        dict(micro_batch=2),
+        dict(compile=True),
+        dict(cache="x"),
+        dict(workers=3),
+        dict(eval_steps=7),
+    ):
         common.check_resume(script.Config(**{**stored, **flags}), stored)
     mae = SCRIPTS["cacophony"].Config(data=["x"])
     common.check_resume(dataclasses.replace(mae, plot=True), dataclasses.asdict(mae))
@@ -237,8 +378,18 @@ def test_resume_may_change_what_the_weights_do_not_depend_on(corpus, tmp_path, r
 
 def test_a_killed_process_ends_the_run_of_all_with_a_message(corpus, tmp_path):
     source = tmp_path / "train.py"
-    source.write_text(training("mga_clap", corpus, tmp_path / "runs", fresh=True, epochs=2000, eval_epochs=1000, save_steps=1000).replace(
-        "common.run_entry", """
+    source.write_text(
+        training(
+            "mga_clap",
+            corpus,
+            tmp_path / "runs",
+            fresh=True,
+            epochs=2000,
+            eval_epochs=1000,
+            save_steps=1000,
+        ).replace(
+            "common.run_entry",
+            """
 import os
 seed_step = common.seed_step
 def dies(seed, step, rank=0, part=0):
@@ -246,20 +397,46 @@ def dies(seed, step, rank=0, part=0):
         os.kill(os.getpid(), 9)
     seed_step(seed, step, rank, part)
 common.seed_step = dies
-common.run_entry"""))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619", str(source)],
-                          capture_output=True, text=True, timeout=300)
+common.run_entry""",
+        )
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29619",
+            str(source),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1 and "exitcode  : -9" in done.stderr
-    assert "error: process 0 of 2 stopped, since another one ended or cannot be reached" in done.stderr, done.stderr[-3000:]
+    assert (
+        "error: process 0 of 2 stopped, since another one ended or cannot be reached" in done.stderr
+    ), done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @every_script
-def test_compiled_training_takes_the_same_steps(corpus, tmp_path, monkeypatch, runs_of, method, backend):
+def test_compiled_training_takes_the_same_steps(
+    corpus, tmp_path, monkeypatch, runs_of, method, backend
+):
     """aot_eager: everything but the generated code, which takes a compiler minutes."""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_module(model, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model: compile_module(model, backend=backend)
+    )
     SCRIPTS[method].main(config_of(method, corpus, tmp_path, name="c", compile=True))
-    losses = [[json.loads(x).get("loss", 0) for x in (folder / "log.jsonl").read_text().splitlines()] for folder in (runs_of(method)[0], tmp_path / "c")]
+    losses = [
+        [json.loads(x).get("loss", 0) for x in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (runs_of(method)[0], tmp_path / "c")
+    ]
     assert losses[1][:4] == pytest.approx(losses[0][:4], abs=2e-3)
-    assert not any("_orig_mod" in key for key in common.read_checkpoint(tmp_path / "c/last.pt")["model"])
+    assert not any(
+        "_orig_mod" in key for key in common.read_checkpoint(tmp_path / "c/last.pt")["model"]
+    )

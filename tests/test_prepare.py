@@ -1,4 +1,5 @@
 """prepare.py: scenes without leaks, from both layouts; check finds what is wrong."""
+
 import json
 import os
 import subprocess
@@ -18,7 +19,9 @@ REAL = ROOT.parent / "shared" / "data" / "esc50_part"
 
 def tone(path, hz, seconds=1.0, rate=22050, lead=0.5):
     t = np.arange(int(rate * seconds)) / rate
-    sf.write(path, np.concatenate([np.zeros(int(lead * rate)), 0.3 * np.sin(2 * np.pi * hz * t)]), rate)
+    sf.write(
+        path, np.concatenate([np.zeros(int(lead * rate)), 0.3 * np.sin(2 * np.pi * hz * t)]), rate
+    )
 
 
 @pytest.fixture
@@ -39,7 +42,9 @@ def test_one_folder_per_class(class_folders, tmp_path, capsys):
     flags = ["--sounds", class_folders, "--train", 12, "--val", 4, "--test", 12, "--rate", 16000]
     out = build(*flags, "--out", tmp_path / "a", "--workers", 2)
     assert len(out["left_out"]) == 1 and "left out: " in capsys.readouterr().out
-    rows = common.read_manifest([str(tmp_path / "a")], need=("captions", "events", "phrases", "labels"))
+    rows = common.read_manifest(
+        [str(tmp_path / "a")], need=("captions", "events", "phrases", "labels")
+    )
     assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [12, 4, 12]
     assert (tmp_path / "a/classes.txt").read_text().split() == ["bell", "dog_bark", "siren"]
     text = json.dumps([r["captions"] for r in rows])
@@ -47,7 +52,11 @@ def test_one_folder_per_class(class_folders, tmp_path, capsys):
     # a swapped scene holds the same sounds, the reverse order: energies agree, onsets are mirrored in order
     row = next(r for r in rows if r.get("swapped_audio"))
     x, y = (sf.read(row[k])[0] for k in ("audio", "swapped_audio"))
-    assert len(x) == len(y) and (x ** 2).sum() == pytest.approx((y ** 2).sum(), rel=0.05) and not np.array_equal(x, y)
+    assert (
+        len(x) == len(y)
+        and (x**2).sum() == pytest.approx((y**2).sum(), rel=0.05)
+        and not np.array_equal(x, y)
+    )
     build(*flags, "--out", tmp_path / "b", "--workers", 1)  # the number of workers changes nothing
     for name in ("manifest.jsonl", "audio/train_00003.wav"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -56,16 +65,31 @@ def test_one_folder_per_class(class_folders, tmp_path, capsys):
 
 
 def test_no_recording_is_in_two_splits():
-    sounds = [{"audio": f"{label}{i}{take}", "label": label, "recording": f"{label}{i}", "fold": 1 + i % 5}
-              for label in "abc" for i in range(20) for take in "AB"]
+    sounds = [
+        {
+            "audio": f"{label}{i}{take}",
+            "label": label,
+            "recording": f"{label}{i}",
+            "fold": 1 + i % 5,
+        }
+        for label in "abc"
+        for i in range(20)
+        for take in "AB"
+    ]
     for folds in (True, False):
         given = [{**s, "fold": s["fold"] if folds else None} for s in sounds]
         splits = prepare.split_sounds(given, [1, 2, 3], [5], 0.2, seed=0)
         owned = {k: {s["recording"] for s in v} for k, v in splits.items()}
-        assert not owned["train"] & owned["val"] and not owned["train"] & owned["test"] and not owned["val"] & owned["test"]
+        assert (
+            not owned["train"] & owned["val"]
+            and not owned["train"] & owned["test"]
+            and not owned["val"] & owned["test"]
+        )
         assert all(len({s["label"] for s in v}) == 3 for v in splits.values())
         if folds:
-            assert {s["fold"] for s in splits["test"]} == {5} and {s["fold"] for s in splits["train"] + splits["val"]} == {1, 2, 3}
+            assert {s["fold"] for s in splits["test"]} == {5} and {
+                s["fold"] for s in splits["train"] + splits["val"]
+            } == {1, 2, 3}
 
 
 def test_active_part_trims_silence():
@@ -74,25 +98,54 @@ def test_active_part_trims_silence():
     assert (kept.start, kept.stop) == (pytest.approx(8000, abs=320), pytest.approx(12000, abs=320))
 
 
-def test_esc_mixed_up_is_two_recordings_in_order_with_the_swapped_caption_and_audio(class_folders, tmp_path):
-    flags = ["--preset", "esc-mixed-up", "--sounds", class_folders, "--train", 20, "--val", 4, "--test", 8]
+def test_esc_mixed_up_is_two_recordings_in_order_with_the_swapped_caption_and_audio(
+    class_folders, tmp_path
+):
+    flags = [
+        "--preset",
+        "esc-mixed-up",
+        "--sounds",
+        class_folders,
+        "--train",
+        20,
+        "--val",
+        4,
+        "--test",
+        8,
+    ]
     build(*flags, "--out", tmp_path / "m")
-    rows = common.read_manifest([str(tmp_path / "m")], need=("captions", "negatives", "events", "labels"))
+    rows = common.read_manifest(
+        [str(tmp_path / "m")], need=("captions", "negatives", "events", "labels")
+    )
     assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [20, 4, 8]
     connectives = set()
     for row in rows:
         first, second = (label.replace("_", " ") for label in row["labels"])
         word = row["captions"][0].removeprefix(first).removesuffix(second).strip()
         connectives.add(word)
-        assert first != second and row["captions"] == [f"{first} {word} {second}"] and row["negatives"] == [f"{second} {word} {first}"]
-        assert row["audio"].endswith(".flac") and sf.info(row["audio"]).samplerate == 22050 and sf.info(row["audio"]).frames == 220500
+        assert (
+            first != second
+            and row["captions"] == [f"{first} {word} {second}"]
+            and row["negatives"] == [f"{second} {word} {first}"]
+        )
+        assert (
+            row["audio"].endswith(".flac")
+            and sf.info(row["audio"]).samplerate == 22050
+            and sf.info(row["audio"]).frames == 220500
+        )
         assert ("swapped_audio" in row) == (row["split"] == "test")
         x = sf.read(row["audio"])[0]
-        for k, event in enumerate(row["events"]):  # 0.5 s of silence, then 1 s of tone, in each half
-            assert event["label"] == row["labels"][k] and event["onset"] == pytest.approx(5 * k + 0.5, abs=0.03)
+        for k, event in enumerate(
+            row["events"]
+        ):  # 0.5 s of silence, then 1 s of tone, in each half
+            assert event["label"] == row["labels"][k] and event["onset"] == pytest.approx(
+                5 * k + 0.5, abs=0.03
+            )
             assert event["offset"] == pytest.approx(5 * k + 1.5, abs=0.03)
-            inside = x[round(event["onset"] * 22050):round(event["offset"] * 22050)]
-            assert (inside ** 2).sum() == pytest.approx((x[k * 110250:(k + 1) * 110250] ** 2).sum(), rel=0.01)
+            inside = x[round(event["onset"] * 22050) : round(event["offset"] * 22050)]
+            assert (inside**2).sum() == pytest.approx(
+                (x[k * 110250 : (k + 1) * 110250] ** 2).sum(), rel=0.01
+            )
         if row["split"] == "test":
             assert np.array_equal(sf.read(row["swapped_audio"])[0], np.roll(x, 110250))
     assert connectives == {"followed by", "and then"}
@@ -107,19 +160,43 @@ def test_esc_mixed_up_is_two_recordings_in_order_with_the_swapped_caption_and_au
     with pytest.raises(FileExistsError, match="made with other settings"):
         build(*flags, "--out", tmp_path / "m", "--seed", 1)
     build(*flags, "--out", tmp_path / "m", "--workers", 1)
-    assert kept.stat().st_mtime_ns == stamp and (tmp_path / "m/manifest.jsonl").read_bytes() == manifest
+    assert (
+        kept.stat().st_mtime_ns == stamp
+        and (tmp_path / "m/manifest.jsonl").read_bytes() == manifest
+    )
     assert {p.name: p.read_bytes() for p in (tmp_path / "m/audio").iterdir()} == files
 
 
 def test_esc_mixed_up_options(class_folders, tmp_path):
-    flags = ["--preset", "esc-mixed-up", "--sounds", class_folders, "--train", 40, "--val", 0, "--test", 4]
-    build(*flags, "--out", tmp_path / "o", "--overlay", 0.5, "--rate", 16000, "--format", "wav")  # resampled in forked workers
+    flags = [
+        "--preset",
+        "esc-mixed-up",
+        "--sounds",
+        class_folders,
+        "--train",
+        40,
+        "--val",
+        0,
+        "--test",
+        4,
+    ]
+    build(
+        *flags, "--out", tmp_path / "o", "--overlay", 0.5, "--rate", 16000, "--format", "wav"
+    )  # resampled in forked workers
     rows = common.read_manifest([str(tmp_path / "o")])
     over = [r for r in rows if r["negatives"] == [None]]
-    assert 10 < len(over) < 34 and all(r["duration"] == 5.0 and "swapped_audio" not in r for r in over)
+    assert 10 < len(over) < 34 and all(
+        r["duration"] == 5.0 and "swapped_audio" not in r for r in over
+    )
     assert all("while" in r["captions"][0] or "at the same time" in r["captions"][0] for r in over)
-    assert all(sf.info(r["audio"]).frames == 16000 * r["duration"] and r["audio"].endswith(".wav") for r in rows)
-    with pytest.raises(ValueError, match="--overlay 0.2: expected a share between 0 and 1, with --preset esc-mixed-up"):
+    assert all(
+        sf.info(r["audio"]).frames == 16000 * r["duration"] and r["audio"].endswith(".wav")
+        for r in rows
+    )
+    with pytest.raises(
+        ValueError,
+        match="--overlay 0.2: expected a share between 0 and 1, with --preset esc-mixed-up",
+    ):
         build("--sounds", class_folders, "--out", tmp_path / "p", "--overlay", 0.2)
     for label in ("bell", "siren"):
         for path in (class_folders / label).iterdir():
@@ -128,14 +205,33 @@ def test_esc_mixed_up_options(class_folders, tmp_path):
         build(*flags, "--out", tmp_path / "q")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real sounds (../shared/data/esc50_part) are not here")
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="the real sounds (../shared/data/esc50_part) are not here"
+)
 def test_esc50_layout_on_real_sounds(tmp_path):
-    build("--sounds", REAL, "--out", tmp_path / "s", "--train", 20, "--val", 4, "--test", 10, "--rate", 16000)
+    build(
+        "--sounds",
+        REAL,
+        "--out",
+        tmp_path / "s",
+        "--train",
+        20,
+        "--val",
+        4,
+        "--test",
+        10,
+        "--rate",
+        16000,
+    )
     rows = common.read_manifest([str(tmp_path / "s")])
     assert len((tmp_path / "s/classes.txt").read_text().split()) == 10
     assert len(rows) == 34
     report = prepare.check(prepare.parse(["check", str(tmp_path / "s")]))
-    assert report["unreadable"] == [] and report["shared"] == [] and report["splits"]["test"]["clips"] == 10
+    assert (
+        report["unreadable"] == []
+        and report["shared"] == []
+        and report["splits"]["test"]["clips"] == 10
+    )
     sounds = prepare.list_sounds(REAL)
     assert len(sounds) == 560 and len({s["label"] for s in sounds}) == 50
 
@@ -144,26 +240,52 @@ def test_check_reports_leaks_rates_and_broken_files(tmp_path, capsys):
     for name, rate in (("1-100-A-0.wav", 8000), ("1-100-B-0.wav", 16000), ("b.wav", 16000)):
         tone(tmp_path / name, 440, rate=rate)
     (tmp_path / "c.wav").write_text("no sound")
-    rows = [{"audio": "1-100-A-0.wav", "split": "train", "labels": ["dog"]}, {"audio": "1-100-B-0.wav", "split": "test"},
-            {"audio": "b.wav", "split": "test", "duration": 9.0}, {"audio": "c.wav", "split": "train"}]
+    rows = [
+        {"audio": "1-100-A-0.wav", "split": "train", "labels": ["dog"]},
+        {"audio": "1-100-B-0.wav", "split": "test"},
+        {"audio": "b.wav", "split": "test", "duration": 9.0},
+        {"audio": "c.wav", "split": "train"},
+    ]
     common.write_lines(tmp_path / "m.jsonl", [json.dumps(r) for r in rows])
     report = prepare.check(prepare.parse(["check", str(tmp_path / "m.jsonl"), "--workers", "1"]))
     assert report["shared"] == ["100"] and report["clips"] == 4
-    assert sorted(os.path.basename(t.split(":")[0]) for t in report["unreadable"]) == ["b.wav", "c.wav"]
+    assert sorted(os.path.basename(t.split(":")[0]) for t in report["unreadable"]) == [
+        "b.wav",
+        "c.wav",
+    ]
     out = capsys.readouterr().out
-    assert "rates {8000: 1}" in out and "recordings shared between splits: 1 ['100']" in out and "1 classes: dog 1" in out
+    assert (
+        "rates {8000: 1}" in out
+        and "recordings shared between splits: 1 ['100']" in out
+        and "1 classes: dog 1" in out
+    )
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["scenes", "--sounds", "nowhere", "--out", "OUT"], "--sounds nowhere: no such folder"),
-    (["scenes", "--sounds", "EMPTY", "--out", "OUT"], "found neither meta/esc50.csv nor folders"),
-    (["scenes", "--sounds", "ONE", "--out", "OUT"], "no recording is left for the"),
-    (["check", "nowhere"], "nowhere: no such manifest")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["scenes", "--sounds", "nowhere", "--out", "OUT"], "--sounds nowhere: no such folder"),
+        (
+            ["scenes", "--sounds", "EMPTY", "--out", "OUT"],
+            "found neither meta/esc50.csv nor folders",
+        ),
+        (["scenes", "--sounds", "ONE", "--out", "OUT"], "no recording is left for the"),
+        (["check", "nowhere"], "nowhere: no such manifest"),
+    ],
+)
 def test_bad_input_is_one_clear_sentence(tmp_path, flags, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "one" / "bell").mkdir(parents=True)
     tone(tmp_path / "one" / "bell" / "x.wav", 300)
     names = {"OUT": tmp_path / "out", "EMPTY": tmp_path / "empty", "ONE": tmp_path / "one"}
-    done = subprocess.run([sys.executable, ROOT / "prepare.py", *[str(names.get(f, f)) for f in flags]], capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "prepare.py", *[str(names.get(f, f)) for f in flags]],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and message in done.stderr.strip().splitlines()[-1]
+        and "Traceback" not in done.stderr
+    )
     assert Path(ROOT / "prepare.py").is_file()

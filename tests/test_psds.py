@@ -1,4 +1,5 @@
 """PSDS against sed_scores_eval (exact, all thresholds), psds_eval and a hand-computed case."""
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -7,22 +8,34 @@ import common
 import eval as evaluator
 
 FRAME_S = 0.3125
-SETTINGS = {"psds1": dict(dtc=0.7, gtc=0.7), "psds2": dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5), "half": dict(dtc=0.5, gtc=0.5)}
+SETTINGS = {
+    "psds1": dict(dtc=0.7, gtc=0.7),
+    "psds2": dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5),
+    "half": dict(dtc=0.5, gtc=0.5),
+}
 
 
 def random_case(seed):
     """Clips of 1 to 32 frames, some without events, events of different classes overlapping; every other case full of ties."""
     rng = np.random.default_rng(seed)
-    ties, classes = seed % 2 == 0, [f"c{k}" for k in range(1 if seed % 7 == 0 else rng.integers(2, 6))]
+    ties, classes = (
+        seed % 2 == 0,
+        [f"c{k}" for k in range(1 if seed % 7 == 0 else rng.integers(2, 6))],
+    )
     scores, rows = [], []
     for i in range(rng.integers(3, 20)):
         n = int(rng.integers(2, 33)) if rng.random() < 0.5 else 32
         values, events = rng.normal(size=(n, len(classes))), []
-        for k in range(rng.integers(0, 4)) if i else range(len(classes)):  # the first clip holds every class
+        for k in (
+            range(rng.integers(0, 4)) if i else range(len(classes))
+        ):  # the first clip holds every class
             c = int(rng.integers(len(classes))) if i else k
             onset = round(rng.uniform(0, n * FRAME_S - 0.2), 1 if ties else 3)
             offset = round(min(onset + rng.uniform(0.2, 4), n * FRAME_S), 1 if ties else 3)
-            if offset <= onset or any(e["label"] == classes[c] and e["onset"] <= offset and onset <= e["offset"] for e in events):
+            if offset <= onset or any(
+                e["label"] == classes[c] and e["onset"] <= offset and onset <= e["offset"]
+                for e in events
+            ):
                 continue  # sed_scores_eval takes no touching events of one class
             events.append({"label": classes[c], "onset": onset, "offset": offset})
             frame = np.arange(n) * FRAME_S
@@ -35,12 +48,19 @@ def random_case(seed):
 def as_tables(scores, rows, classes):
     """The same case as sed_scores_eval's score tables, ground truth and durations; classes with events only."""
     import pandas as pd
+
     labels = {event["label"] for row in rows for event in row["events"]}
     columns = [k for k, c in enumerate(classes) if c in labels]
     tables, truth, durations = {}, {}, {}
     for i, (values, row) in enumerate(zip(scores, rows)):
         edges = common.frame_edges(len(values), FRAME_S, row["duration"])
-        tables[f"f{i}"] = pd.DataFrame({"onset": edges[:-1], "offset": edges[1:], **{classes[k]: values[:, k] for k in columns}})
+        tables[f"f{i}"] = pd.DataFrame(
+            {
+                "onset": edges[:-1],
+                "offset": edges[1:],
+                **{classes[k]: values[:, k] for k in columns},
+            }
+        )
         truth[f"f{i}"] = [(e["onset"], e["offset"], e["label"]) for e in row["events"]]
         durations[f"f{i}"] = row["duration"]
     return tables, truth, durations
@@ -59,9 +79,19 @@ def test_psds_equals_sed_scores_eval_on_50_random_cases():
                 roc = common.psd_roc(scores, rows, classes, FRAME_S, **s, max_efpr=max_efpr)
                 for alpha_st in (0.0, 1.0):
                     expected = oracle.psds(
-                        tables, truth, durations, dtc_threshold=s["dtc"], gtc_threshold=s["gtc"], cttc_threshold=s.get("cttc"),
-                        alpha_ct=s.get("alpha_ct", 0.0), alpha_st=alpha_st, max_efpr=max_efpr)[0]
-                    assert common.psds(roc, alpha_st, max_efpr) == pytest.approx(expected, abs=1e-6), (seed, s, alpha_st)
+                        tables,
+                        truth,
+                        durations,
+                        dtc_threshold=s["dtc"],
+                        gtc_threshold=s["gtc"],
+                        cttc_threshold=s.get("cttc"),
+                        alpha_ct=s.get("alpha_ct", 0.0),
+                        alpha_st=alpha_st,
+                        max_efpr=max_efpr,
+                    )[0]
+                    assert common.psds(roc, alpha_st, max_efpr) == pytest.approx(
+                        expected, abs=1e-6
+                    ), (seed, s, alpha_st)
                     compared += 1
     assert compared > 500
 
@@ -72,19 +102,27 @@ def test_psds_by_hand():
     scores = [np.array([[0.5], [0.4], [0.1], [0.3]])]
     # t < .5: frame 0, false (1/h). t < .4: frames 0-1, half of it right: with dtc 0.5 found, no false one left.
     # t < .3: frame 3 is false as well (1/h). t < .1: everything, a quarter right: false, nothing found.
-    (efpr, tpr), = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.5, gtc=0.5, max_efpr=10.0)
+    ((efpr, tpr),) = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.5, gtc=0.5, max_efpr=10.0)
     assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]
-    (efpr, tpr), = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.2, gtc=0.5, max_efpr=10.0)
+    ((efpr, tpr),) = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.2, gtc=0.5, max_efpr=10.0)
     assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]
-    roc = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.6, gtc=0.5, max_efpr=10.0)  # never right
+    roc = common.psd_roc(
+        scores, rows, ["dog"], 900.0, dtc=0.6, gtc=0.5, max_efpr=10.0
+    )  # never right
     assert common.psds(roc, 1.0, 10.0) == 0.0
-    scores = [np.array([[0.5], [0.4], [0.45], [0.3]])]  # two false ones before the right one would come
+    scores = [
+        np.array([[0.5], [0.4], [0.45], [0.3]])
+    ]  # two false ones before the right one would come
     roc = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.3, gtc=0.5, max_efpr=10.0)
     assert roc[0][1].max() == 1.0  # frames 0-2, a third right
-    assert common.psds([(np.array([0.0, 2.0]), np.array([0.0, 1.0]))], 1.0, 10.0) == pytest.approx(0.8)
+    assert common.psds([(np.array([0.0, 2.0]), np.array([0.0, 1.0]))], 1.0, 10.0) == pytest.approx(
+        0.8
+    )
     two = [(np.array([0.0]), np.array([1.0])), (np.array([0.0, 5.0]), np.array([0.0, 1.0]))]
     assert common.psds(two, 0.0, 10.0) == pytest.approx(0.75)
-    assert common.psds(two, 1.0, 10.0) == pytest.approx(0.5)  # mean .5 - std .5 = 0 up to 5/h, then 1 - 0
+    assert common.psds(two, 1.0, 10.0) == pytest.approx(
+        0.5
+    )  # mean .5 - std .5 = 0 up to 5/h, then 1 - 0
 
 
 def test_psds_without_a_limit_ends_at_the_largest_efpr():
@@ -99,8 +137,9 @@ def test_psds_without_a_limit_ends_at_the_largest_efpr():
 def test_a_class_without_an_event_is_left_out_and_none_at_all_is_an_error():
     scores, rows, classes = random_case(5)
     wider = [np.concatenate([s, s[:, :1]], 1) for s in scores]
-    assert common.psds(common.psd_roc(wider, rows, [*classes, "silent"], FRAME_S, 0.5, 0.5)) == common.psds(
-        common.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5))
+    assert common.psds(
+        common.psd_roc(wider, rows, [*classes, "silent"], FRAME_S, 0.5, 0.5)
+    ) == common.psds(common.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5))
     with pytest.raises(ValueError, match="no event of the clips is of one of the classes"):
         common.psd_roc(scores, rows, ["x"] * len(classes), FRAME_S, 0.5, 0.5)
 
@@ -113,9 +152,17 @@ def test_nan_scores_are_an_error():
 
 
 def test_same_class_events_may_overlap():
-    rows = [{"duration": 10.0, "events": [{"label": "dog", "onset": 0.0, "offset": 5.0}, {"label": "dog", "onset": 2.5, "offset": 7.5}]}]
+    rows = [
+        {
+            "duration": 10.0,
+            "events": [
+                {"label": "dog", "onset": 0.0, "offset": 5.0},
+                {"label": "dog", "onset": 2.5, "offset": 7.5},
+            ],
+        }
+    ]
     scores = [np.where(np.arange(32) < 24, 1.0, 0.0)[:, None]]
-    (efpr, tpr), = common.psd_roc(scores, rows, ["dog"], FRAME_S, 0.7, 0.7)
+    ((efpr, tpr),) = common.psd_roc(scores, rows, ["dog"], FRAME_S, 0.7, 0.7)
     assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]
 
 
@@ -125,7 +172,9 @@ def test_collar_and_segment_f1_equal_sed_scores_eval():
         scores, rows, classes = random_case(seed)
         tables, truth, durations = as_tables(scores, rows, classes)
         labels = {event["label"] for row in rows for event in row["events"]}
-        collar = oracle.collar_based.best_fscore(tables, truth, onset_collar=0.2, offset_collar=0.2, offset_collar_rate=0.2)[0]
+        collar = oracle.collar_based.best_fscore(
+            tables, truth, onset_collar=0.2, offset_collar=0.2, offset_collar_rate=0.2
+        )[0]
         ours = dict(zip(classes, evaluator.collar_f1(scores, rows, classes, FRAME_S)))
         segment = oracle.segment_based.best_fscore(tables, truth, durations, segment_length=1.0)[0]
         ours_segment = dict(zip(classes, evaluator.segment_f1(scores, rows, classes, FRAME_S)))
@@ -172,22 +221,51 @@ def grounding_case(seed, n_queries=12):
 def test_psdsm_equals_psds_eval(monkeypatch):
     psds_eval = pytest.importorskip("psds_eval")
     import pandas as pd
+
     # its int(array of one element) is an error since numpy 2.4
     monkeypatch.setattr(psds_eval.psds, "int", lambda x: np.ravel(x)[0].item(), raising=False)
     for seed in range(6):
         values, rows = grounding_case(seed)
         points = evaluator.grounding_points(values, rows, FRAME_S, 3, 2).sum(0)
-        n_events, hours = sum(len(r["events"]) for r in rows), sum(r["duration"] for r in rows) / 3600
-        ours = common.psds([common.staircase(points[:, 0] / n_events, points[:, 1] / hours, 800.0)], 0.0, 800.0)
-        truth = pd.DataFrame([{"filename": f"f{i}", "onset": e["onset"], "offset": e["offset"], "event_label": "phrase"}
-                              for i, row in enumerate(rows) for e in row["events"]])
-        meta = pd.DataFrame([{"filename": f"f{i}", "duration": row["duration"]} for i, row in enumerate(rows)])
-        oracle = psds_eval.PSDSEval(dtc_threshold=0.5, gtc_threshold=0.5, cttc_threshold=0.3, ground_truth=truth, metadata=meta)
-        for threshold in np.arange(0.01, 1, 0.02):  # the same post-processing, written frame by frame
+        n_events, hours = (
+            sum(len(r["events"]) for r in rows),
+            sum(r["duration"] for r in rows) / 3600,
+        )
+        ours = common.psds(
+            [common.staircase(points[:, 0] / n_events, points[:, 1] / hours, 800.0)], 0.0, 800.0
+        )
+        truth = pd.DataFrame(
+            [
+                {
+                    "filename": f"f{i}",
+                    "onset": e["onset"],
+                    "offset": e["offset"],
+                    "event_label": "phrase",
+                }
+                for i, row in enumerate(rows)
+                for e in row["events"]
+            ]
+        )
+        meta = pd.DataFrame(
+            [{"filename": f"f{i}", "duration": row["duration"]} for i, row in enumerate(rows)]
+        )
+        oracle = psds_eval.PSDSEval(
+            dtc_threshold=0.5,
+            gtc_threshold=0.5,
+            cttc_threshold=0.3,
+            ground_truth=truth,
+            metadata=meta,
+        )
+        for threshold in np.arange(
+            0.01, 1, 0.02
+        ):  # the same post-processing, written frame by frame
             found = []
             for i, v in enumerate(values):
                 on = [1 / (1 + np.exp(-x)) > threshold for x in v]
-                on = [sorted(on[max(0, t - 1):t + 2] + [on[t]] * (t in (0, len(on) - 1)))[1] for t in range(len(on))]
+                on = [
+                    sorted(on[max(0, t - 1) : t + 2] + [on[t]] * (t in (0, len(on) - 1)))[1]
+                    for t in range(len(on))
+                ]
                 runs, t = [], 0
                 while t < len(on):
                     if on[t]:
@@ -200,9 +278,21 @@ def test_psdsm_equals_psds_eval(monkeypatch):
                             runs.append([t, stop])
                         t = stop
                     t += 1
-                found += [{"filename": f"f{i}", "onset": a * FRAME_S, "offset": b * FRAME_S, "event_label": "phrase"} for a, b in runs]
-            oracle.add_operating_point(pd.DataFrame(found, columns=["filename", "onset", "offset", "event_label"]))
+                found += [
+                    {
+                        "filename": f"f{i}",
+                        "onset": a * FRAME_S,
+                        "offset": b * FRAME_S,
+                        "event_label": "phrase",
+                    }
+                    for a, b in runs
+                ]
+            oracle.add_operating_point(
+                pd.DataFrame(found, columns=["filename", "onset", "offset", "event_label"])
+            )
         # its eFPR is NaN where there is one class only; without cross-triggers it is the FPR
         curve = oracle.psd_roc_curves(alpha_ct=0.0)[0]
-        assert ours == pytest.approx(oracle._auc(curve.xp, curve.yp[0], 800.0) / 800.0, abs=1e-6), seed
+        assert ours == pytest.approx(oracle._auc(curve.xp, curve.yp[0], 800.0) / 800.0, abs=1e-6), (
+            seed
+        )
         assert 0 < ours < 1

@@ -1,4 +1,5 @@
 """One door for published weights: names, shapes and embeddings against transformers' own ClapModel."""
+
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ import t_clap
 from conftest import CLAP_AUDIO, CLAP_TEXT
 from test_common import brute_force_ranks
 
+
 def test_embeddings_and_retrieval_equal_transformers(clap_folder):
     folder, theirs, tokenizer = clap_folder
     ours = evaluator.load_model(str(folder))
@@ -19,19 +21,27 @@ def test_embeddings_and_retrieval_equal_transformers(clap_folder):
     texts = ["a dog barks", "rain falls and a dog barks", "dog"]
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
     rng = np.random.default_rng(0)
-    waveforms = [(0.3 * rng.normal(size=n)).astype(np.float32) for n in (480000, 200000, 90000)]  # whole, tiled twice, five times
+    waveforms = [
+        (0.3 * rng.normal(size=n)).astype(np.float32) for n in (480000, 200000, 90000)
+    ]  # whole, tiled twice, five times
     features = extractor(waveforms, sampling_rate=48000, return_tensors="pt")
     with torch.no_grad():
-        out = theirs(input_features=features["input_features"], is_longer=torch.zeros(3, 1, dtype=torch.bool),
-                     input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        out = theirs(
+            input_features=features["input_features"],
+            is_longer=torch.zeros(3, 1, dtype=torch.bool),
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+        )
     text = ours.embed_text(texts)
     assert (text - out.text_embeds).abs().max() < 1e-4
     batch, n_samples = common.pad_batch(waveforms)
     audio = ours.embed_audio(batch, n_samples)
     assert (audio - out.audio_embeds).abs().max() < 1e-4
     owner = np.array([0, 1, 2])
-    ranks = [common.retrieval_scores(common.retrieval_ranks((a @ t.T).detach().numpy(), owner))
-             for a, t in ((audio, text), (out.audio_embeds, out.text_embeds))]
+    ranks = [
+        common.retrieval_scores(common.retrieval_ranks((a @ t.T).detach().numpy(), owner))
+        for a, t in ((audio, text), (out.audio_embeds, out.text_embeds))
+    ]
     assert ranks[0] == ranks[1]
     alone = ours.embed_audio(torch.from_numpy(waveforms[2])[None])
     assert (alone[0] - audio[2]).abs().max() < 1e-5
@@ -46,18 +56,38 @@ def laion_file(path, edit=None, fused=False):
         if ".bias_tables." in key:
             layer, _, block = key.rpartition(".bias_tables.")
             key = f"{layer}.blocks.{block}.attn.relative_position_bias_table"
-            state["module.audio_branch." + key.replace("_bias_table", "_index")] = torch.zeros(64, 64, dtype=torch.long)
+            state["module.audio_branch." + key.replace("_bias_table", "_index")] = torch.zeros(
+                64, 64, dtype=torch.long
+            )
         state["module.audio_branch." + key] = value
-    state |= {"module.audio_branch." + k: torch.zeros(s) for k, s in {
-        "spectrogram_extractor.stft.conv_real.weight": (513, 1, 1024), "logmel_extractor.melW": (513, 64), "tscam_conv.weight": (527, 768, 2, 3),
-        "tscam_conv.bias": (527,), "head.weight": (527, 527), "layers.0.blocks.1.attn_mask": (64, 64, 64)}.items()}
-    roberta = transformers.RobertaModel(transformers.RobertaConfig(vocab_size=120, max_position_embeddings=514, type_vocab_size=1,
-                                                                   num_hidden_layers=1, layer_norm_eps=1e-5))
+    state |= {
+        "module.audio_branch." + k: torch.zeros(s)
+        for k, s in {
+            "spectrogram_extractor.stft.conv_real.weight": (513, 1, 1024),
+            "logmel_extractor.melW": (513, 64),
+            "tscam_conv.weight": (527, 768, 2, 3),
+            "tscam_conv.bias": (527,),
+            "head.weight": (527, 527),
+            "layers.0.blocks.1.attn_mask": (64, 64, 64),
+        }.items()
+    }
+    roberta = transformers.RobertaModel(
+        transformers.RobertaConfig(
+            vocab_size=120,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            num_hidden_layers=1,
+            layer_norm_eps=1e-5,
+        )
+    )
     state |= {"module.text_branch." + k: v for k, v in roberta.state_dict().items()}
     state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
     for side in ("audio", "text"):
         for layer, shape in (("0", (512, 768)), ("2", (512, 512))):
-            state[f"module.{side}_projection.{layer}.weight"], state[f"module.{side}_projection.{layer}.bias"] = torch.randn(shape) * 0.02, torch.zeros(512)
+            (
+                state[f"module.{side}_projection.{layer}.weight"],
+                state[f"module.{side}_projection.{layer}.bias"],
+            ) = torch.randn(shape) * 0.02, torch.zeros(512)
         for layer in ("0", "3"):
             state[f"module.{side}_transform.sequential.{layer}.weight"] = torch.zeros(512, 512)
             state[f"module.{side}_transform.sequential.{layer}.bias"] = torch.zeros(512)
@@ -72,23 +102,47 @@ def laion_file(path, edit=None, fused=False):
 
 def test_laion_file_loads_by_its_names_and_shapes_and_says_what_is_wrong(tmp_path):
     state, roberta = laion_file(tmp_path / "630k-best.pt")
-    tokenizer = common.text_encoder_from_scratch(["a dog barks and rain falls", "xyzw"], 64, 1, 1, 30).tokenizer
+    tokenizer = common.text_encoder_from_scratch(
+        ["a dog barks and rain falls", "xyzw"], 64, 1, 1, 30
+    ).tokenizer
     roberta.save_pretrained(tmp_path / "roberta"), tokenizer.save_pretrained(tmp_path / "roberta")
     model = evaluator.load_model(tmp_path / "630k-best.pt", str(tmp_path / "roberta"))
     assert isinstance(model, t_clap.Model) and model.sample_rate == 48000
     assert torch.equal(model.audio_projection[0].weight, state["module.audio_projection.0.weight"])
-    assert torch.equal(model.audio_encoder.layers[2].blocks[5].attn.qkv.weight, state["module.audio_branch.layers.2.blocks.5.attn.qkv.weight"])
-    assert torch.equal(model.text_encoder.model.pooler.dense.weight, state["module.text_branch.pooler.dense.weight"])
+    assert torch.equal(
+        model.audio_encoder.layers[2].blocks[5].attn.qkv.weight,
+        state["module.audio_branch.layers.2.blocks.5.attn.qkv.weight"],
+    )
+    assert torch.equal(
+        model.text_encoder.model.pooler.dense.weight,
+        state["module.text_branch.pooler.dense.weight"],
+    )
     assert model.embed_text(["a dog"]).shape == (1, 512)
-    steady = t_clap.Model.from_published(tmp_path / "630k-best.pt", str(tmp_path / "roberta"), drop_path=0.0)
-    assert model.audio_encoder.layers[3].blocks[1].drop_path == pytest.approx(0.1) and steady.audio_encoder.layers[3].blocks[1].drop_path == 0
+    steady = t_clap.Model.from_published(
+        tmp_path / "630k-best.pt", str(tmp_path / "roberta"), drop_path=0.0
+    )
+    assert (
+        model.audio_encoder.layers[3].blocks[1].drop_path == pytest.approx(0.1)
+        and steady.audio_encoder.layers[3].blocks[1].drop_path == 0
+    )
 
     def reshape(s):
         s["module.audio_projection.2.weight"] = torch.zeros(512, 100)
 
-    for edit, message in ((lambda s: s.pop("module.text_projection.0.bias"), r"missing keys: 1 \(text_projection.0.bias\)"),
-                          (lambda s: s.update({"module.what.weight": torch.zeros(1)}), r"unexpected keys: 1 \(what.weight\)"),
-                          (reshape, r"wrong shapes: 1 \(audio_projection.2.weight is \(512, 100\), expected \(512, 512\)")):
+    for edit, message in (
+        (
+            lambda s: s.pop("module.text_projection.0.bias"),
+            r"missing keys: 1 \(text_projection.0.bias\)",
+        ),
+        (
+            lambda s: s.update({"module.what.weight": torch.zeros(1)}),
+            r"unexpected keys: 1 \(what.weight\)",
+        ),
+        (
+            reshape,
+            r"wrong shapes: 1 \(audio_projection.2.weight is \(512, 100\), expected \(512, 512\)",
+        ),
+    ):
         laion_file(tmp_path / "bad.pt", edit)
         with pytest.raises(ValueError, match=message):
             evaluator.load_model(tmp_path / "bad.pt", str(tmp_path / "roberta"))
@@ -98,7 +152,9 @@ def test_laion_file_loads_by_its_names_and_shapes_and_says_what_is_wrong(tmp_pat
 
 
 def test_folders_that_are_no_such_clap_are_refused_in_one_sentence(tmp_path, clap_folder):
-    fused = transformers.ClapConfig(audio_config=dict(CLAP_AUDIO, enable_fusion=True), text_config=CLAP_TEXT)
+    fused = transformers.ClapConfig(
+        audio_config=dict(CLAP_AUDIO, enable_fusion=True), text_config=CLAP_TEXT
+    )
     fused.save_pretrained(tmp_path / "fused")
     with pytest.raises(ValueError, match="a CLAP with feature fusion"):
         evaluator.load_model(tmp_path / "fused")
@@ -116,28 +172,72 @@ def test_folders_that_are_no_such_clap_are_refused_in_one_sentence(tmp_path, cla
 
 def test_side_by_side_with_paired_differences(clap_folder, corpus, mga_run, tmp_path, capsys):
     checkpoints = [str(mga_run[0] / "best.pt"), str(clap_folder[0]), str(mga_run[0] / "last.pt")]
-    out = evaluator.main(evaluator.parse([*checkpoints, "--data", str(corpus), "--bootstrap", "30", "--json", str(tmp_path / "s.json")]))
+    out = evaluator.main(
+        evaluator.parse(
+            [
+                *checkpoints,
+                "--data",
+                str(corpus),
+                "--bootstrap",
+                "30",
+                "--json",
+                str(tmp_path / "s.json"),
+            ]
+        )
+    )
     assert json.loads((tmp_path / "s.json").read_text()) == out and "draws" not in out[0]
     first = {r["protocol"]: r for r in out if r["settings"]["checkpoint"] == checkpoints[0]}
     second = {r["protocol"]: r for r in out if r["settings"]["checkpoint"] == checkpoints[1]}
     for name, r in second.items():
         assert r["differences"]["to"] == checkpoints[0]
         for score, d in r["differences"]["scores"].items():
-            assert d["value"] == pytest.approx(r["scores"][score]["value"] - first[name]["scores"][score]["value"])
+            assert d["value"] == pytest.approx(
+                r["scores"][score]["value"] - first[name]["scores"][score]["value"]
+            )
             assert d["low"] <= d["high"]
     assert "paired over clips" in capsys.readouterr().out
     # a model against itself: every paired draw is 0, though each alone has a wide interval
-    out = evaluator.main(evaluator.parse([checkpoints[0], checkpoints[0], "--data", str(corpus), "--bootstrap", "30"]))
-    for r in out[len(out) // 2:]:
-        assert all(d == {"value": 0.0, "low": 0.0, "high": 0.0} for d in r["differences"]["scores"].values())
+    out = evaluator.main(
+        evaluator.parse(
+            [checkpoints[0], checkpoints[0], "--data", str(corpus), "--bootstrap", "30"]
+        )
+    )
+    for r in out[len(out) // 2 :]:
+        assert all(
+            d == {"value": 0.0, "low": 0.0, "high": 0.0}
+            for d in r["differences"]["scores"].values()
+        )
     assert any(s["high"] - s["low"] > 0.1 for s in out[0]["scores"].values())
 
 
 def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
-    evaluator.main(evaluator.parse(["embed", str(mga_run[0] / "best.pt"), "--data", str(corpus), "--out", str(tmp_path / "e.npz")]))
+    evaluator.main(
+        evaluator.parse(
+            [
+                "embed",
+                str(mga_run[0] / "best.pt"),
+                "--data",
+                str(corpus),
+                "--out",
+                str(tmp_path / "e.npz"),
+            ]
+        )
+    )
     held = np.load(tmp_path / "e.npz")
     ranks = common.retrieval_ranks(held["audio_embeds"] @ held["text_embeds"].T, held["owner"])
-    out = evaluator.main(evaluator.parse([str(mga_run[0] / "best.pt"), "--data", str(corpus), "--protocol", "retrieval", "--bootstrap", "0"]))
+    out = evaluator.main(
+        evaluator.parse(
+            [
+                str(mga_run[0] / "best.pt"),
+                "--data",
+                str(corpus),
+                "--protocol",
+                "retrieval",
+                "--bootstrap",
+                "0",
+            ]
+        )
+    )
     for name, value in common.retrieval_scores(ranks).items():
         assert out[0]["scores"][name]["value"] == pytest.approx(value)
     details = {d["caption"]: d["rank"] for d in out[0]["details"]["t2a"]}
@@ -146,8 +246,11 @@ def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
         evaluator.parse(["embed", "--data", "x"])
 
 
-def test_the_cache_continues_and_never_serves_another_model_or_a_changed_file(mga_run, corpus, tmp_path, monkeypatch):
+def test_the_cache_continues_and_never_serves_another_model_or_a_changed_file(
+    mga_run, corpus, tmp_path, monkeypatch
+):
     import shutil
+
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     model = evaluator.load_model(mga_run[0] / "best.pt")
@@ -174,7 +277,9 @@ def test_the_cache_continues_and_never_serves_another_model_or_a_changed_file(mg
     common.embed_files(model, rows, batch_size=2, cache=tmp_path / "cache")
     assert len(calls) == 5
     args = evaluator.parse([str(mga_run[0] / "best.pt"), "--data", "x", "--cache", str(tmp_path)])
-    other = evaluator.parse([str(mga_run[0] / "last.pt"), "--data", "x", "--cache", str(tmp_path), "--crop", "first"])
+    other = evaluator.parse(
+        [str(mga_run[0] / "last.pt"), "--data", "x", "--cache", str(tmp_path), "--crop", "first"]
+    )
     folders = {evaluator.checkpoint_cache(a, a.checkpoint[0]) for a in (args, other)}
     assert len(folders) == 2
 
@@ -182,12 +287,17 @@ def test_the_cache_continues_and_never_serves_another_model_or_a_changed_file(mg
 @pytest.mark.parametrize("captions", ["one", "five", "unequal"])
 def test_ranks_equal_brute_force_in_blocks_with_ties_and_any_order(captions):
     rng = np.random.default_rng(0)
-    per_clip = {"one": [1] * 30, "five": [5] * 30, "unequal": rng.integers(0, 7, 30).tolist()}[captions]
+    per_clip = {"one": [1] * 30, "five": [5] * 30, "unequal": rng.integers(0, 7, 30).tolist()}[
+        captions
+    ]
     owner = rng.permutation(np.repeat(np.arange(30), per_clip))
     sim = rng.normal(size=(30, len(owner))).round(1).astype(np.float32)  # many ties
     t2a, a2t, ap10 = brute_force_ranks(sim, owner)
     for block in (7, 512):
-        for got in (common.retrieval_ranks(sim, owner, block=block), common.retrieval_ranks(lambda part: sim[part], owner, 30, block)):
+        for got in (
+            common.retrieval_ranks(sim, owner, block=block),
+            common.retrieval_ranks(lambda part: sim[part], owner, 30, block),
+        ):
             assert got["t2a"].tolist() == t2a and got["a2t"].tolist() == a2t
             assert np.allclose(got["a2t_ap10"], ap10)
 
@@ -195,13 +305,16 @@ def test_ranks_equal_brute_force_in_blocks_with_ties_and_any_order(captions):
 @pytest.mark.slow
 def test_ten_thousand_clips_and_fifty_thousand_captions_stay_in_a_block():
     import resource
+
     rng = np.random.default_rng(0)
     audio = rng.normal(size=(10000, 64)).astype(np.float32)
     owner = np.repeat(np.arange(10000), 5)
     text = (audio[owner] + 3 * rng.normal(size=(50000, 64))).astype(np.float32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ranks = common.retrieval_ranks(lambda part: audio[part] @ text.T, owner, 10000)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20 < 0.6  # GB; the whole matrix is 2
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    ) / 2**20 < 0.6  # GB; the whole matrix is 2
     some = rng.choice(50000, 20, replace=False)
     for q in some:
         scores = audio @ text[q]
@@ -210,18 +323,49 @@ def test_ten_thousand_clips_and_fifty_thousand_captions_stay_in_a_block():
 
 def test_the_interval_covers_the_truth_about_95_times_in_100():
     class Args:
-        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = 200, "all", 10.0, "test", "x", ["x"], ""
+        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = (
+            200,
+            "all",
+            10.0,
+            "test",
+            "x",
+            ["x"],
+            "",
+        )
 
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         right = rng.random(120) < 0.6
-        r = evaluator.result("classification", lambda chosen: {"accuracy": float(right[chosen].mean())}, 120, {"accuracy": 0.5}, Args)
+        r = evaluator.result(
+            "classification",
+            lambda chosen: {"accuracy": float(right[chosen].mean())},
+            120,
+            {"accuracy": 0.5},
+            Args,
+        )
         hits += r["scores"]["accuracy"]["low"] <= 0.6 <= r["scores"]["accuracy"]["high"]
     assert 0.90 <= hits / 300 <= 0.98
 
 
 def test_prompts_by_name(mga_run, corpus):
-    out = evaluator.main(evaluator.parse([str(mga_run[0] / "best.pt"), "--data", str(corpus), "--protocol", "tagging", "--bootstrap", "0",
-                                          "--prompt", "cacophony"]))
-    assert out[0]["settings"]["prompt"] == "This is a sound of {}" and set(out[0]["details"]["AP"]) <= set((corpus / "classes.txt").read_text().split("\n"))
-    assert {"bare", "mga_clap", "t_clap", "cacophony", "collat", "curation_clap"} <= set(evaluator.PROMPTS)
+    out = evaluator.main(
+        evaluator.parse(
+            [
+                str(mga_run[0] / "best.pt"),
+                "--data",
+                str(corpus),
+                "--protocol",
+                "tagging",
+                "--bootstrap",
+                "0",
+                "--prompt",
+                "cacophony",
+            ]
+        )
+    )
+    assert out[0]["settings"]["prompt"] == "This is a sound of {}" and set(
+        out[0]["details"]["AP"]
+    ) <= set((corpus / "classes.txt").read_text().split("\n"))
+    assert {"bare", "mga_clap", "t_clap", "cacophony", "collat", "curation_clap"} <= set(
+        evaluator.PROMPTS
+    )

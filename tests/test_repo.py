@@ -1,4 +1,5 @@
 """The repository keeps its own rules: lint, imports, equation map, README commands, sizes."""
+
 import ast
 import dataclasses
 import importlib
@@ -15,13 +16,17 @@ import readme
 from conftest import ROOT
 
 PAPERS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "eval", "prepare")]
-SCRIPTS = [name for name in PAPERS if "class Config" in (ROOT / f"{name}.py").read_text()]  # those that train
+SCRIPTS = [
+    name for name in PAPERS if "class Config" in (ROOT / f"{name}.py").read_text()
+]  # those that train
 RUN_TIME = {"torch", "torchaudio", "transformers", "tokenizers", "numpy", "soundfile", "tqdm"}
 README = (ROOT / "README.md").read_text()
 
 
 def tracked():
-    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if out.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in out.stdout.splitlines() if (ROOT / name).is_file()]
@@ -45,7 +50,11 @@ def imports(path):
 def test_imports_point_downward_only(name):
     """common: packages; a script: common; eval and prepare: both, prepare also the loader of eval."""
     outside = set(imports(ROOT / f"{name}.py")) - set(sys.stdlib_module_names) - RUN_TIME
-    allowed = {"common": {"matplotlib"}, "eval": {"common", "PIL"}, "prepare": {"common", "eval"}}.get(name, {"common"})
+    allowed = {
+        "common": {"matplotlib"},
+        "eval": {"common", "PIL"},
+        "prepare": {"common", "eval"},
+    }.get(name, {"common"})
     assert outside <= allowed
 
 
@@ -56,10 +65,14 @@ def test_equation_map_and_tags_agree(name):
     mapped = re.findall(r"^  Eq\. \((\d+)\) .* (\S+)$", doc, re.M)
     own = re.findall(r"#.*?Eq\. \((\d+)\)", source.replace(doc, ""))
     there = re.findall(rf"# {name.upper().replace('_', '-')} Eq\. \((\d+)\)", shared)
-    assert sorted(own + there) == sorted(n for n, _ in mapped)  # each in one map line and one tagged line
+    assert sorted(own + there) == sorted(
+        n for n, _ in mapped
+    )  # each in one map line and one tagged line
     module = importlib.import_module(name)
     for number, function in mapped:
-        owner, path = (common, function[7:]) if function.startswith("common.") else (module, function)
+        owner, path = (
+            (common, function[7:]) if function.startswith("common.") else (module, function)
+        )
         for part in path.split("."):
             owner = getattr(owner, part)
         text = ast.unparse(ast.parse("0")) and __import__("inspect").getsource(owner)
@@ -69,10 +82,25 @@ def test_equation_map_and_tags_agree(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_equation_s_function_is_called_by_a_test_of_its_values(name):
     tests = (ROOT / f"tests/test_equations_{name}.py").read_text()
-    functions = [node for node in ast.parse(tests).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
-    bodies = [body for body in (ast.get_source_segment(tests, f) for f in functions) if re.search(r"approx|allclose|assert_close|equal", body)]
-    mapped = re.findall(r"^  Eq\. \(\d+\) .* (\S+)$", ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())), re.M)
-    assert len(mapped) == {"mga_clap": 8, "t_clap": 3, "cacophony": 6, "collat": 4, "curation_clap": 5}[name]  # the papers' numbered equations
+    functions = [
+        node
+        for node in ast.parse(tests).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    ]
+    bodies = [
+        body
+        for body in (ast.get_source_segment(tests, f) for f in functions)
+        if re.search(r"approx|allclose|assert_close|equal", body)
+    ]
+    mapped = re.findall(
+        r"^  Eq\. \(\d+\) .* (\S+)$",
+        ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())),
+        re.M,
+    )
+    assert (
+        len(mapped)
+        == {"mga_clap": 8, "t_clap": 3, "cacophony": 6, "collat": 4, "curation_clap": 5}[name]
+    )  # the papers' numbered equations
     for function in mapped:
         called = function.removesuffix(".forward").split(".")[-1]
         assert any(re.search(rf"\b{called}\(", body) for body in bodies), function
@@ -83,7 +111,12 @@ def test_deviations_are_numbered_without_gaps_and_config_fields_have_help(name):
     module = importlib.import_module(name)
     numbers = [int(n) for n in re.findall(r"^  D(\d+) ", module.__doc__, re.M)]
     assert numbers == list(range(1, len(numbers) + 1))
-    used = {int(n) for n in re.findall(r"D(\d+)", (ROOT / f"{name}.py").read_text().replace(module.__doc__, ""))}
+    used = {
+        int(n)
+        for n in re.findall(
+            r"D(\d+)", (ROOT / f"{name}.py").read_text().replace(module.__doc__, "")
+        )
+    }
     assert used <= set(numbers)
     for preset in getattr(module, "PRESETS", {}).values():
         assert set(preset) <= {f.name for f in dataclasses.fields(module.Config)}
@@ -93,7 +126,14 @@ def test_deviations_are_numbered_without_gaps_and_config_fields_have_help(name):
 def test_sections_stand_in_the_house_order(name):
     banners = re.findall(r"^# -{90,}\n# (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
     own = {"Pictures", "Curation"}  # what not every script has
-    assert [b for b in banners if b not in own] == ["Config", "Model", "Loss", "Data", "Train", "Entry"]
+    assert [b for b in banners if b not in own] == [
+        "Config",
+        "Model",
+        "Loss",
+        "Data",
+        "Train",
+        "Entry",
+    ]
 
 
 def readme_commands():
@@ -108,10 +148,10 @@ def readme_commands():
 def parsed(command):
     """argv of a python command of ours, or None."""
     words = shlex.split(command)
-    words = words[words.index("run") + 1:] if words[:2] == ["uv", "run"] else words
+    words = words[words.index("run") + 1 :] if words[:2] == ["uv", "run"] else words
     words = words[1:] if words[0] in ("python", "torchrun") else words
     scripts = [i for i, w in enumerate(words) if w.endswith(".py")]
-    return words[scripts[0]:] if scripts else None
+    return words[scripts[0] :] if scripts else None
 
 
 def test_every_readme_command_of_ours_parses():
@@ -142,28 +182,49 @@ def test_measured_tables_agree_with_results():
     """Every table that a comment ties to a file of results/ agrees with it to the last digit printed."""
     tied = {name for name, _ in re.findall(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n\|", README)}
     assert {"bench", "compare_mga_clap", "claims_mga_clap"} <= tied
-    assert tied >= {path.stem for path in (ROOT / "results").glob("*.json") if not path.stem.startswith("run_")}  # what was measured is shown
-    for name, table, block in re.findall(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n(.*?)\n\n", README, re.S):
+    assert tied >= {
+        path.stem for path in (ROOT / "results").glob("*.json") if not path.stem.startswith("run_")
+    }  # what was measured is shown
+    for name, table, block in re.findall(
+        r"<!-- results/(\w+)\.json(?: (\w+))? -->\n(.*?)\n\n", README, re.S
+    ):
         stored = json.loads((ROOT / f"results/{name}.json").read_text())
-        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        lines = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()
+        ]
         if name.startswith("claims"):
             assert len(lines) - 2 == len(stored)
             for cells, c in zip(lines[2:], stored):
-                assert cells == [c["metric"], f"{c['baseline_mean']:.3f} ± {c['baseline_std']:.3f}", f"{c['method_mean']:.3f} ± {c['method_std']:.3f}",
-                                 f"{c['chance']:.3f}", f"{c['claim']}: {'holds' if c['holds'] else 'does not hold'}"]
+                assert cells == [
+                    c["metric"],
+                    f"{c['baseline_mean']:.3f} ± {c['baseline_std']:.3f}",
+                    f"{c['method_mean']:.3f} ± {c['method_std']:.3f}",
+                    f"{c['chance']:.3f}",
+                    f"{c['claim']}: {'holds' if c['holds'] else 'does not hold'}",
+                ]
         elif name.startswith("run_"):
-            assert lines[2:] == [[c["truth"], c["said"]] for c in stored["captions"]] and len(lines) == 12
+            assert (
+                lines[2:] == [[c["truth"], c["said"]] for c in stored["captions"]]
+                and len(lines) == 12
+            )
         elif name == "bench":
             assert [cells[:2] for cells in lines[2:]] == [[r["name"], r["unit"]] for r in stored]
             for cells, r in zip(lines[2:], stored):
                 for cell, key in ((cells[2], "ours"), (cells[4], "peer"), (cells[5], "ratio")):
-                    assert cell == "-" if r[key] is None else float(cell.replace(",", "")) == pytest.approx(r[key], rel=0.005)
+                    assert (
+                        cell == "-"
+                        if r[key] is None
+                        else float(cell.replace(",", "")) == pytest.approx(r[key], rel=0.005)
+                    )
         else:
             stored = [r for r in stored if r["table"] == (table or "compare")]
             assert len(lines) - 2 == len(stored)
             for cells, r in zip(lines[2:], stored):
                 assert cells[:2] == [r["row"], str(r["seeds"])]
-                assert cells[2:] == [f"{r['scores'][metric]['mean']:.3f}" if metric in r["scores"] else "-" for metric in lines[0][2:]], r["row"]
+                assert cells[2:] == [
+                    f"{r['scores'][metric]['mean']:.3f}" if metric in r["scores"] else "-"
+                    for metric in lines[0][2:]
+                ], r["row"]
     assert readme.written(README) == README, "run python tests/readme.py"
     changed = re.sub(r"0\.103 ± 0\.038", "0.104 ± 0.038", README, count=1)
     assert readme.written(changed) == README != changed
@@ -171,7 +232,9 @@ def test_measured_tables_agree_with_results():
 
 def test_every_picture_of_the_readme_is_there_and_small():
     shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(shown) >= 7 and {ROOT / name for name in shown} == set((ROOT / "results/pictures").iterdir())
+    assert len(shown) >= 7 and {ROOT / name for name in shown} == set(
+        (ROOT / "results/pictures").iterdir()
+    )
     assert all((ROOT / name).stat().st_size < 200_000 for name in shown)
 
 

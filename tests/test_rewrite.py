@@ -1,4 +1,5 @@
 """prepare.py rewrite: negatives by rules, by a language model, from a file; values checked against English and hand-made manifests."""
+
 import argparse
 import csv
 import json
@@ -27,25 +28,55 @@ PAIRS = [
     ("A baby cries and finally a door slams", "A door slams and finally a baby cries"),
     ("TV noise then a loud bang", "A loud bang then TV noise"),
     # chains are told from the end
-    ("A dog barks then a bell rings then a man coughs", "A man coughs then a bell rings then a dog barks"),
-    ("A dog barks, a bell rings, then a man coughs", "A man coughs, a bell rings, then a dog barks"),
-    ("A dog barks, then a bell rings, and then a man coughs", "A man coughs, then a bell rings, and then a dog barks"),
-    ("A man speaks followed by a dog barking then a bell rings", "A bell rings followed by a dog barking then a man speaks"),
+    (
+        "A dog barks then a bell rings then a man coughs",
+        "A man coughs then a bell rings then a dog barks",
+    ),
+    (
+        "A dog barks, a bell rings, then a man coughs",
+        "A man coughs, a bell rings, then a dog barks",
+    ),
+    (
+        "A dog barks, then a bell rings, and then a man coughs",
+        "A man coughs, then a bell rings, and then a dog barks",
+    ),
+    (
+        "A man speaks followed by a dog barking then a bell rings",
+        "A bell rings followed by a dog barking then a man speaks",
+    ),
     # "followed by" is followed by a noun or an -ing form
     ("A man speaks followed by a dog barking", "A dog barking followed by a man speaking"),
     ("A man speaks, followed by a loud bang", "A loud bang, followed by a man speaking"),
-    ("Birds chirp and water runs followed by footsteps", "Footsteps followed by birds chirping and water running"),
-    ("A man and a woman talk followed by applause", "Applause followed by a man and a woman talking"),
+    (
+        "Birds chirp and water runs followed by footsteps",
+        "Footsteps followed by birds chirping and water running",
+    ),
+    (
+        "A man and a woman talk followed by applause",
+        "Applause followed by a man and a woman talking",
+    ),
     ("A woman is singing followed by applause", "Applause followed by a woman singing"),
     ("A door is closed followed by footsteps", "Footsteps followed by a door being closed"),
-    ("A man speaks and laughs as a dog barks followed by a beep", "A beep followed by a man speaking and laughing as a dog barks"),
+    (
+        "A man speaks and laughs as a dog barks followed by a beep",
+        "A beep followed by a man speaking and laughing as a dog barks",
+    ),
     ("A beep is followed by a man speaking", "A man speaking followed by a beep"),
     ("There is a bang followed by a man speaking", "A man speaking followed by a bang"),
     ("Water is softly dripping followed by a quack", "A quack followed by water softly dripping"),
-    ("Steps are taken and a dog barks followed by a cough", "A cough followed by steps being taken and a dog barking"),
+    (
+        "Steps are taken and a dog barks followed by a cough",
+        "A cough followed by steps being taken and a dog barking",
+    ),
     ("Air bubbles are forming followed by a pop", "A pop followed by air bubbles forming"),
-    ("Two loud honks followed by a series of beeps", "A series of beeps followed by two loud honks"),
-    ("Rain hits a roof, shortly followed by thunder", "Thunder, shortly followed by rain hitting a roof"),
+    (
+        "Two loud honks followed by a series of beeps",
+        "A series of beeps followed by two loud honks",
+    ),
+    (
+        "Rain hits a roof, shortly followed by thunder",
+        "Thunder, shortly followed by rain hitting a roof",
+    ),
     # one subject: the verbs change places
     ("A dog barks then growls", "A dog growls then barks"),
     ("A dog barking and then growling", "A dog growling and then barking"),
@@ -69,7 +100,10 @@ PAIRS = [
     ("Wind blows and birds chirp with a dog barking", None),
     ("A man speaks during a thunderstorm", None),
     ("Two bells ring at the same time", None),
-    ("A man speaks while a dog barks then a bell rings", "A bell rings then a man speaks while a dog barks"),
+    (
+        "A man speaks while a dog barks then a bell rings",
+        "A bell rings then a man speaks while a dog barks",
+    ),
     # words that look back or ahead
     ("A dog barks then barks again", None),
     ("A man speaks followed by another man speaking", None),
@@ -110,8 +144,12 @@ PAIRS = [
     ("A man speaks.and then a bell rings", None),
     ("A person whistles low then high", None),
     ("A man hollars then a bell rings", "A bell rings then a man hollars"),
-    ("A man hollars followed by a bell", None),  # no known verb: what should "followed by" be followed by?
-    ("As a man talks, a dog barks followed by a bang", None)]
+    (
+        "A man hollars followed by a bell",
+        None,
+    ),  # no known verb: what should "followed by" be followed by?
+    ("As a man talks, a dog barks followed by a bang", None),
+]
 
 
 @pytest.mark.parametrize("caption, negative", PAIRS)
@@ -124,14 +162,37 @@ def test_the_table_is_large_and_rules_name_the_connective_or_the_reason():
     assert prepare.reverse_order("A dog barks then a bell rings")[1] == "then"
     assert prepare.reverse_order("A dog barking followed by a bell ringing")[1] == "followed by"
     assert prepare.reverse_order("A dog barks followed by a bang then a bell rings")[1] == "several"
-    assert prepare.reverse_order("A dog barks while a bell rings") == (None, "no ordering connective")
+    assert prepare.reverse_order("A dog barks while a bell rings") == (
+        None,
+        "no ordering connective",
+    )
 
 
-@pytest.mark.parametrize("stem, third, ing", [
-    ("bark", "barks", "barking"), ("pass", "passes", "passing"), ("cry", "cries", "crying"), ("play", "plays", "playing"), ("run", "runs", "running"),
-    ("drive", "drives", "driving"), ("begin", "begins", "beginning"), ("occur", "occurs", "occurring"), ("go", "goes", "going"), ("moo", "moos", "mooing"),
-    ("open", "opens", "opening"), ("rev", "revs", "revving"), ("squeak", "squeaks", "squeaking"), ("buzz", "buzzes", "buzzing"), ("mix", "mixes", "mixing"),
-    ("blow", "blows", "blowing"), ("type", "types", "typing"), ("sing", "sings", "singing"), ("coo", "coos", "cooing"), ("emit", "emits", "emitting")])
+@pytest.mark.parametrize(
+    "stem, third, ing",
+    [
+        ("bark", "barks", "barking"),
+        ("pass", "passes", "passing"),
+        ("cry", "cries", "crying"),
+        ("play", "plays", "playing"),
+        ("run", "runs", "running"),
+        ("drive", "drives", "driving"),
+        ("begin", "begins", "beginning"),
+        ("occur", "occurs", "occurring"),
+        ("go", "goes", "going"),
+        ("moo", "moos", "mooing"),
+        ("open", "opens", "opening"),
+        ("rev", "revs", "revving"),
+        ("squeak", "squeaks", "squeaking"),
+        ("buzz", "buzzes", "buzzing"),
+        ("mix", "mixes", "mixing"),
+        ("blow", "blows", "blowing"),
+        ("type", "types", "typing"),
+        ("sing", "sings", "singing"),
+        ("coo", "coos", "cooing"),
+        ("emit", "emits", "emitting"),
+    ],
+)
 def test_inflections(stem, third, ing):
     assert prepare.inflections(stem) == {"base": stem, "third": third, "ing": ing}
 
@@ -150,7 +211,10 @@ def test_rules_agree_with_scenes_whose_order_is_known(demo_rows=60):
     assert same >= demo_rows
 
 
-@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="the complete AudioCaps and Clotho captions (../shared/formats) are not here")
+@pytest.mark.skipif(
+    not CAPTIONS.is_dir(),
+    reason="the complete AudioCaps and Clotho captions (../shared/formats) are not here",
+)
 def test_yield_on_published_captions():
     with open(CAPTIONS / "audiocaps_v1" / "test.csv", newline="", encoding="utf-8") as f:
         captions = [row["caption"] for row in csv.DictReader(f)]
@@ -158,16 +222,31 @@ def test_yield_on_published_captions():
     found = [(caption, negative) for caption, negative, _ in made if negative]
     assert 0.15 < len(found) / len(captions) < 0.35
     for caption, negative in found:  # nothing is lost or added
-        assert sorted(prepare.content(caption.split())) == sorted(prepare.content(negative.split())), (caption, negative)
+        assert sorted(prepare.content(caption.split())) == sorted(
+            prepare.content(negative.split())
+        ), (caption, negative)
         assert not prepare.same_text(caption, negative)
 
 
 # ---- the command ----
 
 ROWS = [
-    {"audio": "sounds/a.wav", "captions": ["A dog barks then a bell rings", "A dog barks"], "split": "train", "id": "one", "note": 7},
-    {"audio": "sounds/b.wav", "captions": ["A dog barks then a bell rings"], "split": "test", "id": "two", "swapped_audio": "sounds/b_swapped.wav"},
-    {"audio": "sounds/c.wav", "labels": ["bell"], "split": "test"}]
+    {
+        "audio": "sounds/a.wav",
+        "captions": ["A dog barks then a bell rings", "A dog barks"],
+        "split": "train",
+        "id": "one",
+        "note": 7,
+    },
+    {
+        "audio": "sounds/b.wav",
+        "captions": ["A dog barks then a bell rings"],
+        "split": "test",
+        "id": "two",
+        "swapped_audio": "sounds/b_swapped.wav",
+    },
+    {"audio": "sounds/c.wav", "labels": ["bell"], "split": "test"},
+]
 
 
 def manifest(folder, rows=ROWS, classes=("dog", "bell")):
@@ -179,7 +258,20 @@ def manifest(folder, rows=ROWS, classes=("dog", "bell")):
 
 
 def run(data, out, *flags):
-    report = prepare.rewrite(prepare.parse(["rewrite", "--task", "negatives", "--data", str(data), "--out", str(out), *map(str, flags)]))
+    report = prepare.rewrite(
+        prepare.parse(
+            [
+                "rewrite",
+                "--task",
+                "negatives",
+                "--data",
+                str(data),
+                "--out",
+                str(out),
+                *map(str, flags),
+            ]
+        )
+    )
     return report, common.read_manifest([report["manifest"]])
 
 
@@ -193,39 +285,77 @@ def test_rules_fill_a_manifest_and_its_paths_stay_valid(tmp_path, capsys):
     for name in ("a", "b", "c", "b_swapped"):
         (data / "sounds" / f"{name}.wav").touch()
     report, rows = run(data, tmp_path / "far" / "away")
-    assert [row.get("negatives") for row in rows] == [["A bell rings then a dog barks", None], ["A bell rings then a dog barks"], None]
-    assert all((tmp_path / row["audio"]).is_file() for row in rows) and (tmp_path / rows[1]["swapped_audio"]).is_file()
+    assert [row.get("negatives") for row in rows] == [
+        ["A bell rings then a dog barks", None],
+        ["A bell rings then a dog barks"],
+        None,
+    ]
+    assert (
+        all((tmp_path / row["audio"]).is_file() for row in rows)
+        and (tmp_path / rows[1]["swapped_audio"]).is_file()
+    )
     assert rows[0]["note"] == 7 and rows[2]["labels"] == ["bell"]
-    assert jsonl(tmp_path / "far" / "away" / "manifest.jsonl")[0]["audio"] == "../../data/sounds/a.wav"
+    assert (
+        jsonl(tmp_path / "far" / "away" / "manifest.jsonl")[0]["audio"] == "../../data/sounds/a.wav"
+    )
     assert (tmp_path / "far" / "away" / "classes.txt").read_text() == "dog\nbell\n"
     assert report["captions"] == 3 and report["negatives"] == 2
-    assert report["splits"] == {"train": {"negatives": 1, "captions": 2}, "test": {"negatives": 1, "captions": 1}}
+    assert report["splits"] == {
+        "train": {"negatives": 1, "captions": 2},
+        "test": {"negatives": 1, "captions": 1},
+    }
     assert report["how"] == {"made: then": 2, "none: no ordering connective": 1}
     printed = capsys.readouterr().out
-    assert "train: 1 of 2 captions have a negative (50.0%)" in printed and "    -> A bell rings then a dog barks" in printed
+    assert (
+        "train: 1 of 2 captions have a negative (50.0%)" in printed
+        and "    -> A bell rings then a dog barks" in printed
+    )
 
 
 def test_an_output_beside_the_input_and_an_output_that_is_there(tmp_path):
     data = manifest(tmp_path / "data")
     _, rows = run(data, data / "order.jsonl")
-    assert rows[0]["audio"] == str(data / "sounds/a.wav") and (data / "classes.txt").read_text() == "dog\nbell\n"
+    assert (
+        rows[0]["audio"] == str(data / "sounds/a.wav")
+        and (data / "classes.txt").read_text() == "dog\nbell\n"
+    )
     for out in (data / "order.jsonl", data):
-        with pytest.raises(FileExistsError, match="already there; choose another name or remove it"):
+        with pytest.raises(
+            FileExistsError, match="already there; choose another name or remove it"
+        ):
             run(data, out)
 
 
 def test_negatives_that_are_there_stay_unless_told_otherwise(tmp_path):
-    rows = [{"audio": "a.wav", "captions": ["A dog barks then a bell rings"] * 2, "negatives": ["by hand", None]}]
+    rows = [
+        {
+            "audio": "a.wav",
+            "captions": ["A dog barks then a bell rings"] * 2,
+            "negatives": ["by hand", None],
+        }
+    ]
     data = manifest(tmp_path / "data", rows)
-    assert run(data, tmp_path / "kept")[1][0]["negatives"] == ["by hand", "A bell rings then a dog barks"]
-    assert run(data, tmp_path / "new", "--overwrite-negatives")[1][0]["negatives"] == ["A bell rings then a dog barks"] * 2
+    assert run(data, tmp_path / "kept")[1][0]["negatives"] == [
+        "by hand",
+        "A bell rings then a dog barks",
+    ]
+    assert (
+        run(data, tmp_path / "new", "--overwrite-negatives")[1][0]["negatives"]
+        == ["A bell rings then a dog barks"] * 2
+    )
 
 
 def test_bad_inputs_are_one_clear_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such manifest; expected a .jsonl file"):
         run(tmp_path / "nowhere", tmp_path / "out")
-    data = manifest(tmp_path / "unequal", [{"audio": "a.wav", "captions": ["A dog barks"], "negatives": [None, "x"]}])
-    with pytest.raises(ValueError, match=r"manifest.jsonl:1: 2 negatives for 1 captions; expected one, or null, a caption"):
+    data = manifest(
+        tmp_path / "unequal",
+        [{"audio": "a.wav", "captions": ["A dog barks"], "negatives": [None, "x"]}],
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"manifest.jsonl:1: 2 negatives for 1 captions; expected one, or null, a caption",
+    ):
         run(data, tmp_path / "out")
     data = manifest(tmp_path / "captionless", [{"audio": "a.wav", "labels": ["dog"]}])
     with pytest.raises(ValueError, match="not one of its 1 clips has 'captions'"):
@@ -239,7 +369,21 @@ def test_bad_inputs_are_one_clear_sentence(tmp_path):
     with pytest.raises(SystemExit):
         prepare.parse(["rewrite", "--task", "poems", "--data", "x", "--out", "y"])
     with pytest.raises(SystemExit):
-        prepare.parse(["rewrite", "--task", "negatives", "--data", "x", "--out", "y", "--llm", "a", "--import", "b"])
+        prepare.parse(
+            [
+                "rewrite",
+                "--task",
+                "negatives",
+                "--data",
+                "x",
+                "--out",
+                "y",
+                "--llm",
+                "a",
+                "--import",
+                "b",
+            ]
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -247,24 +391,51 @@ def test_bad_inputs_are_one_clear_sentence(tmp_path):
 
 
 def test_import_matches_by_caption_id_and_audio(tmp_path, capsys):
-    rows = [{"audio": "x/a.wav", "id": "one", "captions": ["A dog barks  then a bell", "Rain"]}, {"audio": "x/b.wav", "id": 2, "captions": ["Rain", "Wind"]},
-            {"audio": "x/c.wav", "captions": ["Snow", "Hail"]}]
-    records = [{"caption": "A dog barks then a bell", "negative": "A bell then a dog barks"},  # blanks do not count
-               {"caption": "Rain", "id": "2", "audio": None, "negative": "of b"}, {"caption": "Wind", "audio": "elsewhere/b.flac", "negative": " by\n audio "},
-               {"caption": "Snow", "negative": "SNOW."}, {"caption": "Hail", "negative": None},
-               {"caption": "Sleet", "negative": "nobody's"}, {"caption": "Wind", "id": "one", "negative": "wrong id"}]
+    rows = [
+        {"audio": "x/a.wav", "id": "one", "captions": ["A dog barks  then a bell", "Rain"]},
+        {"audio": "x/b.wav", "id": 2, "captions": ["Rain", "Wind"]},
+        {"audio": "x/c.wav", "captions": ["Snow", "Hail"]},
+    ]
+    records = [
+        {
+            "caption": "A dog barks then a bell",
+            "negative": "A bell then a dog barks",
+        },  # blanks do not count
+        {"caption": "Rain", "id": "2", "audio": None, "negative": "of b"},
+        {"caption": "Wind", "audio": "elsewhere/b.flac", "negative": " by\n audio "},
+        {"caption": "Snow", "negative": "SNOW."},
+        {"caption": "Hail", "negative": None},
+        {"caption": "Sleet", "negative": "nobody's"},
+        {"caption": "Wind", "id": "one", "negative": "wrong id"},
+    ]
     file = tmp_path / "made.jsonl"
     file.write_text("\n".join(json.dumps(r) for r in records) + "\n\n", encoding="utf-8")
     report, made = run(manifest(tmp_path / "data", rows), tmp_path / "out", "--import", file)
-    assert [row["negatives"] for row in made] == [["A bell then a dog barks", None], ["of b", "by audio"], [None, None]]
-    assert report["import"] == {"records": 7, "matched": 5, "unused": 2, "copies": 1, "empty": 1} and report["negatives"] == 3
+    assert [row["negatives"] for row in made] == [
+        ["A bell then a dog barks", None],
+        ["of b", "by audio"],
+        [None, None],
+    ]
+    assert (
+        report["import"] == {"records": 7, "matched": 5, "unused": 2, "copies": 1, "empty": 1}
+        and report["negatives"] == 3
+    )
     printed = capsys.readouterr().out
     assert "2 not used" in printed and "without a negative: 3 captions" in printed
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", r"made.jsonl:2: not valid JSON"), ('{"caption": "Rain"}', r"made.jsonl:2: expected an object with 'caption' and 'negative'"),
-    ("[1]", r"made.jsonl:2: expected an object"), ('{"caption": "Rain", "negative": 3}', r"made.jsonl:2: 'negative' is 3; expected a text or null")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", r"made.jsonl:2: not valid JSON"),
+        ('{"caption": "Rain"}', r"made.jsonl:2: expected an object with 'caption' and 'negative'"),
+        ("[1]", r"made.jsonl:2: expected an object"),
+        (
+            '{"caption": "Rain", "negative": 3}',
+            r"made.jsonl:2: 'negative' is 3; expected a text or null",
+        ),
+    ],
+)
 def test_import_of_a_bad_file_names_the_line(tmp_path, line, message):
     file = tmp_path / "made.jsonl"
     file.write_text('{"caption": "Rain", "negative": null}\n' + line + "\n", encoding="utf-8")
@@ -281,32 +452,84 @@ def test_import_of_a_missing_file(tmp_path):
 # ---- a language model ----
 
 
-@pytest.mark.parametrize("caption, answer, expected", [
-    ("A dog barks then a bell rings", "A bell rings then a dog barks", ("A bell rings then a dog barks", None)),
-    ("A dog barks then a bell rings", ' "A bell ringing, followed by the dog barking." ', ("A bell ringing, followed by the dog barking.", None)),
-    ("A dog barks while a bell rings", "NONE", (None, None)), ("A dog barks while a bell rings", "none.", (None, None)),
-    ("A dog barks then a bell rings", "  ", (None, "empty")),
-    ("A dog barks then a bell rings", "a dog barks, then a bell rings.", (None, "copy of the caption")),
-    ("A dog barks then a bell rings", "A bell rings\nthen a dog barks", (None, "more than one line")),
-    ("A dog barks then a bell rings", "A bell rings then a cat meows", (None, "other events")),
-    ("A dog barks then a bell rings", "A bell rings then a dog barks loudly", (None, "other events")),
-    ("A dog barks then a bell rings", "A dog barks and a bell rings", (None, "same order")),
-    # the sides have changed places and so has the word: the order has not
-    ("A dog barks before a bell rings", "A bell rings after a dog barks", (None, "same order")),
-    ("A dog barks before a bell rings", "A dog barks after a bell rings", ("A dog barks after a bell rings", None)),
-    ("A dog barks before a bell rings", "After a bell rings, a dog barks", ("After a bell rings, a dog barks", None)),
-    ("A dog barks before a bell rings", "Before a bell rings, a dog barks", (None, "same order")),
-    ("A bell followed by a bang", "A bang preceded by a bell", (None, "same order"))])
+@pytest.mark.parametrize(
+    "caption, answer, expected",
+    [
+        (
+            "A dog barks then a bell rings",
+            "A bell rings then a dog barks",
+            ("A bell rings then a dog barks", None),
+        ),
+        (
+            "A dog barks then a bell rings",
+            ' "A bell ringing, followed by the dog barking." ',
+            ("A bell ringing, followed by the dog barking.", None),
+        ),
+        ("A dog barks while a bell rings", "NONE", (None, None)),
+        ("A dog barks while a bell rings", "none.", (None, None)),
+        ("A dog barks then a bell rings", "  ", (None, "empty")),
+        (
+            "A dog barks then a bell rings",
+            "a dog barks, then a bell rings.",
+            (None, "copy of the caption"),
+        ),
+        (
+            "A dog barks then a bell rings",
+            "A bell rings\nthen a dog barks",
+            (None, "more than one line"),
+        ),
+        ("A dog barks then a bell rings", "A bell rings then a cat meows", (None, "other events")),
+        (
+            "A dog barks then a bell rings",
+            "A bell rings then a dog barks loudly",
+            (None, "other events"),
+        ),
+        ("A dog barks then a bell rings", "A dog barks and a bell rings", (None, "same order")),
+        # the sides have changed places and so has the word: the order has not
+        ("A dog barks before a bell rings", "A bell rings after a dog barks", (None, "same order")),
+        (
+            "A dog barks before a bell rings",
+            "A dog barks after a bell rings",
+            ("A dog barks after a bell rings", None),
+        ),
+        (
+            "A dog barks before a bell rings",
+            "After a bell rings, a dog barks",
+            ("After a bell rings, a dog barks", None),
+        ),
+        (
+            "A dog barks before a bell rings",
+            "Before a bell rings, a dog barks",
+            (None, "same order"),
+        ),
+        ("A bell followed by a bang", "A bang preceded by a bell", (None, "same order")),
+    ],
+)
 def test_answers_are_checked(caption, answer, expected):
     assert prepare.check_order(caption, answer) == expected
 
 
 def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, capsys):
     """Six captions, two a batch; the second batch is killed: what the first one answered is not asked for again."""
-    captions = ["Rain then wind", "Dogs then cats", "A bell, then a bang", "Rain", "A horn before a siren", "Birds then a plane"]
-    replies = {"Rain then wind": "Wind then rain", "Dogs then cats": "Dogs then cats", "A bell, then a bang": "A bang, then a drum", "Rain": "NONE",
-               "A horn before a siren": "A siren before a horn", "Birds then a plane": "Birds, then a plane\nOh"}
-    data = manifest(tmp_path / "data", [{"audio": "a.wav", "captions": captions + ["Rain then wind"]}])
+    captions = [
+        "Rain then wind",
+        "Dogs then cats",
+        "A bell, then a bang",
+        "Rain",
+        "A horn before a siren",
+        "Birds then a plane",
+    ]
+    replies = {
+        "Rain then wind": "Wind then rain",
+        "Dogs then cats": "Dogs then cats",
+        "A bell, then a bang": "A bang, then a drum",
+        "Rain": "NONE",
+        "A horn before a siren": "A siren before a horn",
+        "Birds then a plane": "Birds, then a plane\nOh",
+    }
+    data = manifest(
+        tmp_path / "data", [{"audio": "a.wav", "captions": captions + ["Rain then wind"]}]
+    )
     asked, die_at = [], [2]
 
     def generate(llm, prompts, max_new_tokens, temperature):
@@ -314,7 +537,7 @@ def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, c
         if len(asked) >= die_at[0]:
             raise KeyboardInterrupt
         asked.extend(p.rsplit("Caption: ", 1)[1].removesuffix("\nAnswer:") for p in prompts)
-        return [replies[caption] for caption in asked[-len(prompts):]]
+        return [replies[caption] for caption in asked[-len(prompts) :]]
 
     monkeypatch.setattr(prepare, "generate", generate)
     monkeypatch.setattr(prepare, "load_llm", lambda name, device: "loaded")
@@ -323,50 +546,88 @@ def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, c
     with pytest.raises(KeyboardInterrupt):
         run(data, out, *flags)
     cache = out / "manifest.llm.jsonl"
-    assert [r["caption"] for r in jsonl(cache)] == ["Rain", "Dogs then cats"] and not (out / "manifest.jsonl").exists()
+    assert [r["caption"] for r in jsonl(cache)] == ["Rain", "Dogs then cats"] and not (
+        out / "manifest.jsonl"
+    ).exists()
     with open(cache, "a", encoding="utf-8") as f:
         f.write('{"model": "some/model", "pro')  # cut in the middle of a line
     die_at[0] = 99
     report, rows = run(data, out, *flags)
-    assert sorted(asked) == sorted(captions)  # each once, over both runs; the caption told twice is asked for once
-    assert rows[0]["negatives"] == ["Wind then rain", None, None, None, "A siren before a horn", None, "Wind then rain"]
+    assert sorted(asked) == sorted(
+        captions
+    )  # each once, over both runs; the caption told twice is asked for once
+    assert rows[0]["negatives"] == [
+        "Wind then rain",
+        None,
+        None,
+        None,
+        "A siren before a horn",
+        None,
+        "Wind then rain",
+    ]
     assert len(jsonl(cache)) == 6 and report["negatives"] == 3
     assert {(r["caption"], r["reason"]) for r in jsonl(out / "manifest.rejected.jsonl")} == {
-        ("Dogs then cats", "copy of the caption"), ("A bell, then a bang", "other events"), ("Birds then a plane", "more than one line")}
+        ("Dogs then cats", "copy of the caption"),
+        ("A bell, then a bang", "other events"),
+        ("Birds then a plane", "more than one line"),
+    }
     printed = capsys.readouterr().out
     assert prepare.NEGATIVES_PROMPT in printed and "2 of 6 questions answered before" in printed
     assert "6 different answers: 2 taken, 3 rejected" in printed
 
     (out / "manifest.jsonl").unlink()
-    monkeypatch.setattr(prepare, "NEGATIVES_PROMPT", "Other words. Caption: {caption}\nAnswer:")  # another prompt is another question
+    monkeypatch.setattr(
+        prepare, "NEGATIVES_PROMPT", "Other words. Caption: {caption}\nAnswer:"
+    )  # another prompt is another question
     run(data, out, *flags)
     assert len(asked) == 12 and len(jsonl(cache)) == 12
 
 
 def test_a_real_model_answers_from_a_folder(tmp_path, tiny_llm):
     data = manifest(tmp_path / "data")
-    report, rows = run(data, tmp_path / "out", "--llm", tiny_llm, "--device", "cpu", "--batch-size", 2)
+    report, rows = run(
+        data, tmp_path / "out", "--llm", tiny_llm, "--device", "cpu", "--batch-size", 2
+    )
     answers = jsonl(tmp_path / "out" / "manifest.llm.jsonl")
-    assert {r["caption"] for r in answers} == {"A dog barks then a bell rings", "A dog barks"} and {r["model"] for r in answers} == {str(tiny_llm)}
+    assert {r["caption"] for r in answers} == {"A dog barks then a bell rings", "A dog barks"} and {
+        r["model"] for r in answers
+    } == {str(tiny_llm)}
     assert all("\n" not in r["answer"] for r in answers)
     assert report["negatives"] == 0 and rows[0]["negatives"] == [None, None]  # noise is no negative
-    assert {r["reason"] for r in jsonl(tmp_path / "out" / "manifest.rejected.jsonl")} <= {"other events", "empty"}
+    assert {r["reason"] for r in jsonl(tmp_path / "out" / "manifest.rejected.jsonl")} <= {
+        "other events",
+        "empty",
+    }
 
 
 def test_batches_do_not_change_answers_and_chat_templates_are_used(tiny_llm):
     llm = prepare.load_llm(str(tiny_llm), "cpu")
-    prompts = ["A dog barks", "Caption : A woman sings while people clap Answer : NONE"]  # of unequal length: the shorter is padded on the left
+    prompts = [
+        "A dog barks",
+        "Caption : A woman sings while people clap Answer : NONE",
+    ]  # of unequal length: the shorter is padded on the left
     together = prepare.generate(llm, prompts, 12)
-    assert together == [prepare.generate(llm, [prompt], 12)[0] for prompt in prompts] and all(together)
+    assert together == [prepare.generate(llm, [prompt], 12)[0] for prompt in prompts] and all(
+        together
+    )
     llm[1].chat_template = "{% for m in messages %}Caption: {{ m.content }} Answer:{% endfor %}"
     assert prepare.generate(llm, ["A dog barks"], 12) != together[:1]
     plain = prepare.load_llm(str(tiny_llm), "cpu")
-    assert prepare.generate(llm, ["A dog barks"], 12) == prepare.generate(plain, ["Caption: A dog barks Answer:"], 12)
+    assert prepare.generate(llm, ["A dog barks"], 12) == prepare.generate(
+        plain, ["Caption: A dog barks Answer:"], 12
+    )
 
 
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="--llm .*nothing: no causal language model and tokenizer"):
-        run(manifest(tmp_path / "data"), tmp_path / "out", "--llm", tmp_path / "nothing", "--device", "cpu")
+        run(
+            manifest(tmp_path / "data"),
+            tmp_path / "out",
+            "--llm",
+            tmp_path / "nothing",
+            "--device",
+            "cpu",
+        )
     with pytest.raises(ValueError, match="--device tpu: expected auto, cpu or cuda"):
         prepare.load_llm(str(tmp_path), "tpu")
 
@@ -377,4 +638,7 @@ def test_the_prompt_is_its_own_check():
     assert len(examples) == 4 and prepare.NEGATIVES_PROMPT.count("{caption}") == 1
     for caption, answer in examples:
         assert prepare.check_order(caption, answer) == (None if answer == "NONE" else answer, None)
-        assert isinstance(prepare.parse(["rewrite", "--task", "negatives", "--data", "x", "--out", "y"]), argparse.Namespace)
+        assert isinstance(
+            prepare.parse(["rewrite", "--task", "negatives", "--data", "x", "--out", "y"]),
+            argparse.Namespace,
+        )

@@ -1,4 +1,5 @@
 """The scripts as their users run them: training, resume, two processes, embeddings, weights, bad input."""
+
 import copy
 import functools
 import json
@@ -24,13 +25,25 @@ from conftest import ROOT, SMALL_OF
 from conftest import config as config_of
 
 PYTHON = [sys.executable]
-SCRIPTS = {"mga_clap": mga_clap, "t_clap": t_clap, "cacophony": cacophony, "collat": collat, "curation_clap": curation_clap}
+SCRIPTS = {
+    "mga_clap": mga_clap,
+    "t_clap": t_clap,
+    "cacophony": cacophony,
+    "collat": collat,
+    "curation_clap": curation_clap,
+}
 every_script = pytest.mark.parametrize("method", SCRIPTS)
 config = functools.partial(config_of, "mga_clap")
 
 
 def run_cli(*args, script="mga_clap.py"):
-    return subprocess.run([*PYTHON, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    return subprocess.run(
+        [*PYTHON, str(ROOT / script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+    )
 
 
 # Training
@@ -38,17 +51,38 @@ def test_a_run_writes_its_log_checkpoints_and_scores(mga_run):
     folder, result = mga_run
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == list(range(1, 9))  # 12 clips x 2 captions / 6 x 2 epochs
-    assert {"loss", "ln_B", "batch_R@1", "temperature", "active_codewords", "lr", "pairs_per_s", "skipped"} <= set(lines[0])
-    assert lines[0]["ln_B"] == pytest.approx(math.log(6)) and 1 <= lines[-1]["active_codewords"] <= 48
+    assert {
+        "loss",
+        "ln_B",
+        "batch_R@1",
+        "temperature",
+        "active_codewords",
+        "lr",
+        "pairs_per_s",
+        "skipped",
+    } <= set(lines[0])
+    assert (
+        lines[0]["ln_B"] == pytest.approx(math.log(6)) and 1 <= lines[-1]["active_codewords"] <= 48
+    )
     assert json.loads((folder / "eval.json").read_text()) == result
-    assert set(result["scores"]) == set(result["chance"]) and "frame_mAP_centred" in result["scores"]
+    assert (
+        set(result["scores"]) == set(result["chance"]) and "frame_mAP_centred" in result["scores"]
+    )
     stored = torch.load(folder / "best.pt", weights_only=True)
-    assert {"method", "config", "model", "optimiser", "step", "versions", "text_encoder"} <= set(stored)
+    assert {"method", "config", "model", "optimiser", "step", "versions", "text_encoder"} <= set(
+        stored
+    )
 
 
-@pytest.mark.parametrize("overrides", [
-    dict(), dict(aggregator="mean", locality_blocks=0, hard_negatives=False), dict(variant="official")],
-    ids=["paper", "clap", "official"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(),
+        dict(aggregator="mean", locality_blocks=0, hard_negatives=False),
+        dict(variant="official"),
+    ],
+    ids=["paper", "clap", "official"],
+)
 def test_overfits_eight_pairs(tmp_path, corpus, overrides):
     rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["duration"] == 10][:8]
@@ -56,27 +90,59 @@ def test_overfits_eight_pairs(tmp_path, corpus, overrides):
     for row, caption in zip(rows, unique):
         row.update(captions=[caption], negatives=[None], audio=str(corpus / row["audio"]))
         row.pop("split")
-    common.write_lines(tmp_path / "eight.jsonl", [json.dumps(r) for r in [*rows, {**rows[0], "split": "val"}]])
-    cfg = config(tmp_path / "eight.jsonl", tmp_path / "runs", batch_size=8, epochs=40, eval_epochs=40, save_steps=100, lr=3e-3,
-                 warmup_epochs=5.0, joint_dim=128, codewords=256, name="o", **overrides)
+    common.write_lines(
+        tmp_path / "eight.jsonl", [json.dumps(r) for r in [*rows, {**rows[0], "split": "val"}]]
+    )
+    cfg = config(
+        tmp_path / "eight.jsonl",
+        tmp_path / "runs",
+        batch_size=8,
+        epochs=40,
+        eval_epochs=40,
+        save_steps=100,
+        lr=3e-3,
+        warmup_epochs=5.0,
+        joint_dim=128,
+        codewords=256,
+        name="o",
+        **overrides,
+    )
     mga_clap.main(cfg)
     lines = [json.loads(x) for x in (tmp_path / "runs/o/log.jsonl").read_text().splitlines()]
     extra = 2 / math.sqrt(8 * 128) if overrides.get("variant") else 0  # D7 has a floor
     late = lines[-5:]  # masks and dropout make single steps jump
-    assert np.mean([x["loss"] for x in late]) < 0.5 + extra < lines[0]["loss"] and np.mean([x["batch_R@1"] for x in late]) > 0.85
+    assert (
+        np.mean([x["loss"] for x in late]) < 0.5 + extra < lines[0]["loss"]
+        and np.mean([x["batch_R@1"] for x in late]) > 0.85
+    )
 
 
 @every_script
 def test_bf16_autocast_trains_on_finite_losses_close_to_fp32(corpus, tmp_path, runs_of, method):
     SCRIPTS[method].main(config_of(method, corpus, tmp_path, name="b", precision="bf16"))
-    read = lambda folder: [json.loads(x)["loss"] for x in (folder / "log.jsonl").read_text().splitlines() if "loss" in x]  # noqa: E731
+    read = lambda folder: [
+        json.loads(x)["loss"]
+        for x in (folder / "log.jsonl").read_text().splitlines()
+        if "loss" in x
+    ]  # noqa: E731
     half, full = read(tmp_path / "b"), read(runs_of(method)[0])
-    assert half[:3] == pytest.approx(full[:3], abs=0.15) and half != full and np.isfinite(half).all()
+    assert (
+        half[:3] == pytest.approx(full[:3], abs=0.15) and half != full and np.isfinite(half).all()
+    )
 
 
-@pytest.mark.parametrize("overrides", [
-    dict(affinity="mean"), dict(sparsity="softmax"), dict(locality_blocks=2), dict(gamma=0.5), dict(codewords=20),
-    dict(audio_patch=8, audio_depths=[1, 1, 1], audio_heads=[1, 2, 4])], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(affinity="mean"),
+        dict(sparsity="softmax"),
+        dict(locality_blocks=2),
+        dict(gamma=0.5),
+        dict(codewords=20),
+        dict(audio_patch=8, audio_depths=[1, 1, 1], audio_heads=[1, 2, 4]),
+    ],
+    ids=str,
+)
 def test_every_ablation_trains_and_reloads(corpus, tmp_path, overrides):
     result = mga_clap.main(config(corpus, tmp_path, name="x", epochs=1, **overrides))
     assert np.isfinite(result["scores"]["t2a_R@1"])
@@ -87,11 +153,26 @@ def test_every_ablation_trains_and_reloads(corpus, tmp_path, overrides):
 
 def strip(path):
     content = torch.load(path, weights_only=True)
-    return {**content["model"], **{f"opt{i}.{k}": v for i, s in content["optimiser"]["state"].items() for k, v in s.items()}}
+    return {
+        **content["model"],
+        **{
+            f"opt{i}.{k}": v for i, s in content["optimiser"]["state"].items() for k, v in s.items()
+        },
+    }
 
 
-@pytest.mark.parametrize("method, workers, other", [pytest.param("mga_clap", 0, "codewords", marks=pytest.mark.slow), ("mga_clap", 2, "codewords"), ("t_clap", 2, "joint_dim"), ("collat", 2, "blocks")])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, method, workers, other):
+@pytest.mark.parametrize(
+    "method, workers, other",
+    [
+        pytest.param("mga_clap", 0, "codewords", marks=pytest.mark.slow),
+        ("mga_clap", 2, "codewords"),
+        ("t_clap", 2, "joint_dim"),
+        ("collat", 2, "blocks"),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    corpus, tmp_path, monkeypatch, runs_of, method, workers, other
+):
     class Killed(Exception):
         pass
 
@@ -106,7 +187,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, m
     with pytest.raises(Killed):
         script.main(config_of(method, corpus, tmp_path, name="a", workers=workers))
     monkeypatch.setattr(common, "seed_step", seed_step)
-    resumed = common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
+    resumed = common.configure(
+        script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path)
+    )
     assert getattr(resumed, other) == SMALL_OF[method][other] and resumed.resume
     result, (folder, uninterrupted) = script.main(resumed), runs_of(method)
     whole = strip(folder / "last.pt")
@@ -114,23 +197,41 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, m
         assert torch.equal(value, whole[key]), key
     assert result["scores"] == uninterrupted["scores"]
     drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "pairs_per_s"}  # noqa: E731
-    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", folder)]
+    logs = [
+        [drop(x) for x in (p / "log.jsonl").read_text().splitlines()]
+        for p in (tmp_path / "a", folder)
+    ]
     assert logs[0] == logs[1]
-    with pytest.raises(ValueError, match=f"--resume: --{other.replace('_', '-')} is 7 but the run was started with"):
-        script.main(common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path), **{other: 7}))
+    with pytest.raises(
+        ValueError, match=f"--resume: --{other.replace('_', '-')} is 7 but the run was started with"
+    ):
+        script.main(
+            common.configure(
+                script.Config,
+                script.PRESETS,
+                resume=True,
+                name="a",
+                runs=str(tmp_path),
+                **{other: 7},
+            )
+        )
     with pytest.raises(FileExistsError, match="already holds a run; continue it with --resume"):
         script.main(config_of(method, corpus, tmp_path, name="a"))
 
 
 @pytest.mark.parametrize("stage", ["mae", "contrastive"])
-def test_cacophony_killed_in_either_stage_resumes_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, stage):
+def test_cacophony_killed_in_either_stage_resumes_bit_for_bit(
+    corpus, tmp_path, monkeypatch, runs_of, stage
+):
     class Killed(Exception):
         pass
 
     seed_step = common.seed_step
 
     def killer(seed, step, *place):
-        if step == 3 and (tmp_path / "a/mae.pt").exists() == (stage == "contrastive"):  # after the write of last.pt at step 2
+        if step == 3 and (tmp_path / "a/mae.pt").exists() == (
+            stage == "contrastive"
+        ):  # after the write of last.pt at step 2
             raise Killed
         seed_step(seed, step, *place)
 
@@ -139,7 +240,11 @@ def test_cacophony_killed_in_either_stage_resumes_bit_for_bit(corpus, tmp_path, 
         cacophony.main(config_of("cacophony", corpus, tmp_path, name="a"))
     monkeypatch.setattr(common, "seed_step", seed_step)
     assert torch.load(tmp_path / "a/last.pt", weights_only=True)["stage"] == stage
-    result = cacophony.main(common.configure(cacophony.Config, cacophony.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    result = cacophony.main(
+        common.configure(
+            cacophony.Config, cacophony.PRESETS, resume=True, name="a", runs=str(tmp_path)
+        )
+    )
     folder, uninterrupted = runs_of("cacophony")
     for name in ("mae.pt", "last.pt"):
         whole = strip(folder / name)
@@ -147,19 +252,28 @@ def test_cacophony_killed_in_either_stage_resumes_bit_for_bit(corpus, tmp_path, 
             assert torch.equal(value, whole[key]), key
     assert result == uninterrupted
     drop = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}  # noqa: E731
-    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", folder)]
+    logs = [
+        [drop(x) for x in (p / "log.jsonl").read_text().splitlines()]
+        for p in (tmp_path / "a", folder)
+    ]
     assert logs[0] == logs[1] and [x["stage"] for x in logs[0]] == ["mae"] * 4 + ["contrastive"] * 4
 
 
 @pytest.mark.parametrize("stage", ["teacher", "curate", "student"])
-def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(corpus, tmp_path, monkeypatch, runs_of, stage):
+def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(
+    corpus, tmp_path, monkeypatch, runs_of, stage
+):
     class Killed(Exception):
         pass
 
     seed_step, join = common.seed_step, curation_clap.join_blocks
 
     def killer(seed, step, *place):
-        if step == 3 and (tmp_path / "a/curated.jsonl").exists() == (stage == "student") and stage != "curate":
+        if (
+            step == 3
+            and (tmp_path / "a/curated.jsonl").exists() == (stage == "student")
+            and stage != "curate"
+        ):
             raise Killed
         seed_step(seed, step, *place)
 
@@ -173,15 +287,25 @@ def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(corpus, tmp_path,
         curation_clap.main(config_of("curation_clap", corpus, tmp_path, name="a"))
     monkeypatch.setattr(common, "seed_step", seed_step)
     monkeypatch.setattr(curation_clap, "join_blocks", join)
-    result = curation_clap.main(common.configure(curation_clap.Config, curation_clap.PRESETS, resume=True, name="a", runs=str(tmp_path)))
+    result = curation_clap.main(
+        common.configure(
+            curation_clap.Config, curation_clap.PRESETS, resume=True, name="a", runs=str(tmp_path)
+        )
+    )
     folder, uninterrupted = runs_of("curation_clap")
     for name in ("teacher.pt", "last.pt"):
         whole = strip(folder / name)
         for key, value in strip(tmp_path / "a" / name).items():
             assert torch.equal(value, whole[key]), key
-    assert result == uninterrupted and (tmp_path / "a/curated.jsonl").read_bytes() == (folder / "curated.jsonl").read_bytes()
+    assert (
+        result == uninterrupted
+        and (tmp_path / "a/curated.jsonl").read_bytes() == (folder / "curated.jsonl").read_bytes()
+    )
     drop = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}  # noqa: E731
-    logs = [[drop(x) for x in (p / "log.jsonl").read_text().splitlines()] for p in (tmp_path / "a", folder)]
+    logs = [
+        [drop(x) for x in (p / "log.jsonl").read_text().splitlines()]
+        for p in (tmp_path / "a", folder)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -191,8 +315,16 @@ def test_runs_without_a_name_are_numbered(corpus, tmp_path):
         assert (tmp_path / f"mga_clap-{number}" / "best.pt").exists()
 
 
-@pytest.mark.parametrize("method, flags", [("cacophony", dict(mae_steps=1, steps=1)), ("curation_clap", dict(teacher_epochs=1, stage="teacher"))])
-def test_stages_share_a_numbered_folder_and_the_caller_s_settings_stay(corpus, tmp_path, method, flags):
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        ("cacophony", dict(mae_steps=1, steps=1)),
+        ("curation_clap", dict(teacher_epochs=1, stage="teacher")),
+    ],
+)
+def test_stages_share_a_numbered_folder_and_the_caller_s_settings_stay(
+    corpus, tmp_path, method, flags
+):
     cfg = config_of(method, corpus, tmp_path, **flags)
     SCRIPTS[method].main(cfg)
     assert [p.name for p in tmp_path.iterdir()] == [f"{method}-1"] and cfg.name == ""
@@ -209,19 +341,44 @@ script.main(common.cli(script.Config, script.PRESETS, "x"))
 """
 
 
-@pytest.mark.parametrize("method, bad, only_two", [pytest.param("mga_clap", False, (), marks=pytest.mark.slow), ("mga_clap", True, ()), ("t_clap", True, ("--micro-batch", "2")),
-                                                   ("cacophony", True, ("--micro-batch", "2")), ("collat", True, ("--micro-batch", "2")), ("curation_clap", True, ("--micro-batch", "2"))],
-                         ids=["mga_clap", "mga_clap, one unreadable", "t_clap, one unreadable, gradient caching in two only",
-                              "cacophony with SAM, one unreadable, gradient caching in two only",
-                              "collat, one unreadable, gradient caching in two only", "curation_clap, a curation and a soft-labelled student, one unreadable, gradient caching in two only"])
-def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, method, bad, only_two, runs_of):
+@pytest.mark.parametrize(
+    "method, bad, only_two",
+    [
+        pytest.param("mga_clap", False, (), marks=pytest.mark.slow),
+        ("mga_clap", True, ()),
+        ("t_clap", True, ("--micro-batch", "2")),
+        ("cacophony", True, ("--micro-batch", "2")),
+        ("collat", True, ("--micro-batch", "2")),
+        ("curation_clap", True, ("--micro-batch", "2")),
+    ],
+    ids=[
+        "mga_clap",
+        "mga_clap, one unreadable",
+        "t_clap, one unreadable, gradient caching in two only",
+        "cacophony with SAM, one unreadable, gradient caching in two only",
+        "collat, one unreadable, gradient caching in two only",
+        "curation_clap, a curation and a soft-labelled student, one unreadable, gradient caching in two only",
+    ],
+)
+def test_two_gloo_processes_equal_one_with_the_joint_batch(
+    corpus, tmp_path, method, bad, only_two, runs_of
+):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     if bad:
         (data / "audio/train4.wav").write_text("broken")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT), method=method))
-    flags = ["--data", str(data), "--runs", str(tmp_path), "--max-bad", "0.5", "--precision", "fp32"]
+    flags = [
+        "--data",
+        str(data),
+        "--runs",
+        str(tmp_path),
+        "--max-bad",
+        "0.5",
+        "--precision",
+        "fp32",
+    ]
     if method == "cacophony":  # stage 1 masks at random, in every process anew
         flags += ["--stage", "contrastive", "--audio-weights", "none"]
     if method == "collat":  # every process draws its own noise
@@ -229,23 +386,58 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(corpus, tmp_path, met
     if method == "curation_clap":
         flags += ["--teacher", str(runs_of(method)[0] / "teacher.pt")]
     for key, value in SMALL_OF[method].items():
-        flags += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+        flags += [
+            "--" + key.replace("_", "-"),
+            *map(str, value if isinstance(value, list) else [value]),
+        ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*PYTHON, script, *flags, "--name", "one"], check=True, env=env, capture_output=True, timeout=600)
-    two = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags,
-                          "--name", "two", *only_two], env=env, capture_output=True, text=True, timeout=600)
+    subprocess.run(
+        [*PYTHON, script, *flags, "--name", "one"],
+        check=True,
+        env=env,
+        capture_output=True,
+        timeout=600,
+    )
+    two = subprocess.run(
+        [
+            *PYTHON,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            script,
+            *flags,
+            "--name",
+            "two",
+            *only_two,
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert two.returncode == 0, two.stderr[-8000:]
-    one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    one, two = (
+        [json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
     if method == "curation_clap":
-        assert (tmp_path / "one/curated.jsonl").read_bytes() == (tmp_path / "two/curated.jsonl").read_bytes()
+        assert (tmp_path / "one/curated.jsonl").read_bytes() == (
+            tmp_path / "two/curated.jsonl"
+        ).read_bytes()
         one, two = ([x for x in run if x["stage"] == "student"] for run in (one, two))
     losses = [[x["loss"] for x in run] for run in (one, two)]
     assert losses[0][:3] == pytest.approx(losses[1][:3], abs=1e-5)
     assert losses[0] == pytest.approx(losses[1], abs=5e-4)  # later, Adam has amplified the rounding
-    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "two"))
+    a, b = (
+        torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "two")
+    )
     # Adam turns a gradient that is rounding noise (a bias of the keys, say) into a step of +-lr, so single
     # entries differ; test_gradients_of_two_processes_equal_one is the sharp test.
-    apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a if a[key].is_floating_point()])
+    apart = torch.cat(
+        [(a[key] - b[key]).abs().flatten() for key in a if a[key].is_floating_point()]
+    )
     assert (apart > 1e-5).float().mean() < 0.05 and apart.mean() < 1e-5
     skipped = (tmp_path / "two/skipped.txt").read_text().splitlines() if bad else []
     assert len(skipped) == bad
@@ -276,8 +468,13 @@ worst = max((a - b).abs().max().item() for a, b in zip(one, two))
 assert worst < 1e-5, worst
 print("EQUAL", worst)
 """)
-    out = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
-                         capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = subprocess.run(
+        [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert out.stdout.count("EQUAL") == 2, out.stderr[-2000:]
 
 
@@ -292,8 +489,13 @@ Path.mkdir = lambda *args, **flags: (time.sleep(2), mkdir(*args, **flags))
 run = common.RunFolder({str(tmp_path / "runs")!r}, "", "late", False, 1, 0.0)
 print("FOUND" if run.path.is_dir() else "MISSING")
 """)
-    out = subprocess.run([*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
-                         capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = subprocess.run(
+        [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert out.stdout.count("FOUND") == 2, out.stdout + out.stderr[-2000:]
 
 
@@ -303,7 +505,7 @@ def test_embeddings_repeat_bit_for_bit_and_ignore_padding_and_neighbours(mga_run
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, 400000, generator=g) * 0.1
     n = torch.tensor([400000, 90000, 1])
-    alone = [model.embed_audio(x[i:i + 1, :n[i]], n[i:i + 1]) for i in range(3)]
+    alone = [model.embed_audio(x[i : i + 1, : n[i]], n[i : i + 1]) for i in range(3)]
     together = model.embed_audio(x, n)
     assert torch.equal(together, model.embed_audio(x, n))
     assert (torch.cat(alone) - together).abs().max() < 1e-5
@@ -332,7 +534,8 @@ def test_longer_audio_is_the_weighted_mean_of_its_windows(mga_run):
 
 def test_clean_caption_by_hand():
     assert mga_clap.clean_caption("A Dog barks , loudly (twice); then: silence!") == (
-        "a dog barks loudly twice  then silence")  # the source collapses double spaces in one pass
+        "a dog barks loudly twice  then silence"
+    )  # the source collapses double spaces in one pass
 
 
 def test_an_official_batch_left_with_one_pair_has_finite_gradients():
@@ -346,16 +549,22 @@ def test_official_variant_pads_to_the_batch_and_paper_to_ten_seconds(corpus):
     rows = [{"audio": "x.wav", "captions": ["a dog"], "where": "x"}]
     tokenize = lambda texts: {"input_ids": torch.zeros(len(texts), 2)}  # noqa: E731
     for variant, samples in (("paper", 320000), ("official", 64000)):
-        batch, *_ = mga_clap.Pairs(rows, mga_clap.Config(data=[], variant=variant), tokenize).collate(items)
+        batch, *_ = mga_clap.Pairs(
+            rows, mga_clap.Config(data=[], variant=variant), tokenize
+        ).collate(items)
         assert batch["waveform"].shape == (2, samples)
 
 
 def test_crops_of_long_files_move_with_the_epoch(tmp_path):
     sf.write(tmp_path / "long.wav", np.random.default_rng(0).normal(size=32000 * 12) * 0.1, 32000)
-    rows = [{"audio": str(tmp_path / "long.wav"), "captions": ["x"], "where": "x", "duration": 12.0}]
+    rows = [
+        {"audio": str(tmp_path / "long.wav"), "captions": ["x"], "where": "x", "duration": 12.0}
+    ]
     pairs = mga_clap.Pairs(rows, mga_clap.Config(data=[]), None)
     assert len(pairs[0, 0][0]) == 320000
-    assert np.array_equal(pairs[0, 0][0], pairs[0, 0][0]) and not np.array_equal(pairs[0, 0][0], pairs[1, 0][0])
+    assert np.array_equal(pairs[0, 0][0], pairs[0, 0][0]) and not np.array_equal(
+        pairs[0, 0][0], pairs[1, 0][0]
+    )
 
 
 # Published weights
@@ -363,7 +572,9 @@ def official_names(model: mga_clap.Model) -> dict:
     """Our state dict under the names of the released model.pt, with the leftovers it carries."""
     theirs = {}
     for key, value in model.state_dict().items():
-        key = key.replace("audio_encoder.", "audio_encoder.audio_enc.").replace("text_encoder.model.", "text_encoder.text_encoder.")
+        key = key.replace("audio_encoder.", "audio_encoder.audio_enc.").replace(
+            "text_encoder.model.", "text_encoder.text_encoder."
+        )
         if ".bias_tables." in key:
             layer, _, block = key.rpartition(".bias_tables.")
             key = f"{layer}.blocks.{block}.attn.relative_position_bias_table"
@@ -371,9 +582,14 @@ def official_names(model: mga_clap.Model) -> dict:
         theirs["temp" if key == "temperature" else key] = value
     enc = "audio_encoder.audio_enc."
     theirs[enc + "layers.0.blocks.1.attn_mask"] = torch.zeros(64, 64, 64)
-    theirs[enc + "audio_feats_extractor.mel_trans.stft.conv_real.weight"] = torch.zeros(513, 1, 1024)
+    theirs[enc + "audio_feats_extractor.mel_trans.stft.conv_real.weight"] = torch.zeros(
+        513, 1, 1024
+    )
     theirs[enc + "audio_feats_extractor.mel_trans.log_trans.melW"] = torch.zeros(513, 64)
-    theirs[enc + "tscam_conv.weight"], theirs[enc + "tscam_conv.bias"] = torch.zeros(527, 768, 2, 3), torch.zeros(527)
+    theirs[enc + "tscam_conv.weight"], theirs[enc + "tscam_conv.bias"] = (
+        torch.zeros(527, 768, 2, 3),
+        torch.zeros(527),
+    )
     theirs[enc + "head.weight"], theirs[enc + "head.bias"] = torch.zeros(527, 527), torch.zeros(527)
     theirs["text_encoder.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
     return theirs
@@ -382,32 +598,59 @@ def official_names(model: mga_clap.Model) -> dict:
 def test_released_model_file_loads_by_its_names_and_shapes(tmp_path):
     """Paper size: names and shapes as the fact sheet lists them."""
     import transformers
+
     tokenizer = common.text_encoder_from_scratch(["a dog barks"], 64, 1, 1, 30).tokenizer
-    bert = transformers.BertModel(transformers.BertConfig(vocab_size=30522), add_pooling_layer=False)
+    bert = transformers.BertModel(
+        transformers.BertConfig(vocab_size=30522), add_pooling_layer=False
+    )
     bert.save_pretrained(tmp_path / "bert"), tokenizer.save_pretrained(tmp_path / "bert")
     torch.manual_seed(0)
-    model = mga_clap.Model(mga_clap.Config(data=[], variant="official"), common.text_encoder_from_pretrained(tmp_path / "bert", 30))
+    model = mga_clap.Model(
+        mga_clap.Config(data=[], variant="official"),
+        common.text_encoder_from_pretrained(tmp_path / "bert", 30),
+    )
     theirs = official_names(model)
     shapes = {k: tuple(v.shape) for k, v in theirs.items()}
     expected = {
-        "codebook": (4096, 1024), "temp": (), "frame_proj.0.weight": (768,), "frame_proj.1.weight": (1024, 768),
-        "frame_proj.3.weight": (1024,), "word_proj.4.weight": (1024, 1024),
-        "audio_encoder.audio_enc.bn0.running_var": (64,), "audio_encoder.audio_enc.patch_embed.proj.weight": (96, 1, 4, 4),
+        "codebook": (4096, 1024),
+        "temp": (),
+        "frame_proj.0.weight": (768,),
+        "frame_proj.1.weight": (1024, 768),
+        "frame_proj.3.weight": (1024,),
+        "word_proj.4.weight": (1024, 1024),
+        "audio_encoder.audio_enc.bn0.running_var": (64,),
+        "audio_encoder.audio_enc.patch_embed.proj.weight": (96, 1, 4, 4),
         "audio_encoder.audio_enc.layers.2.blocks.5.attn.relative_position_bias_table": (225, 16),
         "audio_encoder.audio_enc.layers.3.blocks.1.attn.qkv.weight": (2304, 768),
         "audio_encoder.audio_enc.layers.0.downsample.reduction.weight": (192, 384),
-        "audio_encoder.audio_enc.layers.1.blocks.0.mlp.fc1.weight": (768, 192), "audio_encoder.audio_enc.norm.weight": (768,),
-        "text_encoder.text_encoder.encoder.layer.11.output.dense.weight": (768, 3072)}
+        "audio_encoder.audio_enc.layers.1.blocks.0.mlp.fc1.weight": (768, 192),
+        "audio_encoder.audio_enc.norm.weight": (768,),
+        "text_encoder.text_encoder.encoder.layer.11.output.dense.weight": (768, 3072),
+    }
     assert {k: shapes[k] for k in expected} == expected
-    torch.save({"model": theirs, "epoch": 9, "config": {"lr": 5e-5}, "optimizer": {}}, tmp_path / "model.pt")
-    loaded = mga_clap.Model.from_checkpoint(tmp_path / "model.pt", text_model=str(tmp_path / "bert"))
+    torch.save(
+        {"model": theirs, "epoch": 9, "config": {"lr": 5e-5}, "optimizer": {}},
+        tmp_path / "model.pt",
+    )
+    loaded = mga_clap.Model.from_checkpoint(
+        tmp_path / "model.pt", text_model=str(tmp_path / "bert")
+    )
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
-    assert loaded.cfg.variant == "official" and loaded.audio_encoder.layers[-1].blocks[-1].locality == "official"
-    theirs.pop("codebook"), theirs.update({"codebook": torch.zeros(4096, 512), "extra": torch.zeros(1)})
+    assert (
+        loaded.cfg.variant == "official"
+        and loaded.audio_encoder.layers[-1].blocks[-1].locality == "official"
+    )
+    (
+        theirs.pop("codebook"),
+        theirs.update({"codebook": torch.zeros(4096, 512), "extra": torch.zeros(1)}),
+    )
     theirs.pop("frame_proj.1.bias")
     torch.save({"model": theirs}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"missing keys: 1 \(frame_proj.1.bias\); unexpected keys: 1 \(extra\); wrong shapes: 1 \(codebook"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing keys: 1 \(frame_proj.1.bias\); unexpected keys: 1 \(extra\); wrong shapes: 1 \(codebook",
+    ):
         mga_clap.Model.from_checkpoint(tmp_path / "bad.pt", text_model=str(tmp_path / "bert"))
 
 
@@ -422,25 +665,55 @@ def test_audio_start_from_the_audioset_file_and_from_a_transformers_folder(tmp_p
     for key in [k for k in lightning if ".bias_tables." in k]:
         layer, _, block = key.rpartition(".bias_tables.")
         lightning[f"{layer}.blocks.{block}.attn.relative_position_bias_table"] = lightning.pop(key)
-    lightning |= {"sed_model.tscam_conv.weight": torch.zeros(527, 32, 2, 3), "sed_model.head.weight": torch.zeros(527, 527),
-                  "sed_model.spectrogram_extractor.stft.conv_real.weight": torch.zeros(513, 1, 1024),
-                  "sed_model.logmel_extractor.melW": torch.zeros(513, 64), "other.weight": torch.zeros(1)}
+    lightning |= {
+        "sed_model.tscam_conv.weight": torch.zeros(527, 32, 2, 3),
+        "sed_model.head.weight": torch.zeros(527, 527),
+        "sed_model.spectrogram_extractor.stft.conv_real.weight": torch.zeros(513, 1, 1024),
+        "sed_model.logmel_extractor.melW": torch.zeros(513, 64),
+        "other.weight": torch.zeros(1),
+    }
     torch.save({"state_dict": lightning, "epoch": 1}, tmp_path / "HTSAT.ckpt")
     torch.save(encoder.state_dict(), tmp_path / "ours.pt")
     from transformers import ClapConfig, ClapModel
-    audio = dict(patch_embeds_hidden_size=16, depths=[1, 2], num_attention_heads=[2, 4], patch_size=16, patch_stride=[16, 16],
-                 hidden_size=32)
-    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+
+    audio = dict(
+        patch_embeds_hidden_size=16,
+        depths=[1, 2],
+        num_attention_heads=[2, 4],
+        patch_size=16,
+        patch_stride=[16, 16],
+        hidden_size=32,
+    )
+    text = dict(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+    )
     clap = ClapModel(ClapConfig(audio_config=audio, text_config=text, projection_dim=16))
     clap.save_pretrained(tmp_path / "clap")
-    expected = {"HTSAT.ckpt": encoder.state_dict(), "ours.pt": encoder.state_dict(),
-                "clap": common.htsat_state({k: v for k, v in clap.state_dict().items() if k.startswith("audio_model.")})}
+    expected = {
+        "HTSAT.ckpt": encoder.state_dict(),
+        "ours.pt": encoder.state_dict(),
+        "clap": common.htsat_state(
+            {k: v for k, v in clap.state_dict().items() if k.startswith("audio_model.")}
+        ),
+    }
     for name, state in expected.items():
         fresh = common.HTSAT(16, (1, 2), (2, 4), 16)
         common.load_htsat(fresh, str(tmp_path / name))
         for key, value in fresh.state_dict().items():
             assert torch.equal(value, state[key]), (name, key)
-    result = mga_clap.main(config(corpus, tmp_path / "runs", audio_weights=str(tmp_path / "HTSAT.ckpt"), epochs=1, name="w"))
+    result = mga_clap.main(
+        config(
+            corpus,
+            tmp_path / "runs",
+            audio_weights=str(tmp_path / "HTSAT.ckpt"),
+            epochs=1,
+            name="w",
+        )
+    )
     assert np.isfinite(result["scores"]["tagging_mAP"])
     lightning.pop("sed_model.norm.weight")
     torch.save({"state_dict": lightning}, tmp_path / "bad.ckpt")
@@ -450,7 +723,9 @@ def test_audio_start_from_the_audioset_file_and_from_a_transformers_folder(tmp_p
 
 # Bad input
 @every_script
-def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(corpus, tmp_path, method):
+def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(
+    corpus, tmp_path, method
+):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)
     (data / "audio/train0.wav").write_text("not sound")
@@ -458,16 +733,35 @@ def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(co
     sf.write(data / "audio/val0.wav", np.zeros(16000), 16000)
     result = SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="s", max_bad=0.2))
     skipped = sorted((tmp_path / "runs/s/skipped.txt").read_text().splitlines())
-    assert len(skipped) == 2 and "train0.wav: cannot be read as audio" in skipped[0] and "train1.wav: file not found" in skipped[1]
+    assert (
+        len(skipped) == 2
+        and "train0.wav: cannot be read as audio" in skipped[0]
+        and "train1.wav: file not found" in skipped[1]
+    )
     assert np.isfinite(result["scores"]["t2a_R@1"])
-    with pytest.raises(ValueError, match=r"of 12 clips could not be used, more than --max-bad 5%; first: .*train"):
+    with pytest.raises(
+        ValueError, match=r"of 12 clips could not be used, more than --max-bad 5%; first: .*train"
+    ):
         SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="t"))
 
 
-@pytest.mark.parametrize("method, name", [("mga_clap", "hard_negative_loss"), ("t_clap", "contrastive_loss"),
-                                          ("cacophony", "contrastive_loss"), ("collat", "cross_global_loss"), ("curation_clap", "contrastive_loss")])
-def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, monkeypatch, method, name):
-    script, flags = SCRIPTS[method], dict(stage="contrastive", audio_weights="none", rho=0.0) if method == "cacophony" else {}
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        ("mga_clap", "hard_negative_loss"),
+        ("t_clap", "contrastive_loss"),
+        ("cacophony", "contrastive_loss"),
+        ("collat", "cross_global_loss"),
+        ("curation_clap", "contrastive_loss"),
+    ],
+)
+def test_a_non_finite_loss_stops_the_run_and_names_the_clips(
+    corpus, tmp_path, monkeypatch, method, name
+):
+    script, flags = (
+        SCRIPTS[method],
+        dict(stage="contrastive", audio_weights="none", rho=0.0) if method == "cacophony" else {},
+    )
     loss = getattr(script, name)
     calls = []
 
@@ -476,7 +770,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
         return loss(*args) * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(script, name, poisoned)
-    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; the batch's files are listed in"):
+    with pytest.raises(
+        FloatingPointError, match="the loss of step 1 is nan; the batch's files are listed in"
+    ):
         script.main(config_of(method, corpus, tmp_path, name="n", **flags))
     assert len((tmp_path / "n/nonfinite_batch.txt").read_text().splitlines()) == 6
     assert not (tmp_path / "n/last.pt").exists()  # broken weights are never saved
@@ -490,29 +786,61 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(corpus, tmp_path, m
     for optimiser in (torch.optim.Adam, torch.optim.AdamW):
         monkeypatch.setattr(optimiser, "step", breaks)
     with pytest.raises((FloatingPointError), match="a weight became NaN|the loss of step"):
-        script.main(config_of(method, corpus, tmp_path, name="m", log_steps=50, save_steps=1, **flags))
+        script.main(
+            config_of(method, corpus, tmp_path, name="m", log_steps=50, save_steps=1, **flags)
+        )
     assert not (tmp_path / "m/last.pt").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such manifest"),
-    (["--data", "demo", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
-    (["--epochs", "1"], "--data is missing"),
-    (["--resume", "--data", "demo"], "--resume needs --name"),
-    (["--data", "CORPUS", "--size", "tiny", "--batch-size", "1"], "at least 2 pairs are needed in each"),
-    (["--data", "CORPUS", "--size", "tiny", "--runs", "/proc/nothing"], "cannot write to /proc/nothing"),
-    (["--data", "CORPUS", "--size", "tiny", "--text-model", "no/model"], "--text-model no/model: not a local folder"),
-    (["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"], "none.ckpt: no such weight file"),
-    (["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"], "locality_blocks = 5: the last stage has 4 blocks"),
-    (["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"], "--log-steps 0: must be at least 1"),
-    (["--data", "CORPUS", "--size", "tiny", "--max-tokens", "2"], "--max-tokens 2: at least 3 are needed, two of them special ones"),
-    (["--resume", "--name", "nothing"], "nothing/last.pt: no such weight file"),
-    (["--data", "CORPUS", "--size", "tiny", "--device", "cuda"], "--device cuda: torch sees no GPU")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such manifest"),
+        (["--data", "demo", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+        (["--epochs", "1"], "--data is missing"),
+        (["--resume", "--data", "demo"], "--resume needs --name"),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--batch-size", "1"],
+            "at least 2 pairs are needed in each",
+        ),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--runs", "/proc/nothing"],
+            "cannot write to /proc/nothing",
+        ),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--text-model", "no/model"],
+            "--text-model no/model: not a local folder",
+        ),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"],
+            "none.ckpt: no such weight file",
+        ),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"],
+            "locality_blocks = 5: the last stage has 4 blocks",
+        ),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"],
+            "--log-steps 0: must be at least 1",
+        ),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--max-tokens", "2"],
+            "--max-tokens 2: at least 3 are needed, two of them special ones",
+        ),
+        (["--resume", "--name", "nothing"], "nothing/last.pt: no such weight file"),
+        (
+            ["--data", "CORPUS", "--size", "tiny", "--device", "cuda"],
+            "--device cuda: torch sees no GPU",
+        ),
+    ],
+)
 def test_bad_flags_are_one_clear_sentence(corpus, tmp_path, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    done = run_cli(*[str(corpus) if f == "CORPUS" else f for f in flags],
-                   *([] if "--runs" in flags or "--epochs" in flags else ["--runs", tmp_path]))
+    done = run_cli(
+        *[str(corpus) if f == "CORPUS" else f for f in flags],
+        *([] if "--runs" in flags or "--epochs" in flags else ["--runs", tmp_path]),
+    )
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert message in done.stderr.strip().splitlines()[-1], done.stderr
 
@@ -520,7 +848,12 @@ def test_bad_flags_are_one_clear_sentence(corpus, tmp_path, flags, message):
 def test_help_needs_no_network_and_shows_every_default():
     done = run_cli("--help")
     text = " ".join(done.stdout.split())
-    assert done.returncode == 0 and "--no-hard-negatives" in text and "[5e-05]" in text and "(Sec. 4.1)" in text
+    assert (
+        done.returncode == 0
+        and "--no-hard-negatives" in text
+        and "[5e-05]" in text
+        and "(Sec. 4.1)" in text
+    )
 
 
 def test_one_pair_is_an_error(corpus, tmp_path):
@@ -528,19 +861,34 @@ def test_one_pair_is_an_error(corpus, tmp_path):
     row.update(captions=["one"], audio=str(corpus / row["audio"]))
     common.write_lines(tmp_path / "one.jsonl", [json.dumps(row)])
     with pytest.raises(ValueError, match=r"with 1 training pair\(s\) on 1 process"):
-        mga_clap.main(config(tmp_path / "one.jsonl", tmp_path, name="one", cache=str(tmp_path / "cache")))
+        mga_clap.main(
+            config(tmp_path / "one.jsonl", tmp_path, name="one", cache=str(tmp_path / "cache"))
+        )
     assert not (tmp_path / "cache").exists()  # said before audio is decoded
-    with pytest.raises(ValueError, match=r"--mae-batch-size 6 with 1 training clip\(s\) on 1 process"):
+    with pytest.raises(
+        ValueError, match=r"--mae-batch-size 6 with 1 training clip\(s\) on 1 process"
+    ):
         cacophony.main(config_of("cacophony", tmp_path / "one.jsonl", tmp_path, name="one"))
     with pytest.raises(ValueError, match=r"--batch-size 6 with 1 training pair\(s\) on 1 process"):
-        curation_clap.main(config_of("curation_clap", tmp_path / "one.jsonl", tmp_path, name="one", pool_share=0.0, curation="none"))
+        curation_clap.main(
+            config_of(
+                "curation_clap",
+                tmp_path / "one.jsonl",
+                tmp_path,
+                name="one",
+                pool_share=0.0,
+                curation="none",
+            )
+        )
 
 
 def test_a_run_of_another_method_cannot_be_resumed_here(tmp_path):
     (tmp_path / "x").mkdir()
     torch.save({"method": "other", "config": {"data": []}, "model": {}}, tmp_path / "x/last.pt")
     with pytest.raises(ValueError, match="holds a run of other; continue it with other.py"):
-        common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path))
+        common.configure(
+            mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path)
+        )
 
 
 def test_a_run_of_another_version_names_the_settings_that_differ(tmp_path, mga_run):
@@ -548,15 +896,26 @@ def test_a_run_of_another_version_names_the_settings_that_differ(tmp_path, mga_r
     stored["config"]["momentum"] = stored["config"].pop("gamma")
     (tmp_path / "x").mkdir()
     torch.save(stored, tmp_path / "x/last.pt")
-    with pytest.raises(ValueError, match=r"another version of mga_clap.py, with other settings \(gamma, momentum\); continue it with that version"):
-        common.configure(mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path))
-    done = run_cli("--resume", "--name", "x", "--runs", tmp_path)  # as a script its module has another name
+    with pytest.raises(
+        ValueError,
+        match=r"another version of mga_clap.py, with other settings \(gamma, momentum\); continue it with that version",
+    ):
+        common.configure(
+            mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path)
+        )
+    done = run_cli(
+        "--resume", "--name", "x", "--runs", tmp_path
+    )  # as a script its module has another name
     assert "another version of mga_clap.py, with other settings (gamma, momentum)" in done.stderr
 
 
 def test_clips_listed_in_several_rows_are_one_clip():
     rows = [{"audio": a, "captions": ["x"], "where": "m"} for a in ("a.wav", "b.wav", "a.wav")]
-    assert [clip for clip, _, _ in mga_clap.Pairs(rows, mga_clap.Config(data=[]), None).pairs] == [0, 1, 0]
+    assert [clip for clip, _, _ in mga_clap.Pairs(rows, mga_clap.Config(data=[]), None).pairs] == [
+        0,
+        1,
+        0,
+    ]
 
 
 def test_model_state_is_deterministic_from_the_seed(corpus):
