@@ -194,7 +194,10 @@ VARIANTS = {
 
 def tf_mel_filters():
     """(257, 128) triangles over 0 to 8000 Hz, linear in mel, as TensorFlow makes them; nothing passes 0 Hz (D1)."""
-    mel = lambda hz: 1127 * torch.log1p(hz / 700)  # noqa: E731
+
+    def mel(hz):
+        return 1127 * torch.log1p(hz / 700)
+
     bins = mel(torch.linspace(0, SAMPLE_RATE / 2, 257, dtype=torch.float64))[1:, None]
     edges = torch.linspace(
         0,
@@ -341,7 +344,10 @@ class MAE(nn.Module):
         )  # real patches first
         chosen = order[:, :most]  # (B, V)
         seen = torch.arange(most, device=patches.device) < n_visible[:, None]  # (B, V)
-        take = lambda x: x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))  # noqa: E731
+
+        def take(x):
+            return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
+
         encoded = self.audio_encoder(
             take(patches), number.gather(1, chosen), seen
         )  # masked patches never get here
@@ -761,8 +767,13 @@ def port_state(weights: dict) -> dict:
 
 def port_size(state: dict) -> tuple:
     """dim, layers, mlp, joint_dim, decoder layers, read from shapes; the paper's where keys are missing."""
-    count = lambda prefix: len({m[1] for k in state if (m := re.match(rf"{prefix}\.(\d+)\.", k))})  # noqa: E731
-    size = lambda key, default: len(state[key]) if key in state else default  # noqa: E731
+
+    def count(prefix):
+        return len({m[1] for k in state if (m := re.match(rf"{prefix}\.(\d+)\.", k))})
+
+    def size(key, default):
+        return len(state[key]) if key in state else default
+
     return (
         size("audio_encoder.norm.weight", 768),
         count(r"audio_encoder\.layers") or 12,
@@ -1257,14 +1268,17 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             group["lr"] = learning_rate(cfg, cfg.lr, step, cfg.steps)
 
         optimiser.zero_grad(set_to_none=True)
-        backward = lambda: common.cached_backward(  # noqa: E731
-            wrapped,
-            parts,
-            lambda *outputs: training_loss(cfg, *outputs),
-            lambda i: common.seed_step(cfg.seed, step, rank, i),
-            autocast,
-            cfg.micro_batch,
-        )
+
+        def backward():
+            return common.cached_backward(
+                wrapped,
+                parts,
+                lambda *outputs: training_loss(cfg, *outputs),
+                lambda i: common.seed_step(cfg.seed, step, rank, i),
+                autocast,
+                cfg.micro_batch,
+            )
+
         loss, sim, of_loss = sam_backward(parameters, backward, cfg.rho)
         optimiser.step()
 

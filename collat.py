@@ -228,9 +228,11 @@ class CrossBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def queries_keys_values(self, slots, audio):
-        split = lambda x: x.view(
-            *x.shape[:2], -1, self.heads, slots.shape[2] // self.heads
-        ).permute(2, 0, 3, 1, 4)  # noqa: E731
+        def split(x):
+            return x.view(*x.shape[:2], -1, self.heads, slots.shape[2] // self.heads).permute(
+                2, 0, 3, 1, 4
+            )
+
         return *split(self.query(self.norm1(slots))), *split(
             self.key_value(audio)
         )  # (B, heads, N or P, dim / heads) each

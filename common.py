@@ -11,6 +11,7 @@ Similarity matrices have audio in rows and text in columns, everywhere.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -21,6 +22,7 @@ import fractions
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -29,7 +31,9 @@ import shutil
 import signal
 import struct
 import sys
+import textwrap
 import threading
+import tokenize
 import typing
 import zipfile
 from pathlib import Path
@@ -60,7 +64,7 @@ def cli(config_class, presets: dict, doc: str, argv: list[str] | None = None):
         presets: {("size", "tiny"): {field: value}}, see `configure`.
         doc: module docstring; its first line heads the help.
     """
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(config_class), re.M))
+    comments = field_comments(config_class)
     parser = argparse.ArgumentParser(
         description=doc.strip().splitlines()[0],
         allow_abbrev=False,
@@ -96,6 +100,23 @@ def cli(config_class, presets: dict, doc: str, argv: list[str] | None = None):
         return configure(config_class, presets, **given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def field_comments(config_class) -> dict[str, str]:
+    """Field name -> the comment on the statement that defines it, on whichever of its lines."""
+    source = textwrap.dedent(inspect.getsource(config_class))
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return {
+        node.target.id: comments[line]
+        for node in ast.parse(source).body[0].body
+        if isinstance(node, ast.AnnAssign)
+        for line in range(node.lineno, node.end_lineno + 1)
+        if line in comments
+    }
 
 
 def configure(config_class, presets: dict, **given):
@@ -885,9 +906,16 @@ def demo_sound(rng, rate: int = DEMO_HZ):
     t = np.arange(int(seconds * rate)) / rate
     white = rng.standard_normal(len(t))
     pitch = 2 ** rng.uniform(-0.3, 0.3)
-    pulses = lambda per_s, width_s: (t * per_s * pitch % 1) < width_s * per_s * pitch  # noqa: E731
-    tone = lambda hz: np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hz * pitch, t.shape)) / rate)  # noqa: E731
-    smooth = lambda x, n: np.convolve(x, np.ones(n) / n, "same")  # noqa: E731
+
+    def pulses(per_s, width_s):
+        return (t * per_s * pitch % 1) < width_s * per_s * pitch
+
+    def tone(hz):
+        return np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hz * pitch, t.shape)) / rate)
+
+    def smooth(x, n):
+        return np.convolve(x, np.ones(n) / n, "same")
+
     sounds = {
         "rising_chirp": ("a rising chirp", lambda: tone(400 * 8 ** (t / seconds))),
         "falling_chirp": ("a falling chirp", lambda: tone(3200 * 8 ** (-t / seconds))),
@@ -1129,7 +1157,10 @@ class Block(nn.Module):
 
     def forward(self, x, bias=None, parts=1):
         """x (N, L, C); bias (P, heads, L, L) as in `Attention`; parts as in `drop_path`."""
-        drop = lambda branch: drop_path(branch, self.drop_path, self.training, parts)  # noqa: E731
+
+        def drop(branch):
+            return drop_path(branch, self.drop_path, self.training, parts)
+
         if self.locality:
             values = self.attn.values(self.norm1(x))  # MGA-CLAP Eq. (4)
             x = x + drop(values)  # MGA-CLAP Eq. (5)
@@ -1196,12 +1227,18 @@ class SwinStage(nn.Module):
 
         side = torch.arange(self.window)
         row, column = torch.cartesian_prod(side, side).T  # (L,) each
-        offset = lambda i: i[:, None] - i[None, :] + self.window - 1  # noqa: E731
+
+        def offset(i):
+            return i[:, None] - i[None, :] + self.window - 1
+
         index = offset(row) * (2 * self.window - 1) + offset(column)
         self.register_buffer("bias_index", index.flatten(), persistent=False)  # (L * L,)
 
         n, w = grid // self.window, self.window
-        windows = lambda cells: cells.view(n, w, n, w).transpose(1, 2).reshape(n * n, w * w)  # noqa: E731
+
+        def windows(cells):
+            return cells.view(n, w, n, w).transpose(1, 2).reshape(n * n, w * w)
+
         cells = torch.arange(grid * grid).view(grid, grid)
         rolled = torch.roll(cells, (-self.shift, -self.shift), (0, 1))
         four = torch.stack(
@@ -1666,7 +1703,10 @@ def retrieval_chance(owner: np.ndarray, n_clips: int) -> dict:
     Q, chance = len(owner), {}
     per_clip = np.bincount(owner, minlength=n_clips)
     per_clip = per_clip[per_clip > 0]
-    harmonic = lambda n: float((1 / np.arange(1, n + 1)).sum())  # noqa: E731
+
+    def harmonic(n):
+        return float((1 / np.arange(1, n + 1)).sum())
+
     # P(best own caption has rank >= r) = C(Q - m, r) / C(Q, r), for m own captions
     survival = {
         m: np.concatenate([[1.0], np.cumprod([max(0, Q - m - r) / (Q - r) for r in range(Q)])])
@@ -2376,7 +2416,10 @@ def bucketed_batches(
     order = rng.permutation(len(durations))
     order = order[: len(order) // batch_size * batch_size] if len(order) >= batch_size else order
     bucket = np.digitize(durations[order], edges_s)
-    by_length = lambda members: members[np.argsort(durations[members], kind="stable")]  # noqa: E731
+
+    def by_length(members):
+        return members[np.argsort(durations[members], kind="stable")]
+
     batches, left = [], []
     for b in np.unique(bucket):
         members = order[bucket == b]
@@ -2697,9 +2740,10 @@ def load_strict(module: nn.Module, state: dict, source) -> None:
         for k in own.keys() & state.keys()
         if state[k].shape != own[k].shape
     ]
-    listed = lambda names: (
-        f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-    )  # noqa: E731
+
+    def listed(names):
+        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+
     problems = [
         f"{text} {listed(names)}"
         for text, names in (

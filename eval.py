@@ -178,9 +178,12 @@ def tagging(model, clips, classes, args) -> dict:
     sim = common.similarities(
         model, clips["audio_embeds"], clips["frame_embeds"], class_prompts(classes, args)
     )
-    score = lambda chosen: {
-        "mAP": float(np.nanmean(common.class_average_precisions(sim[chosen], targets[chosen])))
-    }  # noqa: E731
+
+    def score(chosen):
+        return {
+            "mAP": float(np.nanmean(common.class_average_precisions(sim[chosen], targets[chosen])))
+        }
+
     details = {"AP": per_class(classes, common.class_average_precisions(sim, targets))}
     return result(
         "tagging",
@@ -602,17 +605,27 @@ def train_probe(
     sizes = [inputs.shape[-1]] + [width] * (layers - 1) + [n_classes]
     if network is None:
         linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-        between = lambda: (
-            ([torch.nn.BatchNorm1d(width)] if batch_norm else [])
-            + [torch.nn.ReLU(), torch.nn.Dropout(dropout)]
-        )  # noqa: E731
-        network = lambda *_: torch.nn.Sequential(
-            *[part for layer in linear[:-1] for part in (layer, *between())], linear[-1]
-        )  # noqa: E731
+
+        def between():
+            return ([torch.nn.BatchNorm1d(width)] if batch_norm else []) + [
+                torch.nn.ReLU(),
+                torch.nn.Dropout(dropout),
+            ]
+
+        def network(*_):
+            return torch.nn.Sequential(
+                *[part for layer in linear[:-1] for part in (layer, *between())], linear[-1]
+            )
+
     net = network(sizes[0], n_classes).to(device)
     optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    accuracy = lambda logits: float((logits.argmax(1) == val_targets.cpu().numpy()).mean())  # noqa: E731
-    logits = lambda x: net((x - mean) / deviation if standardise else x)  # noqa: E731
+
+    def accuracy(logits):
+        return float((logits.argmax(1) == val_targets.cpu().numpy()).mean())
+
+    def logits(x):
+        return net((x - mean) / deviation if standardise else x)
+
     best, best_epoch, kept = -math.inf, 0, None
 
     @torch.no_grad()
@@ -777,11 +790,14 @@ def aqa(model, clips, classes, args) -> dict:
 
     def score(chosen):
         times = np.bincount(chosen, minlength=n)
-        weigh = lambda owner, hit: (
-            float((hit * times[owner]).sum() / times[owner].sum())
-            if times[owner].sum()
-            else float("nan")
-        )  # noqa: E731
+
+        def weigh(owner, hit):
+            return (
+                float((hit * times[owner]).sum() / times[owner].sum())
+                if times[owner].sum()
+                else float("nan")
+            )
+
         return {name: weigh(*found) for name, found in scored.items()}
 
     return result(
@@ -1050,9 +1066,10 @@ def noise(model, clips, classes, args) -> dict:
         METRIC_OF[kind],
         1 / len(classes) if kind == "multiclass" else float(targets.mean(0)[targets.any(0)].mean()),
     )
-    score = lambda chosen: {
-        f"{metric}_{name}": hear_score(kind, of[chosen]) for name, of in evidence.items()
-    }  # noqa: E731
+
+    def score(chosen):
+        return {f"{metric}_{name}": hear_score(kind, of[chosen]) for name, of in evidence.items()}
+
     return result(
         "noise",
         score,
@@ -1168,14 +1185,17 @@ def image(model, clips, classes, args) -> dict:
     ranks = common.retrieval_ranks(
         lambda part: audio_embeds[part] @ image_embeds.T, np.arange(n), n
     )  # the pictures in the place of captions
-    named = lambda scores: {
-        name.replace("a2t", "a2i").replace("t2a", "i2a"): v
-        for name, v in scores.items()
-        if "R@" in name or "MRR" in name
-    }  # noqa: E731
-    score = lambda chosen: named(
-        common.retrieval_scores({name: r[chosen] for name, r in ranks.items()})
-    )  # noqa: E731
+
+    def named(scores):
+        return {
+            name.replace("a2t", "a2i").replace("t2a", "i2a"): v
+            for name, v in scores.items()
+            if "R@" in name or "MRR" in name
+        }
+
+    def score(chosen):
+        return named(common.retrieval_scores({name: r[chosen] for name, r in ranks.items()}))
+
     details = {
         new: [
             {"clip": row["audio"], "image": row["image"], "rank": int(r) + 1}
@@ -1567,9 +1587,12 @@ def decoded_captions(model, clips, args):
         True,
     )
     tokenizer = model.text_encoder.tokenizer
-    ids_of = lambda text: tokenizer(model.clean_caption(text), add_special_tokens=False)[
-        "input_ids"
-    ][: MOST_TOKENS - 1]  # noqa: E731
+
+    def ids_of(text):
+        return tokenizer(model.clean_caption(text), add_special_tokens=False)["input_ids"][
+            : MOST_TOKENS - 1
+        ]
+
     captions = {
         split: [
             (i, ids_of(text)) for i, row in enumerate(splits[split][0]) for text in row["captions"]

@@ -344,13 +344,16 @@ class Model(nn.Module):
             )
         self.text_encoder = text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
-        two_layers = lambda dim: nn.Sequential(  # noqa: E731
-            nn.LayerNorm(dim),
-            nn.Linear(dim, cfg.joint_dim),
-            nn.GELU(),
-            nn.LayerNorm(cfg.joint_dim),
-            nn.Linear(cfg.joint_dim, cfg.joint_dim),
-        )
+
+        def two_layers(dim):
+            return nn.Sequential(
+                nn.LayerNorm(dim),
+                nn.Linear(dim, cfg.joint_dim),
+                nn.GELU(),
+                nn.LayerNorm(cfg.joint_dim),
+                nn.Linear(cfg.joint_dim, cfg.joint_dim),
+            )
+
         self.frame_proj = two_layers(self.audio_encoder.out_dim)
         self.word_proj = two_layers(text_encoder.out_dim)
         self.temperature = nn.Parameter(torch.tensor(cfg.init_temperature))
@@ -511,7 +514,10 @@ def masked_words(words, mask):
 
 def uaca_similarity(frames, words, temperature=None):
     """Mean over words of the mean over frames. Xie et al., ICASSP 2022 (UACA)."""
-    mean = lambda x: x.sum(1) / x.any(-1).sum(1, keepdim=True)  # noqa: E731
+
+    def mean(x):
+        return x.sum(1) / x.any(-1).sum(1, keepdim=True)
+
     return mean(frames) @ mean(words).T
 
 

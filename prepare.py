@@ -675,7 +675,12 @@ def check_output(out: Path) -> None:
 
 def write_manifest(out: Path, rows: list[dict], classes=None) -> None:
     """The rows as manifest `out`, their paths relative to it, and classes.txt beside it."""
-    clean = lambda text: text.encode("utf-8", "replace").decode("utf-8")  # noqa: E731  half a surrogate pair, from cut JSON
+
+    def clean(text):
+        return text.encode("utf-8", "replace").decode(
+            "utf-8"
+        )  # half a surrogate pair, from cut JSON
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if classes:
@@ -1168,7 +1173,12 @@ def fsd50k(path: Path, args):
                 info = path / "FSD50K.metadata" / f"{part}_clips_info_FSD50K.json"
                 if not info.is_file():
                     raise FileNotFoundError(f"--captions: needs {info} (FSD50K.metadata.zip)")
-                plain = lambda words: " ".join(html.unescape(re.sub("<[^>]*>", " ", words)).split())  # noqa: E731  they hold HTML
+
+                def plain(words):
+                    return " ".join(
+                        html.unescape(re.sub("<[^>]*>", " ", words)).split()
+                    )  # they hold HTML
+
                 texts = {
                     name: sentences(
                         [
@@ -2657,7 +2667,10 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
         return None, "unclear verb"
     names = [name.removeprefix("is ") for name in names]
     stems = [set(content(event)) for event in events]
-    alike = lambda others: [a <= b or b <= a for a, b in zip(stems, others)]  # noqa: E731
+
+    def alike(others):
+        return [a <= b or b <= a for a, b in zip(stems, others)]
+
     if any(alike(stems[1:])) or all(alike(stems[::-1])):
         return None, "sides alike"
 
@@ -2978,7 +2991,7 @@ def import_texts(
     A record belongs to those of `places` (row number, source text) with its source text, its id and its audio file (name
     without folder and suffix), as far as it gives them. A record with a null text, or a copy of its caption, gives none.
     """
-    stem, squeeze = lambda path: stem_of(Path(str(path)).name), lambda text: " ".join(text.split())  # noqa: E731
+    stem, squeeze = lambda path: stem_of(Path(str(path)).name), lambda text: " ".join(text.split())
     owners, texts, unused, copies, empty = (
         collections.defaultdict(list),
         collections.defaultdict(list),
@@ -3255,9 +3268,12 @@ def check_caption(description: str, answer: str) -> tuple[str | None, str | None
     description or its tags: a caption that shares none is made up (or a translation, which is lost).
     """
     answer = answer.strip().strip('"“”').strip()
-    words = lambda text: set(
-        content([w for w in re.findall(r"[^\W\d_]+", text.lower()) if w not in BEFORE_NOUNS])
-    )  # noqa: E731
+
+    def words(text):
+        return set(
+            content([w for w in re.findall(r"[^\W\d_]+", text.lower()) if w not in BEFORE_NOUNS])
+        )
+
     if not re.search(r"\w", answer):
         return None, "empty"
     if re.fullmatch(r"none\W*", answer, re.I):
@@ -3455,9 +3471,10 @@ def recaption(args) -> dict:
         [(row["audio"], answers[common.file_key(row), version]) for version in versions]
         for row in heard
     ]
-    spoken = lambda _, text: (
-        (" ".join(text.split()), None) if re.search(r"\w", text) else (None, "empty")
-    )  # noqa: E731
+
+    def spoken(_, text):
+        return (" ".join(text.split()), None) if re.search(r"\w", text) else (None, "empty")
+
     made = checked_answers(
         itertools.chain(*said), spoken, out.with_suffix(".rejected.jsonl"), "audio"
     )
@@ -3492,10 +3509,13 @@ def parse(argv=None):
         default="scenes",
         help="esc-mixed-up: T-CLAP's pairs of recordings, one after the other",
     )
-    of_preset = lambda name: {"default": argparse.SUPPRESS, "type": type(SCENES["scenes"][name])}  # noqa: E731
-    told = lambda name: (
-        f"[{SCENES['scenes'][name]}; esc-mixed-up: {SCENES['esc-mixed-up'][name] or 'that of the sounds'}]"
-    )  # noqa: E731
+
+    def of_preset(name):
+        return {"default": argparse.SUPPRESS, "type": type(SCENES["scenes"][name])}
+
+    def told(name):
+        return f"[{SCENES['scenes'][name]}; esc-mixed-up: {SCENES['esc-mixed-up'][name] or 'that of the sounds'}]"
+
     p.add_argument("--train", **of_preset("train"), help=f"training clips {told('train')}")
     p.add_argument("--val", **of_preset("val"), help=f"validation clips {told('val')}")
     p.add_argument(
@@ -3515,7 +3535,10 @@ def parse(argv=None):
         **of_preset("overlay"),
         help="share of esc-mixed-up's clips (then 5 s) with both sounds at once and no negative [0]",
     )
-    folds = lambda text: [int(x) for x in text.split(",") if x]  # noqa: E731
+
+    def folds(text):
+        return [int(x) for x in text.split(",") if x]
+
     p.add_argument(
         "--train-folds",
         type=folds,

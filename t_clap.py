@@ -188,9 +188,12 @@ class Model(nn.Module):
         self.sample_rate, self.log_mel = mel["sample_rate"], common.LogMel(**mel)
         self.audio_encoder, self.text_encoder = common.HTSAT(**audio), text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
-        head = lambda dim: nn.Sequential(
-            nn.Linear(dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim)
-        )  # noqa: E731
+
+        def head(dim):
+            return nn.Sequential(
+                nn.Linear(dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim)
+            )
+
         self.audio_projection, self.text_projection = (
             head(self.audio_encoder.out_dim),
             head(text_encoder.out_dim),
@@ -529,7 +532,10 @@ def has_negatives(row: dict) -> bool:
 
 def split_sets(rows: list[dict]) -> list[list[dict]]:
     """Rows of the manifests that have negatives, and rows of those that have none."""
-    manifest = lambda row: row["where"].rpartition(":")[0]  # noqa: E731
+
+    def manifest(row):
+        return row["where"].rpartition(":")[0]
+
     ordered = {manifest(row) for row in rows if has_negatives(row)}
     return [
         [row for row in rows if manifest(row) in ordered],

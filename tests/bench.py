@@ -27,12 +27,12 @@ import soundfile as sf  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.utils import flop_counter  # noqa: E402
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
+from transformers import (  # noqa: E402
     ClapAudioConfig,
     ClapAudioModel,
-)  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+)
 
 import cacophony  # noqa: E402
 import collat  # noqa: E402
@@ -521,14 +521,18 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
     L, words = 30, 20 if tiny else 20000
     if method == "mga_clap":
         model = mga_clap.Model(cfg, text())
-        batch = lambda B: {
-            "waveform": seconds_of_sound(B, 10, 32000, device),
-            **token_batch(B, L, words, device),  # noqa: E731
-            "word_mask": torch.ones(B, L, dtype=torch.bool, device=device),
-        }
-        loss_of = lambda a, t, temperature, active: mga_clap.training_loss(
-            cfg, a.float(), t.float(), temperature.float(), torch.arange(len(a), device=device)
-        )  # noqa: E731
+
+        def batch(B):
+            return {
+                "waveform": seconds_of_sound(B, 10, 32000, device),
+                **token_batch(B, L, words, device),
+                "word_mask": torch.ones(B, L, dtype=torch.bool, device=device),
+            }
+
+        def loss_of(a, t, temperature, active):
+            return mga_clap.training_loss(
+                cfg, a.float(), t.float(), temperature.float(), torch.arange(len(a), device=device)
+            )
     elif method == "t_clap":
         model = t_clap.Model(
             text(True),
@@ -541,12 +545,16 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
             ),
             cfg.joint_dim,
         )
-        batch = lambda B: {
-            "waveform": seconds_of_sound(B, 10, 48000, device),
-            "ordered": torch.arange(max(1, B // 5), device=device),  # noqa: E731
-            **token_batch(B + max(1, B // 5), L, words, device),
-        }
-        loss_of = lambda *embeds: t_clap.training_loss(cfg, *embeds)  # noqa: E731
+
+        def batch(B):
+            return {
+                "waveform": seconds_of_sound(B, 10, 48000, device),
+                "ordered": torch.arange(max(1, B // 5), device=device),
+                **token_batch(B + max(1, B // 5), L, words, device),
+            }
+
+        def loss_of(*embeds):
+            return t_clap.training_loss(cfg, *embeds)
     elif method == "cacophony":
         model = cacophony.Model(
             dict(
@@ -558,13 +566,17 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
             text(),
         )
         N = cfg.patches
-        batch = lambda B: {
-            "patches": torch.randn(B, N, 256, device=device),
-            "number": torch.arange(N, device=device).expand(B, N),  # noqa: E731
-            "valid_mask": torch.ones(B, N, dtype=torch.bool, device=device),
-            **token_batch(B, L, words, device),
-        }
-        loss_of = lambda *outputs: cacophony.training_loss(cfg, *outputs)  # noqa: E731
+
+        def batch(B):
+            return {
+                "patches": torch.randn(B, N, 256, device=device),
+                "number": torch.arange(N, device=device).expand(B, N),
+                "valid_mask": torch.ones(B, N, dtype=torch.bool, device=device),
+                **token_batch(B, L, words, device),
+            }
+
+        def loss_of(*outputs):
+            return cacophony.training_loss(cfg, *outputs)
     elif method == "collat":
         width, layers, heads = (64, 1, 1) if tiny else (768, 12, 12)
         tower = CLIPTextModelWithProjection(
@@ -589,11 +601,15 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
             ),
             common.TextEncoder(tower, None, cfg.max_tokens),
         )
-        batch = lambda B: {
-            "log_mel": torch.randn(B, 1024, 128, device=device),
-            **token_batch(B, min(L, cfg.max_tokens), words, device),
-        }  # noqa: E731
-        loss_of = lambda *outputs: collat.training_loss(cfg, *outputs)  # noqa: E731
+
+        def batch(B):
+            return {
+                "log_mel": torch.randn(B, 1024, 128, device=device),
+                **token_batch(B, min(L, cfg.max_tokens), words, device),
+            }
+
+        def loss_of(*outputs):
+            return collat.training_loss(cfg, *outputs)
     else:
         model = curation_clap.Model(
             text(),
@@ -607,11 +623,16 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
             cfg.window_s,
             cfg.temperature,
         )
-        batch = lambda B: {
-            "waveform": seconds_of_sound(B, cfg.window_s, 44100, device),
-            **token_batch(B, L, words, device),
-        }  # noqa: E731
-        loss_of = lambda *embeds: curation_clap.training_loss(cfg, *embeds, None)  # noqa: E731
+
+        def batch(B):
+            return {
+                "waveform": seconds_of_sound(B, cfg.window_s, 44100, device),
+                **token_batch(B, L, words, device),
+            }
+
+        def loss_of(*embeds):
+            return curation_clap.training_loss(cfg, *embeds, None)
+
     return model.to(device).train(), batch, loss_of, cfg
 
 
@@ -692,14 +713,19 @@ def measure_peer(which: str, tiny: bool, repeats: int) -> dict:
             "is_longer": torch.zeros(B, 1, dtype=torch.bool, device=device),
             **token_batch(B, 30, 20 if tiny else 20000, device),
         }
-        loss_of = lambda: model(**parts, return_loss=True).loss  # noqa: E731
+
+        def loss_of():
+            return model(**parts, return_loss=True).loss
     else:
         model, batch, of_outputs, _ = paper_step("mga_clap", tiny, device)
         parts = batch(B)
         for module in model.modules():
             if isinstance(module, common.Attention):
                 module.forward = types.MethodType(unfused_attention, module)
-        loss_of = lambda: of_outputs(*model(**parts))[0]  # noqa: E731
+
+        def loss_of():
+            return of_outputs(*model(**parts))[0]
+
     optimiser = torch.optim.Adam(model.parameters(), 1e-6, fused=False)
 
     def step():
@@ -930,7 +956,10 @@ BENCHES = {
 
 def table(results: list[dict]) -> list[str]:
     """Lines of the README's performance table."""
-    short = lambda x: "-" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"  # noqa: E731
+
+    def short(x):
+        return "-" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
     shown = (
         "pairs",
         "pairs_per_s",

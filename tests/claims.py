@@ -882,7 +882,10 @@ def one_ground(args) -> list[dict]:
             best = folder / "best.pt"
             scores, chance, n_clips, _ = test_scores(best, args.data)
             noisy, by_chance = noise_scores(best, args.data)
-            count = lambda part: sum(p.numel() for p in part.parameters()) / 1e6  # noqa: E731
+
+            def count(part):
+                return sum(p.numel() for p in part.parameters()) / 1e6
+
             model = script.Model.from_checkpoint(best)
             return {
                 "scores": {

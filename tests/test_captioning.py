@@ -90,7 +90,9 @@ def test_scores_of_real_captions_equal_the_coco_toolkit(name, clips):
 
 
 def test_scores_of_odd_captions_equal_the_coco_toolkit():
-    words = lambda *texts: [text.split() for text in texts]  # noqa: E731
+    def words(*texts):
+        return [text.split() for text in texts]
+
     references = [
         words("a dog barks", "the dog is barking loudly"),
         words("rain"),
@@ -301,7 +303,10 @@ def test_a_model_without_captions_is_passed_over_or_named(talker, monkeypatch, c
 def test_the_bootstrap_of_captions_is_fast(monkeypatch):
     """1,000 clips x 5 references x 200 draws; the captions are compared with the references once."""
     rng = np.random.default_rng(0)
-    draw = lambda: [str(w) for w in rng.integers(0, 300, 10)]  # noqa: E731
+
+    def draw():
+        return [str(w) for w in rng.integers(0, 300, 10)]
+
     said, references = (
         [draw() for _ in range(1000)],
         [[draw() for _ in range(5)] for _ in range(1000)],

@@ -809,7 +809,10 @@ def test_audioset_strong_both_forms(tmp_path, capsys):
         ),
     )
     _, again, _ = convert(name, tmp_path / "conv", tmp_path / "m2", "--audio", path / "train")
-    strip = lambda row: {k: v for k, v in row.items() if k not in ("audio", "where")}  # noqa: E731
+
+    def strip(row):
+        return {k: v for k, v in row.items() if k not in ("audio", "where")}
+
     assert [strip(r) for r in again] == [strip(r) for r in rows if r["split"] == "train"]
     (path / "mid_to_display_name.tsv").unlink()
     with pytest.raises(FileNotFoundError, match="mid_to_display_name.tsv is missing"):

@@ -53,7 +53,10 @@ def batch_of(model, n=6, steps=4, seed=0):
 # Losses
 def test_eq_1_is_the_sum_of_both_directions_by_hand():
     sim, scale = torch.tensor([[0.9, 0.1], [0.3, 0.5]]), torch.tensor(2.0)
-    part = lambda right, wrong: math.log(1 + math.exp(2 * (wrong - right)))  # noqa: E731
+
+    def part(right, wrong):
+        return math.log(1 + math.exp(2 * (wrong - right)))
+
     a2t = (part(0.9, 0.1) + part(0.5, 0.3)) / 2
     t2a = (part(0.9, 0.3) + part(0.5, 0.1)) / 2
     assert cacophony.contrastive_loss(sim, scale).item() == pytest.approx(a2t + t2a, abs=1e-6)
@@ -80,8 +83,8 @@ def test_eq_2_averages_over_tokens_and_official_divides_by_the_padded_length():
     logits = p.double().log().requires_grad_()
     cacophony.caption_nll(logits, targets, mask).mean().backward()
     expected = p.double()
-    for b, l, t in ((0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 2)):
-        expected[b, l, t] -= 1
+    for b, word, t in ((0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 2)):
+        expected[b, word, t] -= 1
     expected = expected * mask[..., None] / (2 * mask.sum(1)[:, None, None])
     assert (logits.grad - expected).abs().max() < 1e-6
 
@@ -124,7 +127,10 @@ def test_eq_4_to_6_sam_equals_a_float64_step_by_hand():
     assert np.array_equal(
         torch.cat([first, second]).detach().numpy(), w
     )  # the weights are back, to the bit
-    value = lambda x: 0.5 * x @ A @ x + b @ x  # noqa: E731
+
+    def value(x):
+        return 0.5 * x @ A @ x + b @ x
+
     assert (
         result.item() == pytest.approx(value(w))
         and losses[1] == pytest.approx(value(moved))
@@ -192,7 +198,10 @@ def slow_features(waveform, window):
     padded = np.concatenate([waveform, np.zeros(1000)])
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
     hz = np.arange(257) * 16000 / 512
-    to_mel = lambda f: 1127 * np.log(1 + f / 700)  # noqa: E731
+
+    def to_mel(f):
+        return 1127 * np.log(1 + f / 700)
+
     if window == "start":
         edges, places = np.linspace(0, to_mel(8000), 130), to_mel(hz)
     else:
@@ -546,7 +555,9 @@ def test_variants_set_heads_eps_and_window():
 
 
 def test_paper_size_has_the_published_numbers_of_parameters():
-    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6  # noqa: E731
+    def count(module):
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
     shape = cacophony.audio_shape(cacophony.Config(data=[]))
     with torch.device("meta"):
         roberta = transformers.RobertaModel(
@@ -773,13 +784,16 @@ def test_stages_alone_equal_both_in_order_and_the_encoder_is_handed_over(corpus,
             audio_weights=str(tmp_path / "both/mae.pt"),
         )
     )
-    read = lambda name, stage: [
-        x
-        for x in map(
-            __import__("json").loads, (tmp_path / name / "log.jsonl").read_text().splitlines()
-        )
-        if x["stage"] == stage
-    ]  # noqa: E731
+
+    def read(name, stage):
+        return [
+            x
+            for x in map(
+                __import__("json").loads, (tmp_path / name / "log.jsonl").read_text().splitlines()
+            )
+            if x["stage"] == stage
+        ]
+
     losses = {
         name: [x["loss"] for x in read(name, "contrastive")] for name in ("both", "alone", "other")
     }

@@ -89,7 +89,10 @@ def test_eq_1_by_hand_and_its_gradient():
 
 def test_eq_2_by_hand():
     sim, scale = torch.tensor([[0.9, 0.1], [0.3, 0.5]]), torch.tensor(2.0)
-    part = lambda right, wrong: math.log(1 + math.exp(2 * (wrong - right)))  # noqa: E731
+
+    def part(right, wrong):
+        return math.log(1 + math.exp(2 * (wrong - right)))
+
     a2t, t2a = (part(0.9, 0.1) + part(0.5, 0.3)) / 2, (part(0.9, 0.3) + part(0.5, 0.1)) / 2
     assert collat.cross_global_loss(sim, scale).item() == pytest.approx((a2t + t2a) / 2, abs=1e-6)
     assert collat.cross_global_loss(torch.zeros(7, 7), scale).item() == pytest.approx(
@@ -404,7 +407,10 @@ def test_hamming_frames_by_a_slow_formula():
     spectrum = (
         np.abs(np.fft.rfft(x * scipy.signal.get_window("hamming", 400, fftbins=False), 512)) ** 2
     )
-    mel = lambda hz: 1127 * np.log(1 + hz / 700)  # noqa: E731
+
+    def mel(hz):
+        return 1127 * np.log(1 + hz / 700)
+
     edges = np.linspace(mel(20), mel(8000), 130)
     bins = mel(np.arange(256) * 16000 / 512)
     banks = np.maximum(
@@ -596,7 +602,10 @@ def test_training_brings_the_tokens_to_the_scale_of_the_embeddings():
     model = small_model().train()
     batch = small_batch(model)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
+
+    def rms(x):
+        return x.square().mean().sqrt().item()
+
     target = rms(model.text.token_embeds(batch["input_ids"])[batch["attention_mask"].bool()])
     before = rms(model.token_embeds(torch.ones(1, 16000) * 0.1))
     for step in range(60):

@@ -177,13 +177,16 @@ def slow_cnn14(state: dict, waveform, hop: int, n_blocks: int):
     x = 10 * torch.log10(
         torch.clamp(power @ state["logmel_extractor.melW"], min=1e-10)
     )  # (B, 1, T_mel, M)
-    norm = lambda x, name: F.batch_norm(
-        x,
-        state[f"{name}.running_mean"],
-        state[f"{name}.running_var"],
-        state[f"{name}.weight"],
-        state[f"{name}.bias"],
-    )  # noqa: E731
+
+    def norm(x, name):
+        return F.batch_norm(
+            x,
+            state[f"{name}.running_mean"],
+            state[f"{name}.running_var"],
+            state[f"{name}.weight"],
+            state[f"{name}.bias"],
+        )
+
     x = norm(x.transpose(1, 3), "bn0").transpose(1, 3)
     for i in range(1, n_blocks + 1):
         for k in (1, 2):
@@ -323,12 +326,15 @@ def test_ms_clap_file_is_recognised_by_its_keys_and_loads_strictly(tmp_path, mon
     part = {k.removeprefix("audio_encoder.base."): v for k, v in state.items()}
     e1 = slow_cnn14(part, waveform, 320, 2) @ state["audio_encoder.projection.linear1.weight"].T
     e2 = F.gelu(e1) @ state["audio_encoder.projection.linear2.weight"].T
-    norm = lambda x, side: F.layer_norm(
-        x,
-        (16,),
-        state[f"{side}_encoder.projection.layer_norm.weight"],
-        state[f"{side}_encoder.projection.layer_norm.bias"],
-    )  # noqa: E731
+
+    def norm(x, side):
+        return F.layer_norm(
+            x,
+            (16,),
+            state[f"{side}_encoder.projection.layer_norm.weight"],
+            state[f"{side}_encoder.projection.layer_norm.bias"],
+        )
+
     assert torch.allclose(
         model.embed_audio(waveform), F.normalize(norm(e1 + e2, "audio"), dim=-1), atol=1e-4
     )
@@ -573,12 +579,17 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
     near = (text.astype(np.float64) @ prompts.astype(np.float64).T).max(1)
     domain = np.flatnonzero(near >= 0.1)
     assert 0 < len(domain) < 60
-    read = lambda data: [
-        (r["audio"], c, s)
-        for r in map(json.loads, data.decode().splitlines())
-        for c, s in zip(r["captions"], r["similarity"])
-    ]  # noqa: E731
-    caption = lambda q: f"caption number {q}"  # noqa: E731
+
+    def read(data):
+        return [
+            (r["audio"], c, s)
+            for r in map(json.loads, data.decode().splitlines())
+            for c, s in zip(r["captions"], r["similarity"])
+        ]
+
+    def caption(q):
+        return f"caption number {q}"
+
     du = read(curated(embeds, corpus, tmp_path, "du", curation="du"))
     assert du == [
         (f"/pool/{i}.wav", caption(q), round(c, 4)) for i, q, c in slow_pairs(audio, text, 0.4, 0)

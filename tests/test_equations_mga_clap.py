@@ -333,7 +333,10 @@ def slow_atst(encoder, log_mel):
     x = tokens @ state["patch_embed.weight"].T + state["patch_embed.bias"]
     x = torch.stack([x[t] + state["pos_embed"][0, t + 1] for t in range(T)])
     for i, block in enumerate(encoder.blocks):
-        part = lambda name: state[f"blocks.{i}.{name}"]  # noqa: E731
+
+        def part(name):
+            return state[f"blocks.{i}.{name}"]
+
         y = F.layer_norm(x, (dim,), part("norm1.weight"), part("norm1.bias"), 1e-6)
         q, k, v = (y @ part("attn.qkv.weight").T).split(dim, -1)
         if not block.locality:
@@ -370,8 +373,11 @@ def test_atst_mel_by_hand_and_alone_as_in_a_batch():
     both = mel(torch.stack([loud, quiet]))
     assert both.shape == (2, 64, 101)
     assert torch.equal(both[1], mel(quiet[None])[0])  # top_db is of the clip, not of the batch
+
     # HTK mel scale, 64 triangles between 60 and 7800 Hz: 1000 Hz lies in bin 23 or 24 of 0..63
-    to_mel = lambda hz: 2595 * math.log10(1 + hz / 700)  # noqa: E731
+    def to_mel(hz):
+        return 2595 * math.log10(1 + hz / 700)
+
     position = (to_mel(1000) - to_mel(60)) / (to_mel(7800) - to_mel(60)) * 65 - 1
     assert abs(both[0, :, 50].argmax().item() - position) <= 0.75
     # 80 dB below the loudest bin is the floor; 40 dB in amplitude 1e-4 -> 80 dB between the two maxima

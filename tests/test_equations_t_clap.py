@@ -256,10 +256,13 @@ def test_an_item_is_a_caption_with_its_own_negative_tiled_to_ten_seconds(tmp_pat
         ("e then f", "f then e"),
     }  # D7
     assert [clips[0, 4, 0][1] for _ in range(3)] == [drawn[4][1]] * 3  # a function of the epoch
-    tokenize = lambda texts: {
-        "input_ids": torch.zeros(len(texts), 3),
-        "attention_mask": torch.ones(len(texts), 3),
-    }  # noqa: E731
+
+    def tokenize(texts):
+        return {
+            "input_ids": torch.zeros(len(texts), 3),
+            "attention_mask": torch.ones(len(texts), 3),
+        }
+
     clips.tokenize = tokenize
     ((batch,), names, bad) = clips.collate([(x, "c", None, "1"), (x, "a then b", "b then a", "2")])
     assert batch["waveform"].shape == (2, 480000) and torch.equal(

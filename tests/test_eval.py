@@ -159,9 +159,12 @@ def test_crop_first_uses_the_first_window_only(mga_run, tmp_path, corpus):
         subtype="FLOAT",
     )
     model = evaluate.load_model(mga_run[0] / "best.pt")
-    embed = lambda name, crop: common.embed_files(  # noqa: E731
-        model, [{"audio": str(tmp_path / name)}], crop=crop, quiet=True
-    )[1]
+
+    def embed(name, crop):
+        return common.embed_files(model, [{"audio": str(tmp_path / name)}], crop=crop, quiet=True)[
+            1
+        ]
+
     assert np.abs(embed("long.wav", "first") - embed("short.wav", "all")).max() < 1e-3
     assert np.abs(embed("long.wav", "all") - embed("short.wav", "all")).max() > 1e-3
 
@@ -381,6 +384,7 @@ def test_pictures_are_drawn_and_their_numbers_are_right(
 ):
     pytest.importorskip("matplotlib")
     import matplotlib.image
+
     import mga_clap
 
     run(
@@ -615,11 +619,13 @@ def test_a_bad_value_in_a_manifest_is_named_with_its_line(corpus, tmp_path, key,
 def test_one_caption_a_row_gives_the_scores_of_one_row_a_clip(
     mga_run, corpus, tmp_path, results, capsys
 ):
-    split_up = lambda rows: [
-        {**r, "captions": [c], "negatives": [n], "labels": [r["labels"][-1]]}
-        for r in rows  # noqa: E731
-        for c, n in zip(r["captions"], r["negatives"])
-    ]
+    def split_up(rows):
+        return [
+            {**r, "captions": [c], "negatives": [n], "labels": [r["labels"][-1]]}
+            for r in rows
+            for c, n in zip(r["captions"], r["negatives"])
+        ]
+
     out = run(mga_run[0] / "best.pt", rows_on_disk(tmp_path, corpus, split_up), "--bootstrap", 0)
     for r in out:
         for name, s in r["scores"].items():
@@ -767,12 +773,18 @@ def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys
     class Stub:
         window_s, sample_rate, pairwise = 10.0, 32000, False
         clean_caption = staticmethod(lambda text: text)
-        to = lambda self, device: self  # noqa: E731
-        parameters = lambda self: iter([torch.zeros(1)])  # noqa: E731
-        embed_audio = lambda self, waveform, n: torch.nn.functional.normalize(
-            waveform[:, :4], dim=-1
-        )  # noqa: E731
-        embed_text = lambda self, texts: torch.eye(4)[[len(t) % 4 for t in texts]]  # noqa: E731
+
+        def to(self, device):
+            return self
+
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def embed_audio(self, waveform, n):
+            return torch.nn.functional.normalize(waveform[:, :4], dim=-1)
+
+        def embed_text(self, texts):
+            return torch.eye(4)[[len(t) % 4 for t in texts]]
 
     monkeypatch.setattr(evaluate, "load_model", lambda path, text: Stub())
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)

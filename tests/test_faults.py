@@ -169,10 +169,13 @@ def test_sigterm_in_a_curation_keeps_the_finished_blocks(
         common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
     )
     assert len(mined) == len(set(mined)) > 2  # none twice
-    of = lambda path: [
-        (row["audio"], row["captions"])
-        for row in map(json.loads, (path / "curated.jsonl").read_text().splitlines())
-    ]  # noqa: E731
+
+    def of(path):
+        return [
+            (row["audio"], row["captions"])
+            for row in map(json.loads, (path / "curated.jsonl").read_text().splitlines())
+        ]
+
     assert of(tmp_path / "a") == of(runs_of("curation_clap")[0])
 
 
@@ -184,7 +187,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
     step = (
         3 if method in ("cacophony", "curation_clap") else 4
     )  # between the first checkpoint and the last
-    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # noqa: E731
+
+    def fill():
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+
     if method == "cacophony":
         script.main(config_of(method, corpus, tmp_path, name="a", stage="mae"))
     try:

@@ -242,7 +242,10 @@ def test_folds_take_turns_and_the_grid_is_searched_once(tmp_path, hear, monkeypa
         known = {"fold00": 3, "fold01": 2, "fold02": 1}[
             desc.split()[1].rstrip(",")
         ]  # classes the probe knows
-        of_file = lambda x: np.eye(3)[np.arange(len(x)) % 3]  # noqa: E731
+
+        def of_file(x):
+            return np.eye(3)[np.arange(len(x)) % 3]
+
         if len(seen) <= 8 and len(seen) != 3:  # all but the third point of the grid are never right
             return lambda x: -of_file(x)
         return lambda x: np.where(np.arange(3) < known, of_file(x), -1)
@@ -306,9 +309,10 @@ def test_onset_counts_by_hand():
         ]
     }
     logits, names = np.concatenate([a, b], 1), ["a", "b"]
-    counts = lambda min_s, tolerance_s: evaluate.onset_counts(
-        logits, row, names, 0.1, 3, min_s, tolerance_s
-    ).tolist()  # noqa: E731
+
+    def counts(min_s, tolerance_s):
+        return evaluate.onset_counts(logits, row, names, 0.1, 3, min_s, tolerance_s).tolist()
+
     assert counts(0.125, 0.2) == [2, 3, 4]
     assert counts(0.3, 0.2) == [2, 3, 4]  # three frames last 0.3 s, which is enough
     assert counts(0.35, 0.2) == [2, 2, 4]  # the detection from 1.3 is too short
@@ -466,15 +470,20 @@ def test_a_probe_of_several_classes_at_once_with_batch_norm_learns_and_is_reprod
         dropout=0.1,
         weight_decay=0.0,
     )
-    score_of = lambda logits: float(((logits > 0) == targets[201:]).mean())  # noqa: E731
-    make = lambda: evaluate.train_probe(
-        (inputs[:201], targets[:201]),
-        (inputs[201:], targets[201:]),
-        2,
-        "x",
-        score_of=score_of,
-        **settings,
-    )  # noqa: E731
+
+    def score_of(logits):
+        return float(((logits > 0) == targets[201:]).mean())
+
+    def make():
+        return evaluate.train_probe(
+            (inputs[:201], targets[:201]),
+            (inputs[201:], targets[201:]),
+            2,
+            "x",
+            score_of=score_of,
+            **settings,
+        )
+
     probe = make()
     logits = probe(inputs[201:])
     assert score_of(logits) > 0.85 and np.array_equal(logits, make()(inputs[201:]))

@@ -107,10 +107,13 @@ def test_a_linear_probe_separates_what_is_separable_and_is_as_right_as_logistic_
         targets = np.arange(900) % 3
         inputs = (np.eye(3, 16)[targets] + spread * rng.normal(size=(900, 16))).astype(np.float32)
         parts = [(inputs[a:b], targets[a:b]) for a, b in ((0, 400), (400, 600), (600, 900))]
-        score_of = lambda logits: (
-            (logits.argmax(1) == parts[1][1]).mean(),
-            -evaluate.probe_loss(logits, parts[1][1]),
-        )  # noqa: E731
+
+        def score_of(logits):
+            return (
+                (logits.argmax(1) == parts[1][1]).mean(),
+                -evaluate.probe_loss(logits, parts[1][1]),
+            )
+
         ours = (
             evaluate.train_probe(
                 parts[0], parts[1], 3, "x", score_of=score_of, **evaluate.PROBES["linear"][1]
@@ -530,7 +533,10 @@ def talking_reader():
 
 def test_a_trained_decoder_says_planted_captions_back(tmp_path, run, monkeypatch, capsys):
     pairs = list(itertools.product(range(4), repeat=2))
-    say = lambda a, b: f"A {NAMES[a]} before the {NAMES[b]}" if a != b else f"a {NAMES[a]}"  # noqa: E731
+
+    def say(a, b):
+        return f"A {NAMES[a]} before the {NAMES[b]}" if a != b else f"a {NAMES[a]}"
+
     clips = [
         ((a, b), {"captions": [say(a, b)], "split": split})
         for split, times in (("train", 8), ("val", 1), ("test", 1))
@@ -585,7 +591,9 @@ def test_the_caption_decoder_does_not_look_ahead():
 
 
 def test_content_tokens_of_three_tokenizers():
-    said = lambda tokens: evaluate.content_tokens(tokens)  # noqa: E731
+    def said(tokens):
+        return evaluate.content_tokens(tokens)
+
     assert said(
         [
             "<|startoftext|>",

@@ -120,11 +120,14 @@ def test_overfits_eight_pairs(tmp_path, corpus, overrides):
 @every_script
 def test_bf16_autocast_trains_on_finite_losses_close_to_fp32(corpus, tmp_path, runs_of, method):
     SCRIPTS[method].main(config_of(method, corpus, tmp_path, name="b", precision="bf16"))
-    read = lambda folder: [
-        json.loads(x)["loss"]
-        for x in (folder / "log.jsonl").read_text().splitlines()
-        if "loss" in x
-    ]  # noqa: E731
+
+    def read(folder):
+        return [
+            json.loads(x)["loss"]
+            for x in (folder / "log.jsonl").read_text().splitlines()
+            if "loss" in x
+        ]
+
     half, full = read(tmp_path / "b"), read(runs_of(method)[0])
     assert (
         half[:3] == pytest.approx(full[:3], abs=0.15) and half != full and np.isfinite(half).all()
@@ -196,7 +199,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     for key, value in strip(tmp_path / "a/last.pt").items():
         assert torch.equal(value, whole[key]), key
     assert result["scores"] == uninterrupted["scores"]
-    drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "pairs_per_s"}  # noqa: E731
+
+    def drop(line):
+        return {k: v for k, v in json.loads(line).items() if k != "pairs_per_s"}
+
     logs = [
         [drop(x) for x in (p / "log.jsonl").read_text().splitlines()]
         for p in (tmp_path / "a", folder)
@@ -251,7 +257,10 @@ def test_cacophony_killed_in_either_stage_resumes_bit_for_bit(
         for key, value in strip(tmp_path / "a" / name).items():
             assert torch.equal(value, whole[key]), key
     assert result == uninterrupted
-    drop = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}  # noqa: E731
+
+    def drop(line):
+        return {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}
+
     logs = [
         [drop(x) for x in (p / "log.jsonl").read_text().splitlines()]
         for p in (tmp_path / "a", folder)
@@ -301,7 +310,10 @@ def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(
         result == uninterrupted
         and (tmp_path / "a/curated.jsonl").read_bytes() == (folder / "curated.jsonl").read_bytes()
     )
-    drop = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}  # noqa: E731
+
+    def drop(line):
+        return {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}
+
     logs = [
         [drop(x) for x in (p / "log.jsonl").read_text().splitlines()]
         for p in (tmp_path / "a", folder)
@@ -547,7 +559,10 @@ def test_an_official_batch_left_with_one_pair_has_finite_gradients():
 def test_official_variant_pads_to_the_batch_and_paper_to_ten_seconds(corpus):
     items = [(np.zeros(n, np.float32) + 0.1, "a dog", 0, "x.wav") for n in (32000, 64000)]
     rows = [{"audio": "x.wav", "captions": ["a dog"], "where": "x"}]
-    tokenize = lambda texts: {"input_ids": torch.zeros(len(texts), 2)}  # noqa: E731
+
+    def tokenize(texts):
+        return {"input_ids": torch.zeros(len(texts), 2)}
+
     for variant, samples in (("paper", 320000), ("official", 64000)):
         batch, *_ = mga_clap.Pairs(
             rows, mga_clap.Config(data=[], variant=variant), tokenize
