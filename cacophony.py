@@ -6,7 +6,7 @@ arXiv:2402.06986. Official code, inference only: github.com/gzhu06/Cacophony (JA
 The idea: CLAP needs good encoders and more captioned audio than people have captioned. So (1) the
 audio encoder, a plain ViT on spectrogram patches, learns from sound alone: it sees 20 % of the
 patches and must paint the others (a masked autoencoder); (2) noisy descriptions are rewritten and
-uncaptioned audio is captioned by machine (prepare.py rewrite --task clean, prepare.py recaption);
+uncaptioned audio is captioned by machine (`tools.captions rewrite --task clean`, `tools.captions recaption`);
 (3) beside the contrastive loss a decoder must write the caption, which asks for more than telling
 the clips of a batch apart; (4) SAM, a flat-minimum optimiser, keeps all of this from overfitting.
 
@@ -141,7 +141,6 @@ class Config:
     cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
     compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     max_bad: float = 0.05  # largest share of unreadable clips before the run stops
-    plot: bool = False  # after stage 1, draw runs/NAME/reconstructions.png (needs matplotlib)
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -1004,8 +1003,6 @@ def require_texts(rows: list[dict]) -> None:
 def train_mae(cfg: Config, device, autocast, say) -> Path:
     """Stage 1, masked autoencoding (Sec. 3) -> runs/NAME/mae.pt; needs sound only."""
     rank, world = common.rank_and_world()
-    if cfg.plot:
-        common.pyplot()  # a missing matplotlib is better known now
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     if cfg.stage == "all":
@@ -1121,10 +1118,6 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
     bar.close()
     if rank == 0:
         save("mae.pt")
-        if cfg.plot:
-            say(
-                f"picture: {plot_reconstructions(model, dataset, run.path / 'reconstructions.png')}"
-            )
     common.barrier()
     return run.path / "mae.pt"
 
@@ -1379,62 +1372,6 @@ def main(cfg: Config) -> dict:
             )
             return {"mae": str(mae)}
     return train_contrastive(cfg, device, autocast, say)
-
-
-# ------------------------------------------------------------------------------------------------
-# Pictures (--plot)
-# ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def plot_reconstructions(
-    model: MAE, dataset: Clips, path: Path, clips: int = 3, dpi: int = 100
-) -> Path:
-    """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
-    plt = common.pyplot()
-    items = [
-        item
-        for item in (dataset[0, i] for i in range(min(20, len(dataset.rows))))
-        if not isinstance(item, common.AudioError)
-    ][:clips]
-    figure, axes = plt.subplots(
-        4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained"
-    )
-    device = model.mask_token.device
-    for column, item in zip(axes.T, items):
-        batch = common.to_device(dataset.tensors([item]), device)
-        torch.manual_seed(0)
-        painted, visible_mask = model.paint(**batch)
-        whole, target = batch["patches"], normalised(batch["patches"])
-        rows = [
-            ("spectrogram: " + Path(item[-1]).name, whole),
-            ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
-            ("target: each patch with mean 0 and variance 1", target),
-            ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float())),
-        ]
-        for row, (axis, (title, patches)) in enumerate(zip(column, rows)):
-            image = (
-                patches[0]
-                .view(-1, N_FREQ, PATCH, PATCH)
-                .transpose(1, 2)
-                .reshape(-1, N_MELS)
-                .T.cpu()
-            )
-            low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)
-            axis.imshow(
-                image,
-                origin="lower",
-                aspect="auto",
-                vmin=low,
-                vmax=high,
-                extent=(0, image.shape[1] * HOP / SAMPLE_RATE, 0, N_MELS),
-            )
-            axis.set_title(title, fontsize=9)
-            axis.set_ylabel("mel bin")
-        column[-1].set_xlabel("time (s)")
-    figure.savefig(path, dpi=dpi)
-    plt.close(figure)
-    return path
 
 
 # ------------------------------------------------------------------------------------------------

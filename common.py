@@ -605,7 +605,7 @@ def manifest_path(item) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such manifest; expected a .jsonl file, a folder that holds "
-            "manifest.jsonl, or the word demo (prepare.py makes manifests)"
+            "manifest.jsonl, or the word demo (python -m tools.datasets makes manifests)"
         )
     return path
 
@@ -616,7 +616,7 @@ def _parse_row(line: bytes, where: str) -> dict:
     except json.JSONDecodeError as error:
         if where.endswith((".csv:1", ".tsv:1")):
             raise ValueError(
-                f"{where}: a table, not a manifest; make one first: python prepare.py csv {where[:-2]} --audio COLUMN "
+                f"{where}: a table, not a manifest; make one first: python -m tools.datasets csv {where[:-2]} --audio COLUMN "
                 "--caption COLUMN --out FOLDER"
             ) from None
         raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
@@ -1805,216 +1805,11 @@ def frame_average_precisions(
     return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
 
 
-def frame_edges(n_frames: int, frame_s: float, duration: float) -> np.ndarray:
-    """(n_frames + 1,) seconds at which the frames begin and the last one ends, at the clip's end at most."""
-    edges = np.arange(n_frames + 1) * frame_s
-    edges[-1] = max(min(edges[-1], duration), edges[-2] + 1e-3)
-    return edges
-
-
-def detections(scores: np.ndarray):
-    """Every interval that becomes one detection at some threshold.
-
-    As the threshold falls, a run of frames appears when it reaches the lowest frame in the run and
-    ends when it reaches the higher of the two frames beside it.
-    Args: scores (F,), all clips after one another, -inf after each.
-    Returns: start, stop (K,) indices into scores (stop exclusive), top, floor (K,): the interval is a
-    detection for every threshold t with floor <= t < top (a frame is active where score > t).
-    """
-    n = len(scores)
-    lowest, width = [scores], 1  # lowest[k][i] = min(scores[i : i + 2 ** k])
-    while width < n and (lowest[-1] > -np.inf).any():
-        one = lowest[-1]
-        lowest.append(
-            np.minimum(
-                one, np.concatenate([one[width:], np.full(min(width, n), -np.inf, one.dtype)])
-            )
-        )
-        width *= 2
-    start = np.flatnonzero(scores > -np.inf)
-    value, stop = scores[start], start + 1
-    for k in reversed(range(len(lowest))):
-        # equal neighbours make one run: it belongs to the last of them, so it goes left over equals only
-        further = np.maximum(start - (1 << k), 0)
-        start = np.where((start >= 1 << k) & (lowest[k][further] >= value), further, start)
-        further = np.minimum(stop, n - 1)
-        stop = np.where((stop < n) & (lowest[k][further] > value), stop + (1 << k), stop)
-    floor = np.maximum(np.where(start > 0, scores[start - 1], -np.inf), scores[stop])
-    lives = value > floor
-    return start[lives], stop[lives], value[lives], floor[lives]
-
-
-def psd_roc(
-    scores: list,
-    rows: list[dict],
-    classes: list[str],
-    frame_s: float,
-    dtc: float,
-    gtc: float,
-    cttc: float | None = None,
-    alpha_ct: float = 0.0,
-    max_efpr: float | None = 100.0,
-    desc="PSDS",
-) -> list:
-    """Each class's true positive ratio against its effective false positives an hour, over all thresholds.
-
-    Exact: a threshold between any two scores is an operating point. Memory does not grow with the
-    number of class pairs. Source: Bilen et al., ICASSP 2020 (definition); Ebbers et al., ICASSP 2022
-    (all thresholds at once). Criteria are compared after rounding to microseconds, so that a
-    detection exactly on the limit counts.
-
-    Args
-        scores: list of (T_i, C), any real numbers; rows: manifest rows with `events` and `duration`.
-        dtc: a detection counts if that share of it lies in events of its class, else it is a false
-            positive; gtc: an event is found if that share of it lies in detections that count.
-        cttc, alpha_ct: a false positive of which that share lies in events of another class also
-            costs alpha_ct * (its rate per hour of that class's events, mean over the other classes).
-    A class without an event has no true positive ratio and is left out.
-    Returns: for each other class (efpr (P,) ascending, tpr (P,) ascending), starting at (0, 0) or better.
-    """
-    lengths = np.array([len(s) + 1 for s in scores])  # one more edge than frames
-    begin = np.concatenate([[0], np.cumsum(lengths)])
-    edges = np.concatenate(
-        [frame_edges(len(s), frame_s, row["duration"]) for s, row in zip(scores, rows)]
-    )
-    hours = sum(row["duration"] for row in rows) / 3600
-    labels = {event["label"] for row in rows for event in row.get("events", [])}
-    columns = [k for k, name in enumerate(classes) if name in labels]
-    if not columns:
-        raise ValueError(
-            "no event of the clips is of one of the classes; detection cannot be scored"
-        )
-    index = {classes[k]: c for c, k in enumerate(columns)}
-    events = [[] for _ in columns]  # (clip, onset, offset)
-    for i, row in enumerate(rows):
-        for event in row.get("events", []):
-            if event["label"] in index:
-                events[index[event["label"]]].append((i, event["onset"], event["offset"]))
-    event_hours = [sum(off - on for _, on, off in found) / 3600 for found in events]
-
-    # covered[c][i]: seconds of class c's events before each edge of clip i
-    covered = [{} for _ in columns]
-    for c, found in enumerate(events):
-        for i, on, off in found:
-            seconds = np.clip(edges[begin[i] : begin[i + 1]] - on, 0, off - on)
-            covered[c][i] = covered[c].get(i, 0) + seconds
-    # the same by clip: the k-th class that occurs in it, for k = 0, 1, ...
-    others = []
-    if cttc is not None:
-        taken = np.zeros(len(rows), int)
-        for c, clips in enumerate(covered):
-            for i, seconds in clips.items():
-                if taken[i] == len(others):
-                    others.append((np.full(len(rows), -1), np.zeros(len(edges))))
-                others[taken[i]][0][i] = c
-                others[taken[i]][1][begin[i] : begin[i + 1]] = seconds
-                taken[i] += 1
-    per_hour = np.array([0.0 if h == 0 else 1 / h for h in event_hours])
-
-    roc = []
-    flat = np.full(len(edges), -np.inf, np.result_type(*scores[:1], np.float32))
-    inside = np.ones(len(edges), bool)
-    inside[begin[1:] - 1] = False
-    for c, column in enumerate(tqdm(columns, desc=desc, unit="class", leave=False, delay=2)):
-        flat[inside] = np.concatenate([s[:, column] for s in scores])
-        if np.isnan(flat).any():
-            raise FloatingPointError(
-                f"some scores of class {classes[column]!r} are NaN; the model's weights are broken"
-            )
-        start, stop, top, floor = detections(flat)
-        seconds = edges[stop] - edges[start]
-        own = np.zeros(len(edges))
-        for i, cover in covered[c].items():
-            own[begin[i] : begin[i + 1]] = cover
-        counts = np.round(own[stop] - own[start], 6) >= np.round(dtc * seconds, 6)
-        wrong = ~counts
-        cost = np.full(wrong.sum(), 1 / hours)
-        if cttc is not None:
-            clip = np.searchsorted(begin, start[wrong], side="right") - 1
-            for which, cover in others:
-                hit = np.flatnonzero((which[clip] >= 0) & (which[clip] != c))
-                at = np.flatnonzero(wrong)[hit]
-                crosses = np.round(cover[stop[at]] - cover[start[at]], 6) >= np.round(
-                    cttc * seconds[at], 6
-                )
-                cost[hit[crosses]] += (
-                    alpha_ct / max(len(columns) - 1, 1) * per_hour[which[clip[hit[crosses]]]]
-                )
-
-        thresholds, found = [top[wrong], floor[wrong]], [np.zeros(2 * wrong.sum())]
-        costs = [cost, -cost]
-        for i, on, off in events[c]:
-            run = slice(*np.searchsorted(start, begin[[i, i + 1]]))
-            overlap = np.minimum(edges[stop[run]], off) - np.maximum(edges[start[run]], on)
-            of = np.flatnonzero(counts[run] & (overlap > 0))
-            level = np.concatenate([top[run][of], floor[run][of]])
-            order = np.argsort(-level, kind="stable")
-            within = np.cumsum(np.concatenate([overlap[of], -overlap[of]])[order])
-            hit = np.round(within, 6) >= np.round(gtc * (off - on), 6)
-            change = np.diff(hit.astype(float), prepend=0.0)
-            thresholds.append(level[order][change != 0])
-            found.append(change[change != 0])
-            costs.append(np.zeros(len(found[-1])))
-        thresholds, found, costs = (np.concatenate(x) for x in (thresholds, found, costs))
-        order = np.argsort(-thresholds)
-        order = order[thresholds[order] > -np.inf]
-        last = np.append(np.diff(thresholds[order]) != 0, True) if len(order) else np.zeros(0, bool)
-        tpr = np.cumsum(found[order])[last] / len(events[c])
-        efpr = np.cumsum(costs[order])[last].round(
-            9
-        )  # sums of equal terms in another order are equal
-        roc.append(staircase(tpr, efpr, max_efpr))
-    return roc
-
-
-def staircase(tpr, efpr, max_efpr: float | None):
-    """Operating points in any order -> (efpr, tpr) of the steps of the best curve through them, from (0, 0) on."""
-    tpr, efpr = np.append(0.0, tpr), np.append(0.0, efpr)
-    order = np.lexsort((-tpr, efpr))
-    tpr, efpr = np.maximum.accumulate(tpr[order]), efpr[order]
-    rises = np.append(True, np.diff(tpr) > 0)
-    if max_efpr is None:  # keep the end of the axis
-        rises[-1] = True
-    else:
-        rises &= efpr <= max_efpr
-    return efpr[rises], tpr[rises]
-
-
-def psds(roc: list, alpha_st: float = 1.0, max_efpr: float | None = 100.0) -> float:
-    """Polyphonic sound detection score in [0, 1]: normalised area under the mean curve of `psd_roc`.
-
-    At every eFPR the mean over classes of the true positive ratio, less alpha_st times their
-    population standard deviation, not below 0. max_efpr None: up to the largest eFPR of any class.
-    """
-    at = np.concatenate([efpr for efpr, _ in roc])
-    step = np.concatenate([np.diff(tpr, prepend=0.0) for _, tpr in roc])
-    square = np.concatenate([np.diff(tpr**2, prepend=0.0) for _, tpr in roc])
-    order = np.argsort(at, kind="stable")
-    mean, mean_square = np.cumsum(step[order]) / len(roc), np.cumsum(square[order]) / len(roc)
-    height = np.maximum(mean - alpha_st * np.sqrt(np.maximum(mean_square - mean**2, 0)), 0)
-    end = at.max() if max_efpr is None else max_efpr
-    return float((height * np.diff(np.append(at[order], end))).sum() / end)
-
-
 def print_scores(title: str, scores: dict, chance: dict) -> None:
     """A table of scores, each beside its chance level."""
     print(f"\n{title}\n  {'score':<22}{'value':>9}{'chance':>9}")
     for key, value in scores.items():
         print(f"  {key:<22}{value:>9.3f}{chance[key]:>9.3f}")
-
-
-def pyplot():
-    """matplotlib without a screen, or one sentence on how to get it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError(
-            "--plot needs matplotlib; install it with: pip install matplotlib"
-        ) from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2490,7 +2285,6 @@ def check_resume(cfg, stored: dict) -> None:
         "save_steps",
         "eval_epochs",
         "eval_steps",
-        "plot",
         "max_bad",
         "data",
         "cache",

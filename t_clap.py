@@ -6,8 +6,9 @@ and RoBERTa, one vector each, 48 kHz; Wu et al., ICASSP 2023, github.com/LAION-A
 
 The idea: a contrastive loss over a batch can be solved by what sounds, never by in which order, for
 no other caption of the batch has the same events. Here every caption that has an order brings its
-own negative, the same events in another order (`prepare.py rewrite --task negatives`, `prepare.py
-scenes --preset esc-mixed-up`), and a second loss asks each clip to lie closer to the true one.
+own negative, the same events in another order (`tools.captions rewrite --task
+negatives`, `tools.scenes --preset esc-mixed-up`), and a second loss asks each clip to lie closer to
+the true one.
 
 Equations (paper) -> code
   Eq. (1)  symmetric contrastive loss (LAION-CLAP's)    contrastive_loss
@@ -683,8 +684,8 @@ def main(cfg: Config) -> dict:
         raise ValueError(f"--mix {cfg.mix}, --micro-batch {cfg.micro_batch}: must not be negative")
     if cfg.lt_weight and not sizes[0]:
         raise ValueError(
-            "no training row has a negative, so the temporal loss has nothing to learn from; make them with prepare.py "
-            "rewrite --task negatives, or give --lt-weight 0 for plain contrastive training"
+            "no training row has a negative, so the temporal loss has nothing to learn from; make them with "
+            "python -m tools.captions rewrite --task negatives, or give --lt-weight 0 for plain contrastive training"
         )
     counts = shares(sizes, cfg.batch_size, cfg.mix)
     batch_size = sum(counts)

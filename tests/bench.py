@@ -39,6 +39,7 @@ import collat  # noqa: E402
 import common  # noqa: E402
 import conftest  # noqa: E402
 import curation_clap  # noqa: E402
+import eval as evaluation  # noqa: E402
 import mga_clap  # noqa: E402
 import t_clap  # noqa: E402
 
@@ -219,7 +220,9 @@ def measure_psds(who: str, n_clips: int, n_classes: int) -> dict:
                 )[0]
             )
         else:
-            values[name] = common.psds(common.psd_roc(scores, rows, classes, 0.3125, **s), 0.0)
+            values[name] = evaluation.psds(
+                evaluation.psd_roc(scores, rows, classes, 0.3125, **s), 0.0
+            )
     return {
         "values": values,
         "seconds": time.perf_counter() - start,

@@ -39,8 +39,8 @@ import common  # noqa: E402
 import curation_clap  # noqa: E402
 import eval as evaluator  # noqa: E402
 import mga_clap  # noqa: E402
-import prepare  # noqa: E402
 import t_clap  # noqa: E402
+from tools import downstream, scenes  # noqa: E402
 
 # Same encoder, start, data, steps and learning rate; only the method differs.
 CLAP = dict(aggregator="mean", locality_blocks=0, hard_negatives=False)
@@ -360,7 +360,7 @@ UNTOLD = (
 
 
 # What `all` runs: file in results/ -> arguments; DIR is the folder that --data names
-SCENES = {  # folder in DIR -> what `prepare.py scenes --sounds ESC-50` was told
+SCENES = {  # folder in DIR -> what `tools.scenes --sounds ESC-50` was told
     "scenes_1": "--seed 1",
     "mixed_1": "--preset esc-mixed-up --train 4000 --val 200 --test 500 --rate 48000 --format wav --seed 1",
     "together_1": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 1",
@@ -643,8 +643,8 @@ def noise_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict]:
                 for row in of
             ],
         )
-        (r,) = evaluator.main(
-            evaluator.parse(
+        (r,) = downstream.main(
+            downstream.parse(
                 [str(checkpoint), "--data", str(folder), "--protocol", "noise", "--bootstrap", "0"]
             )
         )
@@ -737,22 +737,17 @@ def teacher_start(flags: dict, seed: int, args) -> str:
 def test_scores(
     checkpoint: Path, data: list[str], prompt: str = "bare"
 ) -> tuple[dict, dict, int, dict]:
-    """Every protocol of eval.py that the scenes have labels for, on the test split -> scores, chance, clips, ten captions."""
-    results = evaluator.main(
-        evaluator.parse(
-            [
-                str(checkpoint),
-                "--data",
-                *data,
-                "--split",
-                "test",
-                "--bootstrap",
-                "0",
-                "--prompt",
-                prompt,
-            ]
-        )
-    )
+    """Every protocol of eval.py that the scenes have labels for, the modality gap and captioning, on the test split.
+
+    Returns: scores, chance, clips, ten captions.
+    """
+    flags = [str(checkpoint), "--data", *data, "--split", "test", "--bootstrap", "0"]
+    flags += ["--prompt", prompt]
+    results = evaluator.main(evaluator.parse(flags))
+    more = ["gap"]
+    if hasattr(evaluator.load_model(checkpoint), "caption"):
+        more.append("captioning")
+    results += downstream.main(downstream.parse([*flags, "--protocol", *more]))
     prefix = {"tagging": "tagging_", "frames": "frame_", "t_classify": "t_classify_"}
     scores = {
         prefix.get(r["protocol"], "") + name: s["value"]
@@ -984,7 +979,7 @@ def main(argv=None) -> list[dict]:
         "--data",
         nargs="+",
         required=True,
-        help="scenes made by prepare.py, with train, val and test rows; t_clap: with negatives, for --ablation mixing a second set without",
+        help="scenes made by tools.scenes, with train, val and test rows; t_clap: with negatives, for --ablation mixing a second set without",
     )
     parser.add_argument(
         "--pool",
@@ -1063,10 +1058,8 @@ def everything(args, parser) -> list[dict]:
             if str(folder) in words and not (folder / "manifest.jsonl").exists():
                 if not args.sounds:
                     parser.error(f"{folder} is not there; --sounds ESC-50-master makes it")
-                prepare.scenes(
-                    prepare.parse(
-                        ["scenes", "--sounds", args.sounds, "--out", str(folder), *told.split()]
-                    )
+                scenes.scenes(
+                    scenes.parse(["--sounds", args.sounds, "--out", str(folder), *told.split()])
                 )
         shared = ["--seeds", str(args.seeds), "--results", args.results, "--runs", args.runs]
         out += main([*words, *shared, "--json", str(Path(args.results) / f"{name}.json")])

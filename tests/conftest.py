@@ -22,7 +22,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import common  # noqa: E402
-import prepare  # noqa: E402
+from tools import captions  # noqa: E402
 
 
 def write_corpus(folder: Path, n_train=12, n_val=4, n_test=6, rate=16000, mixed=True) -> Path:
@@ -223,7 +223,7 @@ def tiny_llm(tmp_path_factory):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     backend.train_from_iterator(
-        [prepare.NEGATIVES_PROMPT],
+        [captions.NEGATIVES_PROMPT],
         tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"]),
     )
     transformers.PreTrainedTokenizerFast(

@@ -175,7 +175,7 @@ def test_a_table_instead_of_a_manifest_names_the_command(tmp_path):
     (tmp_path / "mine.csv").write_text("file,text\nx.wav,rain\n")
     with pytest.raises(
         ValueError,
-        match="mine.csv:1: a table, not a manifest; make one first: python prepare.py csv .*mine.csv --audio COLUMN",
+        match="mine.csv:1: a table, not a manifest; make one first: python -m tools.datasets csv .*mine.csv --audio COLUMN",
     ):
         common.read_manifest([str(tmp_path / "mine.csv")])
 

@@ -831,10 +831,7 @@ def test_stage_1_needs_no_captions(corpus, tmp_path):
         tmp_path / "sound.jsonl",
         [json.dumps({"audio": str(corpus / row["audio"])}) for row in rows],
     )
-    cacophony.main(
-        config("cacophony", tmp_path / "sound.jsonl", tmp_path, name="s", stage="mae", plot=True)
-    )
-    assert (tmp_path / "s/reconstructions.png").stat().st_size > 10000
+    cacophony.main(config("cacophony", tmp_path / "sound.jsonl", tmp_path, name="s", stage="mae"))
     with pytest.raises(ValueError, match="has no 'captions'"):
         cacophony.main(
             config("cacophony", tmp_path / "sound.jsonl", tmp_path, name="s", stage="contrastive")

@@ -322,9 +322,9 @@ def test_cacophony_claims_in_miniature(corpus, tmp_path):
 def test_collat_claims_in_miniature(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
     monkeypatch.setattr(
-        claims.evaluator,
+        claims.downstream,
         "NOISE",
-        {k: v for k, v in claims.evaluator.NOISE.items() if k in ("clean", "std0.1")},
+        {k: v for k, v in claims.downstream.NOISE.items() if k in ("clean", "std0.1")},
     )
     monkeypatch.setitem(claims.COLLAT_ABLATIONS, "blocks", {"1": dict(blocks=1), "4": {}})
     budget = {
@@ -466,9 +466,9 @@ def test_one_ground_in_miniature(corpus, tmp_path, monkeypatch):
     """Two methods, each start once; what it costs is that of the training's own process."""
     monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
     monkeypatch.setattr(
-        claims.evaluator,
+        claims.downstream,
         "NOISE",
-        {k: v for k, v in claims.evaluator.NOISE.items() if k in ("clean", "std0.1")},
+        {k: v for k, v in claims.downstream.NOISE.items() if k in ("clean", "std0.1")},
     )
     flags = [
         "one_ground",
@@ -645,7 +645,7 @@ def test_pictures_of_the_readme_in_miniature(corpus, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     import matplotlib.image
 
-    import figures
+    from tools import figures
 
     places = {
         "mixed_1": corpus,
@@ -670,6 +670,7 @@ def test_pictures_of_the_readme_in_miniature(corpus, tmp_path, monkeypatch):
     )
     flags = figures.parse(
         [
+            "results",
             "--data",
             str(tmp_path / "data"),
             "--runs",

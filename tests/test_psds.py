@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-import common
 import eval as evaluator
 
 FRAME_S = 0.3125
@@ -53,7 +52,7 @@ def as_tables(scores, rows, classes):
     columns = [k for k, c in enumerate(classes) if c in labels]
     tables, truth, durations = {}, {}, {}
     for i, (values, row) in enumerate(zip(scores, rows)):
-        edges = common.frame_edges(len(values), FRAME_S, row["duration"])
+        edges = evaluator.frame_edges(len(values), FRAME_S, row["duration"])
         tables[f"f{i}"] = pd.DataFrame(
             {
                 "onset": edges[:-1],
@@ -76,7 +75,7 @@ def test_psds_equals_sed_scores_eval_on_50_random_cases():
             if len(classes) == 1 and "cttc" in s:
                 continue  # no other class to cross-trigger
             for max_efpr in (100.0, 800.0):
-                roc = common.psd_roc(scores, rows, classes, FRAME_S, **s, max_efpr=max_efpr)
+                roc = evaluator.psd_roc(scores, rows, classes, FRAME_S, **s, max_efpr=max_efpr)
                 for alpha_st in (0.0, 1.0):
                     expected = oracle.psds(
                         tables,
@@ -89,7 +88,7 @@ def test_psds_equals_sed_scores_eval_on_50_random_cases():
                         alpha_st=alpha_st,
                         max_efpr=max_efpr,
                     )[0]
-                    assert common.psds(roc, alpha_st, max_efpr) == pytest.approx(
+                    assert evaluator.psds(roc, alpha_st, max_efpr) == pytest.approx(
                         expected, abs=1e-6
                     ), (seed, s, alpha_st)
                     compared += 1
@@ -102,53 +101,59 @@ def test_psds_by_hand():
     scores = [np.array([[0.5], [0.4], [0.1], [0.3]])]
     # t < .5: frame 0, false (1/h). t < .4: frames 0-1, half of it right: with dtc 0.5 found, no false one left.
     # t < .3: frame 3 is false as well (1/h). t < .1: everything, a quarter right: false, nothing found.
-    ((efpr, tpr),) = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.5, gtc=0.5, max_efpr=10.0)
+    ((efpr, tpr),) = evaluator.psd_roc(
+        scores, rows, ["dog"], 900.0, dtc=0.5, gtc=0.5, max_efpr=10.0
+    )
     assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]
-    ((efpr, tpr),) = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.2, gtc=0.5, max_efpr=10.0)
+    ((efpr, tpr),) = evaluator.psd_roc(
+        scores, rows, ["dog"], 900.0, dtc=0.2, gtc=0.5, max_efpr=10.0
+    )
     assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]
-    roc = common.psd_roc(
+    roc = evaluator.psd_roc(
         scores, rows, ["dog"], 900.0, dtc=0.6, gtc=0.5, max_efpr=10.0
     )  # never right
-    assert common.psds(roc, 1.0, 10.0) == 0.0
+    assert evaluator.psds(roc, 1.0, 10.0) == 0.0
     scores = [
         np.array([[0.5], [0.4], [0.45], [0.3]])
     ]  # two false ones before the right one would come
-    roc = common.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.3, gtc=0.5, max_efpr=10.0)
+    roc = evaluator.psd_roc(scores, rows, ["dog"], 900.0, dtc=0.3, gtc=0.5, max_efpr=10.0)
     assert roc[0][1].max() == 1.0  # frames 0-2, a third right
-    assert common.psds([(np.array([0.0, 2.0]), np.array([0.0, 1.0]))], 1.0, 10.0) == pytest.approx(
-        0.8
-    )
+    assert evaluator.psds(
+        [(np.array([0.0, 2.0]), np.array([0.0, 1.0]))], 1.0, 10.0
+    ) == pytest.approx(0.8)
     two = [(np.array([0.0]), np.array([1.0])), (np.array([0.0, 5.0]), np.array([0.0, 1.0]))]
-    assert common.psds(two, 0.0, 10.0) == pytest.approx(0.75)
-    assert common.psds(two, 1.0, 10.0) == pytest.approx(
+    assert evaluator.psds(two, 0.0, 10.0) == pytest.approx(0.75)
+    assert evaluator.psds(two, 1.0, 10.0) == pytest.approx(
         0.5
     )  # mean .5 - std .5 = 0 up to 5/h, then 1 - 0
 
 
 def test_psds_without_a_limit_ends_at_the_largest_efpr():
     scores, rows, classes = random_case(3)
-    roc = common.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5, max_efpr=None)
+    roc = evaluator.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5, max_efpr=None)
     end = max(efpr[-1] for efpr, _ in roc)
-    assert common.psds(roc, 0.0, None) == pytest.approx(common.psds(roc, 0.0, end), abs=1e-12)
-    limited = common.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5, max_efpr=end)
-    assert common.psds(limited, 0.0, end) == pytest.approx(common.psds(roc, 0.0, None), abs=1e-12)
+    assert evaluator.psds(roc, 0.0, None) == pytest.approx(evaluator.psds(roc, 0.0, end), abs=1e-12)
+    limited = evaluator.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5, max_efpr=end)
+    assert evaluator.psds(limited, 0.0, end) == pytest.approx(
+        evaluator.psds(roc, 0.0, None), abs=1e-12
+    )
 
 
 def test_a_class_without_an_event_is_left_out_and_none_at_all_is_an_error():
     scores, rows, classes = random_case(5)
     wider = [np.concatenate([s, s[:, :1]], 1) for s in scores]
-    assert common.psds(
-        common.psd_roc(wider, rows, [*classes, "silent"], FRAME_S, 0.5, 0.5)
-    ) == common.psds(common.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5))
+    assert evaluator.psds(
+        evaluator.psd_roc(wider, rows, [*classes, "silent"], FRAME_S, 0.5, 0.5)
+    ) == evaluator.psds(evaluator.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5))
     with pytest.raises(ValueError, match="no event of the clips is of one of the classes"):
-        common.psd_roc(scores, rows, ["x"] * len(classes), FRAME_S, 0.5, 0.5)
+        evaluator.psd_roc(scores, rows, ["x"] * len(classes), FRAME_S, 0.5, 0.5)
 
 
 def test_nan_scores_are_an_error():
     scores, rows, classes = random_case(1)
     scores[0][0, 0] = np.nan
     with pytest.raises(FloatingPointError, match="some scores of class 'c0' are NaN"):
-        common.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5)
+        evaluator.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5)
 
 
 def test_same_class_events_may_overlap():
@@ -162,7 +167,7 @@ def test_same_class_events_may_overlap():
         }
     ]
     scores = [np.where(np.arange(32) < 24, 1.0, 0.0)[:, None]]
-    ((efpr, tpr),) = common.psd_roc(scores, rows, ["dog"], FRAME_S, 0.7, 0.7)
+    ((efpr, tpr),) = evaluator.psd_roc(scores, rows, ["dog"], FRAME_S, 0.7, 0.7)
     assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]
 
 
@@ -231,8 +236,8 @@ def test_psdsm_equals_psds_eval(monkeypatch):
             sum(len(r["events"]) for r in rows),
             sum(r["duration"] for r in rows) / 3600,
         )
-        ours = common.psds(
-            [common.staircase(points[:, 0] / n_events, points[:, 1] / hours, 800.0)], 0.0, 800.0
+        ours = evaluator.psds(
+            [evaluator.staircase(points[:, 0] / n_events, points[:, 1] / hours, 800.0)], 0.0, 800.0
         )
         truth = pd.DataFrame(
             [

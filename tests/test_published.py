@@ -276,12 +276,13 @@ def test_the_cache_continues_and_never_serves_another_model_or_a_changed_file(
     shutil.copy(data / rows[1]["audio"], rows[0]["audio"])  # the file changes: embedded anew
     common.embed_files(model, rows, batch_size=2, cache=tmp_path / "cache")
     assert len(calls) == 5
-    args = evaluator.parse([str(mga_run[0] / "best.pt"), "--data", "x", "--cache", str(tmp_path)])
-    other = evaluator.parse(
-        [str(mga_run[0] / "last.pt"), "--data", "x", "--cache", str(tmp_path), "--crop", "first"]
-    )
-    folders = {evaluator.checkpoint_cache(a, a.checkpoint[0]) for a in (args, other)}
-    assert len(folders) == 2
+    flags = ["--data", "x", "--cache", str(tmp_path)]
+    folders = set()
+    for name, more in (("best.pt", []), ("last.pt", []), ("best.pt", ["--crop", "first"])):
+        path = str(mga_run[0] / name)
+        given = evaluator.parse([path, *flags, *more])
+        folders.add(evaluator.cache_folder(evaluator.open_model(path, given, "test", [])[1]))
+    assert len(folders) == 3
 
 
 @pytest.mark.parametrize("captions", ["one", "five", "unequal"])

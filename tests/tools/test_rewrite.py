@@ -1,4 +1,4 @@
-"""prepare.py rewrite: negatives by rules, by a language model, from a file; values checked against English and hand-made manifests."""
+"""tools.captions rewrite: negatives by rules, by a language model, from a file; values checked against English and hand-made manifests."""
 
 import argparse
 import csv
@@ -7,8 +7,8 @@ import json
 import pytest
 
 import common
-import prepare
 from conftest import ROOT
+from tools import captions as tool
 
 CAPTIONS = ROOT.parent / "shared" / "formats" / "captions"
 
@@ -154,15 +154,15 @@ PAIRS = [
 
 @pytest.mark.parametrize("caption, negative", PAIRS)
 def test_rules(caption, negative):
-    assert prepare.reverse_order(caption)[0] == negative
+    assert tool.reverse_order(caption)[0] == negative
 
 
 def test_the_table_is_large_and_rules_name_the_connective_or_the_reason():
     assert len(PAIRS) >= 40 and len({caption for caption, _ in PAIRS}) == len(PAIRS)
-    assert prepare.reverse_order("A dog barks then a bell rings")[1] == "then"
-    assert prepare.reverse_order("A dog barking followed by a bell ringing")[1] == "followed by"
-    assert prepare.reverse_order("A dog barks followed by a bang then a bell rings")[1] == "several"
-    assert prepare.reverse_order("A dog barks while a bell rings") == (
+    assert tool.reverse_order("A dog barks then a bell rings")[1] == "then"
+    assert tool.reverse_order("A dog barking followed by a bell ringing")[1] == "followed by"
+    assert tool.reverse_order("A dog barks followed by a bang then a bell rings")[1] == "several"
+    assert tool.reverse_order("A dog barks while a bell rings") == (
         None,
         "no ordering connective",
     )
@@ -194,7 +194,7 @@ def test_the_table_is_large_and_rules_name_the_connective_or_the_reason():
     ],
 )
 def test_inflections(stem, third, ing):
-    assert prepare.inflections(stem) == {"base": stem, "third": third, "ing": ing}
+    assert tool.inflections(stem) == {"base": stem, "third": third, "ing": ing}
 
 
 def test_rules_agree_with_scenes_whose_order_is_known(demo_rows=60):
@@ -202,7 +202,7 @@ def test_rules_agree_with_scenes_whose_order_is_known(demo_rows=60):
     same = 0
     for row in common.read_manifest(["demo"]):
         for caption, negative in zip(row["captions"], row["negatives"]):
-            made = prepare.reverse_order(caption)[0]
+            made = tool.reverse_order(caption)[0]
             if negative is None:
                 assert made is None, caption
             elif len(row["events"]) == 2:
@@ -218,14 +218,15 @@ def test_rules_agree_with_scenes_whose_order_is_known(demo_rows=60):
 def test_yield_on_published_captions():
     with open(CAPTIONS / "audiocaps_v1" / "test.csv", newline="", encoding="utf-8") as f:
         captions = [row["caption"] for row in csv.DictReader(f)]
-    made = [(caption, *prepare.reverse_order(caption)) for caption in captions]
+    made = [(caption, *tool.reverse_order(caption)) for caption in captions]
     found = [(caption, negative) for caption, negative, _ in made if negative]
     assert 0.15 < len(found) / len(captions) < 0.35
     for caption, negative in found:  # nothing is lost or added
-        assert sorted(prepare.content(caption.split())) == sorted(
-            prepare.content(negative.split())
-        ), (caption, negative)
-        assert not prepare.same_text(caption, negative)
+        assert sorted(tool.content(caption.split())) == sorted(tool.content(negative.split())), (
+            caption,
+            negative,
+        )
+        assert not tool.same_text(caption, negative)
 
 
 # ---- the command ----
@@ -258,8 +259,8 @@ def manifest(folder, rows=ROWS, classes=("dog", "bell")):
 
 
 def run(data, out, *flags):
-    report = prepare.rewrite(
-        prepare.parse(
+    report = tool.rewrite(
+        tool.parse(
             [
                 "rewrite",
                 "--task",
@@ -367,9 +368,9 @@ def test_bad_inputs_are_one_clear_sentence(tmp_path):
     with pytest.raises(PermissionError, match="cannot be written"):
         run(data, tmp_path / "file" / "out")
     with pytest.raises(SystemExit):
-        prepare.parse(["rewrite", "--task", "poems", "--data", "x", "--out", "y"])
+        tool.parse(["rewrite", "--task", "poems", "--data", "x", "--out", "y"])
     with pytest.raises(SystemExit):
-        prepare.parse(
+        tool.parse(
             [
                 "rewrite",
                 "--task",
@@ -506,7 +507,7 @@ def test_import_of_a_missing_file(tmp_path):
     ],
 )
 def test_answers_are_checked(caption, answer, expected):
-    assert prepare.check_order(caption, answer) == expected
+    assert tool.check_order(caption, answer) == expected
 
 
 def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, capsys):
@@ -539,8 +540,8 @@ def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, c
         asked.extend(p.rsplit("Caption: ", 1)[1].removesuffix("\nAnswer:") for p in prompts)
         return [replies[caption] for caption in asked[-len(prompts) :]]
 
-    monkeypatch.setattr(prepare, "generate", generate)
-    monkeypatch.setattr(prepare, "load_llm", lambda name, device: "loaded")
+    monkeypatch.setattr(tool, "generate", generate)
+    monkeypatch.setattr(tool, "load_llm", lambda name, device: "loaded")
     out = tmp_path / "out"
     flags = ("--llm", "some/model", "--batch-size", 2)
     with pytest.raises(KeyboardInterrupt):
@@ -572,12 +573,12 @@ def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, c
         ("Birds then a plane", "more than one line"),
     }
     printed = capsys.readouterr().out
-    assert prepare.NEGATIVES_PROMPT in printed and "2 of 6 questions answered before" in printed
+    assert tool.NEGATIVES_PROMPT in printed and "2 of 6 questions answered before" in printed
     assert "6 different answers: 2 taken, 3 rejected" in printed
 
     (out / "manifest.jsonl").unlink()
     monkeypatch.setattr(
-        prepare, "NEGATIVES_PROMPT", "Other words. Caption: {caption}\nAnswer:"
+        tool, "NEGATIVES_PROMPT", "Other words. Caption: {caption}\nAnswer:"
     )  # another prompt is another question
     run(data, out, *flags)
     assert len(asked) == 12 and len(jsonl(cache)) == 12
@@ -601,19 +602,17 @@ def test_a_real_model_answers_from_a_folder(tmp_path, tiny_llm):
 
 
 def test_batches_do_not_change_answers_and_chat_templates_are_used(tiny_llm):
-    llm = prepare.load_llm(str(tiny_llm), "cpu")
+    llm = tool.load_llm(str(tiny_llm), "cpu")
     prompts = [
         "A dog barks",
         "Caption : A woman sings while people clap Answer : NONE",
     ]  # of unequal length: the shorter is padded on the left
-    together = prepare.generate(llm, prompts, 12)
-    assert together == [prepare.generate(llm, [prompt], 12)[0] for prompt in prompts] and all(
-        together
-    )
+    together = tool.generate(llm, prompts, 12)
+    assert together == [tool.generate(llm, [prompt], 12)[0] for prompt in prompts] and all(together)
     llm[1].chat_template = "{% for m in messages %}Caption: {{ m.content }} Answer:{% endfor %}"
-    assert prepare.generate(llm, ["A dog barks"], 12) != together[:1]
-    plain = prepare.load_llm(str(tiny_llm), "cpu")
-    assert prepare.generate(llm, ["A dog barks"], 12) == prepare.generate(
+    assert tool.generate(llm, ["A dog barks"], 12) != together[:1]
+    plain = tool.load_llm(str(tiny_llm), "cpu")
+    assert tool.generate(llm, ["A dog barks"], 12) == tool.generate(
         plain, ["Caption: A dog barks Answer:"], 12
     )
 
@@ -629,16 +628,16 @@ def test_a_model_that_is_not_there(tmp_path):
             "cpu",
         )
     with pytest.raises(ValueError, match="--device tpu: expected auto, cpu or cuda"):
-        prepare.load_llm(str(tmp_path), "tpu")
+        tool.load_llm(str(tmp_path), "tpu")
 
 
 def test_the_prompt_is_its_own_check():
     """The examples a model is shown must pass the check of its answers."""
-    examples = prepare.re.findall(r"Caption: (.+)\nAnswer: (.+)", prepare.NEGATIVES_PROMPT)
-    assert len(examples) == 4 and prepare.NEGATIVES_PROMPT.count("{caption}") == 1
+    examples = tool.re.findall(r"Caption: (.+)\nAnswer: (.+)", tool.NEGATIVES_PROMPT)
+    assert len(examples) == 4 and tool.NEGATIVES_PROMPT.count("{caption}") == 1
     for caption, answer in examples:
-        assert prepare.check_order(caption, answer) == (None if answer == "NONE" else answer, None)
+        assert tool.check_order(caption, answer) == (None if answer == "NONE" else answer, None)
         assert isinstance(
-            prepare.parse(["rewrite", "--task", "negatives", "--data", "x", "--out", "y"]),
+            tool.parse(["rewrite", "--task", "negatives", "--data", "x", "--out", "y"]),
             argparse.Namespace,
         )

@@ -13,6 +13,8 @@ import common
 import eval as evaluate
 import mga_clap
 from conftest import ROOT, SMALL
+from tools import downstream
+from tools import hear as benchmark
 
 RATE = 8000
 SPOKEN_DIGIT = (
@@ -50,16 +52,15 @@ class Ear:
 
 @pytest.fixture
 def hear(monkeypatch):
-    """Runs `eval.py hear` with the model above."""
+    """Runs tools.hear with the model above."""
     monkeypatch.setattr(evaluate, "load_model", lambda path, text=None: Ear())
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)
     monkeypatch.setattr(
-        evaluate, "HEAR_PROBE", {**evaluate.HEAR_PROBE, "width": 64, "batch_size": 16}
+        benchmark, "HEAR_PROBE", {**benchmark.HEAR_PROBE, "width": 64, "batch_size": 16}
     )  # the paper's: in a test of its own
-    return lambda folder, *flags: evaluate.main(
-        evaluate.parse(
+    return lambda folder, *flags: benchmark.main(
+        benchmark.parse(
             [
-                "hear",
                 "ear",
                 "--task",
                 str(folder),
@@ -134,11 +135,11 @@ def test_a_scene_task_of_one_label_a_clip(tmp_path, hear, capsys):
 
 
 def test_the_grid_is_the_papers(tmp_path, hear, monkeypatch):
-    assert [(p["layers"], p["lr"]) for p in evaluate.HEAR_GRID] == [
+    assert [(p["layers"], p["lr"]) for p in benchmark.HEAR_GRID] == [
         (n, lr) for n in (2, 3) for lr in (3.2e-3, 1e-3, 3.2e-4, 1e-4)
     ]
     monkeypatch.undo()
-    assert evaluate.HEAR_PROBE == dict(
+    assert benchmark.HEAR_PROBE == dict(
         width=1024,
         dropout=0.1,
         batch_norm=True,
@@ -148,7 +149,7 @@ def test_the_grid_is_the_papers(tmp_path, hear, monkeypatch):
         weight_decay=0.0,
         standardise=False,
     )
-    monkeypatch.setattr(evaluate, "HEAR_GRID", evaluate.HEAR_GRID[4:5])
+    monkeypatch.setattr(benchmark, "HEAR_GRID", benchmark.HEAR_GRID[4:5])
     monkeypatch.setattr(evaluate, "load_model", lambda path, text=None: Ear())
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)
     (r,) = hear(tone_task(tmp_path / "task", {"train": 60, "valid": 60, "test": 12}))
@@ -224,7 +225,7 @@ def test_a_timestamp_task(tmp_path, hear, capsys):
         n_files=2,
         evaluation=["event_onset_50ms_fms", "event_onset_offset_50ms_20perc_fms"],
     )
-    assert evaluate.read_hear_task(folder, RATE)["tolerance_s"] == 0.05
+    assert benchmark.read_hear_task(folder, RATE)["tolerance_s"] == 0.05
 
 
 def test_folds_take_turns_and_the_grid_is_searched_once(tmp_path, hear, monkeypatch):
@@ -250,9 +251,9 @@ def test_folds_take_turns_and_the_grid_is_searched_once(tmp_path, hear, monkeypa
             return lambda x: -of_file(x)
         return lambda x: np.where(np.arange(3) < known, of_file(x), -1)
 
-    monkeypatch.setattr(evaluate, "train_probe", probe)
+    monkeypatch.setattr(benchmark, "train_probe", probe)
     (r,) = hear(folder, "--bootstrap", 0)
-    third = (evaluate.HEAR_GRID[2]["layers"], evaluate.HEAR_GRID[2]["lr"])
+    third = (benchmark.HEAR_GRID[2]["layers"], benchmark.HEAR_GRID[2]["lr"])
     assert [s[2:] for s in seen[8:]] == [third, third] and len(seen) == 10
     assert {s[:2] for s in seen[:8]} == {(9, 6)} and [s[:2] for s in seen[8:]] == [
         (3, 9),
@@ -275,7 +276,7 @@ def test_a_real_task_folder_is_read(tmp_path):
     shutil.copytree(SPOKEN_DIGIT, tmp_path / "task")
     for rate in ("16000", "44100", "48000"):
         (tmp_path / "task" / rate).mkdir()
-    task = evaluate.read_hear_task(tmp_path / "task", 44100)
+    task = benchmark.read_hear_task(tmp_path / "task", 44100)
     assert (task["name"], task["kind"], task["classes"]) == (
         "spoken_digit",
         "multiclass",
@@ -291,7 +292,7 @@ def test_a_real_task_folder_is_read(tmp_path):
     ] == [str(first[next(iter(first))][0])]
     assert (
         "/48000/"
-        in evaluate.read_hear_task(tmp_path / "task", 32000)["splits"]["fold00"][0]["audio"]
+        in benchmark.read_hear_task(tmp_path / "task", 32000)["splits"]["fold00"][0]["audio"]
     )  # no folder of the model's rate
 
 
@@ -311,7 +312,7 @@ def test_onset_counts_by_hand():
     logits, names = np.concatenate([a, b], 1), ["a", "b"]
 
     def counts(min_s, tolerance_s):
-        return evaluate.onset_counts(logits, row, names, 0.1, 3, min_s, tolerance_s).tolist()
+        return benchmark.onset_counts(logits, row, names, 0.1, 3, min_s, tolerance_s).tolist()
 
     assert counts(0.125, 0.2) == [2, 3, 4]
     assert counts(0.3, 0.2) == [2, 3, 4]  # three frames last 0.3 s, which is enough
@@ -322,8 +323,8 @@ def test_onset_counts_by_hand():
         4,
     ]  # exactly on the limit counts (b at 0.9 and 1.0), 0.15 does not
     evidence = np.array([counts(0.125, 0.2), [0, 1, 0]])
-    assert evaluate.hear_score("event", evidence) == pytest.approx(2 * 2 / (4 + 4))
-    assert evaluate.hear_score("event", np.zeros((2, 3))) == 0.0
+    assert benchmark.hear_score("event", evidence) == pytest.approx(2 * 2 / (4 + 4))
+    assert benchmark.hear_score("event", np.zeros((2, 3))) == 0.0
 
 
 def test_onset_f1_equals_sed_eval():
@@ -340,7 +341,7 @@ def test_onset_f1_equals_sed_eval():
             {"label": str(rng.choice(names)), "onset": o, "offset": o + 0.5}
             for o in rng.uniform(0, 3, 6)
         ]
-        evidence.append(evaluate.onset_counts(logits, {"events": events}, names, 0.1, 1, 0.0, 0.2))
+        evidence.append(benchmark.onset_counts(logits, {"events": events}, names, 0.1, 1, 0.0, 0.2))
         detected = [
             {"event_label": c, "event_onset": a * 0.1, "event_offset": b * 0.1, "file": "x"}
             for k, c in enumerate(names)
@@ -360,7 +361,7 @@ def test_onset_f1_equals_sed_eval():
         )
     theirs = metric.results_overall_metrics()["f_measure"]["f_measure"]
     assert (
-        evaluate.hear_score("event", np.array(evidence)) == pytest.approx(theirs, abs=1e-12)
+        benchmark.hear_score("event", np.array(evidence)) == pytest.approx(theirs, abs=1e-12)
         and 0.2 < theirs < 0.8
     )
 
@@ -368,8 +369,8 @@ def test_onset_f1_equals_sed_eval():
 def test_scores_of_scene_tasks_by_hand():
     task = {"kind": "multiclass", "classes": ["a", "b"]}
     logits = np.array([[2.0, 1], [1, 2], [1, 1]])
-    evidence = evaluate.hear_evidence(task, logits, {"targets": np.array([0, 0, 1])}, None, 0.0)
-    assert evidence.ravel().tolist() == [1, 0, 0] and evaluate.hear_score(
+    evidence = benchmark.hear_evidence(task, logits, {"targets": np.array([0, 0, 1])}, None, 0.0)
+    assert evidence.ravel().tolist() == [1, 0, 0] and benchmark.hear_score(
         "multiclass", evidence
     ) == pytest.approx(1 / 3)
     task, targets = (
@@ -377,9 +378,9 @@ def test_scores_of_scene_tasks_by_hand():
         np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0]]),
     )
     logits = np.array([[3.0, 5, 1], [2, 4, 1], [1, 3, 1]])
-    evidence = evaluate.hear_evidence(task, logits, {"targets": targets}, None, 0.0)
+    evidence = benchmark.hear_evidence(task, logits, {"targets": targets}, None, 0.0)
     # a: hits at ranks 1 and 3: (1 + 2 / 3) / 2; b: at ranks 2 and 3: (1 / 2 + 2 / 3) / 2; c does not occur
-    assert evaluate.hear_score("multilabel", evidence) == pytest.approx(
+    assert benchmark.hear_score("multilabel", evidence) == pytest.approx(
         ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2
     )
 
@@ -391,7 +392,7 @@ def test_scores_of_scene_tasks_by_hand():
 def model(request, clap_folder, tmp_path):
     """Untrained models of both kinds this far, by load_model: HEAR calls it with a path alone."""
     if request.param == "clap":
-        return evaluate.load_model(str(clap_folder[0]))
+        return benchmark.load_model(str(clap_folder[0]))
     cfg = common.configure(
         mga_clap.Config, mga_clap.PRESETS, data=["x"], **{**SMALL, "encoder": request.param}
     )
@@ -408,7 +409,7 @@ def model(request, clap_folder, tmp_path):
             "text_encoder": text_encoder.description(),
         },
     )
-    return evaluate.load_model(tmp_path / "a.pt")
+    return benchmark.load_model(tmp_path / "a.pt")
 
 
 def test_the_interface_of_hear(model):
@@ -422,10 +423,10 @@ def test_the_interface_of_hear(model):
             * 2
             - 1
         )
-        scene = evaluate.get_scene_embeddings(audio, model)
+        scene = benchmark.get_scene_embeddings(audio, model)
         assert scene.shape == (2, model.scene_embedding_size) and scene.dtype == torch.float32
         assert torch.equal(scene, model.embed_audio(audio)) and not torch.equal(scene[0], scene[1])
-        embeds, stamps = evaluate.get_timestamp_embeddings(audio, model)
+        embeds, stamps = benchmark.get_timestamp_embeddings(audio, model)
         assert (
             embeds.shape == (2, stamps.shape[1], model.timestamp_embedding_size)
             and embeds.dtype == torch.float32
@@ -443,10 +444,10 @@ def test_the_interface_of_hear(model):
 def test_a_tone_is_in_the_frames_whose_time_it_covers():
     wave = np.zeros(2 * RATE, np.float32)
     wave[4800:9600] = np.sin(np.arange(4800))  # 0.6 s to 1.2 s
-    embeds, stamps = evaluate.get_timestamp_embeddings(torch.from_numpy(wave)[None], Ear())
+    embeds, stamps = benchmark.get_timestamp_embeddings(torch.from_numpy(wave)[None], Ear())
     loud = embeds[0].std(1) > 0.05
     assert stamps[0][loud].tolist() == pytest.approx([650, 750, 850, 950, 1050, 1150])
-    assert evaluate.get_timestamp_embeddings(torch.zeros(1, 300), Ear())[1].tolist() == [
+    assert benchmark.get_timestamp_embeddings(torch.zeros(1, 300), Ear())[1].tolist() == [
         [50.0]
     ]  # less than half a frame: one
 
@@ -475,7 +476,7 @@ def test_a_probe_of_several_classes_at_once_with_batch_norm_learns_and_is_reprod
         return float(((logits > 0) == targets[201:]).mean())
 
     def make():
-        return evaluate.train_probe(
+        return downstream.train_probe(
             (inputs[:201], targets[:201]),
             (inputs[201:], targets[201:]),
             2,
@@ -499,7 +500,7 @@ def test_a_probe_stops_when_its_patience_ends_and_keeps_the_first_of_the_best():
         given.append(logits)
         return [0.2, 0.5, 0.5, 0.1, 0.5, 0.4, 0.9][len(given) - 1]
 
-    probe = evaluate.train_probe(
+    probe = downstream.train_probe(
         (inputs, targets), (inputs, targets), 4, "x", score_of=score_of, patience=3, lr=0.1
     )
     assert len(given) == 5 and np.allclose(
@@ -564,12 +565,10 @@ def test_other_bad_input(tmp_path, hear, monkeypatch, capsys):
     ):
         hear(folder)
     for flags in (
-        ["hear", "a.pt"],
-        ["hear", "a.pt", "--task", "x", "--data", "y"],
+        ["a.pt", "--task", "x", "--data", "y"],
+        ["a.pt", "b.pt", "--task", "x"],
         ["a.pt"],
-        ["a.pt", "--data", "x", "--task", "y"],
-        ["hear", "a.pt", "b.pt", "--task", "x"],
     ):
         with pytest.raises(SystemExit):
-            evaluate.parse(flags)
-    assert "hear takes a --task and no --data" in capsys.readouterr().err
+            benchmark.parse(flags)
+    assert "the following arguments are required: --task" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""prepare.py's dataset adapters: miniature trees of the real tables with short sounds -> manifests, values checked."""
+"""tools.datasets, its adapters: miniature trees of the real tables with short sounds -> manifests, values checked."""
 
 import csv
 import hashlib
@@ -17,8 +17,8 @@ import soundfile as sf
 
 import common
 import eval as evaluate
-import prepare
 from conftest import ROOT
+from tools import datasets, downstream
 
 FORMATS = ROOT.parent / "shared" / "formats"
 SAMPLES = FORMATS / "samples"
@@ -67,8 +67,8 @@ def table(path, **kinds):
 
 def convert(name, path, out, *flags):
     """-> (report, rows as training reads them, {file name: row})."""
-    report = prepare.convert(
-        prepare.parse([name, str(path), "--out", str(out), "--workers", "2", *map(str, flags)])
+    report = datasets.convert(
+        datasets.parse([name, str(path), "--out", str(out), "--workers", "2", *map(str, flags)])
     )
     rows = common.read_manifest([str(out)])
     return report, rows, {Path(row["audio"]).name: row for row in rows}
@@ -350,7 +350,7 @@ def test_audiocaps_ids_quotes_and_two_starts(tmp_path):
         ("_-00000000A", ["wind"]),
     ]
     assert Path(rows[2]["audio"]).name == "4.mp3"  # by audiocap_id, the last scheme
-    names = prepare.youtube_names("-a_Bcdefg_h", 30)
+    names = datasets.youtube_names("-a_Bcdefg_h", 30)
     assert names[:6] == [
         "-a_Bcdefg_h_30",
         "Y-a_Bcdefg_h",
@@ -360,9 +360,9 @@ def test_audiocaps_ids_quotes_and_two_starts(tmp_path):
         "-a_Bcdefg_h_000030",
     ]
     wav(tmp_path / "a/Y-a_Bcdefg_h.wav"), wav(tmp_path / "a/-a_Bcdefg_h.wav")
-    assert Path(prepare.AudioTree(tmp_path / "a").find(names)).name == "-a_Bcdefg_h_30.wav"
+    assert Path(datasets.AudioTree(tmp_path / "a").find(names)).name == "-a_Bcdefg_h_30.wav"
     (tmp_path / "a/-a_Bcdefg_h_30.wav").unlink()
-    assert Path(prepare.AudioTree(tmp_path / "a").find(names)).name == "Y-a_Bcdefg_h.wav"
+    assert Path(datasets.AudioTree(tmp_path / "a").find(names)).name == "Y-a_Bcdefg_h.wav"
 
 
 @real
@@ -449,7 +449,7 @@ def test_complete_tables_list_the_published_numbers(tmp_path):
             {"train": (3839, 19195), "val": (1045, 5225), "test": (1045, 5225)},
         ),
     ):
-        args = prepare.parse([name, str(tmp_path / path), "--out", "x"])
+        args = datasets.parse([name, str(tmp_path / path), "--out", "x"])
         entries, _, published = args.adapter(tmp_path / path, args)
         found = {}
         for entry in entries:
@@ -917,7 +917,7 @@ def test_audiogrounding_v1_through_csv(tmp_path):
     for file in set(source["filename"].values()):
         wav(root / "audio" / file, 10.0)
     with pytest.raises(
-        ValueError, match="AudioGrounding version 1 .*prepare.py csv .*--audio filename"
+        ValueError, match="AudioGrounding version 1 .*tools.datasets csv .*--audio filename"
     ):
         convert("audiogrounding", root, tmp_path / "no")
     _, rows, by_name = convert(
@@ -1348,7 +1348,7 @@ def test_wrong_level_wrong_dataset_pointer_and_nothing(tmp_path):
     )
     assert f"give {caps}" in message("audiocaps", caps / "wavs")
     assert (
-        "holds the files of clotho, not of esc50 (expected meta/esc50.csv); run: prepare.py clotho"
+        "holds the files of clotho, not of esc50 (expected meta/esc50.csv); run: python -m tools.datasets clotho"
         in message("esc50", clotho)
     )
     assert "holds the files of audiocaps, not of vggsound" in message("vggsound", caps / "dataset")
@@ -1365,7 +1365,7 @@ def test_wrong_level_wrong_dataset_pointer_and_nothing(tmp_path):
     nothing = message("audiocaps", caps, "--audio", tmp_path / "x/empty")
     assert re.search(r"not one of the \d+ clips has its audio here", nothing)
     first = table(caps / "dataset/train.csv")[0]
-    for tried in prepare.youtube_names(first["youtube_id"], int(first["start_time"])) + [
+    for tried in datasets.youtube_names(first["youtube_id"], int(first["start_time"])) + [
         first["audiocap_id"]
     ]:
         assert repr(tried) in nothing
@@ -1390,7 +1390,9 @@ def test_wrong_level_wrong_dataset_pointer_and_nothing(tmp_path):
 
 def test_out_that_is_a_file_is_said_before_the_work(tmp_path, monkeypatch):
     wav(tmp_path / "s/dog/a.wav"), text(tmp_path / "file", "")
-    monkeypatch.setattr(prepare, "with_durations", lambda *_: pytest.fail("read the headers first"))
+    monkeypatch.setattr(
+        datasets, "with_durations", lambda *_: pytest.fail("read the headers first")
+    )
     with pytest.raises(PermissionError, match="--out .*cannot be written .a file: .*file"):
         convert("folders", tmp_path / "s", tmp_path / "file")
 
@@ -1486,7 +1488,8 @@ def test_events_that_the_file_does_not_hold_are_left_out(tmp_path, capsys):
 
 def test_command_line_ends_in_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "prepare.py", "clotho", tmp_path, "--out", tmp_path / "m"],
+        [sys.executable, "-m", "tools.datasets", "clotho", tmp_path, "--out", tmp_path / "m"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -1570,13 +1573,13 @@ def test_exclude_by_youtube_id_freesound_id_and_content(tmp_path, capsys):
     assert "3 clips left out, 2 by id and 1 by content" in capsys.readouterr().out
     # check finds the same three between the manifests
     convert("csv", own / "t.csv", tmp_path / "all", *flags, "--split", "train")
-    report = prepare.check(
-        prepare.parse(["check", str(held), str(tmp_path / "all"), "--workers", "1"])
+    report = datasets.check(
+        datasets.parse(["check", str(held), str(tmp_path / "all"), "--workers", "1"])
     )
     ((pair, keys),) = report["leaks"].items()
     assert (
         keys
-        == sorted(["-bCdefgh_jk", "777", prepare.file_hash(held / "copy.wav")])
+        == sorted(["-bCdefgh_jk", "777", datasets.file_hash(held / "copy.wav")])
         == report["shared"]
     )
     assert pair == (
@@ -1591,15 +1594,15 @@ def test_exclude_by_youtube_id_freesound_id_and_content(tmp_path, capsys):
 def test_only_files_that_may_be_equal_are_hashed(tmp_path, monkeypatch):
     for n in range(6):
         wav(tmp_path / f"{n}.wav", seed=n // 2 if n < 2 else n)  # one size; 0 and 1 are equal
-    hashed, sha = [], prepare.file_hash
+    hashed, sha = [], datasets.file_hash
     monkeypatch.setattr(
-        prepare, "file_hash", lambda path: hashed.append(Path(path).stem) or sha(path)
+        datasets, "file_hash", lambda path: hashed.append(Path(path).stem) or sha(path)
     )
     paths = [str(tmp_path / f"{n}.wav") for n in range(6)] + [str(tmp_path / "lost.wav")]
-    assert len(set(prepare.hashes_of(paths).values())) == 1 and sorted(hashed) == ["0", "1"]
+    assert len(set(datasets.hashes_of(paths).values())) == 1 and sorted(hashed) == ["0", "1"]
     assert (
-        list(prepare.hashes_of(paths[1:], paths[:1])) == paths[1:2]
-        and prepare.hashes_of(paths, []) == {}
+        list(datasets.hashes_of(paths[1:], paths[:1])) == paths[1:2]
+        and datasets.hashes_of(paths, []) == {}
     )
 
 
@@ -1609,7 +1612,7 @@ def test_check_of_many_rows(tmp_path):
         [json.dumps({"audio": f"{n}.wav", "split": "train"}) for n in range(20000)],
     )
     began = time.process_time()
-    report = prepare.check(prepare.parse(["check", str(tmp_path), "--workers", "1"]))
+    report = datasets.check(datasets.parse(["check", str(tmp_path), "--workers", "1"]))
     assert len(report["unreadable"]) == 20000 and time.process_time() - began < 4, (
         "grows with the square of the rows"
     )
@@ -1630,7 +1633,7 @@ def test_check_of_many_rows(tmp_path):
     ],
 )
 def test_youtube_ids_in_names(name, expected):
-    assert prepare.youtube_id(name) == expected
+    assert datasets.youtube_id(name) == expected
 
 
 @real
@@ -1645,9 +1648,9 @@ def test_every_adapter_takes_exclude(tmp_path):
     )
     _, rows, _ = convert(name, path, tmp_path / "m", "--exclude", tmp_path / "ac")
     assert {r["id"].split(":")[0] for r in rows} == {"SoundBible", "BBC_Sound_Effects"}
-    for adapter in prepare.ADAPTERS:
-        command = "csv" if adapter is prepare.any_table else adapter.__name__
-        args = prepare.parse(
+    for adapter in datasets.ADAPTERS:
+        command = "csv" if adapter is datasets.any_table else adapter.__name__
+        args = datasets.parse(
             [
                 command,
                 "x",
@@ -1698,8 +1701,9 @@ def test_native_files_to_a_printed_score(make, protocol, mga_run, tmp_path, caps
         }
         shutil.copyfile(*(path / file for file in tables[make]))
     convert(name, path, tmp_path / "m", *flags)
-    results = evaluate.main(
-        evaluate.parse(
+    tool = downstream if protocol in downstream.PROTOCOLS else evaluate
+    results = tool.main(
+        tool.parse(
             [
                 str(mga_run[0] / "last.pt"),
                 "--data",

@@ -1,4 +1,4 @@
-"""prepare.py rewrite --task clean and prepare.py recaption: captions from noisy descriptions, captions by a model of ours."""
+"""tools.captions rewrite --task clean, and recaption: captions from noisy descriptions, captions by a model of ours."""
 
 import itertools
 import json
@@ -10,8 +10,8 @@ import torch
 
 import common
 import eval as evaluation
-import prepare
 from test_rewrite import jsonl, manifest
+from tools import captions as tool
 
 DOG, RAIN, BELL = "Dog 01.wav. My dog barks in Graz", "heavy rain, recorded with a Tascam", "BELL_3"
 ROWS = [
@@ -48,8 +48,8 @@ REPLIES = {
 
 
 def clean(data, out, *flags):
-    report = prepare.rewrite(
-        prepare.parse(
+    report = tool.rewrite(
+        tool.parse(
             ["rewrite", "--task", "clean", "--data", str(data), "--out", str(out), *map(str, flags)]
         )
     )
@@ -70,8 +70,8 @@ def fake_llm(monkeypatch):
         ]
         return [REPLIES[text][next(counters.setdefault(text, itertools.count()))] for text in texts]
 
-    monkeypatch.setattr(prepare, "generate", generate)
-    monkeypatch.setattr(prepare, "load_llm", lambda name, device: "loaded")
+    monkeypatch.setattr(tool, "generate", generate)
+    monkeypatch.setattr(tool, "load_llm", lambda name, device: "loaded")
     return asked, state
 
 
@@ -117,7 +117,7 @@ def test_descriptions_become_captions(tmp_path, fake_llm, capsys):
     ]
     assert (tmp_path / "out/classes.txt").read_text() == "dog\nbell\n"
     assert len(asked) == 4 * 3 and {temperature for _, temperature in asked} == {0.7}
-    for text, caption in prepare.CLEAN_EXAMPLES:
+    for text, caption in tool.CLEAN_EXAMPLES:
         assert f"Description: {text}\nCaption: {caption}\n\n" in asked[0][0]
     printed = capsys.readouterr().out
     assert (
@@ -151,7 +151,7 @@ def test_one_version_is_greedy_the_paper_has_five_and_lengths_are_free(
     assert {temperature for _, temperature in asked} == {0.0} and report["left_out"][
         "not of 0.5 to 6 s"
     ] == 4
-    assert prepare.TASK_FLAGS["clean"]["versions"] == 5
+    assert tool.TASK_FLAGS["clean"]["versions"] == 5
 
 
 def test_a_killed_run_asks_for_what_is_missing_and_more_versions_for_those_alone(
@@ -211,16 +211,16 @@ def test_a_killed_run_asks_for_what_is_missing_and_more_versions_for_those_alone
     ],
 )
 def test_answers_are_checked(answer, reason):
-    text, found = prepare.check_caption("Graz_dog_01.wav barked in the yard", answer)
+    text, found = tool.check_caption("Graz_dog_01.wav barked in the yard", answer)
     assert found == reason and text == (None if reason else answer.strip().strip('" '))
 
 
 def test_our_examples_pass_the_check_and_their_descriptions_do_not():
-    assert len(prepare.CLEAN_EXAMPLES) == 10
-    for text, caption in prepare.CLEAN_EXAMPLES:
+    assert len(tool.CLEAN_EXAMPLES) == 10
+    for text, caption in tool.CLEAN_EXAMPLES:
         expected = (None, "NONE: no sound is told of") if caption == "NONE" else (caption, None)
-        assert prepare.check_caption(text, caption) == expected
-        assert prepare.check_caption(text, text)[1], text
+        assert tool.check_caption(text, caption) == expected
+        assert tool.check_caption(text, text)[1], text
 
 
 def test_examples_from_a_file(tmp_path, fake_llm):
@@ -292,8 +292,8 @@ def test_import_by_description_id_or_file_is_checked_too(tmp_path):
         clean(tmp_path / "data", tmp_path / "out2", "--import", file)
     file.write_text('{"caption": null, "negative": "x", "id": 7}', encoding="utf-8")
     with pytest.raises(ValueError, match="does not tell what it belongs to; expected 'caption'$"):
-        prepare.rewrite(
-            prepare.parse(
+        tool.rewrite(
+            tool.parse(
                 [
                     "rewrite",
                     "--task",
@@ -332,8 +332,8 @@ def test_bad_flags_and_inputs_of_clean_are_one_sentence(tmp_path, fake_llm, monk
         with pytest.raises(ValueError, match=message):
             clean(data, tmp_path / "out", *flags)
     with pytest.raises(ValueError, match="--min-s: --task negatives has no such flag"):
-        prepare.rewrite(
-            prepare.parse(
+        tool.rewrite(
+            tool.parse(
                 [
                     "rewrite",
                     "--task",
@@ -348,21 +348,21 @@ def test_bad_flags_and_inputs_of_clean_are_one_sentence(tmp_path, fake_llm, monk
             )
         )
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(prepare, "generate", lambda llm, prompts, *_: [""] * len(prompts))
+    monkeypatch.setattr(tool, "generate", lambda llm, prompts, *_: [""] * len(prompts))
     with pytest.raises(ValueError, match="not one answer was accepted, nothing is written"):
         clean(data, tmp_path / "out", "--llm", "m")
     assert not (tmp_path / "out/manifest.jsonl").exists()
 
 
 def test_a_real_model_draws_versions_that_the_seed_decides(tmp_path, tiny_llm, monkeypatch):
-    whole = prepare.generate
+    whole = tool.generate
     monkeypatch.setattr(
-        prepare,
+        tool,
         "generate",
         lambda llm, prompts, _, temperature: whole(llm, prompts, 8, temperature),
     )
     monkeypatch.setattr(
-        prepare, "check_caption", lambda text, answer: (answer, None) if answer else (None, "empty")
+        tool, "check_caption", lambda text, answer: (answer, None) if answer else (None, "empty")
     )
     file, data = tmp_path / "one.jsonl", manifest(tmp_path / "data", ROWS[:2])
     file.write_text(
@@ -449,8 +449,8 @@ def sounds(tmp_path):
 
 
 def recaption(data, out, *flags):
-    report = prepare.recaption(
-        prepare.parse(
+    report = tool.recaption(
+        tool.parse(
             [
                 "recaption",
                 "--data",

@@ -1,4 +1,4 @@
-"""eval.py's protocols that train on frozen features, add noise, or look at pictures, on made-up models whose answers are known."""
+"""tools.downstream: protocols that train on frozen features, add noise, or look at pictures, on made-up models whose answers are known."""
 
 import itertools
 import json
@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score
 
 import common
 import eval as evaluate
+from tools import downstream
 
 RATE = 8000
 
@@ -52,13 +53,14 @@ class Reader:
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs eval.py with a model on a manifest."""
+    """Runs tools.downstream, or eval.py, with a model on a manifest."""
 
     def call(model, data, *flags):
         monkeypatch.setattr(evaluate, "load_model", lambda path, text=None: model)
         monkeypatch.setattr(evaluate, "find_model", lambda path: None)
-        return evaluate.main(
-            evaluate.parse(
+        tool = evaluate if "tagging" in flags else downstream
+        return tool.main(
+            tool.parse(
                 [
                     "stub",
                     "--data",
@@ -111,12 +113,12 @@ def test_a_linear_probe_separates_what_is_separable_and_is_as_right_as_logistic_
         def score_of(logits):
             return (
                 (logits.argmax(1) == parts[1][1]).mean(),
-                -evaluate.probe_loss(logits, parts[1][1]),
+                -downstream.probe_loss(logits, parts[1][1]),
             )
 
         ours = (
-            evaluate.train_probe(
-                parts[0], parts[1], 3, "x", score_of=score_of, **evaluate.PROBES["linear"][1]
+            downstream.train_probe(
+                parts[0], parts[1], 3, "x", score_of=score_of, **downstream.PROBES["linear"][1]
             )(parts[2][0]).argmax(1)
             == parts[2][1]
         ).mean()
@@ -128,9 +130,9 @@ def test_the_decoder_probe_finds_a_marked_token_that_the_mean_does_not_show(
     tmp_path, run, monkeypatch, capsys
 ):
     monkeypatch.setitem(
-        evaluate.PROBES,
+        downstream.PROBES,
         "decoder",
-        ("tokens", evaluate.PROBES["decoder"][1] | dict(lr=1e-2, epochs=40)),
+        ("tokens", downstream.PROBES["decoder"][1] | dict(lr=1e-2, epochs=40)),
     )
     data = write_clips(
         tmp_path / "d",
@@ -145,7 +147,7 @@ def test_the_decoder_probe_finds_a_marked_token_that_the_mean_does_not_show(
         "linear_accuracy": pytest.approx(16 / 62),
         "decoder_accuracy": pytest.approx(16 / 62),
     }  # class 0 is the first commonest
-    assert r["n_clips"] == 62 and r["n_classes"] == 4 and "probe" in evaluate.BY_NAME
+    assert r["n_clips"] == 62 and r["n_classes"] == 4
     printed = capsys.readouterr().out
     assert (
         "test 62, train 256, val 64" in printed
@@ -167,7 +169,7 @@ def planted(monkeypatch, known):
             + np.arange(n_classes) * 1e-6
         )
 
-    monkeypatch.setattr(evaluate, "train_probe", probe)
+    monkeypatch.setattr(downstream, "train_probe", probe)
     return seen
 
 
@@ -218,7 +220,7 @@ def test_several_labels_are_scored_by_mean_average_precision(tmp_path, run, monk
     ]
     given = rng.normal(size=(30, 4)).round(1)
     monkeypatch.setattr(
-        evaluate, "train_probe", lambda train, val, *rest, **options: lambda inputs: given
+        downstream, "train_probe", lambda train, val, *rest, **options: lambda inputs: given
     )
     (r,) = run(Counter(1), write_clips(tmp_path / "d", clips), "--protocol", "probe")
     truth = np.array([[c in row["labels"] for c in NAMES] for _, row in clips[30:]])
@@ -276,7 +278,7 @@ def noisy_clips(folder, order=1):
 def test_noise_is_as_loud_as_said_and_belongs_to_the_clip(tmp_path, run, capsys):
     model = Recorder()
     (r,) = run(model, noisy_clips(tmp_path / "d"), "--protocol", "noise")
-    levels = list(evaluate.NOISE)
+    levels = list(downstream.NOISE)
     assert (
         list(r["scores"])
         == [f"accuracy_{name}" for name in levels]
@@ -338,34 +340,14 @@ def test_noise_is_as_loud_as_said_and_belongs_to_the_clip(tmp_path, run, capsys)
     )
 
 
-def test_noise_is_asked_for_by_name_kept_in_the_cache_and_drawn(tmp_path, run):
+def test_noise_is_kept_in_the_cache(tmp_path, run):
     model, data = Recorder(), noisy_clips(tmp_path / "d")
     model.embed_audio(torch.zeros(1, 8), torch.tensor([8]))
-    assert [r["protocol"] for r in run(model, data)] == ["classification", "tagging"]
-    pytest.importorskip("matplotlib")
-    (r,) = run(
-        model,
-        data,
-        "--protocol",
-        "noise",
-        "--cache",
-        tmp_path / "cache",
-        "--plot",
-        tmp_path / "pictures",
-        "--bootstrap",
-        20,
-    )
+    flags = ["--protocol", "noise", "--cache", tmp_path / "cache", "--bootstrap", 20]
+    (r,) = run(model, data, *flags)
     count = len(model.heard[4000])
-    assert (
-        run(model, data, "--protocol", "noise", "--cache", tmp_path / "cache", "--bootstrap", 20)[
-            0
-        ]["scores"]
-        == r["scores"]
-    )
-    assert (
-        len(model.heard[4000]) == count
-        and 5_000 < (tmp_path / "pictures/noise.png").stat().st_size < 200_000
-    )
+    assert run(model, data, *flags)[0]["scores"] == r["scores"]
+    assert len(model.heard[4000]) == count
 
 
 def test_noise_of_clips_with_several_labels_is_scored_by_mean_average_precision(tmp_path, run):
@@ -488,9 +470,11 @@ def test_image_retrieval_equals_transformers_and_ranks_counted_one_by_one(
 def test_ranks_of_pictures_by_hand_with_ties(tmp_path, run, monkeypatch):
     """Clips 0 and 1 sound the same; picture 2 is the same as picture 1."""
     sounds, pictures = [0, 0, 1], np.eye(8, dtype=np.float32)[[0, 1, 1]]
-    monkeypatch.setattr(evaluate, "load_image_model", lambda name, dim: (torch.nn.Identity(), None))
     monkeypatch.setattr(
-        evaluate,
+        downstream, "load_image_model", lambda name, dim: (torch.nn.Identity(), None)
+    )
+    monkeypatch.setattr(
+        downstream,
         "embed_images",
         lambda encoder, processor, rows, batch_size: ([0, 1, 2], pictures, []),
     )
@@ -545,9 +529,9 @@ def test_a_trained_decoder_says_planted_captions_back(tmp_path, run, monkeypatch
     clips[-17][1]["captions"] = ["never said word"]  # of val: tokens that training never saw
     data, model = write_clips(tmp_path / "d", clips), talking_reader()
     monkeypatch.setattr(
-        evaluate,
+        downstream,
         "CAPTION_DECODER",
-        evaluate.CAPTION_DECODER | dict(lr=1e-2, epochs=60, patience=20),
+        downstream.CAPTION_DECODER | dict(lr=1e-2, epochs=60, patience=20),
     )
     (r,) = run(model, data, "--protocol", "captioning")
     assert [c["said"] for c in r["details"]["captions"]] == [say(a, b).lower() for a, b in pairs]
@@ -560,11 +544,6 @@ def test_a_trained_decoder_says_planted_captions_back(tmp_path, run, monkeypatch
     assert "the best on 16 clips of val" in printed and "temperature: 0 (greedy)" in printed
     with pytest.raises(ValueError, match="is greedy; leave out --temperature"):
         run(model, data, "--protocol", "captioning", "--temperature", 0.5)
-    out = run(model, data)  # nothing is trained unless asked for
-    assert (
-        "captioning" not in [one["protocol"] for one in out]
-        and "ask for it with --protocol captioning" in capsys.readouterr().out
-    )
     data = write_clips(tmp_path / "d", clips[-3:])
     with pytest.raises(
         ValueError,
@@ -575,7 +554,7 @@ def test_a_trained_decoder_says_planted_captions_back(tmp_path, run, monkeypatch
 
 def test_the_caption_decoder_does_not_look_ahead():
     torch.manual_seed(0)
-    decoder = evaluate.CaptionDecoder(torch.randn(3, 5, 16), 9, 7).eval()
+    decoder = downstream.CaptionDecoder(torch.randn(3, 5, 16), 9, 7).eval()
     inputs = torch.tensor([[2, 0, 3, 4, 5, 6]])
     changed = torch.tensor([[2, 0, 3, 4, 8, 1]])
     assert torch.allclose(
@@ -587,76 +566,156 @@ def test_the_caption_decoder_does_not_look_ahead():
     )
 
 
-# The picture of attention
+# Question answering
 
 
-def test_content_tokens_of_three_tokenizers():
-    def said(tokens):
-        return evaluate.content_tokens(tokens)
+def test_a_probe_learns_what_is_linear_in_its_inputs_and_keeps_the_best_validation_epoch():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(600, 8)).astype(np.float32)
+    targets = (inputs[:, 0] > 0).astype(np.int64) + 2 * (inputs[:, 1] > 0)
+    logits_of = downstream.train_probe(
+        (inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe"
+    )
+    assert (logits_of(inputs[500:]).argmax(1) == targets[500:]).mean() > 0.8
+    again = downstream.train_probe(
+        (inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe"
+    )
+    assert np.array_equal(logits_of(inputs[500:]), again(inputs[500:]))
+    # labels that are noise on training rows but wrong on validation rows: the first epochs, not the last, are kept
+    flipped = downstream.train_probe(
+        (inputs[:100], targets[:100]),
+        (inputs[:100], (targets[:100] + 1) % 4),
+        4,
+        "probe",
+        epochs=40,
+    )
+    assert (flipped(inputs[:100]).argmax(1) == targets[:100]).mean() < 0.7
 
-    assert said(
-        [
-            "<|startoftext|>",
-            "a</w>",
-            "dog</w>",
-            "barks</w>",
-            ",</w>",
-            "then</w>",
-            "rain</w>",
-            "<|endoftext|>",
-        ]
-    ) == [(2, "dog"), (3, "barks"), (6, "rain")]
-    assert said(["[CLS]", "the", "whist", "##ling", ".", "[SEP]"]) == [(2, "whist"), (3, "ling")]
-    assert said(["<s>", "A", "\u0120dog", "</s>"]) == [(2, "dog")]
 
+def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys):
+    """The logits are given: binary 2 of 3 right; words: rank 1, rank 2, and an answer never seen in training."""
+    rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
+    chosen = {
+        split: [row for row in rows if row["split"] == split][:3]
+        for split in ("train", "val", "test")
+    }
+    qa = {
+        "train": [("loud?", "yes"), ("loud?", "no"), ("what?", "bell")],
+        "test": [("loud?", "yes"), ("loud?", "no"), ("loud?", "yes")],
+    }
+    out = []
+    for split, of in chosen.items():
+        for i, row in enumerate(of):
+            questions = [dict(zip(("question", "answer"), qa.get(split, qa["train"])[i]))]
+            if split == "train":
+                questions.append({"question": "what?", "answer": ["siren", "hum", "bell"][i]})
+            if split == "test":
+                questions.append({"question": "what?", "answer": ["siren", "hum", "goat"][i]})
+                questions.append(
+                    {"question": "seen?", "answer": "yes", "type": ["Visual", "Counting"]}
+                )  # needs a picture
+            out.append({"audio": str(corpus / row["audio"]), "split": split, "qa": questions})
+    common.write_lines(tmp_path / "qa.jsonl", [json.dumps(row) for row in out])
+    given = {
+        2: np.array([[0, 1], [1, 0], [1, 0]]),
+        3: np.array([[0, 0, 1], [2, 1, 3], [1, 1, 1]]),
+    }  # no, yes; bell, hum, siren
+    seen = []
 
-def test_the_picture_of_attention(tmp_path, run, capsys):
-    pytest.importorskip("matplotlib")
-    import matplotlib.image
+    def probe(train, val, n_classes, desc, **options):
+        seen.append((train[0].shape, train[1].tolist(), val[1].tolist()))
+        return lambda inputs: given[n_classes].astype(np.float32)
 
-    asked = []
+    class Stub:
+        window_s, sample_rate, pairwise = 10.0, 32000, False
+        clean_caption = staticmethod(lambda text: text)
 
-    class Watcher(Recorder):
-        window_s = 2.0
+        def to(self, device):
+            return self
 
-        def token_attention(self, waveform, texts):
-            asked.append((waveform.shape, texts[0]))
-            tokens, maps = texts[0].split(), []
-            for k in range(len(tokens)):
-                share = (
-                    np.exp(-((np.arange(20) - 3 * k) ** 2) / 4)[None]
-                    * np.exp(-((np.arange(12) - 2 * k) ** 2) / 9)[:, None]
-                )
-                maps.append(share / share.sum())
-            return [tokens], [np.stack(maps)]
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def embed_audio(self, waveform, n):
+            return torch.nn.functional.normalize(waveform[:, :4], dim=-1)
 
         def embed_text(self, texts):
             return torch.eye(4)[[len(t) % 4 for t in texts]]
 
-    data = noisy_clips(tmp_path / "d")
-    rows = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(evaluate, "load_model", lambda path, text: Stub())
+    monkeypatch.setattr(evaluate, "find_model", lambda path: None)
+    monkeypatch.setattr(downstream, "train_probe", probe)
+    (r,) = downstream.main(
+        downstream.parse(
+            ["stub", "--data", str(tmp_path / "qa.jsonl"), "--protocol", "aqa", "--bootstrap", "0"]
+        )
+    )
+    assert {k: s["value"] for k, s in r["scores"].items()} == pytest.approx(
+        {"binary_accuracy": 2 / 3, "word_R@1": 1 / 3, "word_R@5": 2 / 3, "word_R@10": 2 / 3}
+    )
+    assert r["chance"] == pytest.approx(
+        {"binary_accuracy": 0.5, "word_R@1": 1 / 3, "word_R@5": 1.0, "word_R@10": 1.0}
+    )
+    assert seen[0] == ((2, 8), [1, 0], [1, 0]) and seen[1][:2] == ((4, 8), [2, 1, 0, 0])
+    assert [d["rank"] for d in r["details"]["word"]] == [
+        1,
+        3,
+        None,
+    ] and "1 never seen in training" in capsys.readouterr().out
     common.write_lines(
-        data / "manifest.jsonl",
+        tmp_path / "test.jsonl", [json.dumps(row) for row in out if row["split"] == "test"]
+    )
+    with pytest.raises(ValueError, match="aqa trains a probe: it needs rows of split train"):
+        downstream.main(
+            downstream.parse(["stub", "--data", str(tmp_path / "test.jsonl"), "--protocol", "aqa"])
+        )
+    common.write_lines(
+        tmp_path / "bare.jsonl", [json.dumps({"audio": row["audio"]}) for row in out]
+    )
+    with pytest.raises(
+        ValueError, match="has anything to score; a protocol needs one of captions, labels"
+    ):
+        evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "bare.jsonl")]))
+
+
+def test_question_answering_from_a_manifest_to_a_printed_score(corpus, mga_run, tmp_path):
+    rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
+    common.write_lines(
+        tmp_path / "qa.jsonl",
         [
             json.dumps(
                 {
-                    **row,
-                    "captions": [
-                        f"A loud {row['labels'][0]} falls on the old roof, then wind blows softly"
+                    "audio": str(corpus / row["audio"]),
+                    "split": row["split"],
+                    "qa": [
+                        {
+                            "question": "is there one sound?",
+                            "answer": "yes" if len(row["labels"]) == 1 else "no",
+                        },
+                        {"question": "what is heard first?", "answer": row["labels"][0]},
                     ],
                 }
             )
             for row in rows
         ],
     )
-    run(Watcher(), data, "--protocol", "gap", "--plot", tmp_path / "pictures")
-    path = tmp_path / "pictures" / "attention.png"
-    assert (
-        path.stat().st_size < 200_000
-        and matplotlib.image.imread(path)[..., :3].std() > 0.05
-        and "attention.png" in capsys.readouterr().out
+    (r,) = downstream.main(
+        downstream.parse(
+            [
+                str(mga_run[0] / "best.pt"),
+                "--data",
+                str(tmp_path / "qa.jsonl"),
+                "--protocol",
+                "aqa",
+                "--bootstrap",
+                "10",
+            ]
+        )
     )
-    assert [text.split()[2] for _, text in asked] == ["bell", "rain", "rain"] and asked[0][0] == (
-        1,
-        16000,
-    )  # clips 0, 3 and 7
+    assert r["protocol"] == "aqa" and set(r["scores"]) == {
+        "binary_accuracy",
+        "word_R@1",
+        "word_R@5",
+        "word_R@10",
+    }
+    assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 for s in r["scores"].values())

@@ -1,18 +1,17 @@
-"""prepare.py: scenes without leaks, from both layouts; check finds what is wrong."""
+"""tools.scenes: scenes without leaks, from both layouts; check finds what is wrong."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 
 import common
-import prepare
 from conftest import ROOT
+from tools import datasets, scenes
 
 REAL = ROOT.parent / "shared" / "data" / "esc50_part"
 
@@ -34,7 +33,7 @@ def class_folders(tmp_path):
 
 
 def build(*flags):
-    return prepare.scenes(prepare.parse(["scenes", *map(str, flags)]))
+    return scenes.scenes(scenes.parse([*map(str, flags)]))
 
 
 def test_one_folder_per_class(class_folders, tmp_path, capsys):
@@ -78,7 +77,7 @@ def test_no_recording_is_in_two_splits():
     ]
     for folds in (True, False):
         given = [{**s, "fold": s["fold"] if folds else None} for s in sounds]
-        splits = prepare.split_sounds(given, [1, 2, 3], [5], 0.2, seed=0)
+        splits = scenes.split_sounds(given, [1, 2, 3], [5], 0.2, seed=0)
         owned = {k: {s["recording"] for s in v} for k, v in splits.items()}
         assert (
             not owned["train"] & owned["val"]
@@ -94,7 +93,7 @@ def test_no_recording_is_in_two_splits():
 
 def test_active_part_trims_silence():
     x = np.concatenate([np.zeros(8000), np.ones(4000), np.zeros(4000)]).astype(np.float32)
-    kept = prepare.active_part(x, 16000)
+    kept = scenes.active_part(x, 16000)
     assert (kept.start, kept.stop) == (pytest.approx(8000, abs=320), pytest.approx(12000, abs=320))
 
 
@@ -226,13 +225,13 @@ def test_esc50_layout_on_real_sounds(tmp_path):
     rows = common.read_manifest([str(tmp_path / "s")])
     assert len((tmp_path / "s/classes.txt").read_text().split()) == 10
     assert len(rows) == 34
-    report = prepare.check(prepare.parse(["check", str(tmp_path / "s")]))
+    report = datasets.check(datasets.parse(["check", str(tmp_path / "s")]))
     assert (
         report["unreadable"] == []
         and report["shared"] == []
         and report["splits"]["test"]["clips"] == 10
     )
-    sounds = prepare.list_sounds(REAL)
+    sounds = scenes.list_sounds(REAL)
     assert len(sounds) == 560 and len({s["label"] for s in sounds}) == 50
 
 
@@ -247,7 +246,7 @@ def test_check_reports_leaks_rates_and_broken_files(tmp_path, capsys):
         {"audio": "c.wav", "split": "train"},
     ]
     common.write_lines(tmp_path / "m.jsonl", [json.dumps(r) for r in rows])
-    report = prepare.check(prepare.parse(["check", str(tmp_path / "m.jsonl"), "--workers", "1"]))
+    report = datasets.check(datasets.parse(["check", str(tmp_path / "m.jsonl"), "--workers", "1"]))
     assert report["shared"] == ["100"] and report["clips"] == 4
     assert sorted(os.path.basename(t.split(":")[0]) for t in report["unreadable"]) == [
         "b.wav",
@@ -264,13 +263,16 @@ def test_check_reports_leaks_rates_and_broken_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["scenes", "--sounds", "nowhere", "--out", "OUT"], "--sounds nowhere: no such folder"),
         (
-            ["scenes", "--sounds", "EMPTY", "--out", "OUT"],
+            ["tools.scenes", "--sounds", "nowhere", "--out", "OUT"],
+            "--sounds nowhere: no such folder",
+        ),
+        (
+            ["tools.scenes", "--sounds", "EMPTY", "--out", "OUT"],
             "found neither meta/esc50.csv nor folders",
         ),
-        (["scenes", "--sounds", "ONE", "--out", "OUT"], "no recording is left for the"),
-        (["check", "nowhere"], "nowhere: no such manifest"),
+        (["tools.scenes", "--sounds", "ONE", "--out", "OUT"], "no recording is left for the"),
+        (["tools.datasets", "check", "nowhere"], "nowhere: no such manifest"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(tmp_path, flags, message):
@@ -279,7 +281,8 @@ def test_bad_input_is_one_clear_sentence(tmp_path, flags, message):
     tone(tmp_path / "one" / "bell" / "x.wav", 300)
     names = {"OUT": tmp_path / "out", "EMPTY": tmp_path / "empty", "ONE": tmp_path / "one"}
     done = subprocess.run(
-        [sys.executable, ROOT / "prepare.py", *[str(names.get(f, f)) for f in flags]],
+        [sys.executable, "-m", *[str(names.get(f, f)) for f in flags]],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -288,4 +291,3 @@ def test_bad_input_is_one_clear_sentence(tmp_path, flags, message):
         and message in done.stderr.strip().splitlines()[-1]
         and "Traceback" not in done.stderr
     )
-    assert Path(ROOT / "prepare.py").is_file()

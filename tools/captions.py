@@ -1,0 +1,1500 @@
+"""Captions made from a manifest's captions, descriptions or sounds; the result is a manifest again.
+
+python -m tools.captions rewrite --task negatives --data data/audiocaps --out data/audiocaps_order
+python -m tools.captions rewrite --task clean --data data/freesound --out data/freesound_clean --llm Qwen/Qwen2.5-7B-Instruct
+python -m tools.captions recaption --data data/audioset --model runs/cacophony-1/best.pt --out data/audioset_captioned
+"""
+
+import argparse
+import collections
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+import eval as evaluation
+from tools.datasets import (
+    check_output,
+    file_hash,
+    read_text,
+    stem_of,
+    with_durations,
+    write_manifest,
+)
+
+# ------------------------------------------------------------------------------------------------
+# Rewritten captions: rules that reverse the order of events
+# ------------------------------------------------------------------------------------------------
+
+# What joins two events of which one follows the other: name -> the words between them, longer forms first
+ORDERING = {
+    "is followed by": r"(?:is|are|was|were) (?:then )?followed (?:\w+ly )?by",
+    "followed by": r"(?:(?:and|which|that) (?:is|are|was|were) )?(?:and )?(?:then )?"
+    r"(?:(?:shortly|closely|immediately|directly|soon) )?followed (?:(?:\w+ly|soon|later) )?by",
+    "after which": r"(?:and )?after (?:which|that),?",
+    "then": r"(?:(?:and|but) )?then(?: (?:later|finally|eventually|lastly))?,?",
+    "later": r"and (?:(?:moments|shortly|soon) )?(?:later|afterwards?|finally|eventually|subsequently|lastly),?"
+    r"|(?<=, )(?:later|afterwards|finally),?",
+    "before": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?before|prior to",
+    "after": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?after",
+    "until": r"until",
+}
+CONNECTIVE = re.compile(
+    ",? (?:"
+    + "|".join(f"(?P<{name.replace(' ', '_')}>{words})" for name, words in ORDERING.items())
+    + ") ",
+    re.I,
+)
+REVERSED = {
+    "prior to": "after",
+    "before": "after",
+    "after": "before",
+    "until": "after",
+}  # the same two sides, the other order
+
+# An event with one of these cannot move: it looks back (again, louder, replies), names its own place in time (at the end, the
+# first), or only makes sense last (stops, fades). The last line: an ordering word that joins no two events.
+BOUND_WORDS = r"""
+again another more others? else still also too same both each either one\sby\sone back off once already together itself
+themselves in\sturn turns?\s(?:down|up|into|to) (?:shut\w*|power\w*|winds?|runs?)\sdown first second third last final finally
+initial\w* eventual\w* subsequent\w* previous\w* next ends? ended ending beginning throughout entire\w* whole meanwhile time
+times\sover moments? pause\w* seconds? minutes? continue[sd]? continuing resum\w* repeats? repeating repetition return\w*
+repl(?:y|ies|ied|ying) respon\w* answer\w* react\w* echo\w* reverb\w* imitat\w* mimic\w* stop\w* ceas\w* fad(?:e|es|ed|ing)
+finish\w* quit\w* halts? subsid\w* taper\w* trails? dies? dying quiets calms? settl\w* silent interrupt\w* join\w* result\w*
+caus\w* due because so instead rather than chang\w* switch\w* increases? increasing decreas\w* becom\w* gets? getting
+(?:loud|soft|quiet|fast|slow|high|low|clos|near|deep|heav|light|larg|hard|strong|short|long|bigg|small|great|sharp|clear|quick)i?er
+before after afterwards? then followed following follows later prior until preced\w* proceed\w* as\ssoon\sas now only"""
+BOUND = re.compile(r"\b(?:" + "|".join(BOUND_WORDS.split()) + r")\b|[\"“”();:!?.]", re.I)
+# An event that begins so is no clause and no noun phrase of its own
+NO_START = set(
+    """as while when with during in on at by from over under near nearby amid among for to into onto through of and
+or but it its he she they his her their this that these those who what if is are was were be been being has have one away out up
+down not very suddenly slowly quickly blown broken torn thrown driven shaken struck shut hit cut put set run shot ran blew went
+came spoke rang sang said made took left""".split()
+)
+NO_END = set("and but or the a an with shortly soon right just".split())
+PRONOUNS = set("it he she they him her hers his its their them this that these those".split())
+POSSESSIVES = {"his", "her", "its", "their"}
+TOGETHER = set(
+    "as while when whenever where which that who whose if because".split()
+)  # what follows keeps the form of its verbs
+NO_START |= TOGETHER
+BE, AUXILIARY = (
+    {"is", "are", "was", "were"},
+    {"has", "have", "had", "can", "could", "does", "did", "will"},
+)
+PLURAL = {"people", "men", "women", "children", "geese", "mice", "sheep", "they", "police"}
+ADVERBS = {"just", "often", "sometimes", "twice"}
+PEOPLE = "man|men|woman|women|boy|girl|child|kid|person|people|male|female|dog|cat|baby"
+# "the engine" of before: not to be told first
+KNOWN_BEFORE = re.compile(
+    rf"\bthe (?:\w+ )?(?:{PEOPLE}|guy|lady|speaker|animal|bird|crowd|audience|vehicle|car|truck|bus|engine|machine|"
+    r"motor|motorcycle|train|sound|noise)s?\b",
+    re.I,
+)
+# "a man then a woman talking": the verb comes later
+NO_VERB_YET = re.compile(
+    rf"(?:.*\b(?:with|and|of|by) )?(?:(?:an?|the) )?(?:\w+ )?(?:{PEOPLE})s?(?: (?:as|while|when) .*)?",
+    re.I,
+)
+# Nouns that an event may begin with where one would expect a verb: "a man laughs, then silence"
+NOUNS = set(
+    """silence laughter music speech static applause gunfire thunder rain wind water footsteps voices noises sounds
+gunshots sirens bells chimes drums birds people men women adults children traffic acceleration explosions""".split()
+)
+# Words after which "honks" or "honk" is a noun
+BEFORE_NOUNS = set(
+    """a an the of in on at by with from to and or for into over through his her its their some two three four
+five six several many few multiple various numerous loud soft light low high pitched long short quick brief electronic digital
+metallic small large big heavy sharp faint distant repeated repetitive rapid repeating hard single constant continuous gentle
+muffled fast slow deep strange odd weird distinct different audible quiet high-pitched""".split()
+)
+MANY = set("two three four five six several many few multiple various numerous".split())
+SERIES = set("series couple number set sound sequence".split())
+# Stems of the verbs that captions of sounds use most
+VERBS = """speak talk run blow chirp laugh rev sound hum idle splash bark pass play rustle cry occur move make click fall ring
+buzz accelerate whistle flow hiss start begin drive snore walk go beep give clank meow honk type sing tap gurgle cheer spray fly
+sew flush yell tick speed sizzle pour open bleat quack rattle scream scrape crinkle vibrate work rumble squeak roar whir clap
+come hit trickle drip whimper operate thump squeal crash close chime burp growl grunt breathe clack sneeze shout approach pop
+croak clang oink turn shuffle rush whoosh creak drill clink fry murmur mutter take flap crackle applaud crumple knock race whine
+blare screech clop call cough tweet rub chug roll howl baa pant drop spin clatter drain trot bubble crack say burst bang step
+grind shut crunch squawk break strike crow slide communicate slam neigh wail vocalize skid scratch whisper converse narrate
+giggle sputter wash fill travel cross snort shift ding bounce pull decelerate slow boom pound hammer groan beat sniffle chuckle
+chatter gallop yip shake sleep belch jingle ride emit chant blast snap eat write stir slosh babble thud flip chop sob resonate
+purr sniff rotate perform whirl gasp explode smack dial zoom hoot shoot drag mumble holler toll swish slap drone cluck swoosh
+sweep brush moan churn bleep announce tear burble toot rip boil swing shriek fart yelp rise tinkle splatter push jump cackle
+wheeze exhale stomp inhale hiccup whinny whoop trill putter sway spit coo caw moo gobble chew crawl discuss argue chat crush
+plunge pump sip gulp fizz squirt carry throw land arrive depart use cook cut put get do leave clean dig deliver clear lift rock
+scrub wipe peel yawn snicker snarl sigh bellow crank fire twitter clunk stutter exclaim reel""".split()
+
+
+def inflections(stem: str) -> dict:
+    """A regular verb's stem -> {"base", "third", "ing"}: "bark", "barks", "barking"."""
+    third = (
+        stem + "es"
+        if re.search(r"(s|x|z|ch|sh|[^aeo]o)$", stem)
+        else re.sub(r"(?<=[^aeiou])y$", "ie", stem) + "s"
+    )
+    doubled = stem == "begin" or re.fullmatch(
+        r"[^aeiou]*[aeiou][bdgmnptv]|stir|whir|occur|emit", stem
+    )
+    return {
+        "base": stem,
+        "third": third,
+        "ing": (stem + stem[-1] if doubled else re.sub(r"(?<=[^eyo])e$", "", stem)) + "ing",
+    }
+
+
+FORMS = {
+    word: (form, stem) for stem in VERBS for form, word in inflections(stem).items()
+}  # "barks" -> ("third", "bark")
+NOT_ING = set(
+    """thing something anything everything nothing ring string spring sing king wing swing bring sting fling ping ding
+ting morning evening " "building ceiling clothing lightning during""".split()
+)
+
+
+def form_of(word: str) -> str | None:
+    return "ing" if word.endswith("ing") and word not in NOT_ING else FORMS.get(word, (None,))[0]
+
+
+def plain(words: list[str]) -> list[str]:
+    return [re.sub(r"^\W+|\W+$", "", word).lower() for word in words]
+
+
+def find_verb(words: list[str]):
+    """The verb that an event's subject comes before -> (index, "third", "base", "ing", "be" or "aux"); None: a noun phrase.
+
+    "honks" is a verb in "a horn honks" and a noun in "two loud honks", "sounds" mostly a noun: the third person needs a
+    singular subject, the base form a plural one, and right before either stands no adjective, number or preposition.
+    """
+    words = plain(words)
+    for i in range(1, len(words)):
+        form = form_of(words[i])
+        if words[i] in TOGETHER:
+            return None
+        if i + 1 < len(words) and words[i + 1] in BE:  # "air bubbles are forming"
+            continue
+        if words[i] in BE | AUXILIARY:
+            return i, "be" if words[i] in BE else "aux"
+        last = (
+            i - 1 - (i > 1 and (words[i - 1].endswith("ly") or words[i - 1] in ADVERBS))
+        )  # "a man loudly speaks"
+        plural = words[last] in PLURAL or re.search(r"[^su]s$", words[last])
+        if words[last] in BEFORE_NOUNS or words[last].endswith("ly"):
+            continue
+        if words[i] == "sounds" and not (i == 2 and words[0] in ("a", "an", "the")):
+            continue
+        if form == "third" and (MANY & set(words[max(0, i - 3) : i]) or SERIES & set(words[:i])):
+            continue  # "two nearby honks", "a series of bell dings"
+        if form == "ing" and form_of((words + [""])[i + 1]) == "third":  # "loud barking occurs"
+            continue
+        if (
+            form == "ing"
+            or (form == "third" and not plural)
+            or (form == "base" and (plural or "and" in words[:last]))
+        ):
+            return i, form
+    return None
+
+
+def find_predicate(words: list[str]):
+    """The verb that an event without a subject begins with ("then loudly growls") -> (index, form); None: begins otherwise."""
+    words = plain(words) + [""]
+    i = next(
+        (i for i, word in enumerate(words[:-1]) if not word.endswith("ly") and word not in ADVERBS),
+        0,
+    )
+    if words[i].endswith("ed") and words[i + 1] in BEFORE_NOUNS | TOGETHER | PRONOUNS | {
+        "",
+        "up",
+        "down",
+    }:
+        return i, "past"  # "then turned on", not "then muffled speech"
+    return (i, form_of(words[i])) if form_of(words[i]) else None
+
+
+def with_form(words: list[str], i: int, form: str) -> list[str] | None:
+    """The verb at index i, and those joined to it by "and", in another form; None: not a verb the rules know."""
+    known, new = plain(words), list(words)
+    old = form_of(known[i])
+    for j in range(i, len(words)):
+        if j > i and known[j] in TOGETHER:
+            break
+        joined = (
+            j == i
+            or known[j - 1] in ("and", "or")
+            or (known[j - 1].endswith("ly") and known[j - 2] == "and")
+        )
+        if joined and form_of(known[j]) == old and not BE & set(known[j + 1 : j + 2]):
+            if known[j] not in FORMS:
+                return None
+            new[j] = re.sub(r"\w+", inflections(FORMS[known[j]][1])[form], words[j], count=1)
+    return new
+
+
+def to_ing(words: list[str]) -> list[str] | None:
+    """A clause as it follows "followed by": "a man is speaking and a dog barks" -> "a man speaking and a dog barking".
+
+    None where a verb is not certain; a noun phrase stays as it is.
+    """
+    known, found = plain(words), find_verb(words)
+    if known[0] == "there" and BE & set(known[1:2]):  # "there is a bang" -> "a bang"
+        return to_ing(words[2:]) if words[2:] else None
+    if known[0] in BE | {"there"} or (found and found[1] == "aux"):
+        return None
+    if not found:  # a word that is no known verb but stands like one: "a man hollars", "bees swarm"
+        odd = [
+            b
+            for a, b in zip(known, known[1:])
+            if a not in BEFORE_NOUNS
+            and not form_of(b)
+            and (
+                known[0] in ("a", "an", "the", "someone")
+                and re.search(r"[^su'’]s$", b)
+                or re.search(r"[^su'’]s$", a)
+                and not (b in BEFORE_NOUNS | TOGETHER or re.search(r"(ed|ly|s)$", b))
+            )
+        ]
+        odd = odd or [
+            b for a, b in zip(known, known[1:]) if a in PLURAL and form_of(b) == "third"
+        ]  # "women speaks"
+        return None if odd else words
+    i, form = found
+    if form == "ing":
+        return words
+    if form == "be":
+        new = (
+            words[:i]
+            + ([] if re.match(r"(\w+ly )?\w+ing\b", " ".join(known[i + 1 :])) else ["being"])
+            + words[i + 1 :]
+        )
+    else:
+        new = with_form(words, i, "ing")
+    cut = next((j for j in range(i, len(words)) if known[j] in TOGETHER), len(words))
+    joined = next(
+        (
+            j
+            for j in range(i, cut - 1)
+            if known[j] == "and" and (not form_of(known[j + 1]) or BE & set(known[j + 2 : j + 3]))
+        ),
+        None,
+    )
+    if joined:  # a second subject, or an object
+        rest = to_ing(words[joined + 1 :])
+        tail = len(words) - joined - 1
+        new = new and rest and new[: len(new) - tail] + rest
+    return new
+
+
+def split_events(body: str):
+    """ "a dog barks, then a bell rings" -> ([["a", "dog", "barks"], ["a", "bell", "rings"]], [", then"], ["then"])."""
+    matches = list(CONNECTIVE.finditer(body))
+    events = [
+        body[a:b]
+        for a, b in zip(
+            [0, *(m.end() for m in matches)], [*(m.start() for m in matches), len(body)]
+        )
+    ]
+    joints, names = (
+        [m[0].rstrip() for m in matches],
+        [m.lastgroup.replace("_", " ") for m in matches],
+    )
+    listed = events[0].split(", ") if joints and joints[0].startswith(",") else []
+    if len(listed) > 1:  # "A, B, then C" tells three events
+        events, joints, names = (
+            listed + events[1:],
+            [","] * (len(listed) - 1) + joints,
+            ["then"] * (len(listed) - 1) + names,
+        )
+    # "A is followed by B" -> "A followed by B": "is" need not agree with what comes to stand there
+    joints = [
+        re.sub(r"(?:(?:and|which|that) )?(?:is|are|was|were) ", "", joint) for joint in joints
+    ]
+    return [event.split() for event in events], joints, names
+
+
+def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
+    """One subject, several verbs: "a dog barks", "growls" -> "a dog growls", "barks"; None: the subject is not certain."""
+    found, known = find_verb(events[0]), plain(events[0])
+    if not found or found[1] == "aux" or TOGETHER & set(known):
+        return None
+    i = found[0] + (found[1] == "be")  # "a man is" speaking
+    subject, phrases, pronoun = events[0][:i], [events[0][i:], *events[1:]], []
+    owner = {
+        "he": r"\b(man|boy|male|guy)\b",
+        "she": r"\b(woman|girl|female|lady)\b",
+        "it": r"^(?!.*\b(man|woman|people|person)\b)",
+    }
+    first = plain(events[1])[0]
+    if first in owner and len(events) == 2 and len(events[1]) > 1:
+        if not re.search(owner[first], " ".join(plain(subject))) or (
+            first == "it" and {"a", "an", "the"} & set(plain(phrases[0]))
+        ):
+            return None  # "a man drops a ball, then it bounces"
+        pronoun, phrases[1] = [first], events[1][1:]
+    predicates = [phrase and find_predicate(phrase) for phrase in phrases]
+    for phrase in phrases:
+        second = any(
+            find_verb(part.split()) for part in " ".join(phrase).split(" and ")[1:]
+        )  # "... and a bell rings"
+        if second or (PRONOUNS - POSSESSIVES) & set(plain(phrase)):
+            return None
+    if (
+        not all(predicates)
+        or "past" in [form for _, form in predicates]
+        or (found[1] == "be") > (predicates[0][1] == "ing")
+    ):
+        return None
+    for n, (phrase, (j, form)) in enumerate(zip(phrases, predicates)):
+        stem = FORMS.get(plain(phrase)[j], ("", ""))[1]
+        if stem in ("start", "begin") and not any(
+            form_of(word) for word in plain(phrase)[j + 1 : j + 3]
+        ):
+            return None  # what starts only now cannot have been heard before
+        after = plain(phrase)[j + 1 :] + ["", ""]
+        noun = (
+            after[0] == "and"
+            and not form_of(after[1])
+            or not (
+                after[0]
+                in BEFORE_NOUNS | TOGETHER | PRONOUNS | {"", "up", "down", "idle", "around", "away"}
+                or after[0].endswith("ly")
+            )
+        )
+        if n and form == "ing" and (noun or found[1] in ("third", "base")):
+            return None  # "then hooting and applause", "then skidding tires", "tones sound, then whooshing": whose?
+        if {form, predicates[0][1]} == {"third", "base"}:
+            return None
+        if (
+            n
+            and form != "ing"
+            and not pronoun
+            and (stem in SOUNDS or (found[1] == "ing" and len(phrase) == 1))
+        ):
+            return None  # "a man speaks, then beeps": he or a device?
+    moved = [
+        phrase if form == new else with_form(phrase, j, new)
+        for phrase, (j, form), (_, new) in zip(phrases[::-1], predicates[::-1], predicates)
+    ]
+    return None if None in moved else [subject + moved[0], pronoun + moved[1], *moved[2:]]
+
+
+SOUNDS = set(
+    """click beep clank bang thump thud ding chime splash clang knock tap pop clack boom crash clink ring scrape toot
+honk rattle""".split()
+)
+GLUE = set(
+    """a an the and or but then of in on at by with to as while is are was were be being been it he she they his her its their
+some there after afterwards before when until which that who later first once finally followed following preceded""".split()
+)
+
+
+def content(words: list[str]) -> list[str]:
+    """What words speak of: without those that only connect, cut to stems ("barks", "barking", "barked" -> "bark")."""
+    stems = [
+        re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|(?<!s)s)$", "", word)
+        for word in plain(words)
+        if word and word not in GLUE
+    ]
+    return [
+        re.sub(r"([bdglmnprtv])\1$", r"\1", re.sub(r"(?<=\w\w)[ey]$", "", stem)) for stem in stems
+    ]
+
+
+def dependent(events, names, verbs) -> tuple[list[int], bool]:
+    """Which events have no subject of their own ("then growls", "then he growls"), and whether another leans on its neighbours."""
+    no_subject, leans = (
+        [],
+        plain(events[0])[0] in NO_START
+        or any(
+            NO_VERB_YET.fullmatch(" ".join(event)) or set(plain(event)) <= BEFORE_NOUNS
+            for event in events
+        ),
+    )  # "low, then high"
+    for i, (event, name, verb) in enumerate(zip(events[1:], names, verbs[1:]), 1):
+        words = plain(event)
+        told = (
+            "|".join(
+                re.escape(word)
+                for before in events[:i]
+                for word in plain(before)
+                if word and word not in GLUE
+            )
+            or "-"
+        )
+        predicate, pronouns = find_predicate(event), PRONOUNS & set(words)
+        if predicate and not (
+            verb and verb[0] == 1 and verb[1] != "ing"
+        ):  # "tapping occurs" has its subject
+            # "followed by growling", "rustling, then growling": a noun
+            predicate = name != "followed by" and (
+                predicate[1] != "ing" or verbs[i - 1] or name in REVERSED
+            )
+        else:
+            predicate = None
+        if predicate or words[0] in ("it", "he", "she", "they"):
+            no_subject.append(i)
+            continue
+        named = (
+            words[0] in BEFORE_NOUNS | NOUNS
+            or words[0].endswith("ing")
+            or verb
+            or name == "followed by"
+        )
+        follows_clause = verbs[i - 1] and verbs[i - 1][1] != "ing"
+        leans = (
+            leans
+            or words[0] in NO_START
+            or bool(
+                KNOWN_BEFORE.search(" ".join(event))
+                or re.search(
+                    rf"\bthe (?:\w+ )?(?:{told})\b", " ".join(event)
+                )  # "the dog" of before
+                or (
+                    pronouns
+                    and not TOGETHER & set(words)
+                    and not (verb and pronouns <= POSSESSIVES)
+                )
+                or (follows_clause and not named)  # "a thrum rises, then remains steady"
+                or (
+                    re.search("[^su]s$", words[0])
+                    and not verb
+                    and len(words) > 1  # "then lays it down"
+                    and (
+                        words[1] not in BEFORE_NOUNS
+                        or words[1] in {"to", "a", "an", "the", "into"} | POSSESSIVES
+                    )
+                )
+            )
+        )
+    return no_subject, leans
+
+
+def in_order(events, joints) -> str:
+    return " ".join(events[0]) + "".join(
+        f"{joint} {' '.join(event)}" for joint, event in zip(joints, events[1:])
+    )
+
+
+def lower_first(text: str) -> str:
+    first = text.split(" ")[0]
+    return (
+        text
+        if re.search("[A-Z0-9]", first[1:]) or first in ("I", "English", "Christmas")
+        else text[:1].lower() + text[1:]
+    )
+
+
+def reverse_order(caption: str) -> tuple[str | None, str]:
+    """A caption -> (its events in the opposite order in time or None, the connective or why there is None).
+
+    What the connectives of ORDERING join changes places, the last event first; the connectives stay, verbs take the
+    form of their new place. Where the two sides of "before" or "after" are not alike, that word is reversed instead.
+    In doubt the answer is None: a missing negative costs nothing, a wrong one teaches the wrong order.
+    """
+    text = " ".join(caption.split())
+    opening, body = re.fullmatch(
+        r"((?:at first|first|initially),? (?=.* then ))?(.*?)[\s.,]*", text, re.I
+    ).groups("")
+    body = lower_first(body)
+    events, joints, names = split_events(body)
+    leading = re.match(r"(after|before) ([^,]+), (.+)$", body)  # "after A, B"
+    if leading:
+        events, joints, names = [leading[2].split(), leading[3].split()], [","], [leading[1]]
+    if not joints:
+        return None, "no ordering connective"
+    if any(not event or BOUND.search(" ".join(event)) for event in events):
+        return None, "a word bound to its place"
+    if any(plain(event)[0] in ("and", "or") or plain(event)[-1] in NO_END for event in events):
+        return None, "half an event"
+    if any("," in word for event in events for word in event):
+        return None, "commas"
+    verbs = [find_verb(event) for event in events]
+    kinds = ["clause" if verb and verb[1] != "ing" else "noun" for verb in verbs]
+    if any(
+        name == "is followed by" and (kind == "clause" or TOGETHER & set(plain(event)))
+        for name, kind, event in zip(names, kinds, events)
+    ):
+        return None, "unclear verb"
+    names = [name.removeprefix("is ") for name in names]
+    stems = [set(content(event)) for event in events]
+
+    def alike(others):
+        return [a <= b or b <= a for a, b in zip(stems, others)]
+
+    if any(alike(stems[1:])) or all(alike(stems[::-1])):
+        return None, "sides alike"
+
+    no_subject, leans = (
+        dependent(events, names, verbs) if not leading else ([], plain(events[1])[0] in NO_START)
+    )
+    against = {"before", "after", "until"} & set(names)
+    if (
+        (len(names) > 1 and against - {"before"})
+        or (opening and len(set(kinds)) > 1)
+        or ("after" in names and joints[0].startswith(",") and not leading)
+    ):
+        return None, "several orders"
+    unlike = (
+        no_subject or leans or kinds[0] != kinds[1] or "until" in names or "prior to" in joints[0]
+    )
+    if against and len(names) == 1 and unlike:
+        if (not leading and plain(events[0])[0] in NO_START) or (
+            "until" in names and (no_subject or not verbs[1])
+        ):
+            return None, "unclear subject or reference"
+        word = names[0] if leading else next(word for word in REVERSED if word in joints[0])
+        body = (
+            body.replace(word, REVERSED[word], 1)
+            if leading
+            else in_order(events, [joints[0].replace(word, REVERSED[word])])
+        )
+    elif no_subject or leans:
+        order = (
+            swap_predicates(events)
+            if not leans and not against and len(no_subject) == len(names)
+            else None
+        )
+        if not order:
+            return None, "unclear subject or reference"
+        body = in_order(order, joints)
+    else:
+        order = events[::-1]
+        for i, name in enumerate(names, 1):
+            order[i] = to_ing(order[i]) if name == "followed by" else order[i]
+            if order[i] is None or (
+                name in ("after which", "before") and kinds[::-1][i] != kinds[i]
+            ):
+                return None, "unclear verb"
+        body = (leading[1] + " " if leading else "") + in_order(order, joints)
+    body = opening + body
+    body = (body[0].upper() if text[0].isupper() else body[0].lower()) + body[1:]
+    return body + "." * text.endswith("."), names[0] if len(set(names)) == 1 else "several"
+
+
+# ------------------------------------------------------------------------------------------------
+# Rewritten captions: a language model, a file of others' answers, the command
+# ------------------------------------------------------------------------------------------------
+
+NEGATIVES_PROMPT = """A caption tells what is heard in a recording. Rewrite it so that the same events happen in the opposite order in time. \
+Keep every event and its words, change nothing but the order, and use the connectives of the caption. \
+If its events happen at the same time, or there is only one, answer NONE. Answer with one line.
+
+Caption: A dog barks, then a car passes by
+Answer: A car passes by, then a dog barks
+
+Caption: A man speaks followed by a door closing
+Answer: A door closing followed by a man speaking
+
+Caption: A woman sings while people clap
+Answer: NONE
+
+Caption: Water runs before a toilet flushes and a man coughs
+Answer: A toilet flushes and a man coughs before water runs
+
+Caption: {caption}
+Answer:"""
+
+
+def tells_backwards(text: str) -> bool:
+    """Whether a text tells the later event first: "A after B", "before B, A"."""
+    return (
+        len(
+            re.findall(
+                r"(?<=[\w,] )(?:after(?! (?:which|that))|preceded by)\b|^before\b", text.lower()
+            )
+        )
+        % 2
+        == 1
+    )
+
+
+def check_order(caption: str, answer: str) -> tuple[str | None, str | None]:
+    """A model's answer to NEGATIVES_PROMPT -> (negative or None, why it is rejected or None). NONE, no order, is no reject.
+
+    Same events: caption and answer hold the same `content` words equally often (articles, connectives and pronouns do
+    not count, endings -s -es -ed -ing -y -e and a doubled last consonant are cut). Other order: these words stand in
+    another order, or before and after have changed, but not both, which tells the same order again.
+    """
+    answer = answer.strip().strip('"“”').strip()
+    if re.fullmatch(r"none\W*", answer, re.I):
+        return None, None
+    if not re.search(r"\w", answer):
+        return None, "empty"
+    if "\n" in answer:
+        return None, "more than one line"
+    if same_text(caption, answer):
+        return None, "copy of the caption"
+    own, new = content(caption.split()), content(answer.split())
+    if collections.Counter(own) != collections.Counter(new):
+        return None, "other events"
+    if (own != new) == (tells_backwards(caption) != tells_backwards(answer)):
+        return None, "same order"
+    return answer, None
+
+
+def same_text(a: str, b: str) -> bool:
+    return re.findall(r"\w+", a.lower()) == re.findall(r"\w+", b.lower())
+
+
+def load_llm(name: str, device: str):
+    """A causal language model of the hub or of a folder and its tokenizer: bfloat16 on a GPU, float32 on a CPU."""
+    transformers, device = common.quiet_transformers(), common.start_device(device)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--llm {name}: no causal language model and tokenizer, neither as a folder nor on the hub ({reason}); give a folder "
+            "with config.json, weights and tokenizer, or connect to a network"
+        ) from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"--llm {name}: its tokenizer has neither a padding nor an end token, of which batches need one"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def generate(llm, prompts: list[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+    """Answers to one batch of prompts, in the tokenizer's chat template where it has one; temperature 0: greedy.
+
+    Above 0 all tokens are drawn from, whatever top-k or top-p the model's own settings name. A model without a template continues the text, often with further examples: its answer ends at the line's end.
+    """
+    model, tokenizer = llm
+    chat = tokenizer.chat_template is not None
+    if chat:  # enable_thinking: a variable of some templates, unknown to the others
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for prompt in prompts
+        ]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(
+        model.device
+    )
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    with torch.inference_mode():
+        tokens = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
+    answers = tokenizer.batch_decode(
+        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [
+        answer.strip() if chat else (answer.strip().splitlines() or [""])[0] for answer in answers
+    ]
+
+
+def stored_answers(file: Path, key: dict, field: str) -> dict:
+    """{(what was asked about, version): answer} of a file that `store_answers` wrote under the same settings `key`.
+
+    A line that a kill cut in two is taken out of the file: it is asked for again.
+    """
+    answers, whole = {}, []
+    for line in file.read_bytes().decode("utf-8", "replace").split("\n") if file.is_file() else []:
+        try:
+            record = json.loads(line)
+            if {name: record.get(name) for name in key} == key:
+                answers[record[field], record.get("version", 0)] = record["answer"]
+            whole.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            continue  # blank, or cut by the kill
+    if file.is_file():
+        common.write_lines(file, whole)
+    return answers
+
+
+def store_answers(file, key: dict, field: str, answers: dict) -> None:
+    """Append a batch of {(what was asked about, version): answer} to an open file, JSON Lines, one answer a line."""
+    for (asked, version), answer in answers.items():
+        file.write(
+            json.dumps(
+                {**key, field: asked, "version": version, "answer": answer}, ensure_ascii=False
+            )
+            + "\n"
+        )
+    file.flush()
+
+
+def draw_seed(*parts) -> int:
+    """A seed that is a function of `parts`: a batch draws the same whatever was asked before it."""
+    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16)
+
+
+def ask_llm(
+    texts: list[str],
+    prompt: str,
+    args,
+    cache: Path,
+    field="caption",
+    versions=1,
+    temperature=0.0,
+    max_new_tokens: int = 96,
+) -> dict:
+    """{(text, version): answer} of args.llm to `prompt`, which holds {caption}; answers in `cache` are not asked for again.
+
+    An answer there is found by model, prompt hash, temperature and seed (null if greedy), text and version. It is
+    written after every batch: a killed run goes on where it was.
+    """
+    key = {
+        "model": args.llm,
+        "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+        "temperature": temperature or None,
+        "seed": args.seed if temperature else None,
+    }
+    print(f"prompt {key['prompt']}, once a {field}:\n\n{prompt}\n")
+    answers, asked = (
+        stored_answers(cache, key, field),
+        {(text, version) for text in texts for version in range(versions)},
+    )
+    todo = sorted(
+        asked - set(answers), key=lambda question: (len(question[0]), question)
+    )  # alike in length: little padding
+    print(f"{cache}: {len(asked) - len(todo):,} of {len(asked):,} questions answered before")
+    if todo:
+        llm = load_llm(args.llm, args.device)
+        with (
+            open(cache, "a", encoding="utf-8") as file,
+            tqdm(total=len(todo), desc=args.llm, unit=field) as bar,
+        ):
+            for start in range(0, len(todo), args.batch_size):
+                batch = todo[start : start + args.batch_size]
+                torch.manual_seed(draw_seed(args.seed, batch))
+                made = generate(
+                    llm,
+                    [prompt.replace("{caption}", text) for text, _ in batch],
+                    max_new_tokens,
+                    temperature,
+                )
+                store_answers(file, key, field, dict(zip(batch, made)))
+                answers |= dict(zip(batch, made))
+                bar.update(len(batch))
+    return answers
+
+
+def checked_answers(pairs, check, rejects: Path, field="caption") -> dict:
+    """{(asked, answer): text or None} of what `check(asked, answer) -> (text, reason)` lets pass; the rest is counted and listed in a file."""
+    results, rejected = {}, []
+    for asked, answer in dict.fromkeys(pairs):
+        results[asked, answer], reason = check(asked, answer)
+        if reason:
+            rejected.append({"reason": reason, field: asked, "answer": answer})
+    print(
+        f"{len(results):,} different answers: {sum(text is not None for text in results.values()):,} taken, {len(rejected):,} rejected"
+        + "".join(
+            f"; {reason} {n:,}"
+            for reason, n in collections.Counter(r["reason"] for r in rejected).most_common()
+        )
+    )
+    common.write_lines(rejects, [json.dumps(r, ensure_ascii=False) for r in rejected])
+    return results
+
+
+def json_lines(flag: str, file: Path, need: tuple[str, ...], optional=()):
+    """The objects of a JSON Lines file -> [("FLAG FILE:NUMBER", object)]. `need` are its keys; those and `optional` hold texts or null."""
+    wanted = " and ".join(f"'{name}'" for name in need)
+    if not file.is_file():
+        raise FileNotFoundError(f"{flag} {file}: no such file; expected JSON Lines with {wanted}")
+    records = []
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        where = f"{flag} {file}:{number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: not valid JSON ({error.msg}); expected one object a line"
+            ) from None
+        if not isinstance(record, dict) or not set(need) <= set(record):
+            raise ValueError(
+                f"{where}: expected an object with {wanted}, found {line.strip()[:80]}"
+            )
+        for name in (*need, *optional):
+            if not isinstance(record.get(name), (str, type(None))):
+                raise ValueError(f"{where}: '{name}' is {record[name]!r}; expected a text or null")
+        records.append((where, record))
+    return records
+
+
+def import_texts(
+    file: Path, places: list[tuple[int, str]], rows: list[dict], source: str, field: str
+) -> tuple[dict, dict]:
+    """Texts that others made: JSON Lines {source, field, "id" or "audio"} -> ({(row number, source text): [texts]}, counts).
+
+    A record belongs to those of `places` (row number, source text) with its source text, its id and its audio file (name
+    without folder and suffix), as far as it gives them. A record with a null text, or a copy of its caption, gives none.
+    """
+    stem, squeeze = lambda path: stem_of(Path(str(path)).name), lambda text: " ".join(text.split())
+    owners, texts, unused, copies, empty = (
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        0,
+        0,
+        0,
+    )
+    for place in dict.fromkeys(places):
+        names = {
+            source: squeeze(place[1]),
+            "id": str(rows[place[0]].get("id")),
+            "audio": stem(rows[place[0]]["audio"]),
+        }
+        for name in names.items():
+            owners[name].append((place, names))
+    records = json_lines(
+        "--import", file, ("caption", "negative") if field == "negative" else (field,), (source,)
+    )
+    for where, record in records:
+        given = {
+            source: squeeze(record.get(source) or ""),
+            "id": str(record.get("id") or ""),
+            "audio": stem(record.get("audio") or ""),
+        }
+        given = {name: value for name, value in given.items() if value}
+        if not given or (field == "negative" and "caption" not in given):
+            raise ValueError(
+                f"{where}: does not tell what it belongs to; expected '{source}'"
+                + " or 'id' or 'audio'" * (field != "negative")
+            )
+        found = [
+            place
+            for place, names in owners.get(next(iter(given.items())), [])
+            if given.items() <= names.items()
+        ]
+        text = record[field]
+        unused += not found
+        if not text or not re.search(r"\w", text):
+            empty += bool(found)
+        elif field == "negative" and same_text(
+            record["caption"], text
+        ):  # a description may be a good caption as it is
+            copies += bool(found)
+        else:
+            for place in found:
+                texts[place].append(squeeze(text))
+    counts = {
+        "records": len(records),
+        "matched": len(records) - unused,
+        "unused": unused,
+        "copies": copies,
+        "empty": empty,
+    }
+    print(
+        f"--import {file}: {len(records):,} records, {len(records) - unused:,} matched a {source} ({copies:,} copies of it and {empty:,} null "
+        f"or empty left out), {unused:,} not used"
+    )
+    return texts, counts
+
+
+def told(counts: dict) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "0"
+
+
+def distinct(texts) -> list[str]:
+    """Versions of a caption without those that are None or there already."""
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def check_counts(args) -> None:
+    """ValueError for a flag whose number makes no sense; --versions and --temperature where the command has them."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: expected 1 or more")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    versions, temperature = getattr(args, "versions", 1), getattr(args, "temperature", 0.0)
+    if versions < 1 or not 0 <= temperature < math.inf or (versions > 1 and not temperature):
+        raise ValueError(
+            f"--versions {versions}, --temperature {temperature:g}: expected 1 or more, and a temperature above 0 where there "
+            "are several, which would be equal without"
+        )
+
+
+def say_unreadable(errors: list[str]) -> None:
+    if errors:
+        print(f"left out, unreadable: {len(errors):,}, such as {errors[0]}")
+
+
+def of_length(rows: list[dict], min_s: float, max_s: float, workers: int):
+    """-> rows of min_s to max_s seconds, {why: how many others}. A row that does not tell its seconds is given its file header's."""
+    if not 0 <= min_s < max_s:
+        raise ValueError(
+            f"--min-s {min_s:g}, --max-s {max_s:g}: expected seconds, the first below the second"
+        )
+    unknown = [row for row in rows if not row.get("duration")]
+    unreadable = with_durations(unknown, workers)[1] if unknown else []
+    say_unreadable(unreadable)
+    kept = [row for row in rows if min_s <= (row.get("duration") or -1) <= max_s]
+    return kept, collections.Counter(
+        {
+            "unreadable": len(unreadable),
+            f"not of {min_s:g} to {max_s:g} s": len(rows) - len(kept) - len(unreadable),
+        }
+    )
+
+
+def finished(rows: list[dict], key: str, source: str, report: dict):
+    """Print what was made -> rows without those that have no text at all, (row's `source`, text) pairs, report."""
+    kept = [row for row in rows if row.get(key) or row.get("captions")]
+    report["left_out"]["without an accepted answer"] = len(rows) - len(kept)
+    pairs = [(row[source], text) for row in kept for text in row.get(key, [])]
+    print(
+        f"{len(kept):,} clips with {len(pairs):,} texts under '{key}'; left out: {told(report['left_out'])}"
+    )
+    if not pairs:
+        raise ValueError(
+            f"not one answer was accepted, nothing is written (left out: {told(report['left_out'])})"
+        )
+    return (
+        kept,
+        pairs,
+        report | {"clips": len(kept), key: len(pairs), "left_out": dict(report["left_out"])},
+    )
+
+
+def fill_negatives(rows: list[dict], out: Path, args):
+    """Task negatives, by rules, a language model or a file -> rows, (caption, negative) pairs, report."""
+    for row in rows:
+        old = row.get("negatives", [])
+        if old and len(old) != len(row.get("captions", [])):
+            raise ValueError(
+                f"{row['where']}: {len(old)} negatives for {len(row.get('captions', []))} captions; expected one, or null, a caption"
+            )
+        if row.get("captions"):
+            row["negatives"] = (
+                [None] * len(row["captions"]) if args.overwrite_negatives or not old else list(old)
+            )
+    todo = [
+        (n, k, caption)
+        for n, row in enumerate(rows)
+        for k, caption in enumerate(row.get("captions", []))
+        if row["negatives"][k] is None
+    ]
+    captions, total = (
+        [caption for *_, caption in todo],
+        sum(len(row.get("captions", [])) for row in rows),
+    )
+    if not total:
+        raise ValueError(
+            f"--data {args.data}: not one of its {len(rows):,} clips has 'captions', which --task negatives rewrites"
+        )
+    print(
+        f"{args.data}: {len(rows):,} clips, {total:,} captions, {total - len(todo):,} negatives kept"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report, how = {"captions": total}, collections.Counter()
+    if args.llm:
+        answers = ask_llm(captions, NEGATIVES_PROMPT, args, out.with_suffix(".llm.jsonl"))
+        made = checked_answers(
+            [(caption, answers[caption, 0]) for caption in captions],
+            check_order,
+            out.with_suffix(".rejected.jsonl"),
+        )
+        texts = [made[caption, answers[caption, 0]] for caption in captions]
+    elif args.import_file:
+        made, report["import"] = import_texts(
+            Path(args.import_file),
+            [(n, caption) for n, row in enumerate(rows) for caption in row.get("captions", [])],
+            rows,
+            "caption",
+            "negative",
+        )
+        texts = [made[n, caption][-1] if (n, caption) in made else None for n, _, caption in todo]
+    else:
+        made = {
+            caption: reverse_order(caption)
+            for caption in tqdm(dict.fromkeys(captions), desc="captions", leave=False)
+        }
+        texts = [made[caption][0] for caption in captions]
+        how.update(("made: " if made[c][0] else "none: ") + made[c][1] for c in captions)
+    for (n, k, _), text in zip(todo, texts):
+        rows[n]["negatives"][k] = text
+
+    pairs = [
+        (caption, text)
+        for row in rows
+        for caption, text in zip(row.get("captions", []), row.get("negatives", []))
+        if text
+    ]
+    report |= {"negatives": len(pairs), "splits": {}, "how": dict(how)}
+    for split in sorted({row.get("split", "none") for row in rows}):
+        members = [row for row in rows if row.get("split", "none") == split and row.get("captions")]
+        counts = [
+            sum(text is not None for row in members for text in row["negatives"]),
+            sum(len(row["captions"]) for row in members),
+        ]
+        report["splits"][split] = dict(zip(("negatives", "captions"), counts))
+        print(
+            f"{split}: {counts[0]:,} of {counts[1]:,} captions have a negative ({counts[0] / max(1, counts[1]):.1%})"
+        )
+    for name, count in how.most_common():
+        print(f"  {name} {count:,}")
+    print(f"without a negative: {total - len(pairs):,} captions")
+    return rows, pairs, report
+
+
+# ---- cleaned captions ----
+
+CLEAN_PROMPT = """The uploader of a recording describes it. Write what is heard in it as one caption: one plain English sentence. \
+Keep only sounds that the description or its tags tell of; leave out names, places, dates, equipment, files, addresses and remarks. \
+If no sound is told of, answer NONE. Answer with one line.
+
+"""
+CLEAN_EXAMPLES = [  # ours: the ten of Cacophony are not published
+    (
+        "dog_bark_02.wav. My neighbour's dog barking at the postman, recorded with a Zoom H4n from the kitchen window (tags: dog, bark)",
+        "A dog is barking",
+    ),
+    (
+        "Rain on tent. Heavy rain falling on my tent at the campsite near Lake Garda, 12/08/2011. Some thunder far away. Enjoy!",
+        "Heavy rain falls on a tent with thunder far away",
+    ),
+    (
+        "Door Slam 3. wooden door slammed shut, 24bit/96kHz, Rode NT1-A. Please credit me if you use it!",
+        "A wooden door slams shut",
+    ),
+    (
+        "Tram line 4. Tram arriving at the stop, doors opening, then it pulls away again. Recorded in Zagreb, spring 2009",
+        "A tram arrives at a stop, its doors open, and it pulls away",
+    ),
+    (
+        "kettle. Water boiling in an old kettle until it starts to whistle. more of my sounds on www.kettles.example",
+        "Water boils in a kettle until it whistles",
+    ),
+    (
+        "Market ambience. Stereo recording of a busy market: people talking, vendors shouting, a child laughing. iPhone, so sorry for the quality",
+        "People talk and vendors shout at a busy market while a child laughs",
+    ),
+    ("BD_808_hit (tags: drum, kick, one-shot)", "A single hit of a kick drum"),
+    (
+        "typing. Me writing my thesis on a mechanical keyboard at 3 a.m., the chair squeaks near the end. For a film project by M. Weber",
+        "Someone types on a mechanical keyboard and then a chair squeaks",
+    ),
+    (
+        "church bells sunday. bells of the village church from about 200 m, with swallows and a car passing by :) contact: bells@mail.example",
+        "Church bells ring at a distance while birds chirp and a car passes by",
+    ),
+    ("untitled 17. Test upload, please ignore. Levels are too low, will be replaced soon", "NONE"),
+]
+MOST_WORDS = 40  # of a caption; a description is cut after 150, what follows is about its uploader
+LEFT_OVER = {
+    name: re.compile(pattern, re.I)
+    for name, pattern in {  # what no caption of a sound holds
+        "refusal": r"\bI(?: a|['’])m (?:sorry|unable)|\bI can(?:no|['’])t\b|\bas an AI\b|\blanguage model\b",
+        "address": r"https?:|www\.|\S@\S|\w\.(?:com|org|net)\b",
+        "file name": r"\w\.(?:wav|aiff?|flac|ogg|mp3|m4a)\b|\w_\w",
+        "date": r"\b\d{1,4}[./-]\d{1,2}[./-]\d{2,4}\b|\b(?:19|20)\d\d\b",
+        "recording gear": r"\brecorded (?:with|on|using|by|via|through|at|in)\b|\bzoom h\d|\bh[1-6]n\b|\br[oø]de nt|\b(?:16|24|32)[ -]?bits?\b|"
+        r"\b(?:44|48|96|192)[.,\d]* ?khz\b|\b(?:tascam|sennheiser|neumann|marantz|edirol|audacity|iphone|shure|olympus)\b",
+    }.items()
+}
+
+
+def described(row: dict) -> str:
+    """What --task clean asks about: the row's `description`, cut after 150 words, and its labels as tags."""
+    tags = ", ".join(row.get("labels", [])).replace("_", " ")
+    return " ".join(row["description"].split()[:150]) + f" (tags: {tags})" * bool(tags)
+
+
+def check_caption(description: str, answer: str) -> tuple[str | None, str | None]:
+    """A cleaned caption -> (caption or None, why it is rejected or None).
+
+    One line and one sentence of at most MOST_WORDS words, nothing of LEFT_OVER, and at least one `content` word of the
+    description or its tags: a caption that shares none is made up (or a translation, which is lost).
+    """
+    answer = answer.strip().strip('"“”').strip()
+
+    def words(text):
+        return set(
+            content([w for w in re.findall(r"[^\W\d_]+", text.lower()) if w not in BEFORE_NOUNS])
+        )
+
+    if not re.search(r"\w", answer):
+        return None, "empty"
+    if re.fullmatch(r"none\W*", answer, re.I):
+        return None, "NONE: no sound is told of"
+    for reason, pattern in LEFT_OVER.items():
+        if pattern.search(answer):
+            return None, reason
+    if "\n" in answer or re.search(r"[.!?]\s+[^\W\d_]", answer):
+        return None, "more than one sentence"
+    if len(answer.split()) > MOST_WORDS:
+        return None, f"more than {MOST_WORDS} words"
+    if not words(answer) & words(description):
+        return None, "no word of the description"
+    return answer, None
+
+
+def clean_prompt(file: str | None) -> str:
+    """CLEAN_PROMPT with the examples of --examples, JSON Lines {"description", "caption"}, or with our own."""
+    examples = CLEAN_EXAMPLES
+    if file:
+        examples = []
+        for where, record in json_lines("--examples", Path(file), ("description", "caption")):
+            examples.append(
+                tuple(" ".join((record[name] or "").split()) for name in ("description", "caption"))
+            )
+            if not all(examples[-1]) or "{caption}" in "".join(examples[-1]):
+                raise ValueError(
+                    f"{where}: expected two texts that are not empty and do not hold the word {{caption}}"
+                )
+        if not examples:
+            raise ValueError(
+                f"--examples {file}: no example there; expected JSON Lines with 'description' and 'caption'"
+            )
+    return (
+        CLEAN_PROMPT
+        + "".join(f"Description: {text}\nCaption: {caption}\n\n" for text, caption in examples)
+        + "Description: {caption}\nCaption:"
+    )
+
+
+def clean(rows: list[dict], out: Path, args):
+    """Task clean (Cacophony's of Freesound): noisy descriptions -> rows with captions, (description, caption) pairs, report.
+
+    A description is no caption, so `captions` hold the cleaned ones alone; the text stays as `description`. `negatives`,
+    which belong to the old texts, go.
+    """
+    if not (args.llm or args.import_file):
+        raise ValueError("--task clean: no rules can do this; give --llm HF_ID or --import FILE")
+    prompt = clean_prompt(args.examples)
+    rows, left_out = of_length(rows, args.min_s, args.max_s, os.cpu_count())
+    for row in rows:
+        row["description"] = row.get("description") or ". ".join(row.pop("captions", []))
+        row.pop("negatives", None)
+    left_out["without a description"] = sum(not row["description"].strip() for row in rows)
+    rows = [row for row in rows if row["description"].strip()]
+    if not rows:
+        raise ValueError(
+            f"--data {args.data}: no clip is left ({told(left_out)}); a description is the key 'description' or the captions"
+        )
+    print(f"{args.data}: {len(rows):,} descriptions; left out: {told(left_out)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts, report = [described(row) for row in rows], {}
+    if args.llm:
+        temperature = args.temperature if args.versions > 1 else 0.0
+        answers = ask_llm(
+            texts,
+            prompt,
+            args,
+            out.with_suffix(".llm.jsonl"),
+            "description",
+            args.versions,
+            temperature,
+        )
+        answers = [[answers[text, version] for version in range(args.versions)] for text in texts]
+    else:
+        places = [(n, row["description"]) for n, row in enumerate(rows)]
+        found, report["import"] = import_texts(
+            Path(args.import_file), places, rows, "description", "caption"
+        )
+        answers = [found.get(place, []) for place in places]
+    pairs = [(text, answer) for text, several in zip(texts, answers) for answer in several]
+    made = checked_answers(pairs, check_caption, out.with_suffix(".rejected.jsonl"), "description")
+    for row, text, several in zip(rows, texts, answers):
+        row["captions"] = distinct(made[text, answer] for answer in several)
+    return finished(rows, "captions", "description", report | {"left_out": left_out})
+
+
+TASK_FLAGS = {
+    "negatives": {
+        "overwrite_negatives": False
+    },  # what a flag is where it is not given; no other task knows it
+    "clean": {"examples": None, "versions": 5, "temperature": 0.7, "min_s": 1.0, "max_s": 300.0},
+}
+
+
+def open_rows(args):
+    """What rewrite and recaption begin with, before hours of work -> rows of --data, class list or None, manifest to write."""
+    source, out = common.manifest_path(args.data), Path(args.out)
+    out = out if out.suffix == ".jsonl" else out / "manifest.jsonl"
+    check_output(out)
+    check_counts(args)
+    classes = source.parent / "classes.txt"
+    keep = classes.is_file() and not (out.parent / "classes.txt").exists()
+    return (
+        common.read_manifest([str(source)]),
+        read_text(classes).splitlines() if keep else None,
+        out,
+    )
+
+
+def write_rows(out: Path, rows: list[dict], classes, pairs, args) -> None:
+    """What they end with: some pairs to look at, the manifest."""
+    for i in np.random.default_rng(args.seed).permutation(len(pairs))[: args.show]:
+        print(f"  {pairs[i][0]}\n    -> {pairs[i][1]}")
+    write_manifest(out, rows, classes)
+
+
+def rewrite(args) -> dict:
+    """Write a manifest again with texts made from its texts, by rules, a language model or a file."""
+    for flag in (
+        flag
+        for task, flags in TASK_FLAGS.items()
+        if task != args.task
+        for flag in flags
+        if flag in vars(args)
+    ):
+        raise ValueError(f"--{flag.replace('_', '-')}: --task {args.task} has no such flag")
+    args = argparse.Namespace(**{**TASK_FLAGS[args.task], **vars(args)})
+    rows, classes, out = open_rows(args)
+    rows, pairs, report = (clean if args.task == "clean" else fill_negatives)(rows, out, args)
+    write_rows(out, rows, classes, pairs, args)
+    return {"manifest": str(out), **report}
+
+
+# ------------------------------------------------------------------------------------------------
+# Captions by a captioner of ours
+# ------------------------------------------------------------------------------------------------
+
+
+def recaption(args) -> dict:
+    """Write a manifest again with `synthetic` captions, those that a model of ours gives its clips; `captions` stay.
+
+    The model's `caption` hears a whole clip; what it does with one that is longer than its window is its own affair.
+    """
+    rows, classes, out = open_rows(args)
+    device = common.start_device(args.device)
+    model = evaluation.load_model(args.model).to(device)
+    if not hasattr(model, "caption"):
+        raise ValueError(
+            f"--model {args.model}: a model of {type(model).__module__}.py, which writes no captions; give a checkpoint of a "
+            "script whose Model has caption()"
+        )
+    rows, left_out = of_length(rows, args.min_s, args.max_s, os.cpu_count())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cache = out.with_suffix(".captions.jsonl")
+    key = {
+        "model": file_hash(args.model) if os.path.isfile(args.model) else args.model,
+        "temperature": args.temperature,
+        "seed": args.seed,
+    }
+    answers, versions = stored_answers(cache, key, "audio"), range(args.versions)
+    files = {common.file_key(row): row for row in rows}  # rows of one file are one question
+    todo = [name for name in files if not all((name, version) in answers for version in versions)]
+    print(f"{cache}: {len(files) - len(todo):,} of {len(files):,} files captioned before")
+    loader = common.file_batches(
+        model, [files[name] for name in todo], args.batch_size, args.workers
+    )
+    unreadable = []
+    with (
+        open(cache, "a", encoding="utf-8") as file,
+        tqdm(total=len(todo), desc="captions", unit="clip") as bar,
+        torch.inference_mode(),
+    ):
+        for indices, waveform, n_samples, errors in loader:  # waveform (B, S)
+            names = [todo[i] for i in indices]
+            made = {}
+            for version in versions if names else ():
+                seed = draw_seed(
+                    args.seed, version, [os.path.basename(files[name]["audio"]) for name in names]
+                )
+                texts = model.caption(
+                    waveform.to(device), n_samples, temperature=args.temperature, seed=seed
+                )
+                made |= {(name, version): text for name, text in zip(names, texts)}
+            store_answers(file, key, "audio", made)
+            answers |= made
+            unreadable += [text for _, text in errors]
+            bar.update(len(names) + len(errors))
+    say_unreadable(unreadable)
+    heard = [row for row in rows if (common.file_key(row), 0) in answers]
+    left_out["unreadable"] += len(rows) - len(heard)
+    said = [
+        [(row["audio"], answers[common.file_key(row), version]) for version in versions]
+        for row in heard
+    ]
+
+    def spoken(_, text):
+        return (" ".join(text.split()), None) if re.search(r"\w", text) else (None, "empty")
+
+    made = checked_answers(
+        itertools.chain(*said), spoken, out.with_suffix(".rejected.jsonl"), "audio"
+    )
+    for row, pairs in zip(heard, said):
+        row["synthetic"] = distinct(made[pair] for pair in pairs)
+    heard, pairs, report = finished(heard, "synthetic", "audio", {"left_out": left_out})
+    write_rows(out, heard, classes, pairs, args)
+    return {"manifest": str(out), **report}
+
+
+# ------------------------------------------------------------------------------------------------
+# Entry point
+# ------------------------------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.captions", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add = functools.partial(
+        commands.add_parser,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p = add(
+        "rewrite",
+        help="make texts from a manifest's texts: captions in another order, captions from noisy descriptions",
+    )
+    p.add_argument(
+        "--task",
+        required=True,
+        choices=list(TASK_FLAGS),
+        help="negatives: for each caption the same events in another order in time, "
+        "or null where it tells no order; one that is there already is kept. clean: captions of what is heard from the key "
+        "description, else from the captions (title, description), which stay as description; labels count as tags",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="MANIFEST",
+        help="a manifest, a folder that holds one, or the word demo",
+    )
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="MANIFEST_OR_FOLDER",
+        help="NAME.jsonl, or a folder for manifest.jsonl; classes.txt is copied beside it",
+    )
+    how = p.add_mutually_exclusive_group()
+    how.add_argument(
+        "--llm",
+        metavar="HF_ID",
+        help="ask this language model, an id on the hub or a folder; its answers are kept in "
+        "NAME.llm.jsonl beside the output, from which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl",
+    )
+    how.add_argument(
+        "--import",
+        dest="import_file",
+        metavar="FILE",
+        help="take the texts from JSON Lines: {caption, negative, and if you like id or audio}; clean: {caption, and "
+        "description, id or audio}, one line a version",
+    )
+    of_task = {"default": argparse.SUPPRESS}
+    p.add_argument(
+        "--overwrite-negatives",
+        action="store_true",
+        **of_task,
+        help="negatives: make all anew; otherwise those that are there stay "
+        "and only gaps are filled",
+    )
+    p.add_argument(
+        "--examples",
+        metavar="FILE",
+        **of_task,
+        help="clean: examples for the prompt, JSON Lines {description, caption} [ten of our own]",
+    )
+    p.add_argument(
+        "--versions",
+        type=int,
+        **of_task,
+        help="clean: captions asked for a clip, equal ones kept once [5, the paper's]",
+    )
+    p.add_argument(
+        "--temperature",
+        type=float,
+        **of_task,
+        help="clean: of the draws where there are several versions, one is greedy [0.7]",
+    )
+    p.add_argument(
+        "--min-s",
+        type=float,
+        **of_task,
+        help="clean: leave out shorter clips, seconds [1, the paper's]",
+    )
+    p.add_argument(
+        "--max-s",
+        type=float,
+        **of_task,
+        help="clean: leave out longer clips, seconds [300, the paper's]",
+    )
+    p.add_argument(
+        "--batch-size", type=int, default=32, help="prompts the language model answers at a time"
+    )
+    p.add_argument("--device", default="auto", help="of the language model: auto, cpu or cuda")
+    p.add_argument("--show", type=int, default=5, help="random pairs to print")
+    p.add_argument("--seed", type=int, default=0, help="of the draws and of the pairs to print")
+    p.set_defaults(run=rewrite)
+    p = add(
+        "recaption",
+        help="caption a manifest's clips with a captioner trained here, as synthetic captions",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="MANIFEST",
+        help="a manifest, a folder that holds one, or the word demo",
+    )
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="CKPT",
+        help="a checkpoint of a script whose Model has caption()",
+    )
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="MANIFEST_OR_FOLDER",
+        help="NAME.jsonl, or a folder for manifest.jsonl, with the key synthetic in "
+        "each row, and its captions where it has some; classes.txt is copied beside it, the answers are kept in NAME.captions.jsonl, from "
+        "which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl",
+    )
+    p.add_argument(
+        "--versions", type=int, default=1, help="captions drawn for a clip, equal ones kept once"
+    )
+    p.add_argument(
+        "--temperature", type=float, default=0.1, help="of the draws (the paper's); 0: greedy"
+    )
+    p.add_argument(
+        "--min-s", type=float, default=1.0, help="leave out shorter clips, seconds (the paper's)"
+    )
+    p.add_argument(
+        "--max-s", type=float, default=300.0, help="leave out longer clips, seconds (the paper's)"
+    )
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="clips at a time, fewer where they are longer than 30 s",
+    )
+    p.add_argument("--workers", type=int, default=4, help="processes that read audio")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--show", type=int, default=5, help="random captions to print")
+    p.add_argument("--seed", type=int, default=0, help="of the draws and of the captions to print")
+    p.set_defaults(run=recaption)
+    return parser.parse_args(argv)
+
+
+def main(args) -> dict:
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    common.run_entry(main, parse)

@@ -1,0 +1,797 @@
+"""Pictures: of a trained model on a manifest, and of the stored runs behind the results.
+
+  python -m tools.figures runs/mga_clap-1/best.pt --data data/scenes --out pictures
+  python -m tools.figures runs/cacophony-1/mae.pt --data data/scenes --only reconstructions
+  python -m tools.figures results --data data --runs runs/claims --out results/pictures
+
+Needs matplotlib. A model's pictures are those it has something to show for: learning (its run's log),
+frames (cosines over time), gap (both modalities in a plane), order (margins of T-Classify), noise
+(only if it is named: the audio is embedded six times more), attention (CoLLAT), maps (MGA-CLAP's last
+block and codewords), reconstructions (Cacophony's stage 1).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import cacophony
+import collat
+import common
+import curation_clap
+import eval as evaluation
+import mga_clap
+from eval import class_prompts
+from tools import downstream
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pyplot():
+    """matplotlib without a screen, or one sentence on how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError(
+            "pictures need matplotlib; install it with: pip install matplotlib"
+        ) from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures of a model
+# ------------------------------------------------------------------------------------------------
+
+
+def clip_order(clips, class_embeds, classes, frame_s) -> list[int]:
+    """Clips with events in some but not all frames, best first: mean over the clip's classes of the
+    average precision of that class's cosine over the clip's own frames."""
+    quality = {}
+    for i, (row, frame_embeds) in enumerate(zip(clips["rows"], clips["frame_embeds"])):
+        targets = common.frame_targets(row, classes, len(frame_embeds), frame_s)
+        usable = targets.any(0) & ~targets.all(0)
+        if usable.any():
+            quality[i] = float(
+                np.mean(
+                    common.class_average_precisions(
+                        (frame_embeds @ class_embeds.T)[:, usable], targets[:, usable]
+                    )
+                )
+            )
+    return sorted(quality, key=quality.get, reverse=True)
+
+
+def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
+    """Cosine of frames to the prompt of each class that sounds, over time, the true events shaded.
+
+    The two best and the two worst clips by `clip_order`: a rule, not a choice by hand. As Fig. 1, 8
+    and 9 of MGA-CLAP.
+    """
+    plt, class_embeds = pyplot(), common.embed_texts(model, class_prompts(classes, settings))
+    order, paths = clip_order(clips, class_embeds, classes, model.frame_s), []
+    for label, i in [
+        *((f"best{k + 1}", i) for k, i in enumerate(order[:2])),
+        *((f"worst{k + 1}", i) for k, i in enumerate(order[:1:-1][:2])),
+    ]:
+        row, cosines = clips["rows"][i], clips["frame_embeds"][i] @ class_embeds.T
+        names = [c for c in classes if any(e["label"] == c for e in row["events"])]
+        figure, axes = plt.subplots(
+            len(names),
+            1,
+            figsize=(8, 1.2 + 1.6 * len(names)),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        centre = (np.arange(len(cosines)) + 0.5) * model.frame_s
+        for axis, name in zip(axes[:, 0], names):
+            axis.step(centre, cosines[:, classes.index(name)], where="mid")
+            for event in row["events"]:
+                if event["label"] == name:
+                    axis.axvspan(
+                        event["onset"], event["offset"], alpha=0.25, color="tab:green", lw=0
+                    )
+            axis.set_ylabel("cosine")
+            axis.set_title(
+                repr(settings.prompt.format(name.replace("_", " "))) + ", true event shaded",
+                fontsize=9,
+                loc="left",
+            )
+        axes[-1, 0].set_xlabel("time (s)")
+        axes[-1, 0].set_xlim(0, row.get("duration") or len(cosines) * model.frame_s)
+        figure.suptitle(f"{label}: {Path(row['audio']).name}", fontsize=10)
+        paths.append(folder / f"frames_{label}.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+def principal_plane(vectors: np.ndarray):
+    """vectors (N, D) -> their first two principal components (N, 2), the share of the variance each holds (2,)."""
+    left, size, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    return left[:, :2] * size[:2], size[:2] ** 2 / (size**2).sum()
+
+
+def plot_gap(model, clips, folder: Path) -> list[Path]:
+    """Clips and the first caption of each in the plane of their joint principal components (numpy's SVD), lines join
+    forty pairs at equal distances in the data. Cacophony draws UMAP, which needs a package of its own and keeps no distances."""
+    plt, rows = pyplot(), clips["rows"]
+    texts = common.embed_texts(model, [model.clean_caption(row["captions"][0]) for row in rows])
+    points, share = principal_plane(np.concatenate([clips["audio_embeds"], texts]))
+    audio, text = points[: len(rows)], points[len(rows) :]
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    for k in np.unique(np.linspace(0, len(rows) - 1, 40).astype(int)):
+        axis.plot(*zip(audio[k], text[k]), color="gray", lw=0.5, zorder=1)
+    axis.scatter(*audio.T, s=8, label="audio")
+    axis.scatter(*text.T, s=8, label="text")
+    axis.set_xlabel(f"first principal component ({share[0]:.0%} of the variance)")
+    axis.set_ylabel(f"second ({share[1]:.0%})")
+    axis.set_title("embeddings of clips and captions, PCA of both together", fontsize=10)
+    axis.legend()
+    figure.savefig(folder / "gap.png", dpi=110)
+    plt.close(figure)
+    return [folder / "gap.png"]
+
+
+def plot_order(results: dict, folder: Path) -> Path:
+    """{name: a result of t_classify}: by how much the true order is preferred, a histogram a direction and model."""
+    plt = pyplot()
+    ways = {
+        "t2a": "cosine to the caption less that to its negative",
+        "a2t": "cosine to the clip less that to the swapped audio",
+    }
+    ways = {
+        way: text
+        for way, text in ways.items()
+        if any(way in r["details"]["margins"] for r in results.values())
+    }
+    figure, axes = plt.subplots(
+        1, len(ways), figsize=(4.5 * len(ways), 3), squeeze=False, layout="constrained"
+    )
+    for axis, (way, text) in zip(axes[0], ways.items()):
+        widest = (
+            max(np.abs(r["details"]["margins"].get(way, [0])).max() for r in results.values()) or 1
+        )
+        for name, r in results.items():
+            if way in r["details"]["margins"]:
+                axis.hist(
+                    r["details"]["margins"][way],
+                    np.linspace(-widest, widest, 42),
+                    alpha=0.6,
+                    label=f"{name}: {r['scores'][way]['value']:.1%} right, {len(r['details']['margins'][way])} pairs",
+                )
+        axis.axvline(0, color="black", lw=1)
+        axis.locator_params(axis="x", nbins=5)
+        axis.set_xlabel(text)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("pairs")
+    figure.savefig(folder / "order.png", dpi=100)
+    plt.close(figure)
+    return folder / "order.png"
+
+
+def plot_noise(r: dict, folder: Path) -> Path:
+    """Score against the signal-to-noise ratio, the clean value and that with noise of standard deviation 0.1 as lines."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    scores = {name.partition("_")[2]: s for name, s in r["scores"].items()}
+    levels = sorted(int(name[3:]) for name in scores if name.startswith("snr"))
+    at = [scores[f"snr{db}"] for db in levels]
+    axis.plot(levels, [s["value"] for s in at], marker="o", label="noise of that power")
+    if all(s["low"] is not None for s in at):
+        axis.fill_between(
+            levels,
+            [s["low"] for s in at],
+            [s["high"] for s in at],
+            alpha=0.2,
+            lw=0,
+            label="95 % interval",
+        )
+    axis.axhline(scores["clean"]["value"], color="black", lw=1, label="clean")
+    axis.axhline(
+        scores["std0.1"]["value"], color="tab:red", ls="--", lw=1, label="standard deviation 0.1"
+    )
+    axis.axhline(next(iter(r["chance"].values())), color="gray", ls=":", lw=1, label="chance")
+    axis.set_xlabel("signal-to-noise ratio (dB)")
+    axis.set_ylabel(next(iter(r["scores"])).partition("_")[0])
+    axis.set_ylim(0, 1.02)
+    axis.set_title(f"zero-shot scores under Gaussian noise, {r['n_clips']} clips", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.savefig(folder / "noise.png", dpi=110)
+    plt.close(figure)
+    return folder / "noise.png"
+
+
+FUNCTION_WORDS = set(
+    "a an the and or of in on at is are was be being to as with by for from it its while then there this that into over".split()
+)
+
+
+def content_tokens(tokens: list[str]) -> list[tuple[int, str]]:
+    """Number and text of the tokens that say something: neither special ones nor punctuation nor function words."""
+    bare = [
+        (k, token.replace("</w>", "").lstrip("\u0120\u2581").replace("##", ""))
+        for k, token in enumerate(tokens)
+    ]
+    return [
+        (k, word)
+        for k, word in bare
+        if re.fullmatch(r"[\w'-]+", word) and word.lower() not in FUNCTION_WORDS
+    ]
+
+
+def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> Path:
+    """Of three clips at equal distances among those with captions: the log-mel spectrogram, and where in it the slot of each of
+    the first content tokens of the first caption looks (share of its attention, dark: most). The first window only."""
+    plt = pyplot()
+    usable = [row for row in rows if row.get("captions")]
+    usable = [usable[k] for k in np.unique(np.linspace(0, len(usable) - 1, 3).astype(int))]
+    log_mel = common.LogMel(
+        model.sample_rate, 512, model.sample_rate // 100, 64, 20, model.sample_rate // 2
+    )
+    figure, axes = plt.subplots(
+        1 + n_tokens,
+        len(usable),
+        figsize=(4.2 * len(usable), 1.3 * (2 + n_tokens)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, row in zip(axes.T, usable):
+        waveform = torch.from_numpy(
+            common.read_audio(row["audio"], model.sample_rate, model.window_s)
+        )[None]
+        seconds, text = (
+            waveform.shape[1] / model.sample_rate,
+            model.clean_caption(row["captions"][0]),
+        )
+        padded = torch.nn.functional.pad(
+            waveform, (0, round(model.window_s * model.sample_rate) - waveform.shape[1])
+        )
+        (tokens,), (maps,) = model.token_attention(
+            padded.to(next(model.parameters()).device), [text]
+        )
+        column[0].imshow(
+            log_mel(waveform)[0].T.clamp(min=-80),
+            origin="lower",
+            aspect="auto",
+            extent=(0, seconds, 0, 64),
+            cmap="magma",
+        )
+        column[0].set_title(text if len(text) < 60 else text[:57] + "...", fontsize=8)
+        for axis, (k, word) in zip(column[1:], content_tokens(tokens)[:n_tokens]):
+            share = np.asarray(maps[k], dtype=float)  # (F, T)
+            axis.imshow(
+                share,
+                origin="lower",
+                aspect="auto",
+                extent=(0, share.shape[1] * model.patch_s, 0, len(share)),
+                cmap="Greys",
+                vmin=0,
+            )
+            axis.set_title(word, fontsize=9, loc="left", pad=2)
+            axis.set_xlim(0, seconds)
+        for axis in column:
+            axis.set_yticks([])
+            axis.tick_params(labelsize=7)
+            axis.set_visible(bool(axis.images))
+        [axis for axis in column if axis.images][-1].set_xlabel("time (s)", fontsize=8)
+    axes[0, 0].set_ylabel("mel band", fontsize=8)
+    figure.savefig(folder / "attention.png", dpi=80)
+    plt.close(figure)
+    return folder / "attention.png"
+
+
+def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
+    """Loss, in-batch R@1 and whatever else the run logged beside the checkpoint."""
+    path = Path(checkpoint).parent / "log.jsonl"
+    if not path.exists():
+        return []
+    plt, lines = pyplot(), []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # a run that is still writing, or was killed
+            break
+    if not lines:
+        return []
+    keys = [
+        k
+        for k in lines[0]
+        if all(k in line for line in lines)
+        and k not in ("step", "epoch", "ln_B", "skipped", "pairs_per_s")
+    ]
+    figure, axes = plt.subplots(
+        len(keys), 1, figsize=(7, 1.7 * len(keys)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, key in zip(axes[:, 0], keys):
+        axis.plot([line["step"] for line in lines], [line[key] for line in lines])
+        axis.set_ylabel(key)
+        if key == "loss" and "ln_B" in lines[0]:
+            axis.axhline(lines[0]["ln_B"], color="gray", ls=":", label="ln B (chance)")
+            axis.legend()
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(folder / "learning.png", dpi=110)
+    plt.close(figure)
+    return [folder / "learning.png"]
+
+
+@torch.no_grad()
+def last_block_maps(model, waveform):
+    """Who looks at whom in the encoder's last block, were it ordinary attention? (Fig. 3)
+
+    waveform (1, S) -> query-key attention (T, T), mean over heads; value-value cosine (T, T), mean
+    over heads. HTS-AT's two halves of the band are averaged.
+    """
+    captured = {}
+    atst = isinstance(model.audio_encoder, mga_clap.ATSTFrame)
+    block = model.audio_encoder.blocks[-1] if atst else model.audio_encoder.layers[-1].blocks[-1]
+    handle = block.norm1.register_forward_hook(lambda module, given, out: captured.update(x=out))
+    with common.evaluating(model):
+        model.frame_feats(waveform)
+    handle.remove()
+    x, heads = captured["x"][:1].float(), block.attn.heads  # (1, L, C)
+    q, k, v = (
+        block.attn.qkv(x).view(x.shape[1], 3, heads, -1).permute(1, 2, 0, 3)
+    )  # (heads, L, C / heads)
+    attention = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1).mean(0)
+    v = F.normalize(v, dim=-1)
+    maps = [attention, (v @ v.transpose(1, 2)).mean(0)]
+    if (
+        not atst
+    ):  # cell (row, column) of the grid, rows = chunk x frequency -> frame = chunk x column
+        stage, chunks = model.audio_encoder.layers[-1], model.audio_encoder.chunks
+        G, f = stage.grid, stage.grid // chunks
+        maps = [
+            m.view(chunks, f, G, chunks, f, G).mean((1, 4)).reshape(chunks * G, chunks * G)
+            for m in maps
+        ]
+        maps[0] = maps[0] * f  # rows sum to 1 again
+    return [m.cpu().numpy() for m in maps]
+
+
+def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Path]:
+    """Pictures of one clip (its first window): Fig. 3 and, with a codebook, Fig. 7 -> their paths."""
+    plt, device = pyplot(), model.temperature.device
+    waveform = torch.from_numpy(
+        common.read_audio(row["audio"], model.sample_rate, mga_clap.WINDOW_S)
+    )[None]
+    waveform = F.pad(
+        waveform, (0, int(mga_clap.WINDOW_S * model.sample_rate) - waveform.shape[1])
+    ).to(device)
+    end_s, paths = model.frame_s * model.audio_encoder.n_frames, [folder / "last_block.png"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, values, title in zip(
+        axes, last_block_maps(model, waveform), ("query-key attention", "value-value cosine")
+    ):
+        figure.colorbar(axis.imshow(values, extent=(0, end_s, end_s, 0)), ax=axis)
+        axis.set(title=f"{title}, last block", xlabel="time attended to (s)", ylabel="time (s)")
+    figure.suptitle(
+        Path(row["audio"]).name
+        + (
+            ", a locality-aware block: query and key are not used"
+            if model.cfg.locality_blocks
+            else ""
+        ),
+        fontsize=10,
+    )
+    figure.savefig(paths[0], dpi=110)
+    plt.close(figure)
+    if model.cfg.aggregator == "codebook":
+        with common.evaluating(model), torch.no_grad():
+            frames = model.frame_feats(waveform)
+            weights = mga_clap.codebook_weights(
+                frames,
+                model.codebook,
+                model.eta,
+                affinity=model.cfg.affinity,
+                sparsity=model.cfg.sparsity,
+            )[0]
+            cosines = (
+                F.normalize(model.codebook, dim=-1) @ model.embed_text(class_names).T
+            )  # (K, classes)
+            activity = (frames[0].float() @ model.codebook.T / model.eta).cpu().numpy()  # (T, K)
+        top = weights.argsort(descending=True)[:5].tolist()
+        figure, axes = plt.subplots(
+            len(top),
+            1,
+            figsize=(8, 1.4 * len(top)),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, codeword in zip(axes[:, 0], top):
+            nearest = cosines[codeword].argsort(descending=True)[:3].tolist()
+            axis.step(
+                (np.arange(len(activity)) + 0.5) * model.frame_s, activity[:, codeword], where="mid"
+            )
+            for event in row.get("events", []):
+                axis.axvspan(event["onset"], event["offset"], alpha=0.15, color="tab:green", lw=0)
+            axis.set_title(
+                f"codeword {codeword}, weight {weights[codeword]:.3f}, nearest: "
+                + ", ".join(f"{class_names[c]} ({cosines[codeword, c]:.2f})" for c in nearest),
+                fontsize=9,
+                loc="left",
+            )
+        axes[-1, 0].set_xlabel(
+            "time (s); events shaded: "
+            + ", ".join(
+                f"{e['label']} {e['onset']:.1f}-{e['offset']:.1f}" for e in row.get("events", [])
+            )
+        )
+        figure.supylabel("affinity", fontsize=9)
+        figure.suptitle(f"the five heaviest codewords of {Path(row['audio']).name}", fontsize=10)
+        paths.append(folder / "codewords.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+@torch.no_grad()
+def plot_reconstructions(
+    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 3, dpi: int = 100
+) -> Path:
+    """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
+    plt = pyplot()
+    items = [
+        item
+        for item in (dataset[0, i] for i in range(min(20, len(dataset.rows))))
+        if not isinstance(item, common.AudioError)
+    ][:clips]
+    figure, axes = plt.subplots(
+        4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained"
+    )
+    device = model.mask_token.device
+    for column, item in zip(axes.T, items):
+        batch = common.to_device(dataset.tensors([item]), device)
+        torch.manual_seed(0)
+        painted, visible_mask = model.paint(**batch)
+        whole, target = batch["patches"], cacophony.normalised(batch["patches"])
+        rows = [
+            ("spectrogram: " + Path(item[-1]).name, whole),
+            ("seen", torch.where(visible_mask[..., None], whole, torch.nan)),
+            ("target: each patch with mean 0 and variance 1", target),
+            ("painted", torch.where(visible_mask[..., None], torch.nan, painted.float())),
+        ]
+        for row, (axis, (title, patches)) in enumerate(zip(column, rows)):
+            image = (
+                patches[0]
+                .view(-1, cacophony.N_FREQ, cacophony.PATCH, cacophony.PATCH)
+                .transpose(1, 2)
+                .reshape(-1, cacophony.N_MELS)
+                .T.cpu()
+            )
+            low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)
+            axis.imshow(
+                image,
+                origin="lower",
+                aspect="auto",
+                vmin=low,
+                vmax=high,
+                extent=(
+                    0,
+                    image.shape[1] * cacophony.HOP / cacophony.SAMPLE_RATE,
+                    0,
+                    cacophony.N_MELS,
+                ),
+            )
+            axis.set_title(title, fontsize=9)
+            axis.set_ylabel("mel bin")
+        column[-1].set_xlabel("time (s)")
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# The pictures of results/
+# ------------------------------------------------------------------------------------------------
+
+
+def stored_runs():
+    """tests/claims.py, which knows the runs; it needs the extra `test`."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import claims
+
+    return claims
+
+
+def run_folder(table: str, args, **flags) -> tuple[Path, dict, types.SimpleNamespace]:
+    """A run of one of claims.EVIDENCE's tables, seed 0 -> its folder, all its flags, what claims.py was told."""
+    claims = stored_runs()
+    words = shlex.split(claims.EVIDENCE[table].replace("DIR", str(args.data)))
+    told = types.SimpleNamespace(
+        data=[w for w in words if w.startswith(str(args.data)) and w != f"{args.data}/pool"],
+        pool=[f"{args.data}/pool"],
+        start="random" if "random" in words else "tagging",
+        runs=str(args.runs),
+        budget=words[words.index("--budget") + 1] if "--budget" in words else "{}",
+    )
+    _, settings, flags, _ = claims.described(words[0], flags, 0, told)
+    return present(Path(args.runs) / claims.key_of(settings), table), flags, told
+
+
+def present(path: Path, table: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is not there; python tests/claims.py {stored_runs().EVIDENCE[table].replace('DIR', 'data')} makes it"
+        )
+    return path
+
+
+def order(args) -> Path:
+    """T-CLAP: how far the true order is preferred to the other, without and with the temporal loss."""
+    results = {}
+    for name, flags in (("CLAP", dict(lt_weight=0.0)), ("T-CLAP", {})):
+        folder, _, told = run_folder("claims_t_clap", args, **flags)
+        (results[name],) = evaluation.main(
+            evaluation.parse(
+                [
+                    str(folder / "best.pt"),
+                    "--data",
+                    told.data[0],
+                    "--protocol",
+                    "t_classify",
+                    "--bootstrap",
+                    "0",
+                ]
+            )
+        )
+    return plot_order(results, args.out)
+
+
+def reconstructions(args) -> Path:
+    """Cacophony's stage 1: test scenes that it never heard, painted from a fifth of their patches."""
+    _, flags, told = run_folder("claims_cacophony", args)
+    cfg = common.configure(
+        cacophony.Config, cacophony.PRESETS, data=told.data, seed=0, **{**flags, "stage": "mae"}
+    )
+    folder = present(stored_runs().mae_folder(cfg, told), "claims_cacophony")
+    rows = [row for row in common.read_manifest(told.data) if row["split"] == "test"]
+    rows = [
+        row for row in rows if row["labels"] in (["rooster"], ["crying_baby"])
+    ] or rows  # sounds with a pattern, rather than noises
+    return draw_stage_1(folder / "last.pt", rows, args.out, clips=2, dpi=55)
+
+
+def attention(args) -> Path:
+    """CoLLAT: where the tokens of a caption look."""
+    folder, _, told = run_folder("claims_collat", args)
+    rows = [
+        row
+        for row in common.read_manifest(told.data)
+        if row["split"] == "test" and len(row["labels"]) > 1
+    ]
+    return plot_attention(
+        collat.Model.from_checkpoint(folder / "best.pt"), rows, args.out, n_tokens=3
+    )
+
+
+def curation(args) -> Path:
+    """curation-CLAP: the pool's cosines to the annotated captions, and how right such pairs are (its labels are known to this picture only)."""
+    _, flags, told = run_folder("claims_curation_clap", args)
+    cfg = common.configure(
+        curation_clap.Config,
+        curation_clap.PRESETS,
+        data=told.data,
+        seed=0,
+        **{**flags, "stage": "teacher"},
+    )
+    model = curation_clap.Model.from_checkpoint(
+        present(stored_runs().teacher_folder(cfg, told) / "teacher.pt", "claims_curation_clap")
+    )
+    sounds = {
+        caption: set(row["labels"])
+        for row in common.read_manifest(told.data)
+        if row["split"] == "train"
+        for caption in row["captions"]
+    }
+    pool = common.read_manifest(told.pool)
+    kept, audio, *_ = common.embed_files(model, pool, desc="pool")
+    cosines = audio @ common.embed_texts(model, [model.clean_caption(c) for c in sounds]).T
+    right = np.array(
+        [
+            [len(told_of & set(pool[i]["labels"])) / len(told_of) for told_of in sounds.values()]
+            for i in kept
+        ]
+    )
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    edges = np.linspace(cosines.min(), cosines.max(), 30)
+    axis.hist(cosines.ravel(), edges, color="lightgray")
+    axis.set_yscale("log")
+    axis.set_xlabel("teacher's cosine of clip and caption")
+    axis.set_ylabel("pairs")
+    second, levels = (
+        axis.twinx(),
+        np.quantile(cosines, [0, 0.5, 0.8, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999]),
+    )
+    second.plot(levels, [right[cosines >= level].mean() for level in levels], marker="o")
+    second.axhline(right.mean(), color="tab:blue", ls=":", lw=1)
+    second.set_ylabel(
+        "sounds told that are there,\nof pairs above the cosine (dotted: all)", color="tab:blue"
+    )
+    second.set_ylim(0, 1)
+    axis.set_title(
+        f"{len(kept):,} clips without captions, {len(sounds):,} annotated captions", fontsize=10
+    )
+    figure.savefig(args.out / "curation.png", dpi=100)
+    plt.close(figure)
+    return args.out / "curation.png"
+
+
+def one_ground(args) -> Path:
+    """Every score beside CLAP's, and the costs."""
+    claims = stored_runs()
+    rows = json.loads((Path(args.results) / "one_ground.json").read_text())
+    plt = pyplot()
+    shown = [
+        m
+        for m in (*claims.GROUND_METRICS, *claims.GROUND_COSTS[:2])
+        if m != "gap" and sum(m in r["scores"] for r in rows) > 1
+    ]
+    figure, axes = plt.subplots(
+        2,
+        -(-len(shown) // 2),
+        figsize=(1.7 * -(-len(shown) // 2), 5),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, metric in zip(axes.flat, shown):
+        values = [r["scores"].get(metric, {}).get("mean", 0.0) for r in rows]
+        axis.bar(range(len(rows)), values, color=[f"C{k}" for k in range(len(rows))])
+        axis.axhline(values[0], color="black", lw=0.8, ls=":")
+        chance = rows[0]["chance"].get(metric)
+        if chance is not None:
+            axis.axhline(chance, color="gray", lw=0.8)
+        for k, r in enumerate(rows):
+            if metric not in r["scores"]:
+                axis.text(k, 0, "-", ha="center", va="bottom")
+        axis.set_title(metric, fontsize=8)
+        axis.set_xticks([])
+        axis.tick_params(labelsize=7)
+    figure.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=f"C{k}") for k in range(len(rows))],
+        [r["row"] for r in rows],
+        loc="outside lower center",
+        ncols=len(rows),
+        fontsize=8,
+    )
+    figure.suptitle("dotted: CLAP; gray: chance", fontsize=8)
+    figure.savefig(args.out / "one_ground.png", dpi=100)
+    plt.close(figure)
+    return args.out / "one_ground.png"
+
+
+# ------------------------------------------------------------------------------------------------
+# Command
+# ------------------------------------------------------------------------------------------------
+
+OF_A_MODEL = ("learning", "frames", "gap", "order", "attention", "maps", "noise", "reconstructions")
+OF_RESULTS = {f.__name__: f for f in (order, reconstructions, attention, curation, one_ground)}
+
+
+def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[Path]:
+    """The pictures in `names` for which the model and the rows have what it takes -> their paths."""
+    has = {key: any(row.get(key) for row in rows) for key in ("captions", "events", "negatives")}
+    with_frames = hasattr(model, "embed_frames") and has["events"]
+    classes = common.read_classes(settings.data, rows)
+    clips = evaluation.embed_clips(model, rows, settings, with_frames)
+    paths = []
+    if "learning" in names:
+        paths += plot_learning(settings.checkpoint, folder)
+    if "frames" in names and with_frames:
+        paths += plot_frames(model, clips, classes, settings, folder)
+    if "gap" in names and all(row.get("captions") for row in clips["rows"]):
+        paths += plot_gap(model, clips, folder)
+    if "noise" in names:
+        paths.append(plot_noise(downstream.noise(model, clips, classes, settings), folder))
+    if "order" in names and has["negatives"]:
+        clips["swapped"] = evaluation.embed_swapped(model, clips["rows"], settings)
+        r = evaluation.t_classify(model, clips, classes, settings)
+        paths.append(plot_order({Path(settings.checkpoint).name: r}, folder))
+    if "attention" in names and hasattr(model, "token_attention") and has["captions"]:
+        paths.append(plot_attention(model, clips["rows"], folder))
+    if "maps" in names and isinstance(model, mga_clap.Model) and classes:
+        prompts, best = class_prompts(classes, settings), 0
+        if with_frames:
+            class_embeds = common.embed_texts(model, prompts)
+            best = clip_order(clips, class_embeds, classes, model.frame_s)[0]
+        paths += plot_maps(model, clips["rows"][best], prompts, folder)
+    return paths
+
+
+def draw_stage_1(path: Path, rows: list[dict], folder: Path, **given) -> Path:
+    """The reconstructions of Cacophony's masked autoencoder in a run's mae.pt or last.pt."""
+    content = common.read_checkpoint(path, "cacophony")
+    known = {field.name for field in dataclasses.fields(cacophony.Config)}
+    cfg = cacophony.Config(**{k: v for k, v in content["config"].items() if k in known})
+    eps = cacophony.VARIANTS[cfg.variant]["eps"]
+    model = cacophony.MAE(content["shape"], cfg.mae_layers, cfg.mask_ratio, eps).eval()
+    common.load_strict(model, content["model"], path)
+    return plot_reconstructions(
+        model, cacophony.Clips(rows, cfg), folder / "reconstructions.png", **given
+    )
+
+
+def of_models(flags) -> list[Path]:
+    """The pictures of every model named; of several each has its own folder."""
+    evaluation.check_flags(flags)
+    pyplot()  # a missing matplotlib is better known now
+    manifest, split, rows = evaluation.read_rows(flags)
+    names = flags.only or [name for name in OF_A_MODEL if name != "noise"]
+    paths = []
+    for number, checkpoint in enumerate(flags.checkpoint, 1):
+        folder = Path(flags.out)
+        if len(flags.checkpoint) > 1:
+            folder = folder / f"model{number}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(
+                f"--out {folder}: this folder cannot be made ({error.strerror})"
+            ) from None
+        path = Path(checkpoint)
+        if path.is_file() and common.read_weights(path).get("stage") == "mae":
+            paths += plot_learning(path, folder) if "learning" in names else []
+            paths += [draw_stage_1(path, rows, folder)] if "reconstructions" in names else []
+            continue
+        model, settings = evaluation.open_model(checkpoint, flags, split, manifest)
+        paths += draw_model(model, rows, settings, names, folder)
+    return paths
+
+
+def of_results(flags) -> list[Path]:
+    """The pictures in results/pictures, from the runs that tests/claims.py made (seed 0)."""
+    flags.out.mkdir(parents=True, exist_ok=True)
+    return [OF_RESULTS[name](flags) for name in flags.names or OF_RESULTS]
+
+
+def parse(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["results"]:
+        parser = argparse.ArgumentParser(
+            prog="python -m tools.figures results",
+            description=of_results.__doc__,
+            allow_abbrev=False,
+        )
+        parser.add_argument("names", nargs="*", choices=[*OF_RESULTS, []], help="default: all")
+        parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the scenes")
+        parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims", help="checkpoints")
+        parser.add_argument("--results", type=Path, default=ROOT / "results")
+        parser.add_argument("--out", type=Path, default=ROOT / "results/pictures")
+        parser.set_defaults(draw=of_results)
+        return parser.parse_args(argv[1:])
+    parser = evaluation.make_parser(
+        __doc__,
+        json=False,
+        prog="python -m tools.figures",
+        epilog="results: draw the pictures of results/; see python -m tools.figures results --help",
+    )
+    parser.add_argument("--out", default="pictures", help="folder for the pictures")
+    parser.add_argument("--only", nargs="+", choices=OF_A_MODEL, help="default: all but noise")
+    parser.set_defaults(draw=of_models)
+    return parser.parse_args(argv)
+
+
+def main(flags) -> list[Path]:
+    paths = flags.draw(flags)
+    print("pictures: " + " ".join(map(str, paths)))
+    return paths
+
+
+if __name__ == "__main__":
+    common.run_entry(main, parse)

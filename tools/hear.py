@@ -1,0 +1,463 @@
+"""HEAR (hearbenchmark.com): its common interface, and a probe for its task folders.
+
+  python -m tools.hear runs/cacophony-1/best.pt --task tasks/esc50-v2.0.0-full --json scores.json
+
+This module is one of HEAR's interface: load_model, get_scene_embeddings, get_timestamp_embeddings.
+"""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+import eval as evaluation
+from eval import embed, largest_matching, median_filter, median_frames, result, runs
+from tools.downstream import (
+    METRIC_OF,
+    fold_turns,
+    join_inputs,
+    label_chance,
+    label_evidence,
+    label_score,
+    train_probe,
+)
+
+# ------------------------------------------------------------------------------------------------
+# HEAR's common interface
+# ------------------------------------------------------------------------------------------------
+
+
+def load_model(model_file_path, text_model: str | None = None):
+    """The Model of a checkpoint as eval.load_model gives it, with the sizes of its embeddings, HEAR's interface.
+
+    scene_embedding_size, and timestamp_embedding_size if it has frames.
+    """
+    model = evaluation.load_model(model_file_path, text_model)
+    hum = torch.full((1, model.sample_rate // 10), 0.1)
+    model.scene_embedding_size = model.embed_audio(hum).shape[1]
+    if hasattr(model, "embed_frames"):
+        model.timestamp_embedding_size = getattr(model, hear_frames(model))(hum).shape[2]
+    return model
+
+
+def get_scene_embeddings(audio, model):
+    """HEAR's interface: audio (n_sounds, n_samples) in [-1, 1] at model.sample_rate -> (n_sounds, scene_embedding_size)."""
+    return model.embed_audio(audio)
+
+
+def hear_frames(model) -> str:
+    """The method whose frames HEAR gets: the encoder's own where a model offers them beside those in the joint space."""
+    return "event_feats" if hasattr(model, "event_feats") else "embed_frames"
+
+
+def get_timestamp_embeddings(audio, model):
+    """HEAR's interface: audio as above -> embeddings (n_sounds, n_timestamps, timestamp_embedding_size), timestamps
+    (n_sounds, n_timestamps) in milliseconds: the centres of the frames, those behind the audio's end left out.
+
+    True times: Cacophony's evaluation stretches them so that the last is the end of the audio, which moves events.
+    """
+    n_frames = max(1, math.floor(audio.shape[1] / model.sample_rate / model.frame_s + 0.5 + 1e-6))
+    embeds = getattr(model, hear_frames(model))(audio)[:, :n_frames]
+    centre_ms = (torch.arange(embeds.shape[1], device=embeds.device) + 0.5) * model.frame_s * 1000
+    return embeds, centre_ms.repeat(len(audio), 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# A task folder
+# ------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """An object of a HEAR task folder."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; --task expects a task folder as hear-preprocess writes it"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_hear_task(folder: Path, sample_rate: int) -> dict:
+    """A folder that hear-preprocess wrote -> {"name", "kind", "classes", "tolerance_s", "splits": {split: rows}}.
+
+    kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). Audio comes from the folder
+    RATE/SPLIT of the model's own rate, else of the highest.
+    """
+    metadata, path = read_json(folder / "task_metadata.json"), folder / "labelvocabulary.csv"
+    kind = "event" if metadata.get("embedding_type") == "event" else metadata.get("prediction_type")
+    if kind not in ("multiclass", "multilabel", "event") or (
+        kind == "event" and metadata.get("prediction_type") != "multilabel"
+    ):
+        raise ValueError(
+            f"{folder / 'task_metadata.json'}: embedding_type {metadata.get('embedding_type')!r}, prediction_type "
+            f"{metadata.get('prediction_type')!r}; expected scene with multiclass or multilabel, or event with multilabel"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; it lists the task's classes (columns idx,label)"
+        )
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not all(
+        (line.get("idx") or "").isdigit() and line.get("label") is not None for line in lines
+    ):
+        raise ValueError(
+            f"{path}: expected the columns idx,label, with a number and a name on every line"
+        )
+    classes = [line["label"] for line in sorted(lines, key=lambda line: int(line["idx"]))]
+    names = (
+        ["train", "valid", "test"]
+        if (folder / "train.json").exists()
+        else sorted(f.stem for f in folder.glob("fold*.json"))
+    )
+    if len(names) < 3:
+        raise ValueError(
+            f"{folder}: expected train.json, valid.json and test.json, or at least three of fold00.json, fold01.json ..."
+        )
+    rates = sorted(
+        (int(f.name) for f in folder.iterdir() if f.is_dir() and f.name.isdigit()),
+        key=lambda hz: (hz != sample_rate, -hz),
+    )
+    if not rates:
+        raise ValueError(
+            f"{folder}: holds no folder of audio, which is named by its sample rate, as 48000"
+        )
+    onset_ms = re.findall(
+        r"event_onset_(\d+)ms_fms", " ".join(map(str, metadata.get("evaluation") or []))
+    )
+    return {
+        "name": metadata.get("task_name", folder.name),
+        "kind": kind,
+        "classes": classes,
+        "tolerance_s": int(onset_ms[0]) / 1000 if onset_ms else 0.2,
+        "splits": {
+            name: hear_rows(folder / f"{name}.json", folder / str(rates[0]) / name, kind, classes)
+            for name in names
+        },
+    }
+
+
+def hear_rows(path: Path, audio: Path, kind: str, classes: list[str]) -> list[dict]:
+    """Rows of one split: file name -> labels, or events from `start` to `end` in milliseconds."""
+    rows = []
+    for name, told in read_json(path).items():
+        if (
+            not isinstance(told, list)
+            or kind == "event"
+            and not all(isinstance(e, dict) and {"label", "start", "end"} <= e.keys() for e in told)
+        ):
+            raise ValueError(
+                f"{path}: {name}: expected a list of "
+                + ("{label, start, end}" if kind == "event" else "labels")
+            )
+        labels = [
+            str(e["label"] if kind == "event" else e) for e in told
+        ]  # spoken_digit has numbers, the vocabulary has text
+        unknown = sorted(set(labels) - set(classes))
+        if unknown:
+            raise ValueError(f"{path}: {name}: label {unknown[0]!r} is not in labelvocabulary.csv")
+        if kind == "multiclass" and len(labels) != 1:
+            raise ValueError(
+                f"{path}: {name} has {len(labels)} labels; a multiclass task has one a file"
+            )
+        events = (
+            [
+                {"label": x, "onset": e["start"] / 1000, "offset": e["end"] / 1000}
+                for x, e in zip(labels, told)
+            ]
+            if kind == "event"
+            else []
+        )
+        rows.append({"audio": str(audio / name), "labels": labels, "events": events})
+    if not any(row["labels"] for row in rows):
+        raise ValueError(f"{path}: not one label in it")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# The probe
+# ------------------------------------------------------------------------------------------------
+
+
+HEAR_GRID = [
+    dict(layers=1 + hidden, lr=lr) for hidden in (1, 2) for lr in (3.2e-3, 1e-3, 3.2e-4, 1e-4)
+]
+
+
+HEAR_PROBE = dict(
+    width=1024,
+    dropout=0.1,
+    batch_norm=True,
+    batch_size=1024,
+    epochs=500,
+    patience=20,
+    weight_decay=0.0,
+    standardise=False,
+)
+
+
+HEAR_MEDIAN_S, HEAR_MIN_S = 0.25, (0.125, 0.25)
+
+
+def hear_inputs(model, task: dict, split: str, settings) -> dict:
+    """Embeddings and targets of one split's clips, of a timestamp task's frames: {"rows", "inputs", "targets", "lengths"}."""
+    rows, event = task["splits"][split], task["kind"] == "event"
+    kept, embeds, frame_embeds = embed(
+        model, rows, settings, event and hear_frames(model), f"embedding {split}"
+    )
+    rows = [rows[i] for i in kept]
+    if event:
+        targets = np.concatenate(
+            [
+                common.frame_targets(row, task["classes"], len(f), model.frame_s)
+                for row, f in zip(rows, frame_embeds)
+            ]
+        )
+        return {
+            "rows": rows,
+            "inputs": np.concatenate(frame_embeds),
+            "targets": targets.astype(np.float32),
+            "lengths": [len(f) for f in frame_embeds],
+        }
+    targets = common.label_targets(rows, task["classes"])
+    targets = targets.argmax(1) if task["kind"] == "multiclass" else targets.astype(np.float32)
+    return {"rows": rows, "inputs": embeds, "targets": targets, "lengths": [1] * len(rows)}
+
+
+def onset_counts(
+    logits,
+    row: dict,
+    classes: list[str],
+    frame_s: float,
+    width: int,
+    min_s: float,
+    tolerance_s: float,
+) -> np.ndarray:
+    """Events of one file found, detections, and true events, all classes together (3,).
+
+    A frame is active where its probability, median-filtered over `width` frames, is above one half; active frames in a row
+    are one detection, from where the first begins to where the last ends, if that lasts `min_s`. A detection is right if its
+    onset lies within the tolerance of an event's; of each at most one. logits (T, C).
+    """
+    active, counts = median_filter(logits, width) > 0, np.zeros(3)
+    for c, name in enumerate(classes):
+        start, stop = runs(active[:, c])
+        start = start[np.round((stop - start) * frame_s - min_s, 6) >= 0] * frame_s
+        onset = np.array([e["onset"] for e in row["events"] if e["label"] == name])
+        near = np.round(np.abs(start[:, None] - onset) - tolerance_s, 6) <= 0
+        counts += largest_matching(list(zip(*np.nonzero(near)))), len(start), len(onset)
+    return counts
+
+
+def hear_evidence(
+    task: dict, logits, part: dict, frame_s, min_s: float, shift: int = 0
+) -> np.ndarray:
+    """What the score needs of each file, one row a file: right or not, logits and targets, or `onset_counts`.
+
+    shift: events are held against the detections of the file so many places on (for the chance level).
+    """
+    if task["kind"] != "event":
+        return label_evidence(task["kind"], logits, part["targets"])
+    files = np.split(logits, np.cumsum(part["lengths"])[:-1])
+    files, width = files[shift:] + files[:shift], median_frames(HEAR_MEDIAN_S, frame_s)
+    return np.stack(
+        [
+            onset_counts(x, row, task["classes"], frame_s, width, min_s, task["tolerance_s"])
+            for x, row in zip(files, part["rows"])
+        ]
+    )
+
+
+def hear_score(kind: str, evidence: np.ndarray) -> float:
+    """`label_score`, or F1 of onsets, events of all classes counted together."""
+    if kind != "event":
+        return label_score(kind, evidence)
+    found, detections, events = evidence.sum(0)
+    return float(2 * found / max(1, detections + events))
+
+
+def hear_probe(
+    task: dict, train: dict, valid: dict, grid: list[dict], frame_s, device, desc: str
+) -> dict:
+    """The probe of `grid` with the largest score on `valid`: {"score", "point", "min_s", "logits_of"}, the first of equals."""
+    best = {"score": -1.0}
+    lengths_s = HEAR_MIN_S if task["kind"] == "event" else (0.0,)
+
+    def score_of(logits):
+        return max(
+            hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s))
+            for min_s in lengths_s
+        )
+
+    for k, point in enumerate(grid, 1):
+        logits_of = train_probe(
+            (train["inputs"], train["targets"]),
+            (valid["inputs"], valid["targets"]),
+            len(task["classes"]),
+            f"{desc}, probe {k} of {len(grid)}",
+            score_of=score_of,
+            device=device,
+            **HEAR_PROBE,
+            **point,
+        )
+        logits = logits_of(valid["inputs"])
+        for min_s in lengths_s:
+            score = hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s))
+            if score > best["score"]:
+                best = {"score": score, "point": point, "min_s": min_s, "logits_of": logits_of}
+    return best
+
+
+def hear_chance(task: dict, train: dict, test: dict, logits, frame_s, min_s: float) -> float:
+    """`label_chance`; of events what the next file's detections would score."""
+    if task["kind"] != "event":
+        return label_chance(task["kind"], train["targets"], test["targets"])
+    return (
+        hear_score("event", hear_evidence(task, logits, test, frame_s, min_s, shift=1))
+        if len(test["rows"]) > 1
+        else 0.0
+    )
+
+
+def hear(model, task: dict, settings) -> dict:
+    """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, for timestamp tasks of single frames.
+
+    Score: accuracy (multiclass), macro mAP (multilabel), F1 of event onsets (event; within 200 ms unless the task's
+    metadata names another tolerance). All eight probes of HEAR's grid are trained, each up to 500 epochs until 20 bring no
+    better score on split valid; epoch, probe and shortest event are those with the best score there. With folds each is tested
+    once, the next one is for validation, the others for training; the grid is searched with the first one tested, as HEAR's
+    evaluator does, and the score is the mean over folds. Differences from that evaluator: torch's own first weights,
+    validation after every epoch, true frame times, detections that last to the end of their last frame, an odd median filter. chance: `hear_chance`. Source: Turian et al., HEAR 2021; Cacophony's
+    evaluation on it.
+    """
+    kind, folds, told = task["kind"], [], []
+    if kind == "event" and not hasattr(model, "embed_frames"):
+        raise ValueError(
+            f"{task['name']} is a timestamp task: it needs a model with embed_frames, which this one has not"
+        )
+    frame_s = getattr(model, "frame_s", None)
+    splits = {name: hear_inputs(model, task, name, settings) for name in task["splits"]}
+    names, grid = list(splits), HEAR_GRID
+    turns = [(names[:1], "valid", "test")] if "train" in names else fold_turns(names)
+    for train_names, valid, test_name in turns:
+        train, test = join_inputs([splits[name] for name in train_names]), splits[test_name]
+        best = hear_probe(
+            task,
+            train,
+            splits[valid],
+            grid,
+            frame_s,
+            next(model.parameters()).device,
+            f"{task['name']} {test_name}",
+        )
+        grid, logits = [best["point"]], best["logits_of"](test["inputs"])
+        evidence = hear_evidence(task, logits, test, frame_s, best["min_s"])
+        folds.append(
+            {
+                "split": test_name,
+                "evidence": evidence,
+                "rows": test["rows"],
+                "valid": best["score"],
+                "score": hear_score(kind, evidence),
+                "chance": hear_chance(task, train, test, logits, frame_s, best["min_s"]),
+                "min_s": best["min_s"],
+            }
+        )
+        told.append(
+            f"{test_name}: {best['score']:.3f}"
+            + (f", events of at least {best['min_s']:g} s" if kind == "event" else "")
+        )
+    of_fold = np.concatenate([np.full(len(fold["rows"]), k) for k, fold in enumerate(folds)])
+    evidence = np.concatenate([fold["evidence"] for fold in folds])
+
+    def score(chosen):
+        of_folds = [
+            hear_score(kind, evidence[chosen[of_fold[chosen] == k]])
+            for k in np.unique(of_fold[chosen])
+        ]
+        return {name: float(np.mean(of_folds))}
+
+    name = "onset_F1" if kind == "event" else METRIC_OF[kind]
+    rules = {}
+    if kind == "event":
+        rules = {
+            "tolerance": f"{task['tolerance_s'] * 1000:g} ms",
+            "frame_s": frame_s,
+            "median": f"{median_frames(HEAR_MEDIAN_S, frame_s)} frames (250 ms)",
+        }
+    details = {
+        "folds": {
+            fold["split"]: {
+                "value": fold["score"],
+                "valid": fold["valid"],
+                "files": len(fold["rows"]),
+            }
+            for fold in folds
+        }
+    }
+    if kind != "multilabel":
+        details["clips"] = [
+            {
+                "clip": row["audio"],
+                **dict(
+                    zip(
+                        ("right",) if kind == "multiclass" else ("found", "detected", "events"),
+                        map(int, counts),
+                    )
+                ),
+            }
+            for fold in folds
+            for row, counts in zip(fold["rows"], fold["evidence"])
+        ]
+    return result(
+        f"hear_{task['name']}",
+        score,
+        len(evidence),
+        {name: float(np.mean([fold["chance"] for fold in folds]))},
+        settings,
+        n_classes=len(task["classes"]),
+        details=details,
+        task=f"{kind}, {len(folds)} fold(s), mean over folds",
+        probe=f"MLP, {grid[0]['layers'] - 1} hidden layer(s) of {HEAR_PROBE['width']}, lr {grid[0]['lr']:g}: the best of {len(HEAR_GRID)}",
+        validation="; ".join(told),
+        tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold",
+        **rules,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Command
+# ------------------------------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    parser = evaluation.make_parser(__doc__, data=False, prog="python -m tools.hear")
+    parser.add_argument("--task", required=True, help="a task folder as hear-preprocess writes it")
+    flags = parser.parse_args(argv)
+    if len(flags.checkpoint) > 1:
+        parser.error("hear takes exactly one checkpoint")
+    return flags
+
+
+def main(flags) -> list[dict]:
+    """One model on one task folder."""
+    evaluation.check_flags(flags)
+    model, settings = evaluation.open_model(flags.checkpoint[0], flags, "test", [])
+    settings.data = [flags.task]
+    r = hear(model, read_hear_task(Path(flags.task), model.sample_rate), settings)
+    evaluation.show(r)
+    return evaluation.write_json(flags.json, [[r]])
+
+
+if __name__ == "__main__":
+    common.run_entry(main, parse)
