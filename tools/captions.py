@@ -35,551 +35,119 @@ from tools.datasets import (
 # Rewritten captions: rules that reverse the order of events
 # ------------------------------------------------------------------------------------------------
 
-# What joins two events of which one follows the other: name -> the words between them, longer forms first
-ORDERING = {
-    "is followed by": r"(?:is|are|was|were) (?:then )?followed (?:\w+ly )?by",
-    "followed by": r"(?:(?:and|which|that) (?:is|are|was|were) )?(?:and )?(?:then )?"
-    r"(?:(?:shortly|closely|immediately|directly|soon) )?followed (?:(?:\w+ly|soon|later) )?by",
-    "after which": r"(?:and )?after (?:which|that),?",
-    "then": r"(?:(?:and|but) )?then(?: (?:later|finally|eventually|lastly))?,?",
-    "later": r"and (?:(?:moments|shortly|soon) )?(?:later|afterwards?|finally|eventually|subsequently|lastly),?"
-    r"|(?<=, )(?:later|afterwards|finally),?",
-    "before": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?before|prior to",
-    "after": r"(?:(?:just|right|shortly|immediately|moments|seconds) )?after",
-    "until": r"until",
-}
 CONNECTIVE = re.compile(
-    ",? (?:"
-    + "|".join(f"(?P<{name.replace(' ', '_')}>{words})" for name, words in ORDERING.items())
-    + ") ",
-    re.I,
+    r"(?:,? (?:and |but )?(?:then )?(after which|(?<=and )later|(?<!then )then),?"
+    r"|,? (?:then )?(?:shortly |soon |closely |immediately )?(followed by)"
+    r"|(?<! and) (?:just |right |shortly |soon |immediately |directly )?(before|after)) "
 )
-REVERSED = {
-    "prior to": "after",
-    "before": "after",
-    "after": "before",
-    "until": "after",
-}  # the same two sides, the other order
-
-# An event with one of these cannot move: it looks back (again, louder, replies), names its own place in time (at the end, the
-# first), or only makes sense last (stops, fades). The last line: an ordering word that joins no two events.
-BOUND_WORDS = r"""
-again another more others? else still also too same both each either one\sby\sone back off once already together itself
-themselves in\sturn turns?\s(?:down|up|into|to) (?:shut\w*|power\w*|winds?|runs?)\sdown first second third last final finally
-initial\w* eventual\w* subsequent\w* previous\w* next ends? ended ending beginning throughout entire\w* whole meanwhile time
-times\sover moments? pause\w* seconds? minutes? continue[sd]? continuing resum\w* repeats? repeating repetition return\w*
-repl(?:y|ies|ied|ying) respon\w* answer\w* react\w* echo\w* reverb\w* imitat\w* mimic\w* stop\w* ceas\w* fad(?:e|es|ed|ing)
-finish\w* quit\w* halts? subsid\w* taper\w* trails? dies? dying quiets calms? settl\w* silent interrupt\w* join\w* result\w*
-caus\w* due because so instead rather than chang\w* switch\w* increases? increasing decreas\w* becom\w* gets? getting
-(?:loud|soft|quiet|fast|slow|high|low|clos|near|deep|heav|light|larg|hard|strong|short|long|bigg|small|great|sharp|clear|quick)i?er
-before after afterwards? then followed following follows later prior until preced\w* proceed\w* as\ssoon\sas now only"""
-BOUND = re.compile(r"\b(?:" + "|".join(BOUND_WORDS.split()) + r")\b|[\"“”();:!?.]", re.I)
-# An event that begins so is no clause and no noun phrase of its own
-NO_START = set(
-    """as while when with during in on at by from over under near nearby amid among for to into onto through of and
-or but it its he she they his her their this that these those who what if is are was were be been being has have one away out up
-down not very suddenly slowly quickly blown broken torn thrown driven shaken struck shut hit cut put set run shot ran blew went
-came spoke rang sang said made took left""".split()
-)
-NO_END = set("and but or the a an with shortly soon right just".split())
-PRONOUNS = set("it he she they him her hers his its their them this that these those".split())
-POSSESSIVES = {"his", "her", "its", "their"}
-TOGETHER = set(
-    "as while when whenever where which that who whose if because".split()
-)  # what follows keeps the form of its verbs
-NO_START |= TOGETHER
-BE, AUXILIARY = (
-    {"is", "are", "was", "were"},
-    {"has", "have", "had", "can", "could", "does", "did", "will"},
-)
-PLURAL = {"people", "men", "women", "children", "geese", "mice", "sheep", "they", "police"}
-ADVERBS = {"just", "often", "sometimes", "twice"}
-PEOPLE = "man|men|woman|women|boy|girl|child|kid|person|people|male|female|dog|cat|baby"
-# "the engine" of before: not to be told first
-KNOWN_BEFORE = re.compile(
-    rf"\bthe (?:\w+ )?(?:{PEOPLE}|guy|lady|speaker|animal|bird|crowd|audience|vehicle|car|truck|bus|engine|machine|"
-    r"motor|motorcycle|train|sound|noise)s?\b",
-    re.I,
-)
+OPPOSITE = {"before": "after", "after": "before"}
+# An event with one of these words stays where it is: it leans on what is told before it, names its
+# own place in time, or tells of a second event whose part in the order is not sure
+BOUND = """again another more most other others also still too same each one off back once together
+    turn turns down first second third last next whole time moment moments seconds minutes afterward
+    afterwards before after then later until now only different louder softer quieter closer faster
+    slower higher lower as while when where during if so than it he she they him her his its their
+    them this that these those which who what has have does""".split()
+BOUND_STEMS = """start begin stop ceas end finish final fad subsid continue continuing resum repeats
+    return respon repl answer react echo imitat interrupt join chang becom get increas decreas
+    eventual follow preced meanwhile silent throughout""".split()
+# No verb comes right after these: "two loud honks", "the sound of beeps"
+BEFORE_NOUNS = """a an the of in on at by with from to and or for into over some several many few
+    multiple two three four five loud soft light low high pitched long short quick brief small large
+    big heavy sharp faint distant rapid deep electronic mechanical digital""".split()
+PLURAL = ["people", "men", "women", "children", "sheep"]
 # "a man then a woman talking": the verb comes later
-NO_VERB_YET = re.compile(
-    rf"(?:.*\b(?:with|and|of|by) )?(?:(?:an?|the) )?(?:\w+ )?(?:{PEOPLE})s?(?: (?:as|while|when) .*)?",
-    re.I,
-)
-# Nouns that an event may begin with where one would expect a verb: "a man laughs, then silence"
-NOUNS = set(
-    """silence laughter music speech static applause gunfire thunder rain wind water footsteps voices noises sounds
-gunshots sirens bells chimes drums birds people men women adults children traffic acceleration explosions""".split()
-)
-# Words after which "honks" or "honk" is a noun
-BEFORE_NOUNS = set(
-    """a an the of in on at by with from to and or for into over through his her its their some two three four
-five six several many few multiple various numerous loud soft light low high pitched long short quick brief electronic digital
-metallic small large big heavy sharp faint distant repeated repetitive rapid repeating hard single constant continuous gentle
-muffled fast slow deep strange odd weird distinct different audible quiet high-pitched""".split()
-)
-MANY = set("two three four five six several many few multiple various numerous".split())
-SERIES = set("series couple number set sound sequence".split())
-# Stems of the verbs that captions of sounds use most
-VERBS = """speak talk run blow chirp laugh rev sound hum idle splash bark pass play rustle cry occur move make click fall ring
-buzz accelerate whistle flow hiss start begin drive snore walk go beep give clank meow honk type sing tap gurgle cheer spray fly
-sew flush yell tick speed sizzle pour open bleat quack rattle scream scrape crinkle vibrate work rumble squeak roar whir clap
-come hit trickle drip whimper operate thump squeal crash close chime burp growl grunt breathe clack sneeze shout approach pop
-croak clang oink turn shuffle rush whoosh creak drill clink fry murmur mutter take flap crackle applaud crumple knock race whine
-blare screech clop call cough tweet rub chug roll howl baa pant drop spin clatter drain trot bubble crack say burst bang step
-grind shut crunch squawk break strike crow slide communicate slam neigh wail vocalize skid scratch whisper converse narrate
-giggle sputter wash fill travel cross snort shift ding bounce pull decelerate slow boom pound hammer groan beat sniffle chuckle
-chatter gallop yip shake sleep belch jingle ride emit chant blast snap eat write stir slosh babble thud flip chop sob resonate
-purr sniff rotate perform whirl gasp explode smack dial zoom hoot shoot drag mumble holler toll swish slap drone cluck swoosh
-sweep brush moan churn bleep announce tear burble toot rip boil swing shriek fart yelp rise tinkle splatter push jump cackle
-wheeze exhale stomp inhale hiccup whinny whoop trill putter sway spit coo caw moo gobble chew crawl discuss argue chat crush
-plunge pump sip gulp fizz squirt carry throw land arrive depart use cook cut put get do leave clean dig deliver clear lift rock
-scrub wipe peel yawn snicker snarl sigh bellow crank fire twitter clunk stutter exclaim reel""".split()
+NO_EVENT = [*PLURAL, "man", "woman", "person", "child", "boy", "girl", "male", "female", "dog"]
+BE = ["is", "are", "was", "were"]
+VERBS = """accelerate applaud approach bang bark beep blare blast bleat blow break breathe burp
+    burst buzz call chant chime chirp chuckle clang clank clap click clink clop close come coo cough
+    crack crackle crash crinkle croak crumple cry cut ding drain drill drip drive drop explode fall
+    fill fire flow flush fly giggle give go groan growl grunt gurgle happen hiss hit honk hover howl
+    hum idle laugh make meow move narrate neigh occur oink open operate pass play pop pour quack
+    race rev ring roar roll rub rumble run rush rustle say scream screech sew shoot shout shuffle
+    shut sing sizzle skid slam slide slow smack snap sneeze snore speak speed spin splash spray
+    squeak squeal step stutter swish take talk tap thump tick trickle tweet type vibrate vocalize
+    wail walk whimper whine whisper whistle whoosh work yell""".split()
+THIRD = {form: verb for verb in VERBS for form in (verb + "s", verb + "es", verb[:-1] + "ies")}
 
 
-def inflections(stem: str) -> dict:
-    """A regular verb's stem -> {"base", "third", "ing"}: "bark", "barks", "barking"."""
-    third = (
-        stem + "es"
-        if re.search(r"(s|x|z|ch|sh|[^aeo]o)$", stem)
-        else re.sub(r"(?<=[^aeiou])y$", "ie", stem) + "s"
-    )
-    doubled = stem == "begin" or re.fullmatch(
-        r"[^aeiou]*[aeiou][bdgmnptv]|stir|whir|occur|emit", stem
-    )
-    return {
-        "base": stem,
-        "third": third,
-        "ing": (stem + stem[-1] if doubled else re.sub(r"(?<=[^eyo])e$", "", stem)) + "ing",
-    }
-
-
-FORMS = {
-    word: (form, stem) for stem in VERBS for form, word in inflections(stem).items()
-}  # "barks" -> ("third", "bark")
-NOT_ING = set(
-    """thing something anything everything nothing ring string spring sing king wing swing bring sting fling ping ding
-ting morning evening " "building ceiling clothing lightning during""".split()
-)
-
-
-def form_of(word: str) -> str | None:
-    return "ing" if word.endswith("ing") and word not in NOT_ING else FORMS.get(word, (None,))[0]
-
-
-def plain(words: list[str]) -> list[str]:
-    return [re.sub(r"^\W+|\W+$", "", word).lower() for word in words]
-
-
-def find_verb(words: list[str]):
-    """The verb that an event's subject comes before -> (index, "third", "base", "ing", "be" or "aux"); None: a noun phrase.
-
-    "honks" is a verb in "a horn honks" and a noun in "two loud honks", "sounds" mostly a noun: the third person needs a
-    singular subject, the base form a plural one, and right before either stands no adjective, number or preposition.
-    """
-    words = plain(words)
+def find_verb(words: list[str]) -> int | None:
+    """Where an event has its verb; 0: a noun phrase ("a bark", "a dog barking"); None: not sure."""
+    no_subject = words[0] in [*VERBS, *THIRD, *BE, "there", "in", "with"] or words[0].endswith("ly")
+    if no_subject or words[-1] in [*NO_EVENT, *BE, "and", "or"]:
+        return None
+    singular = words[0] in ("a", "an", "someone", "somebody", "something")
+    participle = False
     for i in range(1, len(words)):
-        form = form_of(words[i])
-        if words[i] in TOGETHER:
-            return None
-        if i + 1 < len(words) and words[i + 1] in BE:  # "air bubbles are forming"
+        before = words[i - 2] if i > 1 and words[i - 1].endswith("ly") else words[i - 1]
+        if before in BEFORE_NOUNS:
             continue
-        if words[i] in BE | AUXILIARY:
-            return i, "be" if words[i] in BE else "aux"
-        last = (
-            i - 1 - (i > 1 and (words[i - 1].endswith("ly") or words[i - 1] in ADVERBS))
-        )  # "a man loudly speaks"
-        plural = words[last] in PLURAL or re.search(r"[^su]s$", words[last])
-        if words[last] in BEFORE_NOUNS or words[last].endswith("ly"):
-            continue
-        if words[i] == "sounds" and not (i == 2 and words[0] in ("a", "an", "the")):
-            continue
-        if form == "third" and (MANY & set(words[max(0, i - 3) : i]) or SERIES & set(words[:i])):
-            continue  # "two nearby honks", "a series of bell dings"
-        if form == "ing" and form_of((words + [""])[i + 1]) == "third":  # "loud barking occurs"
-            continue
-        if (
-            form == "ing"
-            or (form == "third" and not plural)
-            or (form == "base" and (plural or "and" in words[:last]))
-        ):
-            return i, form
-    return None
+        plural = before in PLURAL or re.search("[^s]s$", before)
+        singular_verb = words[i] in THIRD and not plural
+        plural_verb = words[i] in VERBS and (plural or "and" in words[:i])
+        if singular_verb or plural_verb or words[i] in BE:
+            return None if participle else i
+        if words[i].endswith("ing"):
+            participle = True
+        elif singular and not participle and re.search("[^su]s$|ed$", words[i]):
+            return None  # perhaps a verb that is not in the list
+    return 0
 
 
-def find_predicate(words: list[str]):
-    """The verb that an event without a subject begins with ("then loudly growls") -> (index, form); None: begins otherwise."""
-    words = plain(words) + [""]
-    i = next(
-        (i for i, word in enumerate(words[:-1]) if not word.endswith("ly") and word not in ADVERBS),
-        0,
-    )
-    if words[i].endswith("ed") and words[i + 1] in BEFORE_NOUNS | TOGETHER | PRONOUNS | {
-        "",
-        "up",
-        "down",
-    }:
-        return i, "past"  # "then turned on", not "then muffled speech"
-    return (i, form_of(words[i])) if form_of(words[i]) else None
-
-
-def with_form(words: list[str], i: int, form: str) -> list[str] | None:
-    """The verb at index i, and those joined to it by "and", in another form; None: not a verb the rules know."""
-    known, new = plain(words), list(words)
-    old = form_of(known[i])
-    for j in range(i, len(words)):
-        if j > i and known[j] in TOGETHER:
-            break
-        joined = (
-            j == i
-            or known[j - 1] in ("and", "or")
-            or (known[j - 1].endswith("ly") and known[j - 2] == "and")
-        )
-        if joined and form_of(known[j]) == old and not BE & set(known[j + 1 : j + 2]):
-            if known[j] not in FORMS:
-                return None
-            new[j] = re.sub(r"\w+", inflections(FORMS[known[j]][1])[form], words[j], count=1)
-    return new
-
-
-def to_ing(words: list[str]) -> list[str] | None:
-    """A clause as it follows "followed by": "a man is speaking and a dog barks" -> "a man speaking and a dog barking".
-
-    None where a verb is not certain; a noun phrase stays as it is.
-    """
-    known, found = plain(words), find_verb(words)
-    if known[0] == "there" and BE & set(known[1:2]):  # "there is a bang" -> "a bang"
-        return to_ing(words[2:]) if words[2:] else None
-    if known[0] in BE | {"there"} or (found and found[1] == "aux"):
-        return None
-    if not found:  # a word that is no known verb but stands like one: "a man hollars", "bees swarm"
-        odd = [
-            b
-            for a, b in zip(known, known[1:])
-            if a not in BEFORE_NOUNS
-            and not form_of(b)
-            and (
-                known[0] in ("a", "an", "the", "someone")
-                and re.search(r"[^su'’]s$", b)
-                or re.search(r"[^su'’]s$", a)
-                and not (b in BEFORE_NOUNS | TOGETHER or re.search(r"(ed|ly|s)$", b))
-            )
-        ]
-        odd = odd or [
-            b for a, b in zip(known, known[1:]) if a in PLURAL and form_of(b) == "third"
-        ]  # "women speaks"
-        return None if odd else words
-    i, form = found
-    if form == "ing":
-        return words
-    if form == "be":
-        new = (
-            words[:i]
-            + ([] if re.match(r"(\w+ly )?\w+ing\b", " ".join(known[i + 1 :])) else ["being"])
-            + words[i + 1 :]
-        )
-    else:
-        new = with_form(words, i, "ing")
-    cut = next((j for j in range(i, len(words)) if known[j] in TOGETHER), len(words))
-    joined = next(
-        (
-            j
-            for j in range(i, cut - 1)
-            if known[j] == "and" and (not form_of(known[j + 1]) or BE & set(known[j + 2 : j + 3]))
-        ),
-        None,
-    )
-    if joined:  # a second subject, or an object
-        rest = to_ing(words[joined + 1 :])
-        tail = len(words) - joined - 1
-        new = new and rest and new[: len(new) - tail] + rest
-    return new
-
-
-def split_events(body: str):
-    """ "a dog barks, then a bell rings" -> ([["a", "dog", "barks"], ["a", "bell", "rings"]], [", then"], ["then"])."""
-    matches = list(CONNECTIVE.finditer(body))
-    events = [
-        body[a:b]
-        for a, b in zip(
-            [0, *(m.end() for m in matches)], [*(m.start() for m in matches), len(body)]
-        )
-    ]
-    joints, names = (
-        [m[0].rstrip() for m in matches],
-        [m.lastgroup.replace("_", " ") for m in matches],
-    )
-    listed = events[0].split(", ") if joints and joints[0].startswith(",") else []
-    if len(listed) > 1:  # "A, B, then C" tells three events
-        events, joints, names = (
-            listed + events[1:],
-            [","] * (len(listed) - 1) + joints,
-            ["then"] * (len(listed) - 1) + names,
-        )
-    # "A is followed by B" -> "A followed by B": "is" need not agree with what comes to stand there
-    joints = [
-        re.sub(r"(?:(?:and|which|that) )?(?:is|are|was|were) ", "", joint) for joint in joints
-    ]
-    return [event.split() for event in events], joints, names
-
-
-def swap_predicates(events: list[list[str]]) -> list[list[str]] | None:
-    """One subject, several verbs: "a dog barks", "growls" -> "a dog growls", "barks"; None: the subject is not certain."""
-    found, known = find_verb(events[0]), plain(events[0])
-    if not found or found[1] == "aux" or TOGETHER & set(known):
-        return None
-    i = found[0] + (found[1] == "be")  # "a man is" speaking
-    subject, phrases, pronoun = events[0][:i], [events[0][i:], *events[1:]], []
-    owner = {
-        "he": r"\b(man|boy|male|guy)\b",
-        "she": r"\b(woman|girl|female|lady)\b",
-        "it": r"^(?!.*\b(man|woman|people|person)\b)",
-    }
-    first = plain(events[1])[0]
-    if first in owner and len(events) == 2 and len(events[1]) > 1:
-        if not re.search(owner[first], " ".join(plain(subject))) or (
-            first == "it" and {"a", "an", "the"} & set(plain(phrases[0]))
-        ):
-            return None  # "a man drops a ball, then it bounces"
-        pronoun, phrases[1] = [first], events[1][1:]
-    predicates = [phrase and find_predicate(phrase) for phrase in phrases]
-    for phrase in phrases:
-        second = any(
-            find_verb(part.split()) for part in " ".join(phrase).split(" and ")[1:]
-        )  # "... and a bell rings"
-        if second or (PRONOUNS - POSSESSIVES) & set(plain(phrase)):
-            return None
-    if (
-        not all(predicates)
-        or "past" in [form for _, form in predicates]
-        or (found[1] == "be") > (predicates[0][1] == "ing")
-    ):
-        return None
-    for n, (phrase, (j, form)) in enumerate(zip(phrases, predicates)):
-        stem = FORMS.get(plain(phrase)[j], ("", ""))[1]
-        if stem in ("start", "begin") and not any(
-            form_of(word) for word in plain(phrase)[j + 1 : j + 3]
-        ):
-            return None  # what starts only now cannot have been heard before
-        after = plain(phrase)[j + 1 :] + ["", ""]
-        noun = (
-            after[0] == "and"
-            and not form_of(after[1])
-            or not (
-                after[0]
-                in BEFORE_NOUNS | TOGETHER | PRONOUNS | {"", "up", "down", "idle", "around", "away"}
-                or after[0].endswith("ly")
-            )
-        )
-        if n and form == "ing" and (noun or found[1] in ("third", "base")):
-            return None  # "then hooting and applause", "then skidding tires", "tones sound, then whooshing": whose?
-        if {form, predicates[0][1]} == {"third", "base"}:
-            return None
-        if (
-            n
-            and form != "ing"
-            and not pronoun
-            and (stem in SOUNDS or (found[1] == "ing" and len(phrase) == 1))
-        ):
-            return None  # "a man speaks, then beeps": he or a device?
-    moved = [
-        phrase if form == new else with_form(phrase, j, new)
-        for phrase, (j, form), (_, new) in zip(phrases[::-1], predicates[::-1], predicates)
-    ]
-    return None if None in moved else [subject + moved[0], pronoun + moved[1], *moved[2:]]
-
-
-SOUNDS = set(
-    """click beep clank bang thump thud ding chime splash clang knock tap pop clack boom crash clink ring scrape toot
-honk rattle""".split()
-)
-GLUE = set(
-    """a an the and or but then of in on at by with to as while is are was were be being been it he she they his her its their
-some there after afterwards before when until which that who later first once finally followed following preceded""".split()
-)
-
-
-def content(words: list[str]) -> list[str]:
-    """What words speak of: without those that only connect, cut to stems ("barks", "barking", "barked" -> "bark")."""
-    stems = [
-        re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|(?<!s)s)$", "", word)
-        for word in plain(words)
-        if word and word not in GLUE
-    ]
-    return [
-        re.sub(r"([bdglmnprtv])\1$", r"\1", re.sub(r"(?<=\w\w)[ey]$", "", stem)) for stem in stems
-    ]
-
-
-def dependent(events, names, verbs) -> tuple[list[int], bool]:
-    """Which events have no subject of their own ("then growls", "then he growls"), and whether another leans on its neighbours."""
-    no_subject, leans = (
-        [],
-        plain(events[0])[0] in NO_START
-        or any(
-            NO_VERB_YET.fullmatch(" ".join(event)) or set(plain(event)) <= BEFORE_NOUNS
-            for event in events
-        ),
-    )  # "low, then high"
-    for i, (event, name, verb) in enumerate(zip(events[1:], names, verbs[1:]), 1):
-        words = plain(event)
-        told = (
-            "|".join(
-                re.escape(word)
-                for before in events[:i]
-                for word in plain(before)
-                if word and word not in GLUE
-            )
-            or "-"
-        )
-        predicate, pronouns = find_predicate(event), PRONOUNS & set(words)
-        if predicate and not (
-            verb and verb[0] == 1 and verb[1] != "ing"
-        ):  # "tapping occurs" has its subject
-            # "followed by growling", "rustling, then growling": a noun
-            predicate = name != "followed by" and (
-                predicate[1] != "ing" or verbs[i - 1] or name in REVERSED
-            )
+def as_noun(words: list[str]) -> str | None:
+    """An event as "followed by" needs it: "a man speaks" -> "a man speaking"; None: not sure."""
+    i = find_verb(words)
+    if i and "and" not in words:
+        verb = THIRD.get(words[i], words[i])
+        if verb in BE:  # "a man is speaking", "a door is opened"
+            new = [] if any(word.endswith("ing") for word in words[i + 1 : i + 3]) else ["being"]
+        elif re.fullmatch("[^aeiou]*[aeiou][bdgmnprtv]|occur", verb):
+            new = [verb + verb[-1] + "ing"]
         else:
-            predicate = None
-        if predicate or words[0] in ("it", "he", "she", "they"):
-            no_subject.append(i)
-            continue
-        named = (
-            words[0] in BEFORE_NOUNS | NOUNS
-            or words[0].endswith("ing")
-            or verb
-            or name == "followed by"
-        )
-        follows_clause = verbs[i - 1] and verbs[i - 1][1] != "ing"
-        leans = (
-            leans
-            or words[0] in NO_START
-            or bool(
-                KNOWN_BEFORE.search(" ".join(event))
-                or re.search(
-                    rf"\bthe (?:\w+ )?(?:{told})\b", " ".join(event)
-                )  # "the dog" of before
-                or (
-                    pronouns
-                    and not TOGETHER & set(words)
-                    and not (verb and pronouns <= POSSESSIVES)
-                )
-                or (follows_clause and not named)  # "a thrum rises, then remains steady"
-                or (
-                    re.search("[^su]s$", words[0])
-                    and not verb
-                    and len(words) > 1  # "then lays it down"
-                    and (
-                        words[1] not in BEFORE_NOUNS
-                        or words[1] in {"to", "a", "an", "the", "into"} | POSSESSIVES
-                    )
-                )
-            )
-        )
-    return no_subject, leans
-
-
-def in_order(events, joints) -> str:
-    return " ".join(events[0]) + "".join(
-        f"{joint} {' '.join(event)}" for joint, event in zip(joints, events[1:])
-    )
-
-
-def lower_first(text: str) -> str:
-    first = text.split(" ")[0]
-    return (
-        text
-        if re.search("[A-Z0-9]", first[1:]) or first in ("I", "English", "Christmas")
-        else text[:1].lower() + text[1:]
-    )
+            new = [verb.removesuffix("e") + "ing"]
+        words = words[:i] + new + words[i + 1 :]
+    return " ".join(words) if find_verb(words) == 0 else None
 
 
 def reverse_order(caption: str) -> tuple[str | None, str]:
-    """A caption -> (its events in the opposite order in time or None, the connective or why there is None).
-
-    What the connectives of ORDERING join changes places, the last event first; the connectives stay, verbs take the
-    form of their new place. Where the two sides of "before" or "after" are not alike, that word is reversed instead.
-    In doubt the answer is None: a missing negative costs nothing, a wrong one teaches the wrong order.
-    """
+    """A caption -> (same events in the opposite order or None, the connective or the reason)."""
     text = " ".join(caption.split())
-    opening, body = re.fullmatch(
-        r"((?:at first|first|initially),? (?=.* then ))?(.*?)[\s.,]*", text, re.I
-    ).groups("")
-    body = lower_first(body)
-    events, joints, names = split_events(body)
-    leading = re.match(r"(after|before) ([^,]+), (.+)$", body)  # "after A, B"
-    if leading:
-        events, joints, names = [leading[2].split(), leading[3].split()], [","], [leading[1]]
-    if not joints:
-        return None, "no ordering connective"
-    if any(not event or BOUND.search(" ".join(event)) for event in events):
+    body = text.rstrip(". ")
+    if not re.match("[A-Z][A-Z]|English|Christmas|Morse", body):
+        body = body[:1].lower() + body[1:]
+    matches = list(CONNECTIVE.finditer(body))
+    if len(matches) != 1:
+        return None, "several orders" if matches else "no ordering connective"
+    joint, name = matches[0][0], matches[0][matches[0].lastindex]
+    left, right = body.split(joint)
+    first, second = left.split(), right.split()
+    if re.search(r"[^\w '-]", left + right) or not first or not second:
+        return None, "commas or other signs within an event"
+    if any(word in BOUND or word.startswith(tuple(BOUND_STEMS)) for word in first + second):
         return None, "a word bound to its place"
-    if any(plain(event)[0] in ("and", "or") or plain(event)[-1] in NO_END for event in events):
-        return None, "half an event"
-    if any("," in word for event in events for word in event):
-        return None, "commas"
-    verbs = [find_verb(event) for event in events]
-    kinds = ["clause" if verb and verb[1] != "ing" else "noun" for verb in verbs]
-    if any(
-        name == "is followed by" and (kind == "clause" or TOGETHER & set(plain(event)))
-        for name, kind, event in zip(names, kinds, events)
-    ):
-        return None, "unclear verb"
-    names = [name.removeprefix("is ") for name in names]
-    stems = [set(content(event)) for event in events]
+    stems = {word[:4] for word in first}.difference(BEFORE_NOUNS)
+    others = {word[:4] for word in second}.difference(BEFORE_NOUNS)
+    if stems <= others or others <= stems:
+        return None, "two events alike"
 
-    def alike(others):
-        return [a <= b or b <= a for a, b in zip(stems, others)]
-
-    if any(alike(stems[1:])) or all(alike(stems[::-1])):
-        return None, "sides alike"
-
-    no_subject, leans = (
-        dependent(events, names, verbs) if not leading else ([], plain(events[1])[0] in NO_START)
-    )
-    against = {"before", "after", "until"} & set(names)
-    if (
-        (len(names) > 1 and against - {"before"})
-        or (opening and len(set(kinds)) > 1)
-        or ("after" in names and joints[0].startswith(",") and not leading)
-    ):
-        return None, "several orders"
-    unlike = (
-        no_subject or leans or kinds[0] != kinds[1] or "until" in names or "prior to" in joints[0]
-    )
-    if against and len(names) == 1 and unlike:
-        if (not leading and plain(events[0])[0] in NO_START) or (
-            "until" in names and (no_subject or not verbs[1])
-        ):
-            return None, "unclear subject or reference"
-        word = names[0] if leading else next(word for word in REVERSED if word in joints[0])
-        body = (
-            body.replace(word, REVERSED[word], 1)
-            if leading
-            else in_order(events, [joints[0].replace(word, REVERSED[word])])
-        )
-    elif no_subject or leans:
-        order = (
-            swap_predicates(events)
-            if not leans and not against and len(no_subject) == len(names)
-            else None
-        )
-        if not order:
-            return None, "unclear subject or reference"
-        body = in_order(order, joints)
+    verb, other = find_verb(first), find_verb(second)
+    if name == "followed by":
+        left = as_noun(first)
+        same_shape = left and other == 0
+    elif verb == other == 0:  # not "a man speaking then laughing": who laughs?
+        same_shape = not first[0].endswith("ing") and not second[0].endswith("ing")
     else:
-        order = events[::-1]
-        for i, name in enumerate(names, 1):
-            order[i] = to_ing(order[i]) if name == "followed by" else order[i]
-            if order[i] is None or (
-                name in ("after which", "before") and kinds[::-1][i] != kinds[i]
-            ):
-                return None, "unclear verb"
-        body = (leading[1] + " " if leading else "") + in_order(order, joints)
-    body = opening + body
-    body = (body[0].upper() if text[0].isupper() else body[0].lower()) + body[1:]
-    return body + "." * text.endswith("."), names[0] if len(set(names)) == 1 else "several"
+        same_shape = verb and other
+    # "the engine" is one that was told of before
+    if same_shape and not re.search(r"\bthe (?!background|distance)", right):
+        result = right + joint + left
+    elif name in OPPOSITE:
+        result = left + joint.replace(name, OPPOSITE[name]) + right
+    else:
+        return None, "sides of unlike shape"
+    if text[0].isupper():
+        result = result[0].upper() + result[1:]
+    return result + ("." if text.endswith(".") else ""), name
 
 
 # ------------------------------------------------------------------------------------------------
@@ -604,6 +172,28 @@ Answer: A toilet flushes and a man coughs before water runs
 
 Caption: {caption}
 Answer:"""
+
+
+GLUE = set(
+    """a an the and or but then of in on at by with to as while is are was were be being been it he she they his her its their
+some there after afterwards before when until which that who later first once finally followed following preceded""".split()
+)
+
+
+def plain(words: list[str]) -> list[str]:
+    return [re.sub(r"^\W+|\W+$", "", word).lower() for word in words]
+
+
+def content(words: list[str]) -> list[str]:
+    """What words speak of: without those that only connect, cut to stems ("barks", "barking", "barked" -> "bark")."""
+    stems = [
+        re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|(?<!s)s)$", "", word)
+        for word in plain(words)
+        if word and word not in GLUE
+    ]
+    return [
+        re.sub(r"([bdglmnprtv])\1$", r"\1", re.sub(r"(?<=\w\w)[ey]$", "", stem)) for stem in stems
+    ]
 
 
 def tells_backwards(text: str) -> bool:
@@ -1122,6 +712,14 @@ def described(row: dict) -> str:
     return " ".join(row["description"].split()[:150]) + f" (tags: {tags})" * bool(tags)
 
 
+DESCRIBING_WORDS = set(
+    """a an the of in on at by with from to and or for into over through his her its their some two three four
+five six several many few multiple various numerous loud soft light low high pitched long short quick brief electronic digital
+metallic small large big heavy sharp faint distant repeated repetitive rapid repeating hard single constant continuous gentle
+muffled fast slow deep strange odd weird distinct different audible quiet high-pitched""".split()
+)
+
+
 def check_caption(description: str, answer: str) -> tuple[str | None, str | None]:
     """A cleaned caption -> (caption or None, why it is rejected or None).
 
@@ -1132,7 +730,9 @@ def check_caption(description: str, answer: str) -> tuple[str | None, str | None
 
     def words(text):
         return set(
-            content([w for w in re.findall(r"[^\W\d_]+", text.lower()) if w not in BEFORE_NOUNS])
+            content(
+                [w for w in re.findall(r"[^\W\d_]+", text.lower()) if w not in DESCRIBING_WORDS]
+            )
         )
 
     if not re.search(r"\w", answer):
