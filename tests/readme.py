@@ -1,4 +1,4 @@
-"""Writes the README's tables of results from the files they name.
+"""Writes the tables of results/README.md from the files they name.
 
   python tests/readme.py
 
@@ -39,7 +39,7 @@ def body(name: str, table: str, header: str) -> list[str]:
 
 
 def written(text: str) -> str:
-    """The README with every table of results as its file says."""
+    """The text with every table of results as its file says."""
 
     def block(found):
         name, table, (header, line, *_) = found[1], found[2], found[3].splitlines()
@@ -58,5 +58,5 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
+    path = ROOT / "results/README.md"
     path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")

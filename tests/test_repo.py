@@ -15,12 +15,14 @@ import common
 import readme
 from conftest import ROOT
 
-PAPERS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "eval", "prepare")]
+PAPERS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "eval")]
 SCRIPTS = [
     name for name in PAPERS if "class Config" in (ROOT / f"{name}.py").read_text()
 ]  # those that train
 RUN_TIME = {"torch", "torchaudio", "transformers", "tokenizers", "numpy", "soundfile", "tqdm"}
-README = (ROOT / "README.md").read_text()
+READMES = [ROOT / "README.md", ROOT / "tools/README.md", ROOT / "results/README.md"]
+RESULTS = (ROOT / "results/README.md").read_text()
+TOOLS = [p.stem for p in (ROOT / "tools").glob("*.py") if p.stem != "__init__"]
 
 
 def tracked():
@@ -52,16 +54,11 @@ def imports(path):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize("name", ["common", "eval", "prepare", *PAPERS])
+@pytest.mark.parametrize("name", ["common", "eval", *PAPERS])
 def test_imports_point_downward_only(name):
-    """common: packages; a script: common; eval and prepare: both, prepare also the loader of eval."""
+    """common: packages; a script and eval: common; none of them tools, which may import everything."""
     outside = set(imports(ROOT / f"{name}.py")) - set(sys.stdlib_module_names) - RUN_TIME
-    allowed = {
-        "common": {"matplotlib"},
-        "eval": {"common", "PIL"},
-        "prepare": {"common", "eval"},
-    }.get(name, {"common"})
-    assert outside <= allowed
+    assert outside <= (set() if name == "common" else {"common"})
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -143,38 +140,72 @@ def test_sections_stand_in_the_house_order(name):
 
 
 def readme_commands():
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            line = line.split("  #")[0].strip()
-            if line:
-                yield from (part.strip() for part in line.split("&&"))
-    yield from re.findall(r"\| `(python [^`]+)` \|", README)
+    for text in (path.read_text() for path in READMES):
+        for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.split("  #")[0].strip()
+                if line:
+                    yield from (part.strip() for part in line.split("&&"))
+        yield from re.findall(r"\| `(python [^`]+)` \|", text)
 
 
 def parsed(command):
-    """argv of a python command of ours, or None."""
+    """(module, argv) of a python command of ours, or None."""
     words = shlex.split(command)
     words = words[words.index("run") + 1 :] if words[:2] == ["uv", "run"] else words
     words = words[1:] if words[0] in ("python", "torchrun") else words
-    scripts = [i for i, w in enumerate(words) if w.endswith(".py")]
-    return words[scripts[0] :] if scripts else None
+    for i, word in enumerate(words):
+        if word == "-m" and words[i + 1].startswith("tools."):
+            return words[i + 1], words[i + 2 :]
+        if word.endswith(".py"):
+            return word[:-3], words[i + 1 :]
+    return None
 
 
 def test_every_readme_command_of_ours_parses():
     seen = set()
     for command in readme_commands():
-        words = parsed(command)
-        if words is None or words[0].startswith("tests/"):
+        found = parsed(command)
+        if found is None or found[0].startswith("tests/"):
             continue
-        name = words[0][:-3]
+        name, argv = found
         seen.add(name)
         module = importlib.import_module(name)
         if name in SCRIPTS:
-            if "--resume" not in words:
-                common.cli(module.Config, module.PRESETS, module.__doc__, words[1:])
+            if "--resume" not in argv:
+                common.cli(module.Config, module.PRESETS, module.__doc__, argv)
         else:
-            module.parse(words[1:])
-    assert {"mga_clap", "eval", "prepare"} <= seen
+            module.parse(argv)
+    assert seen == {"eval", *SCRIPTS, *(f"tools.{name}" for name in TOOLS)}  # each is shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "datasets",
+        "datasets csv",
+        "datasets check",
+        "scenes",
+        "captions",
+        "captions rewrite",
+        "captions recaption",
+        "downstream",
+        "hear",
+        "figures",
+        "figures results",
+    ],
+)
+def test_every_tool_has_its_own_help(words, capsys):
+    name, *command = words.split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"tools.{name}").parse([*command, "--help"])
+    assert f"usage: python -m tools.{words} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_the_readmes_lead_somewhere(path):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
+    assert all((path.parent / link).exists() for link in links)
 
 
 def test_the_first_readme_command_and_ci_are_what_they_say():
@@ -186,13 +217,13 @@ def test_the_first_readme_command_and_ci_are_what_they_say():
 
 def test_measured_tables_agree_with_results():
     """Every table that a comment ties to a file of results/ agrees with it to the last digit printed."""
-    tied = {name for name, _ in re.findall(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n\|", README)}
+    tied = {name for name, _ in re.findall(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n\|", RESULTS)}
     assert {"bench", "compare_mga_clap", "claims_mga_clap"} <= tied
     assert tied >= {
         path.stem for path in (ROOT / "results").glob("*.json") if not path.stem.startswith("run_")
     }  # what was measured is shown
     for name, table, block in re.findall(
-        r"<!-- results/(\w+)\.json(?: (\w+))? -->\n(.*?)\n\n", README, re.S
+        r"<!-- results/(\w+)\.json(?: (\w+))? -->\n(.*?)\n\n", RESULTS, re.S
     ):
         stored = json.loads((ROOT / f"results/{name}.json").read_text())
         lines = [
@@ -231,17 +262,19 @@ def test_measured_tables_agree_with_results():
                     f"{r['scores'][metric]['mean']:.3f}" if metric in r["scores"] else "-"
                     for metric in lines[0][2:]
                 ], r["row"]
-    assert readme.written(README) == README, "run python tests/readme.py"
-    changed = re.sub(r"0\.103 ± 0\.038", "0.104 ± 0.038", README, count=1)
-    assert readme.written(changed) == README != changed
+    assert readme.written(RESULTS) == RESULTS, "run python tests/readme.py"
+    changed = re.sub(r"0\.103 ± 0\.038", "0.104 ± 0.038", RESULTS, count=1)
+    assert readme.written(changed) == RESULTS != changed
 
 
 def test_every_picture_of_the_readme_is_there_and_small():
-    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(shown) >= 7 and {ROOT / name for name in shown} == set(
-        (ROOT / "results/pictures").iterdir()
-    )
-    assert all((ROOT / name).stat().st_size < 200_000 for name in shown)
+    shown = {
+        (path.parent / name).resolve()
+        for path in READMES
+        for name in re.findall(r"!\[[^]]+\]\(([^)]+)\)", path.read_text())
+    }
+    assert len(shown) >= 7 and shown == set((ROOT / "results/pictures").iterdir())
+    assert all(path.stat().st_size < 200_000 for path in shown)
 
 
 def test_no_large_files_and_no_machine_paths():

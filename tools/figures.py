@@ -691,8 +691,6 @@ def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[P
     classes = common.read_classes(settings.data, rows)
     clips = evaluation.embed_clips(model, rows, settings, with_frames)
     paths = []
-    if "learning" in names:
-        paths += plot_learning(settings.checkpoint, folder)
     if "frames" in names and with_frames:
         paths += plot_frames(model, clips, classes, settings, folder)
     if "gap" in names and all(row.get("captions") for row in clips["rows"]):
@@ -745,12 +743,14 @@ def of_models(flags) -> list[Path]:
                 f"--out {folder}: this folder cannot be made ({error.strerror})"
             ) from None
         path = Path(checkpoint)
+        if "learning" in names:
+            paths += plot_learning(path, folder)
         if path.is_file() and common.read_weights(path).get("stage") == "mae":
-            paths += plot_learning(path, folder) if "learning" in names else []
-            paths += [draw_stage_1(path, rows, folder)] if "reconstructions" in names else []
-            continue
-        model, settings = evaluation.open_model(checkpoint, flags, split, manifest)
-        paths += draw_model(model, rows, settings, names, folder)
+            if "reconstructions" in names:
+                paths.append(draw_stage_1(path, rows, folder))
+        elif set(names) - {"learning", "reconstructions"}:
+            model, settings = evaluation.open_model(checkpoint, flags, split, manifest)
+            paths += draw_model(model, rows, settings, names, folder)
     return paths
 
 
