@@ -1,15 +1,16 @@
-"""Zero-shot evaluation of any checkpoint, one function a protocol, every rule printed with the score.
+"""Zero-shot evaluation of any checkpoint, one function a protocol, every rule printed.
 
   python eval.py runs/NAME/best.pt --data MANIFEST --json scores.json
-  python eval.py A.pt B.pt laion/clap-htsat-unfused --data MANIFEST     (side by side, paired differences)
-  python eval.py embed A.pt --data MANIFEST --out embeds.npz            (embeddings of audio and captions)
+  python eval.py A.pt B.pt laion/clap-htsat-unfused --data MANIFEST   (with paired differences)
+  python eval.py embed A.pt --data MANIFEST --out embeds.npz          (of audio and captions)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
 (text-to-audio grounding), t_classify (temporal order); all of them that the manifest has labels for
-unless --protocol names some. What needs training or generation to be scored is in tools/downstream.py.
-Audio is never cropped at random: it is zero-padded to the model's window, longer audio is cut into
-consecutive windows whose embeddings are averaged by their seconds and renormalised (`--crop first`:
-the first window only). Scores carry a 95 % bootstrap interval over clips.
+unless --protocol names some. What needs training or generation to be scored is in
+tools/downstream.py. Audio is never cropped at random: it is zero-padded to the model's window,
+longer audio is cut into consecutive windows whose embeddings are averaged by their seconds and
+renormalised (`--crop first`: the first window only). Scores carry a 95 % bootstrap interval over
+clips.
 """
 
 import argparse
@@ -127,7 +128,8 @@ def classification(model, clips, classes, settings) -> dict:
     """Accuracy: the class prompt with the largest cosine to the clip, among clips with one label.
 
     A tie is a miss. Clips with several labels are left out and counted. Source: MGA-CLAP Table 2
-    (ESC-50 mean of 5 folds, UrbanSound8K mean of 10; mean_of_folds is printed where rows have a fold).
+    (ESC-50 mean of 5 folds, UrbanSound8K mean of 10; mean_of_folds is printed where rows have a
+    fold).
     """
     targets = common.label_targets(clips["rows"], classes)
     single = targets.sum(1) == 1
@@ -264,11 +266,11 @@ PSDS2 = dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5)
 def sed(model, clips, classes, settings) -> dict:
     """Zero-shot sound event detection: each frame's cosine to each class prompt, median-filtered.
 
-    PSDS1 and PSDS2 (DCASE's two scenarios, at most 100 effective false positives an hour) exact over
-    all thresholds, with alpha_st 1 (the paper's script: mean less standard deviation over classes)
-    and, as _st0, 0. collar_F1: an event is found if a detection's onset lies within 0.2 s and its
-    offset within max(0.2 s, 20 % of the event); segment_F1: in segments of 1 s. Both F1 are macro
-    means with the best threshold of each class, chosen on these very clips. raw: the cosine;
+    PSDS1 and PSDS2 (DCASE's two scenarios, at most 100 effective false positives an hour) exact
+    over all thresholds, with alpha_st 1 (the paper's script: mean less standard deviation over
+    classes) and, as _st0, 0. collar_F1: an event is found if a detection's onset lies within 0.2 s
+    and its offset within max(0.2 s, 20 % of the event); segment_F1: in segments of 1 s. Both F1 are
+    macro means with the best threshold of each class, chosen on these very clips. raw: the cosine;
     centred: the frame's mean over classes taken out. Clips without any event are left out, as in
     the authors' code. chance: random scores. Source: MGA-CLAP Table 3 (DESED, URBAN-SED,
     AudioSet-Strong), whose code filters over 3 frames of 0.31 s.
@@ -337,15 +339,15 @@ def sed(model, clips, classes, settings) -> dict:
 
 
 def grounding(model, clips, classes, settings) -> dict:
-    """Text-to-audio grounding: when does a caption's phrase sound? Every phrase of every clip is one query.
+    """Text-to-audio grounding: when does a phrase sound? Every phrase of every clip is one query.
 
     PSDSm: the sigmoid of frame-phrase cosines at the 50 thresholds 0.01, 0.03, ... 0.99, binarised,
-    median-filtered, gaps of at most 0.5 s closed, then PSDS with dtc = gtc = 0.5, one class, at most
-    800 false positives an hour (the paper prints no definition; this is the reading its code and
-    numbers allow). PSDS_exact: the same settings over all thresholds, on median-filtered cosines,
-    gaps left open. centred: the frame's mean over all phrases of the data taken out. Phrases without
-    a segment are left out; each of the others adds its clip's duration to the hours. chance: random
-    scores. Source: MGA-CLAP Table 3 (AudioGrounding v2, test split).
+    median-filtered, gaps of at most 0.5 s closed, then PSDS with dtc = gtc = 0.5, one class, at
+    most 800 false positives an hour (the paper prints no definition; this is the reading its code
+    and numbers allow). PSDS_exact: the same settings over all thresholds, on median-filtered
+    cosines, gaps left open. centred: the frame's mean over all phrases of the data taken out.
+    Phrases without a segment are left out; each of the others adds its clip's duration to the
+    hours. chance: random scores. Source: MGA-CLAP Table 3 (AudioGrounding v2, test split).
     """
     common.require(clips["rows"], "phrases")
     queries = [
@@ -423,12 +425,12 @@ def t_classify(model, clips, classes, settings) -> dict:
     """T-Classify: is the right order of events preferred to the wrong one?
 
     t2a (T-CLAP's name): the share of captions with a `negative`, the same events in another order,
-    for which the clip's cosine to the caption is strictly larger than to the negative. a2t: the share
-    of captions of clips with a `swapped_audio`, the same sounds in another order, that lie strictly
-    closer to the clip than to the swapped audio. A tie is a miss; ties are counted. Micro-average
-    over all pairs; details hold each manifest and each connective alone, so that shortcuts ("first",
-    commas) show, and every pair's margin. Source: T-CLAP Table 2 (AudioCaps, Clotho and ESC-mixed-up
-    test; a2t ESC-mixed-up).
+    for which the clip's cosine to the caption is strictly larger than to the negative. a2t: the
+    share of captions of clips with a `swapped_audio`, the same sounds in another order, that lie
+    strictly closer to the clip than to the swapped audio. A tie is a miss; ties are counted.
+    Micro-average over all pairs; details hold each manifest and each connective alone, so that
+    shortcuts ("first", commas) show, and every pair's margin. Source: T-CLAP Table 2 (AudioCaps,
+    Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
     """
     rows, swapped = (
         clips["rows"],
@@ -540,14 +542,18 @@ def with_duration(row: dict, frame_embeds, frame_s: float) -> dict:
 
 
 def frame_edges(n_frames: int, frame_s: float, duration: float) -> np.ndarray:
-    """(n_frames + 1,) seconds at which the frames begin and the last one ends, at the clip's end at most."""
+    """(n_frames + 1,) seconds of the frames' edges; the last one at the clip's end at most."""
     edges = np.arange(n_frames + 1) * frame_s
     edges[-1] = max(min(edges[-1], duration), edges[-2] + 1e-3)
     return edges
 
 
 def timeline(scores: list, rows: list[dict], frame_s: float):
-    """All clips after one another -> begin (N + 1,), where each one's edges start; edges (E,), seconds in its clip."""
+    """All clips after one another.
+
+    Returns: begin (N + 1,), where each clip's edges start; edges (E,), seconds in their clip.
+
+    """
     begin = np.cumsum([0] + [len(s) + 1 for s in scores])  # one more edge than frames
     edges = [frame_edges(len(s), frame_s, row["duration"]) for s, row in zip(scores, rows)]
     return begin, np.concatenate(edges)
@@ -560,7 +566,7 @@ def class_timeline(scores: list, column: int) -> np.ndarray:
 
 
 def at_least(value, limit):
-    """value >= limit after rounding to microseconds, so that what lies exactly on the limit counts."""
+    """value >= limit, both rounded to microseconds: what lies exactly on the limit counts."""
     return np.round(value, 6) >= np.round(limit, 6)
 
 
@@ -570,7 +576,7 @@ def median_frames(seconds: float, frame_s: float) -> int:
 
 
 def median_filter(x: np.ndarray, width: int) -> np.ndarray:
-    """x (T, ...), median over `width` (odd) frames; the first and last frame are repeated beyond the ends."""
+    """x (T, ...), median over `width` (odd) frames; the ends are repeated beyond themselves."""
     padded = np.concatenate([np.repeat(x[:1], width // 2, 0), x, np.repeat(x[-1:], width // 2, 0)])
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width, axis=0), axis=-1)
 
@@ -587,8 +593,8 @@ def detections(scores: np.ndarray):
     As the threshold falls, a run of frames appears when it reaches the lowest frame in the run and
     ends when it reaches the higher of the two frames beside it.
     Args: scores (E,), all clips after one another, -inf after each.
-    Returns: start, stop (K,) indices into scores (stop exclusive), top, floor (K,): the interval is a
-    detection for every threshold t with floor <= t < top (a frame is active where score > t).
+    Returns: start, stop (K,) indices into scores (stop exclusive), top, floor (K,): the interval is
+    a detection for every threshold t with floor <= t < top (a frame is active where score > t).
     """
     n = len(scores)
     lowest, width = [scores], 1  # lowest[k][i]: the minimum of scores[i : i + 2**k]
@@ -602,7 +608,8 @@ def detections(scores: np.ndarray):
     start = np.flatnonzero(scores > -np.inf)
     value, stop = scores[start], start + 1
     for k in reversed(range(len(lowest))):
-        # equal neighbours make one run: it belongs to the last of them, so it goes left over equals only
+        # equal neighbours make one run: it belongs to the last of them, so it goes left over equals
+        # only
         further = np.maximum(start - 2**k, 0)
         start = np.where((start >= 2**k) & (lowest[k][further] >= value), further, start)
         further = np.minimum(stop, n - 1)
@@ -644,9 +651,12 @@ def best_f1(thresholds, found, detected, n_events: int) -> float:
 def collar_f1(
     scores, rows, classes, frame_s, onset_s=0.2, offset_s=0.2, offset_share=0.2
 ) -> np.ndarray:
-    """Event-based F1 of each class (C,) at its best threshold. Source: Mesaros et al., Applied Sciences 2016.
+    """Event-based F1 of each class (C,) at its best threshold.
 
-    Args: scores: list of (T_i, C); rows: with `events`, `duration`. NaN for a class without an event.
+    Source: Mesaros et al., Applied Sciences 2016.
+
+    Args: scores: list of (T_i, C); rows: with `events`, `duration`. NaN for a class without an
+    event.
     """
     begin, edges = timeline(scores, rows, frame_s)
     best = []
@@ -680,7 +690,9 @@ def collar_f1(
 
 
 def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
-    """Segment-based F1 of each class (C,) at its best threshold. Source: Mesaros et al., Applied Sciences 2016.
+    """Segment-based F1 of each class (C,) at its best threshold.
+
+    Source: Mesaros et al., Applied Sciences 2016.
 
     A segment's score is its best frame's, also of frames that only reach into it; it is positive if
     any part of an event lies in it. NaN for a class without an event.
@@ -745,20 +757,23 @@ def psd_roc(
     max_efpr: float | None = 100.0,
     desc="PSDS",
 ) -> list:
-    """Each class's true positive ratio against its effective false positives an hour, over all thresholds.
+    """True positive ratio against effective false positives an hour, over all thresholds.
 
     Exact: a threshold between any two scores is an operating point. Memory does not grow with the
-    number of class pairs. Source: Bilen et al., ICASSP 2020 (definition); Ebbers et al., ICASSP 2022
-    (all thresholds at once).
+    number of class pairs. Source: Bilen et al., ICASSP 2020 (definition); Ebbers et al., ICASSP
+    2022 (all thresholds at once).
 
     Args
-        scores: list of (T_i, C), any real numbers; rows: manifest rows with `events` and `duration`.
+        scores: list of (T_i, C), any real numbers; rows: manifest rows with `events` and
+        `duration`.
         dtc: a detection counts if that share of it lies in events of its class, else it is a false
             positive; gtc: an event is found if that share of it lies in detections that count.
         cttc, alpha_ct: a false positive of which that share lies in events of another class also
-            costs alpha_ct * (its rate per hour of that class's events, mean over the other classes).
+            costs alpha_ct * (its rate per hour of that class's events, mean over the other
+            classes).
     A class without an event has no true positive ratio and is left out.
-    Returns: for each other class (efpr (P,) ascending, tpr (P,) ascending), starting at (0, 0) or better.
+    Returns: for each other class (efpr (P,) ascending, tpr (P,) ascending), starting at (0, 0) or
+    better.
     """
     begin, edges = timeline(scores, rows, frame_s)
     hours = sum(row["duration"] for row in rows) / 3600
@@ -795,7 +810,8 @@ def psd_roc(
             crosses &= at_least(inside, cttc * seconds[wrong])
             cost[crosses] += weight[other[clip[crosses]]]
         levels, found = found_events(events[c], begin, edges, start, stop, top, floor, counts, gtc)
-        # as the threshold falls, a false positive costs from its top on and no more from its floor on
+        # as the threshold falls, a false positive costs from its top on and no more from its floor
+        # on
         thresholds = np.concatenate([top[wrong], floor[wrong], levels])
         found = np.concatenate([np.zeros(2 * wrong.sum()), found])
         costs = np.concatenate([cost, -cost, np.zeros(len(levels))])
@@ -810,7 +826,7 @@ def psd_roc(
 
 
 def events_by_class(rows: list[dict], classes: list[str]):
-    """-> columns of the classes that occur; of each its events, (clip, onset, offset) in seconds."""
+    """-> columns of the classes that occur; of each its (clip, onset, offset), in seconds."""
     events = {}
     for i, row in enumerate(rows):
         for event in row.get("events", []):
@@ -865,7 +881,7 @@ def found_events(events, begin, edges, start, stop, top, floor, counts, gtc):
 
 
 def staircase(tpr, efpr, max_efpr: float | None):
-    """Operating points in any order -> (efpr, tpr) of the steps of the best curve through them, from (0, 0) on."""
+    """Operating points in any order -> (efpr, tpr) of the best curve's steps, from (0, 0) on."""
     tpr, efpr = np.append(0.0, tpr), np.append(0.0, efpr)
     order = np.lexsort((-tpr, efpr))
     tpr, efpr = np.maximum.accumulate(tpr[order]), efpr[order]
@@ -878,7 +894,7 @@ def staircase(tpr, efpr, max_efpr: float | None):
 
 
 def psds(roc: list, alpha_st: float = 1.0, max_efpr: float | None = 100.0) -> float:
-    """Polyphonic sound detection score in [0, 1]: normalised area under the mean curve of `psd_roc`.
+    """Polyphonic sound detection score in [0, 1]: the area under the mean curve of `psd_roc`.
 
     At every eFPR the mean over classes of the true positive ratio, less alpha_st times their
     population standard deviation, not below 0. max_efpr None: up to the largest eFPR of any class.
@@ -928,7 +944,7 @@ def result(
     details=None,
     **told,
 ) -> dict:
-    """Evaluate `score` on all clips and on bootstrap draws of clips -> the result as --json writes it.
+    """Evaluate `score` on all clips and on bootstrap draws of clips -> the result for --json.
 
     Args: score: indices of clips (with repeats) -> {name: value}; details: per query and per class;
         told: what else is printed of the rules.
@@ -984,7 +1000,7 @@ def crop_text(settings) -> str:
 
 
 def differences(first: dict, other: dict) -> dict:
-    """Score of `other` less that of `first`, both results of one protocol, with the interval of the paired draws."""
+    """Score of `other` less that of `first`, two results of one protocol, with its interval."""
     out = {}
     for name, s in other["scores"].items():
         if name in first["scores"]:
@@ -1010,7 +1026,7 @@ def show(r: dict) -> None:
 
 
 def compare(checkpoints: list, all_results: list[list[dict]]) -> None:
-    """Hold the results of every further model against the first one's: print and store the differences."""
+    """Hold every further model's results against the first's: print and store the differences."""
     for other, results in zip(checkpoints[1:], all_results[1:]):
         print(f"\n{other} less {checkpoints[0]} (paired over clips; * = the interval leaves out 0)")
         for r in results:
@@ -1045,11 +1061,11 @@ def find_model(path) -> None:
 
 
 def load_model(path, text_model: str | None = None):
-    """The Model that a checkpoint, a published file, a folder or a hub id is of, in evaluation mode.
+    """The Model of a checkpoint, a published file, a folder or a hub id, ready to evaluate.
 
-    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt, LAION-CLAP's .pt,
-    MS-CLAP 2022's and Cacophony's torch file have theirs (all need `text_model`'s tokenizer); a folder or
-    hub id is a transformers CLAP.
+    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt,
+    LAION-CLAP's .pt, MS-CLAP 2022's and Cacophony's torch file have theirs (all need `text_model`'s
+    tokenizer); a folder or hub id is a transformers CLAP.
     """
     find_model(path)
     if not Path(path).is_file():
@@ -1147,12 +1163,14 @@ def read_rows(flags) -> tuple[list[dict], str, list[dict]]:
         rows = [row for row in manifest if row.get("split", "train") == split]
     if not rows:
         raise ValueError(
-            f"--split {split}: no row of the manifest is in it (rows without a split are for training)"
+            f"--split {split}: no row of the manifest is in it (rows without a split are for "
+            "training)"
         )
     merged = merge_rows(rows)
     if len(merged) < len(rows):
         print(
-            f"{len(rows)} rows of the manifest are {len(merged)} files: rows of one file were merged"
+            f"{len(rows)} rows of the manifest are {len(merged)} files: rows of one file were "
+            "merged"
         )
     return manifest, split, merged
 
@@ -1209,7 +1227,7 @@ def check_flags(flags) -> None:
 
 
 def check_target(flag: str, path: str | None) -> None:
-    """PermissionError if a file to write is a folder, or its folder is not there or cannot be written."""
+    """PermissionError if a file cannot be written, before hours of work."""
     if path and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
         raise PermissionError(
             f"{flag} {path}: a folder, or in a folder that does not exist or cannot be written"
@@ -1217,7 +1235,11 @@ def check_target(flag: str, path: str | None) -> None:
 
 
 def wanted_protocols(model, rows: list[dict], settings, protocols: dict) -> list[str]:
-    """The names that --protocol asks for; `all`: those for which the rows and the model have what it takes."""
+    """The names that --protocol asks for.
+
+    `all`: those for which the rows and the model have what it takes.
+
+    """
     asked, wanted = settings.flags.protocol, []
     keys = list(dict.fromkeys(protocol.key for protocol in protocols.values()))
     if not any(row.get(key) for row in rows for key in keys):
@@ -1249,7 +1271,7 @@ def wanted_protocols(model, rows: list[dict], settings, protocols: dict) -> list
 
 
 def embed_clips(model, rows: list[dict], settings, frames: bool) -> dict:
-    """The clips as the protocols take them; a model that compares every pair needs frames in any case."""
+    """The clips as the protocols take them; a model that compares pairs always needs frames."""
     frames = frames or getattr(model, "pairwise", False)
     kept, audio_embeds, frame_embeds = embed(model, rows, settings, frames)
     return {
@@ -1261,7 +1283,7 @@ def embed_clips(model, rows: list[dict], settings, frames: bool) -> dict:
 
 
 def embed_swapped(model, rows: list[dict], settings) -> dict:
-    """{clip: (embedding, frames or None) of its swapped_audio}; without a readable one there is no a2t."""
+    """{clip: (embedding, frames or None) of its swapped_audio}; none readable: no a2t."""
     owner = [k for k, row in enumerate(rows) if row.get("swapped_audio")]
     if not owner:
         return {}
@@ -1322,7 +1344,12 @@ def write_json(path: str | None, all_results: list[list[dict]]) -> list[dict]:
 
 
 def embed_command(flags) -> None:
-    """`eval.py embed`: audio_embeds (N, D), audio (N,), text_embeds (Q, D), captions (Q,), owner (Q,) rows of audio -> --out."""
+    """`eval.py embed`: write an .npz file.
+
+    It holds audio_embeds (N, D), audio (N,) paths, text_embeds (Q, D), captions (Q,), and for each
+    caption its clip's row, owner (Q,).
+
+    """
     check_target("--out", flags.out)
     manifest, split, rows = read_rows(flags)
     model, settings = open_model(flags.checkpoint[0], flags, split, manifest)
@@ -1343,12 +1370,13 @@ def embed_command(flags) -> None:
             owner=np.array([i for i, _ in captions], dtype=int),
         )
     print(
-        f"{flags.out}: {len(kept)} clips, {len(captions)} captions, {audio_embeds.shape[1]} dimensions"
+        f"{flags.out}: {len(kept)} clips, {len(captions)} captions, {audio_embeds.shape[1]} "
+        "dimensions"
     )
 
 
 def main(flags, protocols: dict = PROTOCOLS) -> list[dict]:
-    """Score every model on the manifest; each result is printed and saved as soon as it is there."""
+    """Score every model on the manifest; each result is printed and saved at once."""
     check_flags(flags)
     if flags.command == "embed":
         return embed_command(flags)
@@ -1368,7 +1396,7 @@ def main(flags, protocols: dict = PROTOCOLS) -> list[dict]:
 
 
 def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentParser:
-    """The flags of whatever scores or draws a model's embeddings; data: those of a manifest's rows."""
+    """The flags of what scores or draws a model; data: those of a manifest's rows."""
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0],
         allow_abbrev=False,

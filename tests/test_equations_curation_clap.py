@@ -1,4 +1,6 @@
-"""curation-CLAP: every equation by hand, CNN14 and its mel against other implementations, curation against slow versions."""
+"""curation-CLAP: every equation by hand, CNN14 and its mel against other implementations, curation
+against slow versions.
+"""
 
 import contextlib
 import hashlib
@@ -270,7 +272,8 @@ def test_panns_names_and_paper_shapes_load_strictly_and_wrong_ones_are_named():
     )
     with pytest.raises(
         ValueError,
-        match="file.pth: spectrogram_extractor.stft.conv_real.weight is not a Hann-windowed Fourier transform",
+        match="file.pth: spectrogram_extractor.stft.conv_real.weight is not a Hann-windowed "
+        "Fourier transform",
     ):
         curation_clap.panns_state(state, "file.pth")
     state = panns_names(small)
@@ -669,7 +672,8 @@ def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(
     assert (
         curated(embeds, corpus, tmp_path, "killed", block=32, threshold=0.5) != whole
     )  # other settings: curated anew
-    # two processes, one after the other: the first waits for parts of the second, so it is called again
+    # two processes, one after the other: the first waits for parts of the second, so it is called
+    # again
     for rank in (0, 1, 0):
         monkeypatch.setattr(common, "rank_and_world", lambda: (rank, 2))
         with contextlib.suppress(FileNotFoundError):

@@ -29,7 +29,8 @@ def random_batch(B=5, D=6, seed=0, twins=False):
 def test_clap_loss_by_hand():
     sim = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
     same = torch.eye(2, dtype=torch.bool)
-    # tau 0.5: logits 1.6 0.4 / 0.8 1.2; rows ln(1+e^-1.2), ln(1+e^-0.4); columns ln(1+e^-0.8), ln(1+e^-0.8)
+    # tau 0.5: logits 1.6 0.4 / 0.8 1.2; rows ln(1+e^-1.2), ln(1+e^-0.4); columns ln(1+e^-0.8),
+    # ln(1+e^-0.8)
     rows = (math.log(1 + math.exp(-1.2)) + math.log(1 + math.exp(-0.4))) / 2
     columns = math.log(1 + math.exp(-0.8))
     assert mga_clap.clap_loss(sim, 0.5, same).item() == pytest.approx(
@@ -52,7 +53,8 @@ def test_codeword_affinity_by_hand():
     feats = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
     codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
     valid = torch.tensor([[True, True, False]])
-    # affinities max over the two valid frames: 1, 2, -1; eta 2: 0.5, 1, -0.5; sparsemax: 0.25, 0.75, 0
+    # affinities max over the two valid frames: 1, 2, -1; eta 2: 0.5, 1, -0.5; sparsemax: 0.25,
+    # 0.75, 0
     assert mga_clap.codebook_weights(feats, codebook, 2.0, valid)[0].tolist() == pytest.approx(
         [0.25, 0.75, 0.0]
     )
@@ -64,7 +66,8 @@ def test_codeword_affinity_by_hand():
     assert torch.allclose(
         mga_clap.codebook_weights(feats, codebook, 2.0, valid, sparsity="softmax")[0], soft
     )
-    # official: masked positions score 0 instead of never winning, so the third affinity is 0, not -1
+    # official: masked positions score 0 instead of never winning, so the third affinity is 0, not
+    # -1
     assert torch.allclose(
         mga_clap.codebook_weights(
             feats, codebook, 2.0, valid, sparsity="softmax", masked_score=0.0
@@ -380,7 +383,8 @@ def test_atst_mel_by_hand_and_alone_as_in_a_batch():
 
     position = (to_mel(1000) - to_mel(60)) / (to_mel(7800) - to_mel(60)) * 65 - 1
     assert abs(both[0, :, 50].argmax().item() - position) <= 0.75
-    # 80 dB below the loudest bin is the floor; 40 dB in amplitude 1e-4 -> 80 dB between the two maxima
+    # 80 dB below the loudest bin is the floor; 40 dB in amplitude 1e-4 -> 80 dB between the two
+    # maxima
     assert (both[0].max() - both[0].min()).item() == pytest.approx(
         2 * 80 / (50.6842 + 79.6482), abs=1e-4
     )

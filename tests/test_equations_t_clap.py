@@ -1,4 +1,6 @@
-"""T-CLAP's losses, sampling and gradient caching against hand-computed cases and slow obvious versions."""
+"""T-CLAP's losses, sampling and gradient caching against hand-computed cases and slow obvious
+versions.
+"""
 
 import contextlib
 import dataclasses
@@ -38,7 +40,8 @@ NEGATIVE = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.8, 0.6]])  # the second clip
 
 
 def test_temporal_loss_by_hand():
-    # margins a.t - a.n: 0.6, -, -0.8; as the paper prints it, -log(e^at / (e^at + e^an)), averaged over the two (D4)
+    # margins a.t - a.n: 0.6, -, -0.8; as the paper prints it, -log(e^at / (e^at + e^an)), averaged
+    # over the two (D4)
     by_hand = (
         -math.log(math.exp(0.6) / (math.exp(0.6) + 1)) - math.log(1 / (1 + math.exp(0.8)))
     ) / 2
@@ -321,7 +324,7 @@ def test_a_run_logs_both_losses_and_its_checkpoint_reloads_and_scores(runs_of, c
 
 
 def test_the_temporal_loss_teaches_the_text_encoder_the_order_of_two_events():
-    """Fixed clip vectors: only a caption whose order is read tells the two clips of a pair apart."""
+    """Fixed clip vectors: only a caption whose order is read tells a pair's two clips apart."""
     torch.manual_seed(0)
     names = ["dog", "bell", "rain", "siren"]
     model = t_clap.start_model(
@@ -390,8 +393,8 @@ def test_fine_tuning_starts_at_the_scores_of_the_published_model(
     }
     result = t_clap.main(t_clap.Config(data=[str(corpus)], runs=str(tmp_path), **given))
     assert (
-        f"before the first step: validation t2a_R@1 {t_clap.validate(published, rows)[0]['t2a_R@1']:.3f}"
-        in capsys.readouterr().out
+        "before the first step: validation t2a_R@1 "
+        f"{t_clap.validate(published, rows)[0]['t2a_R@1']:.3f}" in capsys.readouterr().out
     )
     reloaded = t_clap.Model.from_checkpoint(
         tmp_path / "f/best.pt"
@@ -445,7 +448,9 @@ def test_data_without_negatives_says_how_to_make_them_and_trains_without_the_tem
 
 
 def test_a_start_from_nothing_feels_order():
-    """A swap moves a new text encoder's vector by a good part of the distance between captions (D10); BERT's 0.02 does not."""
+    """A swap moves a new text encoder's vector by a good part of the distance between captions
+    (D10); BERT's 0.02 does not.
+    """
     words = "dog rain bell siren crow clock".split()
     captions, swapped = (
         [

@@ -1,4 +1,6 @@
-"""eval.py: protocols against brute force and scikit-learn, independence of order and batch size, messages."""
+"""eval.py: protocols against brute force and scikit-learn, independence of order and batch size,
+messages.
+"""
 
 import itertools
 import json
@@ -435,7 +437,9 @@ def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(
 
 
 def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
-    """Cosines chosen so that every count is known: 4 captions with a negative, 1 tie, 1 clip swapped."""
+    """Cosines chosen so that every count is known: 4 captions with a negative, 1 tie, 1 clip
+    swapped.
+    """
     vectors = {
         "x then y": [1, 0],
         "y then x": [0, 1],
@@ -479,7 +483,8 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
         "swapped": {1: (np.array([0.6, 0.8], np.float32), None)},
     }
     out = evaluate.t_classify(Model, clips, [], Args)
-    # t2a: right, tie, wrong, right; a2t of clip 1: "first x" .6 < .8 wrong, "x followed by y" .8 > .6 right
+    # t2a: right, tie, wrong, right; a2t of clip 1: "first x" .6 < .8 wrong, "x followed by y" .8 >
+    # .6 right
     assert (
         out["scores"]["t2a"]["value"] == 0.5
         and out["scores"]["a2t"]["value"] == 0.5

@@ -136,7 +136,9 @@ def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
 
 
 def test_stored_claims_and_tables_follow_from_the_stored_runs():
-    """Every number of results/claims_*.json and the tables is the mean of the stored runs whose settings it names."""
+    """Every number of results/claims_*.json and the tables is the mean of the stored runs whose
+    settings it names.
+    """
     runs = [
         r
         for r in (json.loads(p.read_text()) for p in RESULTS.glob("run_*.json"))
@@ -401,7 +403,8 @@ def test_all_makes_the_scenes_and_every_table(tmp_path, monkeypatch, capsys):
         "EVIDENCE",
         {
             "claims_x": f"mga_clap --data DIR/scenes_1 --start random --budget '{budget}'",
-            "ablation_gamma": f"mga_clap --data DIR/scenes_1 --start random --ablation gamma --budget '{budget}'",
+            "ablation_gamma": "mga_clap --data DIR/scenes_1 --start random --ablation gamma "
+            f"--budget '{budget}'",
         },
     )
     flags = [
@@ -585,7 +588,9 @@ def demo(tmp_path_factory):
 def test_readme_commands_that_need_no_outside_data_run(
     tmp_path, monkeypatch, demo, runs_of, capsys
 ):
-    """Trainings with fewer steps (those of one method and the demo alone are run by the next test), everything else as printed."""
+    """Trainings with fewer steps (those of one method and the demo alone are run by the next test),
+    everything else as printed.
+    """
     short = {"mga_clap": ["--epochs", "1"], "collat": ["--steps", "3", "--eval-steps", "3"]}
     (tmp_path / "data/demo").mkdir(parents=True)
     few = [

@@ -1,4 +1,6 @@
-"""What goes wrong in a long training: kills, signals, full disks and memory, a second run, lost processes, changed flags."""
+"""What goes wrong in a long training: kills, signals, full disks and memory, a second run, lost
+processes, changed flags.
+"""
 
 import contextlib
 import importlib
@@ -294,7 +296,12 @@ def test_kill_9_at_twenty_random_moments(corpus, tmp_path, runs_of, method):
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
-    hold = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import common; common.RunFolder({str(tmp_path)!r}, 'a', 'x', False, 1, 0.5); print('held', flush=True); time.sleep(600)"
+    hold = f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import common
+common.RunFolder({str(tmp_path)!r}, 'a', 'x', False, 1, 0.5)
+print('held', flush=True)
+time.sleep(600)"""
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
@@ -324,7 +331,8 @@ def test_out_of_memory_names_the_batch_and_the_flags(error):
 
     with pytest.raises(
         SystemExit,
-        match="^error: out of memory at --batch-size 512; try --micro-batch .*, a smaller --batch-size, or --precision bf16 .*allocate",
+        match="^error: out of memory at --batch-size 512; try --micro-batch .*, a smaller "
+        "--batch-size, or --precision bf16 .*allocate",
     ):
         common.run_entry(main, lambda: SCRIPTS["t_clap"].Config(data=["x"]))
     with pytest.raises(SystemExit, match="try a smaller --batch-size"):
@@ -355,7 +363,9 @@ def test_every_process_lists_its_share_of_a_batch_without_a_finite_loss(tmp_path
 def test_batch_norm_is_synchronised_only_where_every_process_has_one_part(
     monkeypatch, micro_batch, kind
 ):
-    """SyncBatchNorm talks to the others in every pass, and with gradient caching they may have different numbers of passes."""
+    """SyncBatchNorm talks to the others in every pass, and with gradient caching they may have
+    different numbers of passes.
+    """
     monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, devices: model)
     wrapped = common.wrap(

@@ -1,4 +1,6 @@
-"""Anything at all as a manifest, an audio file or a checkpoint: a result or one clear error, no hang, bounded memory."""
+"""Anything at all as a manifest, an audio file or a checkpoint: a result or one clear error, no
+hang, bounded memory.
+"""
 
 import io
 import json

@@ -15,7 +15,9 @@ SETTINGS = {
 
 
 def random_case(seed):
-    """Clips of 1 to 32 frames, some without events, events of different classes overlapping; every other case full of ties."""
+    """Clips of 1 to 32 frames, some without events, events of different classes overlapping; every
+    other case full of ties.
+    """
     rng = np.random.default_rng(seed)
     ties, classes = (
         seed % 2 == 0,
@@ -45,7 +47,9 @@ def random_case(seed):
 
 
 def as_tables(scores, rows, classes):
-    """The same case as sed_scores_eval's score tables, ground truth and durations; classes with events only."""
+    """The same case as sed_scores_eval's score tables, ground truth and durations; classes with
+    events only.
+    """
     import pandas as pd
 
     labels = {event["label"] for row in rows for event in row["events"]}
@@ -99,8 +103,10 @@ def test_psds_by_hand():
     # one hour in one clip of 4 frames of 900 s; the event fills frame 1
     rows = [{"duration": 3600.0, "events": [{"label": "dog", "onset": 900.0, "offset": 1800.0}]}]
     scores = [np.array([[0.5], [0.4], [0.1], [0.3]])]
-    # t < .5: frame 0, false (1/h). t < .4: frames 0-1, half of it right: with dtc 0.5 found, no false one left.
-    # t < .3: frame 3 is false as well (1/h). t < .1: everything, a quarter right: false, nothing found.
+    # t < .5: frame 0, false (1/h). t < .4: frames 0-1, half of it right: with dtc 0.5 found, no
+    # false one left.
+    # t < .3: frame 3 is false as well (1/h). t < .1: everything, a quarter right: false, nothing
+    # found.
     ((efpr, tpr),) = evaluator.psd_roc(
         scores, rows, ["dog"], 900.0, dtc=0.5, gtc=0.5, max_efpr=10.0
     )

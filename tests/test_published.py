@@ -1,4 +1,4 @@
-"""One door for published weights: names, shapes and embeddings against transformers' own ClapModel."""
+"""One door for published weights: names, shapes, embeddings against transformers' own ClapModel."""
 
 import json
 

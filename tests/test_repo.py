@@ -56,7 +56,7 @@ def imports(path):
 
 @pytest.mark.parametrize("name", ["common", "eval", *PAPERS])
 def test_imports_point_downward_only(name):
-    """common: packages; a script and eval: common; none of them tools, which may import everything."""
+    """common: packages; a script and eval: common; none of them tools, which import anything."""
     outside = set(imports(ROOT / f"{name}.py")) - set(sys.stdlib_module_names) - RUN_TIME
     assert outside <= (set() if name == "common" else {"common"})
 
@@ -216,7 +216,9 @@ def test_the_first_readme_command_and_ci_are_what_they_say():
 
 
 def test_measured_tables_agree_with_results():
-    """Every table that a comment ties to a file of results/ agrees with it to the last digit printed."""
+    """Every table that a comment ties to a file of results/ agrees with it to the last digit
+    printed.
+    """
     tied = {name for name, _ in re.findall(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n\|", RESULTS)}
     assert {"bench", "compare_mga_clap", "claims_mga_clap"} <= tied
     assert tied >= {

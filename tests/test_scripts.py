@@ -1,4 +1,6 @@
-"""The scripts as their users run them: training, resume, two processes, embeddings, weights, bad input."""
+"""The scripts as their users run them: training, resume, two processes, embeddings, weights, bad
+input.
+"""
 
 import copy
 import functools
@@ -369,7 +371,8 @@ script.main(common.cli(script.Config, script.PRESETS, "x"))
         "t_clap, one unreadable, gradient caching in two only",
         "cacophony with SAM, one unreadable, gradient caching in two only",
         "collat, one unreadable, gradient caching in two only",
-        "curation_clap, a curation and a soft-labelled student, one unreadable, gradient caching in two only",
+        "curation_clap, a curation and a soft-labelled student, one unreadable, gradient caching "
+        "in two only",
     ],
 )
 def test_two_gloo_processes_equal_one_with_the_joint_batch(
@@ -445,7 +448,8 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(
     a, b = (
         torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "two")
     )
-    # Adam turns a gradient that is rounding noise (a bias of the keys, say) into a step of +-lr, so single
+    # Adam turns a gradient that is rounding noise (a bias of the keys, say) into a step of +-lr, so
+    # single
     # entries differ; test_gradients_of_two_processes_equal_one is the sharp test.
     apart = torch.cat(
         [(a[key] - b[key]).abs().flatten() for key in a if a[key].is_floating_point()]
@@ -467,7 +471,9 @@ class M(nn.Module):
         self.a, self.b, self.tau = nn.Linear(5, 4), nn.Linear(5, 4), nn.Parameter(torch.tensor(0.1))
     def forward(self, x, y):
         return F.normalize(self.a(x), dim=-1), F.normalize(self.b(y), dim=-1), self.tau
-torch.manual_seed(0); m = M(); x, y = torch.randn(7, 5), torch.randn(7, 5); ids = torch.tensor([0, 1, 2, 0, 4, 5, 6])
+torch.manual_seed(0)
+m = M()
+x, y, ids = torch.randn(7, 5), torch.randn(7, 5), torch.tensor([0, 1, 2, 0, 4, 5, 6])
 def grads(model, rows):
     a, t, tau = model(x[rows], y[rows])
     a, t, i = (common.gather_with_grad(v) for v in (a, t, ids[rows]))
@@ -664,7 +670,8 @@ def test_released_model_file_loads_by_its_names_and_shapes(tmp_path):
     torch.save({"model": theirs}, tmp_path / "bad.pt")
     with pytest.raises(
         ValueError,
-        match=r"missing keys: 1 \(frame_proj.1.bias\); unexpected keys: 1 \(extra\); wrong shapes: 1 \(codebook",
+        match=r"missing keys: 1 \(frame_proj.1.bias\); unexpected keys: 1 \(extra\); wrong shapes: "
+        r"1 \(codebook",
     ):
         mga_clap.Model.from_checkpoint(tmp_path / "bad.pt", text_model=str(tmp_path / "bert"))
 
@@ -918,7 +925,8 @@ def test_a_run_of_another_version_names_the_settings_that_differ(tmp_path, mga_r
     torch.save(stored, tmp_path / "x/last.pt")
     with pytest.raises(
         ValueError,
-        match=r"another version of mga_clap.py, with other settings \(gamma, momentum\); continue it with that version",
+        match=r"another version of mga_clap.py, with other settings \(gamma, momentum\); continue "
+        r"it with that version",
     ):
         common.configure(
             mga_clap.Config, mga_clap.PRESETS, resume=True, name="x", runs=str(tmp_path)

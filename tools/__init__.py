@@ -1,1 +1,4 @@
-"""What prepares data, and what needs training, generation or matplotlib to score or draw: run as `python -m tools.NAME`."""
+"""What prepares data, and what needs training, generation or matplotlib to score or draw.
+
+Run as `python -m tools.NAME`.
+"""

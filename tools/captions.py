@@ -1,8 +1,9 @@
 """Captions made from a manifest's captions, descriptions or sounds; the result is a manifest again.
 
 python -m tools.captions rewrite --task negatives --data data/audiocaps --out data/audiocaps_order
-python -m tools.captions rewrite --task clean --data data/freesound --out data/freesound_clean --llm Qwen/Qwen2.5-7B-Instruct
-python -m tools.captions recaption --data data/audioset --model runs/cacophony-1/best.pt --out data/audioset_captioned
+python -m tools.captions rewrite --task clean --data data/freesound --out data/freesound_clean --llm
+Qwen/Qwen2.5-7B-Instruct python -m tools.captions recaption --data data/audioset --model
+runs/cacophony-1/best.pt --out data/audioset_captioned
 """
 
 import argparse
@@ -154,8 +155,9 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
 # Rewritten captions: a language model, a file of others' answers, the command
 # ------------------------------------------------------------------------------------------------
 
-NEGATIVES_PROMPT = """A caption tells what is heard in a recording. Rewrite it so that the same events happen in the opposite order in time. \
-Keep every event and its words, change nothing but the order, and use the connectives of the caption. \
+NEGATIVES_PROMPT = """A caption tells what is heard in a recording. Rewrite it so that the same \
+events happen in the opposite order in time. Keep every event and its words, change nothing but \
+the order, and use the connectives of the caption. \
 If its events happen at the same time, or there is only one, answer NONE. Answer with one line.
 
 Caption: A dog barks, then a car passes by
@@ -175,8 +177,11 @@ Answer:"""
 
 
 GLUE = set(
-    """a an the and or but then of in on at by with to as while is are was were be being been it he she they his her its their
-some there after afterwards before when until which that who later first once finally followed following preceded""".split()
+    """
+    a an the and or but then of in on at by with to as while is are was were be being been it he she
+    they his her its their some there after afterwards before when until which that who later first
+    once finally followed following preceded
+    """.split()
 )
 
 
@@ -185,7 +190,9 @@ def plain(words: list[str]) -> list[str]:
 
 
 def content(words: list[str]) -> list[str]:
-    """What words speak of: without those that only connect, cut to stems ("barks", "barking", "barked" -> "bark")."""
+    """What words speak of: without those that only connect, cut to stems ("barks", "barking",
+    "barked" -> "bark").
+    """
     stems = [
         re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|(?<!s)s)$", "", word)
         for word in plain(words)
@@ -210,11 +217,13 @@ def tells_backwards(text: str) -> bool:
 
 
 def check_order(caption: str, answer: str) -> tuple[str | None, str | None]:
-    """A model's answer to NEGATIVES_PROMPT -> (negative or None, why it is rejected or None). NONE, no order, is no reject.
+    """A model's answer to NEGATIVES_PROMPT -> (negative or None, why it is rejected or None). NONE,
+    no order, is no reject.
 
-    Same events: caption and answer hold the same `content` words equally often (articles, connectives and pronouns do
-    not count, endings -s -es -ed -ing -y -e and a doubled last consonant are cut). Other order: these words stand in
-    another order, or before and after have changed, but not both, which tells the same order again.
+    Same events: caption and answer hold the same `content` words equally often (articles,
+    connectives and pronouns do not count, endings -s -es -ed -ing -y -e and a doubled last
+    consonant are cut). Other order: these words stand in another order, or before and after have
+    changed, but not both, which tells the same order again.
     """
     answer = answer.strip().strip('"“”').strip()
     if re.fullmatch(r"none\W*", answer, re.I):
@@ -238,7 +247,9 @@ def same_text(a: str, b: str) -> bool:
 
 
 def load_llm(name: str, device: str):
-    """A causal language model of the hub or of a folder and its tokenizer: bfloat16 on a GPU, float32 on a CPU."""
+    """A causal language model of the hub or of a folder and its tokenizer: bfloat16 on a GPU,
+    float32 on a CPU.
+    """
     transformers, device = common.quiet_transformers(), common.start_device(device)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
@@ -248,22 +259,27 @@ def load_llm(name: str, device: str):
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--llm {name}: no causal language model and tokenizer, neither as a folder nor on the hub ({reason}); give a folder "
+            f"--llm {name}: no causal language model and tokenizer, neither as a folder nor on the "
+            f"hub ({reason}); give a folder "
             "with config.json, weights and tokenizer, or connect to a network"
         ) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"--llm {name}: its tokenizer has neither a padding nor an end token, of which batches need one"
+                f"--llm {name}: its tokenizer has neither a padding nor an end token, of which "
+                "batches need one"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
 
 def generate(llm, prompts: list[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """Answers to one batch of prompts, in the tokenizer's chat template where it has one; temperature 0: greedy.
+    """Answers to one batch of prompts, in the tokenizer's chat template where it has one;
+    temperature 0: greedy.
 
-    Above 0 all tokens are drawn from, whatever top-k or top-p the model's own settings name. A model without a template continues the text, often with further examples: its answer ends at the line's end.
+    Above 0 all tokens are drawn from, whatever top-k or top-p the model's own settings name. A
+    model without a template continues the text, often with further examples: its answer ends at the
+    line's end.
     """
     model, tokenizer = llm
     chat = tokenizer.chat_template is not None
@@ -303,7 +319,8 @@ def generate(llm, prompts: list[str], max_new_tokens: int, temperature: float = 
 
 
 def stored_answers(file: Path, key: dict, field: str) -> dict:
-    """{(what was asked about, version): answer} of a file that `store_answers` wrote under the same settings `key`.
+    """{(what was asked about, version): answer} of a file that `store_answers` wrote under the same
+    settings `key`.
 
     A line that a kill cut in two is taken out of the file: it is asked for again.
     """
@@ -322,7 +339,9 @@ def stored_answers(file: Path, key: dict, field: str) -> dict:
 
 
 def store_answers(file, key: dict, field: str, answers: dict) -> None:
-    """Append a batch of {(what was asked about, version): answer} to an open file, JSON Lines, one answer a line."""
+    """Append a batch of {(what was asked about, version): answer} to an open file, JSON Lines, one
+    answer a line.
+    """
     for (asked, version), answer in answers.items():
         file.write(
             json.dumps(
@@ -348,9 +367,11 @@ def ask_llm(
     temperature=0.0,
     max_new_tokens: int = 96,
 ) -> dict:
-    """{(text, version): answer} of args.llm to `prompt`, which holds {caption}; answers in `cache` are not asked for again.
+    """{(text, version): answer} of args.llm to `prompt`, which holds {caption}; answers in `cache`
+    are not asked for again.
 
-    An answer there is found by model, prompt hash, temperature and seed (null if greedy), text and version. It is
+    An answer there is found by model, prompt hash, temperature and seed (null if greedy), text and
+    version. It is
     written after every batch: a killed run goes on where it was.
     """
     key = {
@@ -390,14 +411,17 @@ def ask_llm(
 
 
 def checked_answers(pairs, check, rejects: Path, field="caption") -> dict:
-    """{(asked, answer): text or None} of what `check(asked, answer) -> (text, reason)` lets pass; the rest is counted and listed in a file."""
+    """{(asked, answer): text or None} of what `check(asked, answer) -> (text, reason)` lets pass;
+    the rest is counted and listed in a file.
+    """
     results, rejected = {}, []
     for asked, answer in dict.fromkeys(pairs):
         results[asked, answer], reason = check(asked, answer)
         if reason:
             rejected.append({"reason": reason, field: asked, "answer": answer})
     print(
-        f"{len(results):,} different answers: {sum(text is not None for text in results.values()):,} taken, {len(rejected):,} rejected"
+        f"{len(results):,} different answers: "
+        f"{sum(text is not None for text in results.values()):,} taken, {len(rejected):,} rejected"
         + "".join(
             f"; {reason} {n:,}"
             for reason, n in collections.Counter(r["reason"] for r in rejected).most_common()
@@ -408,7 +432,9 @@ def checked_answers(pairs, check, rejects: Path, field="caption") -> dict:
 
 
 def json_lines(flag: str, file: Path, need: tuple[str, ...], optional=()):
-    """The objects of a JSON Lines file -> [("FLAG FILE:NUMBER", object)]. `need` are its keys; those and `optional` hold texts or null."""
+    """The objects of a JSON Lines file -> [("FLAG FILE:NUMBER", object)]. `need` are its keys;
+    those and `optional` hold texts or null.
+    """
     wanted = " and ".join(f"'{name}'" for name in need)
     if not file.is_file():
         raise FileNotFoundError(f"{flag} {file}: no such file; expected JSON Lines with {wanted}")
@@ -437,10 +463,12 @@ def json_lines(flag: str, file: Path, need: tuple[str, ...], optional=()):
 def import_texts(
     file: Path, places: list[tuple[int, str]], rows: list[dict], source: str, field: str
 ) -> tuple[dict, dict]:
-    """Texts that others made: JSON Lines {source, field, "id" or "audio"} -> ({(row number, source text): [texts]}, counts).
+    """Texts that others made: JSON Lines {source, field, "id" or "audio"} -> ({(row number, source
+    text): [texts]}, counts).
 
-    A record belongs to those of `places` (row number, source text) with its source text, its id and its audio file (name
-    without folder and suffix), as far as it gives them. A record with a null text, or a copy of its caption, gives none.
+    A record belongs to those of `places` (row number, source text) with its source text, its id and
+    its audio file (name without folder and suffix), as far as it gives them. A record with a null
+    text, or a copy of its caption, gives none.
     """
     stem, squeeze = lambda path: stem_of(Path(str(path)).name), lambda text: " ".join(text.split())
     owners, texts, unused, copies, empty = (
@@ -497,7 +525,8 @@ def import_texts(
         "empty": empty,
     }
     print(
-        f"--import {file}: {len(records):,} records, {len(records) - unused:,} matched a {source} ({copies:,} copies of it and {empty:,} null "
+        f"--import {file}: {len(records):,} records, {len(records) - unused:,} matched a {source} "
+        f"({copies:,} copies of it and {empty:,} null "
         f"or empty left out), {unused:,} not used"
     )
     return texts, counts
@@ -513,7 +542,9 @@ def distinct(texts) -> list[str]:
 
 
 def check_counts(args) -> None:
-    """ValueError for a flag whose number makes no sense; --versions and --temperature where the command has them."""
+    """ValueError for a flag whose number makes no sense; --versions and --temperature where the
+    command has them.
+    """
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: expected 1 or more")
     if args.seed < 0:
@@ -521,7 +552,8 @@ def check_counts(args) -> None:
     versions, temperature = getattr(args, "versions", 1), getattr(args, "temperature", 0.0)
     if versions < 1 or not 0 <= temperature < math.inf or (versions > 1 and not temperature):
         raise ValueError(
-            f"--versions {versions}, --temperature {temperature:g}: expected 1 or more, and a temperature above 0 where there "
+            f"--versions {versions}, --temperature {temperature:g}: expected 1 or more, and a "
+            "temperature above 0 where there "
             "are several, which would be equal without"
         )
 
@@ -532,7 +564,9 @@ def say_unreadable(errors: list[str]) -> None:
 
 
 def of_length(rows: list[dict], min_s: float, max_s: float, workers: int):
-    """-> rows of min_s to max_s seconds, {why: how many others}. A row that does not tell its seconds is given its file header's."""
+    """-> rows of min_s to max_s seconds, {why: how many others}. A row that does not tell its
+    seconds is given its file header's.
+    """
     if not 0 <= min_s < max_s:
         raise ValueError(
             f"--min-s {min_s:g}, --max-s {max_s:g}: expected seconds, the first below the second"
@@ -550,16 +584,20 @@ def of_length(rows: list[dict], min_s: float, max_s: float, workers: int):
 
 
 def finished(rows: list[dict], key: str, source: str, report: dict):
-    """Print what was made -> rows without those that have no text at all, (row's `source`, text) pairs, report."""
+    """Print what was made -> rows without those that have no text at all, (row's `source`, text)
+    pairs, report.
+    """
     kept = [row for row in rows if row.get(key) or row.get("captions")]
     report["left_out"]["without an accepted answer"] = len(rows) - len(kept)
     pairs = [(row[source], text) for row in kept for text in row.get(key, [])]
     print(
-        f"{len(kept):,} clips with {len(pairs):,} texts under '{key}'; left out: {told(report['left_out'])}"
+        f"{len(kept):,} clips with {len(pairs):,} texts under '{key}'; left out: "
+        f"{told(report['left_out'])}"
     )
     if not pairs:
         raise ValueError(
-            f"not one answer was accepted, nothing is written (left out: {told(report['left_out'])})"
+            "not one answer was accepted, nothing is written (left out: "
+            f"{told(report['left_out'])})"
         )
     return (
         kept,
@@ -569,12 +607,15 @@ def finished(rows: list[dict], key: str, source: str, report: dict):
 
 
 def fill_negatives(rows: list[dict], out: Path, args):
-    """Task negatives, by rules, a language model or a file -> rows, (caption, negative) pairs, report."""
+    """Task negatives, by rules, a language model or a file -> rows, (caption, negative) pairs,
+    report.
+    """
     for row in rows:
         old = row.get("negatives", [])
         if old and len(old) != len(row.get("captions", [])):
             raise ValueError(
-                f"{row['where']}: {len(old)} negatives for {len(row.get('captions', []))} captions; expected one, or null, a caption"
+                f"{row['where']}: {len(old)} negatives for {len(row.get('captions', []))} "
+                "captions; expected one, or null, a caption"
             )
         if row.get("captions"):
             row["negatives"] = (
@@ -592,10 +633,12 @@ def fill_negatives(rows: list[dict], out: Path, args):
     )
     if not total:
         raise ValueError(
-            f"--data {args.data}: not one of its {len(rows):,} clips has 'captions', which --task negatives rewrites"
+            f"--data {args.data}: not one of its {len(rows):,} clips has 'captions', which --task "
+            "negatives rewrites"
         )
     print(
-        f"{args.data}: {len(rows):,} clips, {total:,} captions, {total - len(todo):,} negatives kept"
+        f"{args.data}: {len(rows):,} clips, {total:,} captions, {total - len(todo):,} negatives "
+        "kept"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     report, how = {"captions": total}, collections.Counter()
@@ -641,7 +684,8 @@ def fill_negatives(rows: list[dict], out: Path, args):
         ]
         report["splits"][split] = dict(zip(("negatives", "captions"), counts))
         print(
-            f"{split}: {counts[0]:,} of {counts[1]:,} captions have a negative ({counts[0] / max(1, counts[1]):.1%})"
+            f"{split}: {counts[0]:,} of {counts[1]:,} captions have a negative "
+            f"({counts[0] / max(1, counts[1]):.1%})"
         )
     for name, count in how.most_common():
         print(f"  {name} {count:,}")
@@ -651,43 +695,52 @@ def fill_negatives(rows: list[dict], out: Path, args):
 
 # ---- cleaned captions ----
 
-CLEAN_PROMPT = """The uploader of a recording describes it. Write what is heard in it as one caption: one plain English sentence. \
-Keep only sounds that the description or its tags tell of; leave out names, places, dates, equipment, files, addresses and remarks. \
+CLEAN_PROMPT = """The uploader of a recording describes it. Write what is heard in it as one \
+caption: one plain English sentence. Keep only sounds that the description or its tags tell of; \
+leave out names, places, dates, equipment, files, addresses and remarks. \
 If no sound is told of, answer NONE. Answer with one line.
 
 """
 CLEAN_EXAMPLES = [  # ours: the ten of Cacophony are not published
     (
-        "dog_bark_02.wav. My neighbour's dog barking at the postman, recorded with a Zoom H4n from the kitchen window (tags: dog, bark)",
+        "dog_bark_02.wav. My neighbour's dog barking at the postman, recorded with a Zoom H4n from "
+        "the kitchen window (tags: dog, bark)",
         "A dog is barking",
     ),
     (
-        "Rain on tent. Heavy rain falling on my tent at the campsite near Lake Garda, 12/08/2011. Some thunder far away. Enjoy!",
+        "Rain on tent. Heavy rain falling on my tent at the campsite near Lake Garda, 12/08/2011. "
+        "Some thunder far away. Enjoy!",
         "Heavy rain falls on a tent with thunder far away",
     ),
     (
-        "Door Slam 3. wooden door slammed shut, 24bit/96kHz, Rode NT1-A. Please credit me if you use it!",
+        "Door Slam 3. wooden door slammed shut, 24bit/96kHz, Rode NT1-A. Please credit me if you "
+        "use it!",
         "A wooden door slams shut",
     ),
     (
-        "Tram line 4. Tram arriving at the stop, doors opening, then it pulls away again. Recorded in Zagreb, spring 2009",
+        "Tram line 4. Tram arriving at the stop, doors opening, then it pulls away again. Recorded "
+        "in Zagreb, spring 2009",
         "A tram arrives at a stop, its doors open, and it pulls away",
     ),
     (
-        "kettle. Water boiling in an old kettle until it starts to whistle. more of my sounds on www.kettles.example",
+        "kettle. Water boiling in an old kettle until it starts to whistle. more of my sounds on "
+        "www.kettles.example",
         "Water boils in a kettle until it whistles",
     ),
     (
-        "Market ambience. Stereo recording of a busy market: people talking, vendors shouting, a child laughing. iPhone, so sorry for the quality",
+        "Market ambience. Stereo recording of a busy market: people talking, vendors shouting, a "
+        "child laughing. iPhone, so sorry for the quality",
         "People talk and vendors shout at a busy market while a child laughs",
     ),
     ("BD_808_hit (tags: drum, kick, one-shot)", "A single hit of a kick drum"),
     (
-        "typing. Me writing my thesis on a mechanical keyboard at 3 a.m., the chair squeaks near the end. For a film project by M. Weber",
+        "typing. Me writing my thesis on a mechanical keyboard at 3 a.m., the chair squeaks near "
+        "the end. For a film project by M. Weber",
         "Someone types on a mechanical keyboard and then a chair squeaks",
     ),
     (
-        "church bells sunday. bells of the village church from about 200 m, with swallows and a car passing by :) contact: bells@mail.example",
+        "church bells sunday. bells of the village church from about 200 m, with swallows and a "
+        "car passing by :) contact: bells@mail.example",
         "Church bells ring at a distance while birds chirp and a car passes by",
     ),
     ("untitled 17. Test upload, please ignore. Levels are too low, will be replaced soon", "NONE"),
@@ -696,35 +749,45 @@ MOST_WORDS = 40  # of a caption; a description is cut after 150, what follows is
 LEFT_OVER = {
     name: re.compile(pattern, re.I)
     for name, pattern in {  # what no caption of a sound holds
-        "refusal": r"\bI(?: a|['’])m (?:sorry|unable)|\bI can(?:no|['’])t\b|\bas an AI\b|\blanguage model\b",
+        "refusal": r"\bI(?: a|['’])m (?:sorry|unable)|\bI can(?:no|['’])t\b|\bas an "
+        r"AI\b|\blanguage model\b",
         "address": r"https?:|www\.|\S@\S|\w\.(?:com|org|net)\b",
         "file name": r"\w\.(?:wav|aiff?|flac|ogg|mp3|m4a)\b|\w_\w",
         "date": r"\b\d{1,4}[./-]\d{1,2}[./-]\d{2,4}\b|\b(?:19|20)\d\d\b",
-        "recording gear": r"\brecorded (?:with|on|using|by|via|through|at|in)\b|\bzoom h\d|\bh[1-6]n\b|\br[oø]de nt|\b(?:16|24|32)[ -]?bits?\b|"
-        r"\b(?:44|48|96|192)[.,\d]* ?khz\b|\b(?:tascam|sennheiser|neumann|marantz|edirol|audacity|iphone|shure|olympus)\b",
+        "recording gear": r"\brecorded (?:with|on|using|by|via|through|at|in)\b|\bzoom "
+        r"h\d|\bh[1-6]n\b|\br[oø]de nt|\b(?:16|24|32)[ -]?bits?\b|"
+        r"\b(?:44|48|96|192)[.,\d]* "
+        r"?khz\b|\b(?:tascam|sennheiser|neumann|marantz|edirol|audacity|iphone|shure|olympus)\b",
     }.items()
 }
 
 
 def described(row: dict) -> str:
-    """What --task clean asks about: the row's `description`, cut after 150 words, and its labels as tags."""
+    """What --task clean asks about: the row's `description`, cut after 150 words, and its labels as
+    tags.
+    """
     tags = ", ".join(row.get("labels", [])).replace("_", " ")
     return " ".join(row["description"].split()[:150]) + f" (tags: {tags})" * bool(tags)
 
 
 DESCRIBING_WORDS = set(
-    """a an the of in on at by with from to and or for into over through his her its their some two three four
-five six several many few multiple various numerous loud soft light low high pitched long short quick brief electronic digital
-metallic small large big heavy sharp faint distant repeated repetitive rapid repeating hard single constant continuous gentle
-muffled fast slow deep strange odd weird distinct different audible quiet high-pitched""".split()
+    """
+    a an the of in on at by with from to and or for into over through his her its their some two
+    three four five six several many few multiple various numerous loud soft light low high pitched
+    long short quick brief electronic digital metallic small large big heavy sharp faint distant
+    repeated repetitive rapid repeating hard single constant continuous gentle muffled fast slow
+    deep strange odd weird distinct different audible quiet high-pitched
+    """.split()
 )
 
 
 def check_caption(description: str, answer: str) -> tuple[str | None, str | None]:
     """A cleaned caption -> (caption or None, why it is rejected or None).
 
-    One line and one sentence of at most MOST_WORDS words, nothing of LEFT_OVER, and at least one `content` word of the
-    description or its tags: a caption that shares none is made up (or a translation, which is lost).
+    One line and one sentence of at most MOST_WORDS words, nothing of LEFT_OVER, and at least one
+    `content` word of the
+    description or its tags: a caption that shares none is made up (or a translation, which is
+    lost).
     """
     answer = answer.strip().strip('"“”').strip()
 
@@ -752,7 +815,9 @@ def check_caption(description: str, answer: str) -> tuple[str | None, str | None
 
 
 def clean_prompt(file: str | None) -> str:
-    """CLEAN_PROMPT with the examples of --examples, JSON Lines {"description", "caption"}, or with our own."""
+    """CLEAN_PROMPT with the examples of --examples, JSON Lines {"description", "caption"}, or with
+    our own.
+    """
     examples = CLEAN_EXAMPLES
     if file:
         examples = []
@@ -762,11 +827,13 @@ def clean_prompt(file: str | None) -> str:
             )
             if not all(examples[-1]) or "{caption}" in "".join(examples[-1]):
                 raise ValueError(
-                    f"{where}: expected two texts that are not empty and do not hold the word {{caption}}"
+                    f"{where}: expected two texts that are not empty and do not hold the word "
+                    "{caption}"
                 )
         if not examples:
             raise ValueError(
-                f"--examples {file}: no example there; expected JSON Lines with 'description' and 'caption'"
+                f"--examples {file}: no example there; expected JSON Lines with 'description' and "
+                "'caption'"
             )
     return (
         CLEAN_PROMPT
@@ -776,10 +843,11 @@ def clean_prompt(file: str | None) -> str:
 
 
 def clean(rows: list[dict], out: Path, args):
-    """Task clean (Cacophony's of Freesound): noisy descriptions -> rows with captions, (description, caption) pairs, report.
+    """Task clean (Cacophony's of Freesound): noisy descriptions -> rows with captions,
+    (description, caption) pairs, report.
 
-    A description is no caption, so `captions` hold the cleaned ones alone; the text stays as `description`. `negatives`,
-    which belong to the old texts, go.
+    A description is no caption, so `captions` hold the cleaned ones alone; the text stays as
+    `description`. `negatives`, which belong to the old texts, go.
     """
     if not (args.llm or args.import_file):
         raise ValueError("--task clean: no rules can do this; give --llm HF_ID or --import FILE")
@@ -792,7 +860,8 @@ def clean(rows: list[dict], out: Path, args):
     rows = [row for row in rows if row["description"].strip()]
     if not rows:
         raise ValueError(
-            f"--data {args.data}: no clip is left ({told(left_out)}); a description is the key 'description' or the captions"
+            f"--data {args.data}: no clip is left ({told(left_out)}); a description is the key "
+            "'description' or the captions"
         )
     print(f"{args.data}: {len(rows):,} descriptions; left out: {told(left_out)}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -831,7 +900,9 @@ TASK_FLAGS = {
 
 
 def open_rows(args):
-    """What rewrite and recaption begin with, before hours of work -> rows of --data, class list or None, manifest to write."""
+    """What rewrite and recaption begin with, before hours of work -> rows of --data, class list or
+    None, manifest to write.
+    """
     source, out = common.manifest_path(args.data), Path(args.out)
     out = out if out.suffix == ".jsonl" else out / "manifest.jsonl"
     check_output(out)
@@ -853,7 +924,7 @@ def write_rows(out: Path, rows: list[dict], classes, pairs, args) -> None:
 
 
 def rewrite(args) -> dict:
-    """Write a manifest again with texts made from its texts, by rules, a language model or a file."""
+    """Write a manifest again with texts made by rules, by a language model or from a file."""
     for flag in (
         flag
         for task, flags in TASK_FLAGS.items()
@@ -875,16 +946,19 @@ def rewrite(args) -> dict:
 
 
 def recaption(args) -> dict:
-    """Write a manifest again with `synthetic` captions, those that a model of ours gives its clips; `captions` stay.
+    """Write a manifest again with `synthetic` captions, those that a model of ours gives its clips;
+    `captions` stay.
 
-    The model's `caption` hears a whole clip; what it does with one that is longer than its window is its own affair.
+    The model's `caption` hears a whole clip; what it does with one that is longer than its window
+    is its own affair.
     """
     rows, classes, out = open_rows(args)
     device = common.start_device(args.device)
     model = evaluation.load_model(args.model).to(device)
     if not hasattr(model, "caption"):
         raise ValueError(
-            f"--model {args.model}: a model of {type(model).__module__}.py, which writes no captions; give a checkpoint of a "
+            f"--model {args.model}: a model of {type(model).__module__}.py, which writes no "
+            "captions; give a checkpoint of a "
             "script whose Model has caption()"
         )
     rows, left_out = of_length(rows, args.min_s, args.max_s, os.cpu_count())
@@ -961,15 +1035,18 @@ def parse(argv=None):
     )
     p = add(
         "rewrite",
-        help="make texts from a manifest's texts: captions in another order, captions from noisy descriptions",
+        help="make texts from a manifest's texts: captions in another order, captions from noisy "
+        "descriptions",
     )
     p.add_argument(
         "--task",
         required=True,
         choices=list(TASK_FLAGS),
         help="negatives: for each caption the same events in another order in time, "
-        "or null where it tells no order; one that is there already is kept. clean: captions of what is heard from the key "
-        "description, else from the captions (title, description), which stay as description; labels count as tags",
+        "or null where it tells no order; one that is there already is kept. clean: captions of "
+        "what is heard from the key "
+        "description, else from the captions (title, description), which stay as description; "
+        "labels count as tags",
     )
     p.add_argument(
         "--data",
@@ -988,13 +1065,15 @@ def parse(argv=None):
         "--llm",
         metavar="HF_ID",
         help="ask this language model, an id on the hub or a folder; its answers are kept in "
-        "NAME.llm.jsonl beside the output, from which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl",
+        "NAME.llm.jsonl beside the output, from which a killed run goes on, rejected ones are "
+        "listed in NAME.rejected.jsonl",
     )
     how.add_argument(
         "--import",
         dest="import_file",
         metavar="FILE",
-        help="take the texts from JSON Lines: {caption, negative, and if you like id or audio}; clean: {caption, and "
+        help="take the texts from JSON Lines: {caption, negative, and if you like id or audio}; "
+        "clean: {caption, and "
         "description, id or audio}, one line a version",
     )
     of_task = {"default": argparse.SUPPRESS}
@@ -1063,7 +1142,8 @@ def parse(argv=None):
         required=True,
         metavar="MANIFEST_OR_FOLDER",
         help="NAME.jsonl, or a folder for manifest.jsonl, with the key synthetic in "
-        "each row, and its captions where it has some; classes.txt is copied beside it, the answers are kept in NAME.captions.jsonl, from "
+        "each row, and its captions where it has some; classes.txt is copied beside it, the "
+        "answers are kept in NAME.captions.jsonl, from "
         "which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl",
     )
     p.add_argument(

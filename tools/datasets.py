@@ -1,4 +1,4 @@
-"""Public data sets as they ship, one's own tables and folders -> manifests; and a look over manifests.
+"""Public data sets as they ship, one's own tables and folders -> manifests; check looks them over.
 
   python -m tools.datasets audiocaps audiocaps --audio audiocaps_wavs --out data/audiocaps
   python -m tools.datasets csv mine.csv --audio file --caption text --out data/mine
@@ -55,7 +55,8 @@ SPLITS = {
     "evaluation": "test",
 }
 
-# What tells a dataset's folder: sub-folders to look in, files of which one must be there, what such a file starts with
+# What tells a dataset's folder: sub-folders to look in, files of which one must be there, what such
+# a file starts with
 SIGNS = {
     "audiocaps": (
         ("", "dataset", "dataset2.0", "csv_files", "csv_files_v1", "csv_files_v2"),
@@ -108,11 +109,14 @@ SIGNS = {
 
 
 def read_text(path) -> str:
-    """A whole text file: UTF-8 with or without a byte-order mark, else Latin-1 (Clotho's metadata, Clotho-AQA)."""
+    """A whole text file: UTF-8 with or without a byte-order mark, else Latin-1 (Clotho's metadata,
+    Clotho-AQA).
+    """
     data = Path(path).read_bytes()
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(
-            f"{path}: a Git-LFS pointer, not the data; run 'git lfs pull' in that clone or download the file from the "
+            f"{path}: a Git-LFS pointer, not the data; run 'git lfs pull' in that clone or "
+            "download the file from the "
             "dataset's page"
         )
     if b"\0" in data[:4096]:
@@ -153,10 +157,12 @@ def delimiter_of(path) -> str:
 
 
 def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[dict]:
-    """Rows of a CSV or TSV file as {column: text}; cells keep their blanks (Clotho's file names begin with some).
+    """Rows of a CSV or TSV file as {column: text}; cells keep their blanks (Clotho's file names
+    begin with some).
 
     Args
-        need: columns every row must have. columns: their names where the file may have no header line.
+        need: columns every row must have. columns: their names where the file may have no header
+        line.
         comment: start of lines to skip. dialect: as csv.reader takes it.
     """
     text, lines = read_text(path), None
@@ -169,7 +175,8 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
         # A stray quote is only untidy, unless it swallows the rows after it
         if lines is None or any("\n" in cell for line in lines for cell in line):
             raise ValueError(
-                f"{path}:{reader.line_num}: cannot be read as a table ({error}); is a closing quote missing?"
+                f"{path}:{reader.line_num}: cannot be read as a table ({error}); is a closing "
+                "quote missing?"
             ) from None
     lines = [line for line in lines if line and not (comment and line[0].startswith(comment))]
     need, header = need or tuple(columns or ()), lines[0] if lines else []
@@ -180,20 +187,24 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
     missing = [name for name in need if name not in header]
     if missing:
         raise ValueError(
-            f"{path}: no column '{missing[0]}' (columns there: {', '.join(header) or 'none'}); expected {', '.join(need)}"
+            f"{path}: no column '{missing[0]}' (columns there: {', '.join(header) or 'none'}); "
+            f"expected {', '.join(need)}"
         )
     at = max((list(header).index(name) for name in need), default=-1)
     for row, line in enumerate(lines, 1):
         if len(line) <= at or any(line[len(header) :]):
             raise ValueError(
-                f"{path}: row {row} has {len(line)} cells, expected {len(header)} ({', '.join(header)}); "
+                f"{path}: row {row} has {len(line)} cells, expected {len(header)} "
+                f"({', '.join(header)}); "
                 f"cells that hold the delimiter need quotes: {line}"
             )
     return [dict(zip(header, line)) for line in lines]
 
 
 def candidates(dataset: str, folder: Path, inside=None):
-    """Each (folder, path in it) that is called as a file of this dataset, in `folder` and the known sub-folders."""
+    """Each (folder, path in it) that is called as a file of this dataset, in `folder` and the known
+    sub-folders.
+    """
     for sub, pattern in itertools.product(inside or SIGNS[dataset][0], SIGNS[dataset][1]):
         yield from ((folder / sub, path) for path in sorted((folder / sub).glob(pattern)))
 
@@ -217,10 +228,13 @@ def signs_of(dataset: str, folder: Path, inside=None) -> Path | None:
 
 
 def locate(dataset: str, root: Path, inside=None) -> Path:
-    """The folder of the dataset's tables; otherwise one sentence that says what is wrong with `root` and what to give."""
+    """The folder of the dataset's tables; otherwise one sentence that says what is wrong with
+    `root` and what to give.
+    """
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root}: {'a file' if root.exists() else 'no such folder'}; {dataset} takes the dataset's folder"
+            f"{root}: {'a file' if root.exists() else 'no such folder'}; {dataset} takes the "
+            "dataset's folder"
         )
     found = signs_of(dataset, root, inside)
     if found:
@@ -240,23 +254,28 @@ def locate(dataset: str, root: Path, inside=None) -> Path:
     for other in SIGNS:
         if other != dataset and signs_of(other, root):
             raise ValueError(
-                f"{root}: holds the files of {other}, not of {dataset} (expected {expected}); run: python -m tools.datasets {other} {root}"
+                f"{root}: holds the files of {other}, not of {dataset} (expected {expected}); run: "
+                f"python -m tools.datasets {other} {root}"
             )
     for _, path in candidates(dataset, root, inside):
         raise ValueError(
-            f"{path}: not a table of {dataset}, it begins with {head_of(path)[:40]!r}; download it again, or "
+            f"{path}: not a table of {dataset}, it begins with {head_of(path)[:40]!r}; download it "
+            "again, or "
             "python -m tools.datasets csv reads any table"
         )
     names = sorted(path.name for path in root.iterdir())
     below = ", ".join(filter(None, inside or SIGNS[dataset][0])) or "a sub-folder"
     there = (", ".join(names[:6]) or "nothing") + (", ..." if len(names) > 6 else "")
     raise FileNotFoundError(
-        f"{root}: found no {expected} of {dataset}, here or in {below} (there: {there}); give the folder that holds it"
+        f"{root}: found no {expected} of {dataset}, here or in {below} (there: {there}); give the "
+        "folder that holds it"
     )
 
 
 def stem_of(name: str) -> str:
-    """File name without folder and without a sound's or video's suffix; the dots of 'Yid_30.000_40.000' stay."""
+    """File name without folder and without a sound's or video's suffix; the dots of
+    'Yid_30.000_40.000' stay.
+    """
     stem, suffix = os.path.splitext(os.path.basename(name))
     stem = stem if suffix.lower() in AUDIO_SUFFIXES | VIDEO_SUFFIXES else stem + suffix
     return unicodedata.normalize("NFC", stem)  # macOS unpacks \u00e9 as e and an accent
@@ -270,14 +289,15 @@ YOUTUBE = re.compile(
 def youtube_id(stem: str, sure: bool = False) -> str | None:
     """The id in a name such as id, Yid, id_30, id_000030, Yid_30.000_40.000.
 
-    Unless `sure`, a name without a capital is taken for words (train_00003); one id in 240 has none.
+    Unless `sure`, a name without a capital is taken for words (train_00003); one id in 240 has
+    none.
     """
     found = YOUTUBE.fullmatch(stem)
     return found[1] if found and (sure or re.search("[A-Z]", found[1])) else None
 
 
 def youtube_names(name: str, start_s: float) -> list[str]:
-    """How the file of a clip may be called, in the order tried; a final * stands for any end time."""
+    """How a clip's file may be called, in the order tried; a final * stands for any end time."""
     start_s = float(start_s)
     start = f"{start_s:g}" if start_s < 1e6 else str(int(start_s))
     return [
@@ -295,7 +315,7 @@ def youtube_names(name: str, start_s: float) -> list[str]:
 
 
 class AudioTree:
-    """The sound files below a folder, found by name without suffix whatever the folders in between."""
+    """The sound files below a folder, found by name without suffix at any depth."""
 
     def __init__(self, folder: Path, flag: str = "--audio"):
         self.folder, self.files, self.folders, self.videos = (
@@ -329,10 +349,12 @@ class AudioTree:
                     self.videos.append(os.path.join(parent, name))
 
     def find(self, names, inside=None, written=None) -> str | None:
-        """First of `names` that there is; only below a folder `inside`, if the tree has one (names repeat across splits).
+        """First of `names` that there is; only below a folder `inside`, if the tree has one (names
+        repeat across splits).
 
-        written: what a table calls the file. Files of that name in several folders are then none, unless one lies
-        where the table says (`unsure`); one in another folder than the table's is noted (`elsewhere`).
+        written: what a table calls the file. Files of that name in several folders are then none,
+        unless one lies where the table says (`unsure`); one in another folder than the table's is
+        noted (`elsewhere`).
         """
         for name in names:
             paths = self.files.get(name, [])
@@ -349,9 +371,8 @@ class AudioTree:
                     or paths
                 )
                 if len({of[p] for p in paths}) > 1:
-                    self.unsure.append(
-                        f"{written} ({' or '.join(os.path.relpath(p, self.folder) for p in sorted(paths)[:3])})"
-                    )
+                    places = [os.path.relpath(p, self.folder) for p in sorted(paths)[:3]]
+                    self.unsure.append(f"{written} ({' or '.join(places)})")
                     return None
                 if of[paths[0]][len(of[paths[0]]) - len(parts) :] != parts:
                     self.elsewhere.append(f"{written} -> {os.path.relpath(paths[0], self.folder)}")
@@ -364,13 +385,15 @@ class AudioTree:
         text = (
             f"it holds sound files, such as {os.path.relpath(there, self.folder)}"
             if there
-            else f"it holds videos, such as {os.path.basename(self.videos[0])}, which must first be turned into wav or flac"
+            else f"it holds videos, such as {os.path.basename(self.videos[0])}, which must first "
+            "be turned into wav or flac"
             if self.videos
             else f"it holds no {', '.join(sorted(AUDIO_SUFFIXES))} file"
         )
         return ValueError(
             f"{self.folder}: not one of the {n:,} clips has its audio here; tried names such as "
-            f"{', '.join(map(repr, dict.fromkeys(tried)))} with any sound suffix; {text}; name the right folder with --audio (csv: --audio-dir)"
+            f"{', '.join(map(repr, dict.fromkeys(tried)))} with any sound suffix; {text}; name the "
+            "right folder with --audio (csv: --audio-dir)"
         )
 
 
@@ -380,7 +403,8 @@ real_folder = functools.lru_cache(maxsize=None)(
 
 
 def path_in(folder: Path, path: str) -> str:
-    """`path` as the manifest in `folder` writes it: relative unless the two share nothing but the root.
+    """`path` as the manifest in `folder` writes it: relative unless the two share nothing but the
+    root.
 
     Only folders are resolved: a file that is a link keeps its own name.
     """
@@ -403,7 +427,8 @@ def check_output(out: Path) -> None:
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise PermissionError(
-            f"--out {out}: cannot be written ({'no permission for' if parent.is_dir() else 'a file:'} {parent})"
+            f"--out {out}: cannot be written "
+            f"({'no permission for' if parent.is_dir() else 'a file:'} {parent})"
         )
 
 
@@ -450,10 +475,11 @@ COUNTED = ("captions", "events", "phrases", "qa")
 def convert(args) -> dict:
     """Run one adapter and write DIR/manifest.jsonl and classes.txt.
 
-    An adapter is a function (path, args) -> (entries, classes or None, published {group: {unit: count}}).
-    An entry is a manifest row without audio and duration, plus `names` (how its file may be called, in
-    order), and where needed `path` (tried first), `inside` (the folder it lies in) and `written` (the path as
-    a table tells it), for both see AudioTree.find, and `group` (what it is counted under; default: its split).
+    An adapter is a function (path, args) -> (entries, classes or None, published {group: {unit:
+    count}}). An entry is a manifest row without audio and duration, plus `names` (how its file may
+    be called, in order), and where needed `path` (tried first), `inside` (the folder it lies in)
+    and `written` (the path as a table tells it), for both see AudioTree.find, and `group` (what it
+    is counted under; default: its split).
     """
     out = Path(args.out) / "manifest.jsonl"
     check_output(out)
@@ -492,17 +518,20 @@ def convert(args) -> dict:
                 tried = tried or names
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{args.path}: a record does not have the form described under --help ({type(error).__name__}: {error})"
+            f"{args.path}: a record does not have the form described under --help "
+            f"({type(error).__name__}: {error})"
         ) from None
     if not listed:
         raise ValueError(f"{args.path}: the tables list not one clip; expected one row a clip")
     if not rows and tree.unsure:
         raise ValueError(
-            f"{args.path}: files of the same name lie in several folders, such as {tree.unsure[0]}; write the folder in the table"
+            f"{args.path}: files of the same name lie in several folders, such as "
+            f"{tree.unsure[0]}; write the folder in the table"
         )
     if not rows and not tried:
         raise ValueError(
-            f"{args.path}: not one of the {sum(listed.values()):,} clips has a caption with a word in it"
+            f"{args.path}: not one of the {sum(listed.values()):,} clips has a caption with a word "
+            "in it"
         )
     if not rows:
         raise tree.nothing_found(tried, sum(listed.values()))
@@ -534,7 +563,8 @@ def convert(args) -> dict:
         ("left out, unreadable", unreadable),
         ("left out, without a caption", wordless),
         (
-            "left out, since files of that name lie in several folders (write the folder in the table)",
+            "left out, since files of that name lie in several folders (write the folder in the "
+            "table)",
             tree.unsure,
         ),
         ("found in another folder than the table says", tree.elsewhere),
@@ -544,11 +574,13 @@ def convert(args) -> dict:
     shared = len(rows) - len({row["audio"] for row in rows})
     if shared:
         print(
-            f"{shared:,} clips share their file with another one: its name does not tell the start time"
+            f"{shared:,} clips share their file with another one: its name does not tell the start "
+            "time"
         )
     if outside:
         print(
-            f"left out, events and segments without length or beginning after their file ends: {outside:,}"
+            "left out, events and segments without length or beginning after their file ends: "
+            f"{outside:,}"
         )
     late = sum(
         event["offset"] > row["duration"] + 0.001 for row in rows for event in row.get("events", [])
@@ -600,7 +632,9 @@ def with_durations(rows: list[dict], workers: int):
 
 
 def drop_outside(row: dict) -> int:
-    """Take out events and segments that hold no sound of the file -> how many; rounding dust at the end is cut off."""
+    """Take out events and segments that hold no sound of the file -> how many; rounding dust at the
+    end is cut off.
+    """
     end, events, dropped = row["duration"], row.get("events", []), 0
     for event in events:
         if 0 < event["offset"] - end <= 0.001:
@@ -617,7 +651,9 @@ def drop_outside(row: dict) -> int:
 
 
 def sentences(texts) -> list[str]:
-    """Captions that hold a word, without blanks at the ends. Two people may write the same one: both count."""
+    """Captions that hold a word, without blanks at the ends. Two people may write the same one:
+    both count.
+    """
     return [text.strip() for text in texts if text and re.search(r"\w", text)]
 
 
@@ -626,7 +662,8 @@ def check_labels(path, labels, classes) -> None:
     strange = sorted(set(labels) - set(classes))
     if strange:
         raise ValueError(
-            f"{path}: '{strange[0]}' is not one of its {len(classes)} classes ({', '.join(classes[:3])}, ...): another "
+            f"{path}: '{strange[0]}' is not one of its {len(classes)} classes "
+            f"({', '.join(classes[:3])}, ...): another "
             "dataset in the same columns? python -m tools.datasets csv reads any table"
         )
 
@@ -637,11 +674,12 @@ def check_labels(path, labels, classes) -> None:
 
 
 def audiocaps(path: Path, args):
-    """AudioCaps v1 and 2.0: {train,val,test}.csv with audiocap_id, youtube_id, start_time, caption; audio fetched by oneself.
+    """AudioCaps v1 and 2.0: {train,val,test}.csv with audiocap_id, youtube_id, start_time, caption;
+    audio fetched by oneself.
 
-    Also the re-layout of the WavCaps code (file_name, caption or caption_1 .. caption_5). Rows of one
-    (youtube_id, start_time) are one clip. Split = file name. Published: v1 49,838 train clips with one
-    caption, 495 and 975 with five; 2.0: 91,256 / 2,475 / 4,875 captions.
+    Also the re-layout of the WavCaps code (file_name, caption or caption_1 .. caption_5). Rows of
+    one (youtube_id, start_time) are one clip. Split = file name. Published: v1 49,838 train clips
+    with one caption, 495 and 975 with five; 2.0: 91,256 / 2,475 / 4,875 captions.
     Licence: repository MIT, "free to use for academic purposes only"; audio of the YouTube owners.
     """
     folders = {
@@ -682,7 +720,8 @@ def audiocaps(path: Path, args):
                     )
                 else:
                     raise ValueError(
-                        f"{table}: expected the columns youtube_id, start_time, caption (columns there: {', '.join(row)})"
+                        f"{table}: expected the columns youtube_id, start_time, caption (columns "
+                        f"there: {', '.join(row)})"
                     )
                 own = (
                     names[-1] if "file_name" in row else row["youtube_id"]
@@ -699,11 +738,12 @@ def audiocaps(path: Path, args):
 
 
 def clotho(path: Path, args):
-    """Clotho v2.1: clotho_captions_{development,validation,evaluation}.csv, audio in folders of those names.
+    """Clotho v2.1: clotho_captions_{development,validation,evaluation}.csv, audio in folders of
+    those names.
 
-    Splits development -> train, validation -> val, evaluation -> test; clotho_metadata_*.csv, where there,
-    gives the Freesound id and (--tags) the keywords. File names may begin with a blank, and repeat across
-    splits. Published: 3,839 / 1,045 / 1,045 clips, 5 captions each.
+    Splits development -> train, validation -> val, evaluation -> test; clotho_metadata_*.csv, where
+    there, gives the Freesound id and (--tags) the keywords. File names may begin with a blank, and
+    repeat across splits. Published: 3,839 / 1,045 / 1,045 clips, 5 captions each.
     Licence: Tampere University, non-commercial with attribution; clips under their own CC licences.
     """
     folder = locate("clotho", path)
@@ -732,7 +772,8 @@ def clotho(path: Path, args):
             )
             if table.is_file() and not facts:
                 print(
-                    f"{about}: not there, so these clips have no Freesound id by which --exclude and check could tell them"
+                    f"{about}: not there, so these clips have no Freesound id by which --exclude "
+                    "and check could tell them"
                 )
             for row in read_table(table, "file_name", "caption_1") if table.is_file() else []:
                 stem, fact = stem_of(row["file_name"]), facts.get(row["file_name"], {})
@@ -764,11 +805,13 @@ WAVCAPS = {
 
 
 def wavcaps(path: Path, args):
-    """WavCaps: json_files/<Source>/*_final.json; audio <id>.flac below a folder of the source's name.
+    """WavCaps: json_files/<Source>/*_final.json; audio <id>.flac below a folder of the source's
+    name.
 
-    Sources AudioSet_SL (Y<youtube id>), BBC_Sound_Effects, FreeSound, SoundBible; all for training. --blacklist
-    takes files or the names of its own lists (exclude_all_ac, exclude_test_ac, exclude_ub8k_esc50_vggsound),
-    also aac-datasets' CSVs. Published: 108,317 + 31,201 + 262,300 + 1,232 clips, one caption each.
+    Sources AudioSet_SL (Y<youtube id>), BBC_Sound_Effects, FreeSound, SoundBible; all for training.
+    --blacklist takes files or the names of its own lists (exclude_all_ac, exclude_test_ac,
+    exclude_ub8k_esc50_vggsound), also aac-datasets' CSVs. Published: 108,317 + 31,201 + 262,300 +
+    1,232 clips, one caption each.
     Licence: academic use only; sources keep their own.
     """
     folder, banned = locate("wavcaps", path), {"AudioSet_SL": set(), "FreeSound": set()}
@@ -783,7 +826,8 @@ def wavcaps(path: Path, args):
                 f.stem.removeprefix("blacklist_") for f in (folder / "blacklist").glob("*.json")
             )
             raise FileNotFoundError(
-                f"--blacklist {item}: no such file; WavCaps' own lists here: {', '.join(known) or 'none'}"
+                f"--blacklist {item}: no such file; WavCaps' own lists here: "
+                f"{', '.join(known) or 'none'}"
             )
         lists = (
             read_json(file)
@@ -799,7 +843,8 @@ def wavcaps(path: Path, args):
     ]
     if not tables:
         raise FileNotFoundError(
-            f"{folder}: no JSON file of {', '.join(args.sources)}; expected for example FreeSound/fsd_final.json"
+            f"{folder}: no JSON file of {', '.join(args.sources)}; expected for example "
+            "FreeSound/fsd_final.json"
         )
 
     def entries():
@@ -807,7 +852,8 @@ def wavcaps(path: Path, args):
             content, dropped = read_json(file), 0
             if not isinstance(content, dict) or "data" not in content:
                 raise ValueError(
-                    f'{file}: expected WavCaps\' {{"num_captions_per_audio", "data"}}, found other JSON'
+                    f'{file}: expected WavCaps\' {{"num_captions_per_audio", "data"}}, found other '
+                    "JSON"
                 )
             for record in content["data"]:
                 stem = stem_of(str(record["id"]))
@@ -847,11 +893,14 @@ def wavcaps(path: Path, args):
 # Native datasets: labels
 # ------------------------------------------------------------------------------------------------
 
-ESC50 = """dog rooster pig cow frog cat hen insects sheep crow rain sea_waves crackling_fire crickets chirping_birds water_drops
-wind pouring_water toilet_flush thunderstorm crying_baby sneezing clapping breathing coughing footsteps laughing brushing_teeth
-snoring drinking_sipping door_wood_knock mouse_click keyboard_typing door_wood_creaks can_opening washing_machine vacuum_cleaner
-clock_alarm clock_tick glass_breaking helicopter chainsaw siren car_horn engine train church_bells airplane fireworks
-hand_saw""".split()  # in the order of `target`
+ESC50 = """
+    dog rooster pig cow frog cat hen insects sheep crow rain sea_waves crackling_fire crickets
+    chirping_birds water_drops wind pouring_water toilet_flush thunderstorm crying_baby sneezing
+    clapping breathing coughing footsteps laughing brushing_teeth snoring drinking_sipping
+    door_wood_knock mouse_click keyboard_typing door_wood_creaks can_opening washing_machine
+    vacuum_cleaner clock_alarm clock_tick glass_breaking helicopter chainsaw siren car_horn engine
+    train church_bells airplane fireworks hand_saw
+""".split()  # in the order of `target`
 ESC10 = {
     "Dog bark": "dog",
     "Rooster": "rooster",
@@ -864,18 +913,27 @@ ESC10 = {
     "Helicopter": "helicopter",
     "Chainsaw": "chainsaw",
 }
-URBANSOUND8K = """air_conditioner car_horn children_playing dog_bark drilling engine_idling gun_shot jackhammer siren
-street_music""".split()  # in the order of classID
-TUT2017 = """beach bus cafe/restaurant car city_center forest_path grocery_store home library metro_station office park
-residential_area train tram""".split()
-DESED = """Alarm_bell_ringing Blender Cat Dishes Dog Electric_shaver_toothbrush Frying Running_water Speech Vacuum_cleaner""".split()
+URBANSOUND8K = """
+    air_conditioner car_horn children_playing dog_bark drilling engine_idling gun_shot jackhammer
+    siren street_music
+""".split()  # in the order of classID
+TUT2017 = """
+    beach bus cafe/restaurant car city_center forest_path grocery_store home library metro_station
+    office park residential_area train tram
+""".split()
+DESED = """
+    Alarm_bell_ringing Blender Cat Dishes Dog Electric_shaver_toothbrush Frying Running_water Speech
+    Vacuum_cleaner
+""".split()
 
 
 def fsd50k(path: Path, args):
-    """FSD50K: FSD50K.ground_truth/{dev,eval,vocabulary}.csv, audio FSD50K.{dev,eval}_audio/<fname>.wav.
+    """FSD50K: FSD50K.ground_truth/{dev,eval,vocabulary}.csv, audio
+    FSD50K.{dev,eval}_audio/<fname>.wav.
 
-    Splits: dev's own train / val, eval -> test; 200 classes, parents included. --captions takes title and
-    description of FSD50K.metadata/*_clips_info_FSD50K.json as captions; clips without either are left out.
+    Splits: dev's own train / val, eval -> test; 200 classes, parents included. --captions takes
+    title and description of FSD50K.metadata/*_clips_info_FSD50K.json as captions; clips without
+    either are left out.
     Published: 36,796 / 4,170 / 10,231 clips. Licence: CC BY 4.0; clips CC0, BY, BY-NC or Sampling+.
     """
     truth = locate("fsd50k", path) / "FSD50K.ground_truth"
@@ -894,10 +952,10 @@ def fsd50k(path: Path, args):
         else []
     )
     if not labels <= set(classes):
-        print(
-            f"{vocabulary}: {f'lists {len(labels & set(classes))} of {len(labels)} labels' if classes else 'not there'}; classes.txt "
-            "is the sorted list of labels instead"
-        )
+        what = "not there"
+        if classes:
+            what = f"lists {len(labels & set(classes))} of {len(labels)} labels"
+        print(f"{vocabulary}: {what}; classes.txt is the sorted list of labels instead")
         classes = sorted(labels | set(classes))
 
     def entries():
@@ -948,8 +1006,8 @@ def fsd50k(path: Path, args):
 def esc50(path: Path, args):
     """ESC-50: meta/esc50.csv, audio/{fold}-{Freesound id}-{take}-{target}.wav.
 
-    No split: five folds, each tested by the other four. Published: 2,000 clips, 50 classes, 400 a fold; mirrors
-    with a part of them work. Licence: CC BY-NC 3.0 (its ESC-10 part CC BY 3.0).
+    No split: five folds, each tested by the other four. Published: 2,000 clips, 50 classes, 400 a
+    fold; mirrors with a part of them work. Licence: CC BY-NC 3.0 (its ESC-10 part CC BY 3.0).
     """
     locate("esc50", path)
     table = path / "meta" / "esc50.csv"
@@ -969,9 +1027,11 @@ def esc_entries(table: Path, rows):
 
 
 def esc10(path: Path, args):
-    """ESC-10: the old folders '001 - Dog bark/{fold}-{Freesound id}-{take}.ogg', or the rows of ESC-50 that are marked esc10.
+    """ESC-10: the old folders '001 - Dog bark/{fold}-{Freesound id}-{take}.ogg', or the rows of
+    ESC-50 that are marked esc10.
 
-    Labels are ESC-50's words. No split, five folds. Published: 400 clips, 10 classes. Licence: CC BY 3.0.
+    Labels are ESC-50's words. No split, five folds. Published: 400 clips, 10 classes. Licence: CC
+    BY 3.0.
     """
     locate("esc10", path)
     classes, table = [c for c in ESC50 if c in ESC10.values()], path / "meta" / "esc50.csv"
@@ -994,7 +1054,8 @@ def esc10(path: Path, args):
     )
     if strange:
         raise ValueError(
-            f"{strange}: not an ESC-10 clip, which is called FOLD-FREESOUNDID-TAKE; move the file elsewhere"
+            f"{strange}: not an ESC-10 clip, which is called FOLD-FREESOUNDID-TAKE; move the file "
+            "elsewhere"
         )
     entries = (
         {
@@ -1010,9 +1071,11 @@ def esc10(path: Path, args):
 
 
 def urbansound8k(path: Path, args):
-    """UrbanSound8K: metadata/UrbanSound8K.csv (with or without header), audio/fold{1..10}/{fsID}-{classID}-{n}-{n}.wav.
+    """UrbanSound8K: metadata/UrbanSound8K.csv (with or without header),
+    audio/fold{1..10}/{fsID}-{classID}-{n}-{n}.wav.
 
-    No split: ten folds, never reshuffled. start and end in the table are positions in the source recording.
+    No split: ten folds, never reshuffled. start and end in the table are positions in the source
+    recording.
     Published: 8,732 clips, 10 classes. Licence: CC BY-NC 3.0.
     """
     locate("urbansound8k", path)
@@ -1039,9 +1102,11 @@ def urbansound8k(path: Path, args):
 
 
 def vggsound(path: Path, args):
-    """VGGSound: vggsound.csv without header (id, start, label, split), else data/{train,test}.csv (id_start.mp4, label).
+    """VGGSound: vggsound.csv without header (id, start, label, split), else data/{train,test}.csv
+    (id_start.mp4, label).
 
-    309 classes from data/stat.csv, else from the table; misspellings are official. Audio <id>_<start:06d>.* first.
+    309 classes from data/stat.csv, else from the table; misspellings are official. Audio
+    <id>_<start:06d>.* first.
     Published: 183,730 / 15,446 clips. Licence: metadata CC BY 4.0, audio of the owners.
     """
     folder, rows = locate("vggsound", path), []
@@ -1081,10 +1146,12 @@ def vggsound(path: Path, args):
 
 
 def audioset(path: Path, args):
-    """AudioSet, weak labels: {balanced_train,unbalanced_train,eval}_segments.csv and class_labels_indices.csv.
+    """AudioSet, weak labels: {balanced_train,unbalanced_train,eval}_segments.csv and
+    class_labels_indices.csv.
 
-    Splits: both train files -> train, eval -> test; 527 classes by display name, several a clip. A blank follows
-    each comma of the tables. Published: 22,160 (balanced) and 2,042,985 / 20,371 clips; much audio is gone.
+    Splits: both train files -> train, eval -> test; 527 classes by display name, several a clip. A
+    blank follows each comma of the tables. Published: 22,160 (balanced) and 2,042,985 / 20,371
+    clips; much audio is gone.
     Licence: CC BY 4.0; ontology CC BY-SA 4.0; audio of the owners.
     """
     folder = locate("audioset", path)
@@ -1093,7 +1160,8 @@ def audioset(path: Path, args):
     )
     if names is None:
         raise FileNotFoundError(
-            f"{folder}: class_labels_indices.csv is missing, which names the 527 classes; put it beside the "
+            f"{folder}: class_labels_indices.csv is missing, which names the 527 classes; put it "
+            "beside the "
             "*_segments.csv files"
         )
     display = {
@@ -1112,7 +1180,8 @@ def audioset(path: Path, args):
                 mids = row["labels"].split(",")
                 if not set(mids) <= set(display):
                     raise ValueError(
-                        f"{table}: clip {row['id']} has {set(mids) - set(display)}, which {names} does not list"
+                        f"{table}: clip {row['id']} has {set(mids) - set(display)}, which {names} "
+                        "does not list"
                     )
                 yield {
                     "names": youtube_names(row["id"], number(table, row["start"])),
@@ -1131,10 +1200,12 @@ def audioset(path: Path, args):
 
 
 def tut2017(path: Path, args):
-    """TUT Acoustic Scenes 2017: TUT-acoustic-scenes-2017-{development,evaluation}/{meta.txt, audio/, evaluation_setup/}.
+    """TUT Acoustic Scenes 2017: TUT-acoustic-scenes-2017-{development,evaluation}/{meta.txt,
+    audio/, evaluation_setup/}.
 
-    Give one of the two folders or the one that holds both. development -> train, with the fold whose
-    fold*_evaluate.txt holds the clip; evaluation -> test. 15 scenes. Published: 4,680 / 1,620 clips of 10 s.
+    Give one of the two folders or the one that holds both. development -> train, with the fold
+    whose fold*_evaluate.txt holds the clip; evaluation -> test. 15 scenes. Published: 4,680 / 1,620
+    clips of 10 s.
     Licence: non-commercial.
     """
     root = locate("tut2017", path)
@@ -1188,7 +1259,8 @@ def event_of(source, label, onset, offset) -> dict:
     event = {"label": label, "onset": number(source, onset), "offset": number(source, offset)}
     if not 0 <= event["onset"] <= event["offset"]:
         raise ValueError(
-            f"{source}: an event of '{label}' from {onset} to {offset} s; expected 0 <= onset <= offset"
+            f"{source}: an event of '{label}' from {onset} to {offset} s; expected 0 <= onset <= "
+            "offset"
         )
     return event
 
@@ -1196,7 +1268,9 @@ def event_of(source, label, onset, offset) -> dict:
 def events_by_file(
     table, rows: list[dict], name: str, onset: str, offset: str, label: str
 ) -> dict[str, list[dict]]:
-    """{file: events} in the table's order; a row without a label is a file in which nothing happens (DESED)."""
+    """{file: events} in the table's order; a row without a label is a file in which nothing happens
+    (DESED).
+    """
     files = collections.defaultdict(list)
     for row in rows:
         files[row[name]] += (
@@ -1210,11 +1284,14 @@ def labels_of(events: list[dict]) -> list[str]:
 
 
 def audioset_strong(path: Path, args):
-    """AudioSet-Strong: audioset_{train,eval}_strong.tsv and mid_to_display_name.tsv, or TSVs `filename onset offset event_label`.
+    """AudioSet-Strong: audioset_{train,eval}_strong.tsv and mid_to_display_name.tsv, or TSVs
+    `filename onset offset event_label`.
 
-    Splits train, eval -> test (converted files: by their names). segment_id is <youtube id>_<start in ms>, times are
-    relative to the segment. classes.txt: the 407 classes that occur in both splits. Clips without events are not listed.
-    Published: 103,463 clips with 934,821 events / 16,996 with 139,538. Licence: CC BY 4.0; audio of the owners.
+    Splits train, eval -> test (converted files: by their names). segment_id is <youtube id>_<start
+    in ms>, times are relative to the segment. classes.txt: the 407 classes that occur in both
+    splits. Clips without events are not listed.
+    Published: 103,463 clips with 934,821 events / 16,996 with 139,538. Licence: CC BY 4.0; audio of
+    the owners.
     """
     folder = locate("audioset_strong", path)
     tables = [
@@ -1225,7 +1302,8 @@ def audioset_strong(path: Path, args):
     names = first_file(folder / "mid_to_display_name.tsv", path / "mid_to_display_name.tsv")
     if tables and names is None:
         raise FileNotFoundError(
-            f"{folder}: mid_to_display_name.tsv is missing, which names the classes; put it beside {tables[0].name}"
+            f"{folder}: mid_to_display_name.tsv is missing, which names the classes; put it beside "
+            f"{tables[0].name}"
         )
     display = (
         []
@@ -1239,7 +1317,8 @@ def audioset_strong(path: Path, args):
             words = set(re.split(r"[^a-z]+", table.stem.lower())) & set(SPLITS)
             if len(words) != 1:
                 raise ValueError(
-                    f"{table}: its name tells no split; rename it so that it holds one of train, val, test, eval"
+                    f"{table}: its name tells no split; rename it so that it holds one of train, "
+                    "val, test, eval"
                 )
             splits[table] = SPLITS[words.pop()]
 
@@ -1257,7 +1336,8 @@ def audioset_strong(path: Path, args):
                 for event in events:
                     if tables and event["label"] not in display:
                         raise ValueError(
-                            f"{table}: clip {name} has {event['label']!r}, which {names} does not list"
+                            f"{table}: clip {name} has {event['label']!r}, which {names} does not "
+                            "list"
                         )
                     event["label"] = display.get(event["label"], event["label"])
                 video = youtube_id(stem, sure=True) or stem
@@ -1282,10 +1362,11 @@ def audioset_strong(path: Path, args):
 def desed(path: Path, args):
     """DESED: metadata/{train,validation,eval}/*.tsv, audio/... as the desed package lays it out.
 
-    --sets names tables: weak (labels), validation (-> val) and public (-> test) by default; also unlabel_in_domain,
-    synthetic21_train and synthetic21_validation (their soundscapes.tsv). A row without an event is a clip in which
-    nothing happens. Published: 1,578 weak clips; validation 1,168 with 4,224 events; public 692 with 2,765;
-    unlabelled 14,412; synthetic 10,000. Licence: metadata MIT; audio per file, from YouTube and Freesound.
+    --sets names tables: weak (labels), validation (-> val) and public (-> test) by default; also
+    unlabel_in_domain, synthetic21_train and synthetic21_validation (their soundscapes.tsv). A row
+    without an event is a clip in which nothing happens. Published: 1,578 weak clips; validation
+    1,168 with 4,224 events; public 692 with 2,765; unlabelled 14,412; synthetic 10,000. Licence:
+    metadata MIT; audio per file, from YouTube and Freesound.
     """
     folder = locate("desed", path)
     published = {
@@ -1346,11 +1427,14 @@ def desed(path: Path, args):
 
 
 def audiogrounding(path: Path, args):
-    """AudioGrounding v2 (TAG): {train,val,test}/label.json, {split}/metadata/{split}.json or {split}.json; audio Y<id>.wav.
+    """AudioGrounding v2 (TAG): {train,val,test}/label.json, {split}/metadata/{split}.json or
+    {split}.json; audio Y<id>.wav.
 
-    A JSON list of captions with audiocap_id, audio_id, tokens and phrases with segments; segments [[0, 0]] mean
-    that the phrase is not heard: it is kept without a segment. Captions of one audio file are one row. Version 1 (one
-    dictionary of columns) is read by python -m tools.datasets csv, see README. Published (version 1): 4,489 / 31 / 70 clips.
+    A JSON list of captions with audiocap_id, audio_id, tokens and phrases with segments; segments
+    [[0, 0]] mean
+    that the phrase is not heard: it is kept without a segment. Captions of one audio file are one
+    row. Version 1 (one dictionary of columns) is read by python -m tools.datasets csv, see README.
+    Published (version 1): 4,489 / 31 / 70 clips.
     Licence: repository MIT, Zenodo CC BY 4.0.
     """
     folder = locate("audiogrounding", path)
@@ -1365,8 +1449,10 @@ def audiogrounding(path: Path, args):
             records, clips = read_json(table) if table else [], {}
             if isinstance(records, dict):
                 raise ValueError(
-                    f"{table}: AudioGrounding version 1 (columns such as {', '.join(list(records)[:3])}); run: python -m tools.datasets csv "
-                    f"{table} --audio filename --caption caption --phrase soundtag --segments timestamps --split {split}"
+                    f"{table}: AudioGrounding version 1 (columns such as "
+                    f"{', '.join(list(records)[:3])}); run: python -m tools.datasets csv "
+                    f"{table} --audio filename --caption caption --phrase soundtag --segments "
+                    f"timestamps --split {split}"
                 )
             for record in records:
                 stem, tokens = stem_of(record["audio_id"]), record["tokens"]
@@ -1402,11 +1488,13 @@ def real_segments(segments) -> list[list[float]]:
 
 
 def clotho_aqa(path: Path, args):
-    """Clotho-AQA: clotho_aqa_{train,val,test}.csv (file_name, QuestionText, answer, confidence), audio_files/*.wav.
+    """Clotho-AQA: clotho_aqa_{train,val,test}.csv (file_name, QuestionText, answer, confidence),
+    audio_files/*.wav.
 
-    Three people answer each question: `answer` is what most say (else what the first says), in lower case,
-    `answers` are all three. clotho_aqa_metadata.csv gives the Freesound id where it has a column sound_id. Published:
-    1,991 clips, 35,838 answers to 11,946 questions. Licence: see its LICENSE.txt.
+    Three people answer each question: `answer` is what most say (else what the first says), in
+    lower case, `answers` are all three. clotho_aqa_metadata.csv gives the Freesound id where it has
+    a column sound_id. Published: 1,991 clips, 35,838 answers to 11,946 questions. Licence: see its
+    LICENSE.txt.
     """
     folder = locate("clotho_aqa", path)
     about = folder / "clotho_aqa_metadata.csv"
@@ -1420,7 +1508,8 @@ def clotho_aqa(path: Path, args):
     )
     if not any(map(str.isdigit, ids.values())):
         print(
-            f"{about}: no sound_id there, so --exclude and check can tell these clips by their content alone; exclude Clotho's too"
+            f"{about}: no sound_id there, so --exclude and check can tell these clips by their "
+            "content alone; exclude Clotho's too"
         )
 
     def entries():
@@ -1456,11 +1545,13 @@ def clotho_aqa(path: Path, args):
 
 
 def music_avqa(path: Path, args):
-    """MUSIC-AVQA: data/json/avqa-{train,val,test}.json (--version json_update: the corrected ones), audio <video_id>.wav.
+    """MUSIC-AVQA: data/json/avqa-{train,val,test}.json (--version json_update: the corrected ones),
+    audio <video_id>.wav.
 
-    Placeholders of a question are filled in order from templ_values; the answer's key is spelled `anser`; type and
-    templ_values are JSON inside text. Published: val 4,595 questions on 3,815 videos, test 9,185 on 6,399
-    (updated: 4,568 / 9,129 questions), 45,867 on 9,288 in all. Licence: repository MIT; videos of the owners.
+    Placeholders of a question are filled in order from templ_values; the answer's key is spelled
+    `anser`; type and templ_values are JSON inside text. Published: val 4,595 questions on 3,815
+    videos, test 9,185 on 6,399 (updated: 4,568 / 9,129 questions), 45,867 on 9,288 in all. Licence:
+    repository MIT; videos of the owners.
     """
     folder = locate("music_avqa", path, ("", args.version, f"data/{args.version}"))
     old = folder.absolute().name != "json_update"
@@ -1502,7 +1593,9 @@ def music_avqa(path: Path, args):
 
 
 def records_of(file: Path, args, need=()) -> list[dict]:
-    """A table, JSON Lines, a JSON list, {"data": list} or {column: {row: value}} (pandas) as a list of dictionaries."""
+    """A table, JSON Lines, a JSON list, {"data": list} or {column: {row: value}} (pandas) as a list
+    of dictionaries.
+    """
     if file.suffix in (".jsonl", ".ndjson"):
         records = []
         for row, line in enumerate(
@@ -1538,8 +1631,9 @@ def records_of(file: Path, args, need=()) -> list[dict]:
 def any_table(path: Path, args):
     """Any CSV, TSV, JSON Lines or JSON: name its columns; rows of one audio file become one clip.
 
-    PATH is one table, or a folder of tables, one a clip: then `file` is the table's name without suffix and `folder`
-    that of its folder, to be used like columns. The columns' values may be lists in JSON.
+    PATH is one table, or a folder of tables, one a clip: then `file` is the table's name without
+    suffix and `folder` that of its folder, to be used like columns. The columns' values may be
+    lists in JSON.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such table or folder of tables")
@@ -1668,13 +1762,16 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
             real = real_segments(json.loads(segments) if isinstance(segments, str) else segments)
         except (ValueError, TypeError):
             raise ValueError(
-                f"{file}: {segments!r} in column '{args.segments}'; expected [[onset, offset], ...] in seconds"
+                f"{file}: {segments!r} in column '{args.segments}'; expected [[onset, offset], "
+                "...] in seconds"
             ) from None
         clip["phrases"].append({"phrase": record[args.phrase], "segments": real})
 
 
 def folders(path: Path, args):
-    """One folder of sound files per class; above them, if you like, one folder per split (train, val, test)."""
+    """One folder of sound files per class; above them, if you like, one folder per split (train,
+    val, test).
+    """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     files = [
@@ -1687,7 +1784,8 @@ def folders(path: Path, args):
     if not files or not (by_split or all(len(p) == 2 for p in parts)):
         strange = next((f for f, p in zip(files, parts) if len(p) != 2), "no sound file")
         raise ValueError(
-            f"{path}: expected CLASS/file or SPLIT/CLASS/file, found {strange}; give the folder that holds the class folders"
+            f"{path}: expected CLASS/file or SPLIT/CLASS/file, found {strange}; give the folder "
+            "that holds the class folders"
         )
     entries = (
         {
@@ -1728,7 +1826,9 @@ ADAPTERS = (
 
 
 def keys_of(row: dict) -> list[str]:
-    """Names under which a row's recording may turn up elsewhere: its id, a YouTube or Freesound id in the file's name."""
+    """Names under which a row's recording may turn up elsewhere: its id, a YouTube or Freesound id
+    in the file's name.
+    """
     name, keys = stem_of(Path(row["audio"]).name), []
     if row.get("id") not in (None, ""):
         keys.append(youtube_id(stem_of(str(row["id"]))) or str(row["id"]))
@@ -1745,14 +1845,16 @@ def file_hash(path) -> str:
 
 
 def middle_of(path) -> int:
-    """Of 4 KB from the middle: uncompressed files of one length share their size, not their middle."""
+    """Of 4 KB from the middle: uncompressed files of one length share their size, not these."""
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
         return hash(file.read(4096))
 
 
 def hashes_of(paths, others=None) -> dict[str, str]:
-    """{path: SHA-256} of the files that may equal another one of `paths`, or one of `others`: same size, same middle."""
+    """{path: SHA-256} of the files that may equal another one of `paths`, or one of `others`: same
+    size, same middle.
+    """
     paths, others = (
         [p for p in paths if os.path.isfile(p)],
         others and [p for p in others if os.path.isfile(p)],
@@ -1784,7 +1886,9 @@ def hashes_of(paths, others=None) -> dict[str, str]:
 
 
 def exclude(rows: list[dict], manifests: list[str]) -> list[dict]:
-    """The rows whose recording none of `manifests` holds: by id, by the id in the file's name, by the file's content."""
+    """The rows whose recording none of `manifests` holds: by id, by the id in the file's name, by
+    the file's content.
+    """
     for manifest in manifests:
         held = common.read_manifest([manifest])
         keys = {key for row in held for key in keys_of(row)}
@@ -1800,7 +1904,8 @@ def exclude(rows: list[dict], manifests: list[str]) -> list[dict]:
             [row for row in kept if hashes.get(row["audio"]) not in contents],
         )
         print(
-            f"--exclude {manifest}: {len(rows) - len(unlike):,} clips left out, {by_id:,} by id and {len(kept) - len(unlike):,} by content"
+            f"--exclude {manifest}: {len(rows) - len(unlike):,} clips left out, {by_id:,} by id "
+            f"and {len(kept) - len(unlike):,} by content"
         )
         rows = unlike
     return rows
@@ -1821,7 +1926,9 @@ def _check_file(row):
 
 
 def leaks_of(rows: list[dict], places: list[str]) -> dict:
-    """{(place, place): sorted keys} of the recordings that two places share; the file's content counts where no id tells."""
+    """{(place, place): sorted keys} of the recordings that two places share; the file's content
+    counts where no id tells.
+    """
     hashes = hashes_of({row["audio"] for row in rows}) if len(set(places)) > 1 else {}
     keys = [
         [*keys_of(row), os.path.realpath(row["audio"]), *filter(None, [hashes.get(row["audio"])])]
@@ -1842,7 +1949,9 @@ def leaks_of(rows: list[dict], places: list[str]) -> dict:
 
 
 def check(args) -> dict:
-    """Report on manifests: counts, durations, rates, unreadable files, classes, recordings shared between splits or manifests."""
+    """Report on manifests: counts, durations, rates, unreadable files, classes, recordings shared
+    between splits or manifests.
+    """
     rows = common.read_manifest(args.data)
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:
         found = list(
@@ -1877,8 +1986,10 @@ def check(args) -> dict:
         seconds = np.array(part["seconds"] or [0])
         counts = collections.Counter(part["labels"])
         print(
-            f"{place}: {len(part['clips'])} clips, {sum(part['captions'])} captions, {seconds.sum() / 3600:.2f} h, "
-            f"duration {seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s (min / median / max), "
+            f"{place}: {len(part['clips'])} clips, {sum(part['captions'])} captions, "
+            f"{seconds.sum() / 3600:.2f} h, "
+            f"duration {seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s (min "
+            "/ median / max), "
             f"rates {dict(collections.Counter(part['rates']))}"
         )
         if counts:
@@ -1919,7 +2030,7 @@ def parse(argv=None):
         p = commands.add_parser(
             name,
             allow_abbrev=False,
-            help=adapter.__doc__.splitlines()[0],
+            help=" ".join(inspect.getdoc(adapter).split("\n\n")[0].split()),
             description=inspect.getdoc(adapter),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -2007,7 +2118,8 @@ def parse(argv=None):
                 ("label-separator", "what separates several labels in a cell"),
                 (
                     "delimiter",
-                    "of the table's cells, or the word tab; default: the commonest of tab , ; in the first line",
+                    "of the table's cells, or the word tab; default: the commonest of tab , ; in "
+                    "the first line",
                 ),
             ):
                 p.add_argument(
@@ -2022,7 +2134,8 @@ def parse(argv=None):
         "check",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        help="look manifests over: counts, durations, unreadable files, recordings shared between splits or manifests",
+        help="look manifests over: counts, durations, unreadable files, recordings shared between "
+        "splits or manifests",
     )
     p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")

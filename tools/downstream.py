@@ -1,11 +1,12 @@
-"""Scores that need more than a model's embeddings: trained probes, generated captions, noise, pictures.
+"""Scores that need more than embeddings: trained probes, generated captions, noise, pictures.
 
   python -m tools.downstream runs/collat-1/best.pt --data data/esc50 --protocol probe noise
-  python -m tools.downstream runs/cacophony-1/best.pt --data data/clotho --protocol captioning --json scores.json
+  python -m tools.downstream runs/cacophony-1/best.pt --data data/clotho --protocol captioning
+  --json scores.json
 
-Protocols: probe (trained classifiers), aqa (question answering by a trained probe), captioning, noise
-(robustness), image (audio-image retrieval), gap (distance between the modalities). Everything else,
-the rule for long audio and the intervals, is as in eval.py.
+Protocols: probe (trained classifiers), aqa (question answering by a trained probe), captioning,
+noise (robustness), image (audio-image retrieval), gap (distance between the modalities). Everything
+else, the rule for long audio and the intervals, is as in eval.py.
 """
 
 import collections
@@ -47,18 +48,24 @@ def train_probe(
     network=None,
     device="cpu",
 ):
-    """A probe on frozen embeddings whose best epoch is chosen on `val` -> function from inputs to logits.
+    """A probe on frozen embeddings whose best epoch is chosen on `val` -> function from inputs to
+    logits.
 
-    train, val: inputs (N, ..., D), and targets: class numbers (N,) or (N, W) for the cross entropy of a softmax (-1: no class,
-    never right, nothing to learn), or 0 and 1 (N, n_classes) float32 for that of one sigmoid a class. AdamW, which without
-    weight_decay is Adam; a function of the seed alone.
+    train, val: inputs (N, ..., D), and targets: class numbers (N,) or (N, W) for the cross entropy
+    of a softmax (-1: no class, never right, nothing to learn), or 0 and 1 (N, n_classes) float32
+    for that of one sigmoid a class. AdamW, which without weight_decay is Adam; a function of the
+    seed alone.
     Args
         standardise: bring every input to mean 0 and deviation 1 over the training rows.
-        layers: linear ones of an MLP; each but the last is followed by batch norm if wanted, ReLU and dropout.
-        network: D, n_classes -> the network to train in place of that MLP; layers, width, dropout and batch_norm are then its own.
+        layers: linear ones of an MLP; each but the last is followed by batch norm if wanted, ReLU
+        and dropout.
+        network: D, n_classes -> the network to train in place of that MLP; layers, width, dropout
+        and batch_norm are then its own.
         patience: epochs without a better one after which training ends.
-        score_of: validation logits (N, n_classes) -> what the best epoch has most of (of tuples the first entry decides, then
-            the next); default: accuracy. Of equal epochs the first counts, without validation rows the last.
+        score_of: validation logits (N, n_classes) -> what the best epoch has most of (of tuples the
+        first entry decides, then
+            the next); default: accuracy. Of equal epochs the first counts, without validation rows
+            the last.
     """
     torch.manual_seed(seed)
     (inputs, targets), (val_inputs, val_targets) = (
@@ -120,7 +127,9 @@ def train_probe(
 
 
 def probe_loss(logits, targets):
-    """Cross entropy of one sigmoid a class (N, C) for float targets, else of a softmax, -1 left out; for numpy arrays a float."""
+    """Cross entropy of one sigmoid a class (N, C) for float targets, else of a softmax, -1 left
+    out; for numpy arrays a float.
+    """
     if isinstance(logits, np.ndarray):
         return float(probe_loss(torch.from_numpy(logits), torch.from_numpy(targets)))
     if targets.is_floating_point():
@@ -133,7 +142,8 @@ def probe_loss(logits, targets):
 def embed_splits(model, clips, settings, key: str, what: str, tokens: bool = False) -> dict:
     """What a trained probe needs of the scored split and of train and val where they have `key`.
 
-    Returns: split -> rows (one a file), audio_embeds (N, D), with `tokens` prompt embeddings (N, L, D') else None.
+    Returns: split -> rows (one a file), audio_embeds (N, D), with `tokens` prompt embeddings (N, L,
+    D') else None.
     """
     trainable = {
         split: [row for row in settings.manifest if row.get("split") == split and row.get(key)]
@@ -141,7 +151,8 @@ def embed_splits(model, clips, settings, key: str, what: str, tokens: bool = Fal
     }
     if settings.split in ("train", "all rows") or not trainable["train"]:
         raise ValueError(
-            f"{what}: it needs rows of split train with '{key}', and another split to score (--split)"
+            f"{what}: it needs rows of split train with '{key}', and another split to score "
+            "(--split)"
         )
     return {
         settings.split: scored_split(model, clips, settings, tokens),
@@ -178,11 +189,12 @@ def embed_rows(model, rows: list[dict], settings, name: str, tokens: bool):
 def aqa(model, clips, classes, settings) -> dict:
     """Audio question answering with a probe on frozen embeddings.
 
-    Clip and question embedding side by side go into a 4-layer MLP (train_probe), trained on the rows of split train,
-    chosen on val, scored on the evaluated split; one probe for yes/no questions, one for the others, whose classes are the
-    answers of the training rows. Word R@k: the answer among the k best; an answer never seen in training is
-    a miss. Of questions with a type, those that need a picture are left out. Source: Cacophony Table 5 (Clotho-AQA, MUSIC-AVQA;
-    its layer widths and learning rate are not stated).
+    Clip and question embedding side by side go into a 4-layer MLP (train_probe), trained on the
+    rows of split train, chosen on val, scored on the evaluated split; one probe for yes/no
+    questions, one for the others, whose classes are the answers of the training rows. Word R@k: the
+    answer among the k best; an answer never seen in training is a miss. Of questions with a type,
+    those that need a picture are left out. Source: Cacophony Table 5 (Clotho-AQA, MUSIC-AVQA; its
+    layer widths and learning rate are not stated).
     """
     splits = embed_splits(model, clips, settings, "qa", "aqa trains a probe")
     asked = {
@@ -240,12 +252,15 @@ def aqa(model, clips, classes, settings) -> dict:
             for (i, q, a), r in zip(of[settings.split], rank)
         ]
         told.append(
-            f"{len(of['train'])} {kind} questions for training, {len(of.get('val', []))} for the choice of the epoch, "
-            f"{len(rank)} scored, {len(answers)} answers, {int((targets < 0).sum())} never seen in training"
+            f"{len(of['train'])} {kind} questions for training, {len(of.get('val', []))} for the "
+            "choice of the epoch, "
+            f"{len(rank)} scored, {len(answers)} answers, {int((targets < 0).sum())} never seen in "
+            "training"
         )
     if not scored:
         raise ValueError(
-            "aqa: no kind of question (yes/no, or other) is both in split train and in the scored split"
+            "aqa: no kind of question (yes/no, or other) is both in split train and in the scored "
+            "split"
         )
     n = len(clips["rows"])
 
@@ -275,7 +290,8 @@ def aqa(model, clips, classes, settings) -> dict:
 
 
 class TokenProbe(torch.nn.Module):
-    """One transformer decoder layer whose one learned query reads a clip's tokens (B, L, D), then a linear layer -> (B, C).
+    """One transformer decoder layer whose one learned query reads a clip's tokens (B, L, D), then a
+    linear layer -> (B, C).
 
     Source: CoLLAT, linear probing ("a 1-layer transformer decoder").
     """
@@ -311,9 +327,11 @@ PROBES = {  # name -> what it reads, train_probe's settings; ours: the paper nam
 
 
 def label_task(rows: list[dict], classes: list[str]):
-    """-> kind ("multiclass" where no row has two labels, else "multilabel"), targets as the probes take them, rows that count.
+    """-> kind ("multiclass" where no row has two labels, else "multilabel"), targets as the probes
+    take them, rows that count.
 
-    Without a label in the class list a row counts only beside rows of several labels, as no class's example.
+    Without a label in the class list a row counts only beside rows of several labels, as no class's
+    example.
     """
     targets = common.label_targets(rows, classes)
     if (targets.sum(1) > 1).any():
@@ -325,7 +343,9 @@ METRIC_OF = {"multiclass": "accuracy", "multilabel": "mAP"}
 
 
 def label_evidence(kind: str, logits, targets) -> np.ndarray:
-    """What the score needs of each clip, one row a clip: right or not, or logits and targets side by side."""
+    """What the score needs of each clip, one row a clip: right or not, or logits and targets side
+    by side.
+    """
     if kind == "multiclass":
         right = logits[np.arange(len(logits)), targets]
         return ((logits >= right[:, None]).sum(1) == 1)[:, None]  # a tie is a miss
@@ -359,7 +379,9 @@ def join_inputs(parts: list[dict]) -> dict:
 
 
 def fold_turns(folds: list[str]) -> list[tuple]:
-    """(folds for training, for validation, for the test): each is tested once, the next one is for validation."""
+    """(folds for training, for validation, for the test): each is tested once, the next one is for
+    validation.
+    """
     return [
         ([f for f in folds if f not in (test, valid)], valid, test)
         for test, valid in zip(folds, folds[1:] + folds[:1])
@@ -367,21 +389,25 @@ def fold_turns(folds: list[str]) -> list[tuple]:
 
 
 def probe(model, clips, classes, settings) -> dict:
-    """Labels from frozen features, by classifiers trained on split train, chosen on val, scored on the evaluated split.
+    """Labels from frozen features, by classifiers trained on split train, chosen on val, scored on
+    the evaluated split.
 
-    linear: one linear layer on the clip embedding. decoder, for models with token_embeds: a transformer decoder layer with one
-    learned query over the token embeddings of the first window (TokenProbe). Accuracy where no clip has two labels, else macro
-    mAP, as classification and tagging count them; of epochs equal on val the one with the smallest loss there. Inputs are
-    standardised over the training clips. Rows with folds and no split train: each fold is tested once, the next one chooses
-    the epoch, the others train; mean over folds. chance:
-    `label_chance`. Source: CoLLAT, linear probing (ESC-50, UrbanSound8K, TUT, FSD50K, AudioSet); its settings are not stated.
+    linear: one linear layer on the clip embedding. decoder, for models with token_embeds: a
+    transformer decoder layer with one learned query over the token embeddings of the first window
+    (TokenProbe). Accuracy where no clip has two labels, else macro mAP, as classification and
+    tagging count them; of epochs equal on val the one with the smallest loss there. Inputs are
+    standardised over the training clips. Rows with folds and no split train: each fold is tested
+    once, the next one chooses the epoch, the others train; mean over folds. chance: `label_chance`.
+    Source: CoLLAT, linear probing (ESC-50, UrbanSound8K, TUT, FSD50K, AudioSet); its settings are
+    not stated.
     """
     tokens = hasattr(model, "token_embeds")
     folds = sorted({str(row["fold"]) for row in clips["rows"] if "fold" in row})
     if folds and not any(row.get("split") == "train" for row in settings.manifest):
         if len(folds) < 3:
             raise ValueError(
-                f"probe: rows of {len(folds)} fold(s) and none of split train; it needs three folds, or split train"
+                f"probe: rows of {len(folds)} fold(s) and none of split train; it needs three "
+                "folds, or split train"
             )
         turns, splits = fold_turns(folds), {"all": scored_split(model, clips, settings, tokens)}
         fold_of = np.array([str(row.get("fold")) for row in splits["all"][0]])
@@ -477,7 +503,8 @@ def probe(model, clips, classes, settings) -> dict:
         + (
             "chosen on val" if turns[0][1] and parts["val"]["rows"] else "is the last: no split val"
         ),
-        left_out=f"{len(rows) - sum(len(part['rows']) for part in parts.values())} clips without a label of the class list",
+        left_out=f"{len(rows) - sum(len(part['rows']) for part in parts.values())} clips without a "
+        "label of the class list",
         **{name: f"{read[name]}, {told_settings(PROBES[name][1])}" for name in evidence},
         tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold",
     )
@@ -485,14 +512,18 @@ def probe(model, clips, classes, settings) -> dict:
 
 def told_settings(training: dict) -> str:
     """Of train_probe, for print."""
-    return f"AdamW {training['lr']:g}, batch {training['batch_size']}, at most {training['epochs']} epochs, seed 0"
+    return (
+        f"AdamW {training['lr']:g}, batch {training['batch_size']}, "
+        f"at most {training['epochs']} epochs, seed 0"
+    )
 
 
 class NoisyModel:
     """A model that hears every clip with Gaussian noise added, behind which it is as it was.
 
-    The noise is drawn by a generator seeded by the clip's own samples, so neither batches nor the order of files change it, and
-    it has the same shape at every level. Args: std: its standard deviation, or snr_db: 10 log10 of the clip's power to its.
+    The noise is drawn by a generator seeded by the clip's own samples, so neither batches nor the
+    order of files change it, and it has the same shape at every level. Args: std: its standard
+    deviation, or snr_db: 10 log10 of the clip's power to its.
     """
 
     def __init__(self, model, std: float | None = None, snr_db: float | None = None):
@@ -529,11 +560,13 @@ NOISE = {
 
 
 def noise(model, clips, classes, settings) -> dict:
-    """Zero-shot accuracy (macro mAP where a clip has several labels) of clips with Gaussian noise added to their samples.
+    """Zero-shot accuracy (macro mAP where a clip has several labels) of clips with Gaussian noise
+    added to their samples.
 
-    clean: without; std0.1: mean 0, standard deviation 0.1, of samples in [-1, 1] (the paper's); snr20 to snr0: the noise scaled to
-    lie so many dB below each clip's own power. Added at the model's rate before any padding, not clipped, one draw a clip
-    (NoisyModel). Ties as in classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K, std 0.1).
+    clean: without; std0.1: mean 0, standard deviation 0.1, of samples in [-1, 1] (the paper's);
+    snr20 to snr0: the noise scaled to lie so many dB below each clip's own power. Added at the
+    model's rate before any padding, not clipped, one draw a clip (NoisyModel). Ties as in
+    classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K, std 0.1).
     """
     kind, targets, counted = label_task(clips["rows"], classes)
     evidence, cache = {}, evaluation.cache_folder(settings)
@@ -573,7 +606,8 @@ def noise(model, clips, classes, settings) -> dict:
         settings,
         prompt=settings.prompt,
         n_classes=len(classes) if kind == "multiclass" else int(targets.any(0).sum()),
-        noise="Gaussian, added to the samples at the model's rate before padding, seeded by the clip",
+        noise="Gaussian, added to the samples at the model's rate before padding, seeded by the "
+        "clip",
         left_out=f"{len(clips['rows']) - len(counted)} clips without a label of the class list",
         tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold",
     )
@@ -591,7 +625,9 @@ def pillow():
 
 
 def load_image_model(name: str, dim: int):
-    """CLIP's image tower and its preprocessing from a folder or hub id, for audio embeddings of `dim` dimensions."""
+    """CLIP's image tower and its preprocessing from a folder or hub id, for audio embeddings of
+    `dim` dimensions.
+    """
     pillow()  # the preprocessing needs it as well
     transformers = common.quiet_transformers()
     try:
@@ -609,16 +645,19 @@ def load_image_model(name: str, dim: int):
         processor = transformers.CLIPImageProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(
-            f"--image-model {name}: not a transformers CLIP folder or reachable hub id ({str(error).strip().splitlines()[0]})"
+            f"--image-model {name}: not a transformers CLIP folder or reachable hub id "
+            f"({str(error).strip().splitlines()[0]})"
         ) from None
     if info["missing_keys"]:
         raise ValueError(
-            f"--image-model {name}: holds no complete CLIP image tower, {len(info['missing_keys'])} weights such as "
+            f"--image-model {name}: holds no complete CLIP image tower, "
+            f"{len(info['missing_keys'])} weights such as "
             f"{min(info['missing_keys'])} are missing"
         )
     if encoder.config.projection_dim != dim:
         raise ValueError(
-            f"--image-model {name}: its space has {encoder.config.projection_dim} dimensions, the model's audio embeddings {dim}; "
+            f"--image-model {name}: its space has {encoder.config.projection_dim} dimensions, the "
+            f"model's audio embeddings {dim}; "
             "give the CLIP whose text encoder the model was trained with"
         )
     return encoder.eval(), processor
@@ -626,7 +665,9 @@ def load_image_model(name: str, dim: int):
 
 @torch.no_grad()
 def embed_images(encoder, processor, rows: list[dict], batch_size: int):
-    """-> indices of rows whose image could be read, their embeddings (N, D) of length 1, error texts of the others."""
+    """-> indices of rows whose image could be read, their embeddings (N, D) of length 1, error
+    texts of the others.
+    """
     Image = pillow()
     kept, embeds, bad, device = [], [], [], next(encoder.parameters()).device
     for start in tqdm(
@@ -653,15 +694,18 @@ def embed_images(encoder, processor, rows: list[dict], batch_size: int):
 
 
 def image(model, clips, classes, settings) -> dict:
-    """Retrieval between clips and pictures, for models whose audio lies in CLIP's space: MRR and R@1, 5, 10 both ways.
+    """Retrieval between clips and pictures, for models whose audio lies in CLIP's space: MRR and
+    R@1, 5, 10 both ways.
 
-    One picture a clip (`image`), encoded by --image-model; a2i: the clip's own picture among all, i2a: the picture's clip. Clips
-    without a picture are left out. Ties count against the right answer. Source: Wav2CLIP's protocol on VGGSound's test split
-    (15K clips), CoLLAT's audio-image retrieval.
+    One picture a clip (`image`), encoded by --image-model; a2i: the clip's own picture among all,
+    i2a: the picture's clip. Clips without a picture are left out. Ties count against the right
+    answer. Source: Wav2CLIP's protocol on VGGSound's test split (15K clips), CoLLAT's audio-image
+    retrieval.
     """
     if not settings.flags.image_model:
         raise ValueError(
-            "image needs --image-model, a transformers CLIP folder or hub id in whose space the audio embeddings lie"
+            "image needs --image-model, a transformers CLIP folder or hub id in whose space the "
+            "audio embeddings lie"
         )
     index = [i for i, row in enumerate(clips["rows"]) if row.get("image")]
     encoder, processor = load_image_model(
@@ -708,7 +752,8 @@ def image(model, clips, classes, settings) -> dict:
         settings,
         details=details,
         image_model=settings.flags.image_model,
-        left_out=f"{len(clips['rows']) - len(index)} clips without a picture, {len(bad)} whose picture could not be read",
+        left_out=f"{len(clips['rows']) - len(index)} clips without a picture, {len(bad)} whose "
+        "picture could not be read",
         tie_rule="a tie counts against the right answer",
     )
 
@@ -716,13 +761,15 @@ def image(model, clips, classes, settings) -> dict:
 def captioning(model, clips, classes, settings) -> dict:
     """What the model says about each clip, against all the captions of the clip.
 
-    BLEU-1 to 4, ROUGE-L and CIDEr-D as the COCO caption toolkit defines them (`bleu`, `rouge_l`, `cider_d`). Words are those of
-    `caption_words`; the toolkit's own tokenizer needs Java, and so do METEOR and SPICE, which are not run. chance: always
-    saying the most frequent reference (of equally frequent ones the first in the alphabet). Above temperature 0 each clip
-    is captioned alone, seeded by its file's name, so that neither batches nor the order of files change a word. CIDEr-D's
-    document frequencies are those of all clips, in every bootstrap draw. A model with token_embeds but no caption method gets
-    a decoder, trained on the captions of split train (`decoded_captions`). Source: Cacophony, automatic captioning (AudioCaps,
-    Clotho; its temperature is 0.1); CoLLAT's captioning (AudioCaps, a trained 1-layer decoder).
+    BLEU-1 to 4, ROUGE-L and CIDEr-D as the COCO caption toolkit defines them (`bleu`, `rouge_l`,
+    `cider_d`). Words are those of `caption_words`; the toolkit's own tokenizer needs Java, and so
+    do METEOR and SPICE, which are not run. chance: always saying the most frequent reference (of
+    equally frequent ones the first in the alphabet). Above temperature 0 each clip is captioned
+    alone, seeded by its file's name, so that neither batches nor the order of files change a word.
+    CIDEr-D's document frequencies are those of all clips, in every bootstrap draw. A model with
+    token_embeds but no caption method gets a decoder, trained on the captions of split train
+    (`decoded_captions`). Source: Cacophony, automatic captioning (AudioCaps, Clotho; its
+    temperature is 0.1); CoLLAT's captioning (AudioCaps, a trained 1-layer decoder).
     """
     common.require(clips["rows"], "captions")
     rows, trained = clips["rows"], {}
@@ -770,17 +817,19 @@ def captioning(model, clips, classes, settings) -> dict:
         + (" (greedy)" if settings.flags.temperature == 0 else ""),
         words="lower case, punctuation removed but for hyphens and apostrophes inside a word",
         not_run="METEOR, SPICE and what is made of them: they need Java",
-        chance_is=f"always saying {commonest!r}, the most frequent of the references ({times[commonest]} times)",
+        chance_is=f"always saying {commonest!r}, the most frequent of the references "
+        f"({times[commonest]} times)",
     )
 
 
 def gap(model, clips, classes, settings) -> dict:
-    """Modality gap: the distance between the mean audio embedding and the mean text embedding, all of length 1.
+    """Modality gap: the distance between the mean audio embedding and the mean text embedding, all
+    of length 1.
 
-    Every caption and its clip are one pair; the means are over pairs. 0: both modalities lie around the same point; 2 at
-    most. No score to maximise: what it says depends on the model's temperature and dimensions. chance: the same vectors
-    with their modality drawn at random, mean over 20 draws. Source: Liang et al., NeurIPS 2022; Cacophony's gap on its
-    validation pairs.
+    Every caption and its clip are one pair; the means are over pairs. 0: both modalities lie around
+    the same point; 2 at most. No score to maximise: what it says depends on the model's temperature
+    and dimensions. chance: the same vectors with their modality drawn at random, mean over 20
+    draws. Source: Liang et al., NeurIPS 2022; Cacophony's gap on its validation pairs.
     """
     common.require(clips["rows"], "captions")
     captions = [
@@ -850,9 +899,11 @@ def caption_files(model, rows: list[dict], settings) -> list[str]:
 
 
 class CaptionDecoder(torch.nn.Module):
-    """One transformer decoder layer that writes a caption token by token over a clip's prompt embeddings.
+    """One transformer decoder layer that writes a caption token by token over a clip's prompt
+    embeddings.
 
-    clips (N, L, D): of all clips, no part of the weights. Inputs (B, 1 + W): a clip's number, then the caption so far.
+    clips (N, L, D): of all clips, no part of the weights. Inputs (B, 1 + W): a clip's number, then
+    the caption so far.
     """
 
     def __init__(self, clips, vocabulary: int, max_tokens: int):
@@ -884,10 +935,12 @@ MOST_TOKENS = 77
 
 
 def decoded_captions(model, clips, settings):
-    """Captions by a CaptionDecoder trained on split train over the frozen model -> rows, captions, what to print about it.
+    """Captions by a CaptionDecoder trained on split train over the frozen model -> rows, captions,
+    what to print about it.
 
-    Tokens are those of the model's own tokenizer that occur in the training captions, plus one for begin and end; longer
-    captions are cut at 76. The epoch is the likeliest for the first caption of up to 500 clips of val. Greedy.
+    Tokens are those of the model's own tokenizer that occur in the training captions, plus one for
+    begin and end; longer captions are cut at 76. The epoch is the likeliest for the first caption
+    of up to 500 clips of val. Greedy.
     """
     if settings.flags.temperature:
         raise ValueError("captioning: a decoder trained here is greedy; leave out --temperature")
@@ -968,8 +1021,10 @@ def decoded_captions(model, clips, settings):
         rows,
         said,
         {
-            "decoder": f"one transformer decoder layer over the frozen model's prompt embeddings, trained here on {len(captions['train'])} captions of "
-            f"{len(splits['train'][0])} clips of split train, {len(vocabulary) + 1} tokens, {told_settings(CAPTION_DECODER)}",
+            "decoder": "one transformer decoder layer over the frozen model's prompt embeddings, "
+            f"trained here on {len(captions['train'])} captions of "
+            f"{len(splits['train'][0])} clips of split train, {len(vocabulary) + 1} tokens, "
+            f"{told_settings(CAPTION_DECODER)}",
             "epoch": f"the best on {len(val[0])} clips of val"
             if len(val[0])
             else "the last: no split val",
@@ -978,7 +1033,9 @@ def decoded_captions(model, clips, settings):
 
 
 def caption_words(text: str) -> list[str]:
-    """Lower case; what is no letter or digit separates words, but for a hyphen or an apostrophe inside one."""
+    """Lower case; what is no letter or digit separates words, but for a hyphen or an apostrophe
+    inside one.
+    """
     return re.findall(r"\w+(?:[-']\w+)*", text.lower())
 
 
@@ -997,8 +1054,10 @@ def caption_evidence(said: list, references: list) -> np.ndarray:
 
 
 def bleu_counts(said: list, references: list) -> np.ndarray:
-    """(N, 10): n-grams that are also in a reference (n = 1 ... 4; each as often as in one reference at most), n-grams
-    said (n = 1 ... 4), words said, and words of the reference closest to that length (of two the shorter)."""
+    """(N, 10): n-grams that are also in a reference (n = 1 ... 4; each as often as in one reference
+    at most), n-grams said (n = 1 ... 4), words said, and words of the reference closest to that
+    length (of two the shorter).
+    """
     counts = np.zeros((len(said), 10))
     for row, words, of in zip(counts, said, references):
         allowed = collections.Counter()
@@ -1015,7 +1074,8 @@ def bleu_counts(said: list, references: list) -> np.ndarray:
 
 
 def bleu(counts: np.ndarray) -> np.ndarray:
-    """BLEU-1 to 4 (4,) of a set of clips from its `bleu_counts`: counts are summed first, then divided.
+    """BLEU-1 to 4 (4,) of a set of clips from its `bleu_counts`: counts are summed first, then
+    divided.
 
     Source: Papineni et al., ACL 2002, with the COCO toolkit's 1e-15 and 1e-9 against 0 / 0.
     """
@@ -1037,7 +1097,8 @@ def longest_common_subsequence(a: list, b: list) -> int:
 
 
 def rouge_l(said: list, references: list, beta: float = 1.2) -> np.ndarray:
-    """ROUGE-L of each clip (N,): F-measure of the best precision and the best recall over its references.
+    """ROUGE-L of each clip (N,): F-measure of the best precision and the best recall over its
+    references.
 
     Source: Lin, 2004; beta and the two separate maxima are the COCO toolkit's.
     """
@@ -1052,10 +1113,12 @@ def rouge_l(said: list, references: list, beta: float = 1.2) -> np.ndarray:
 
 
 def cider_d(said: list, references: list, sigma: float = 6.0) -> np.ndarray:
-    """CIDEr-D of each clip (N,), at most 10: cosine of tf-idf n-gram vectors, n = 1 ... 4, mean over n and references.
+    """CIDEr-D of each clip (N,), at most 10: cosine of tf-idf n-gram vectors, n = 1 ... 4, mean
+    over n and references.
 
-    An n-gram's idf comes from the number of clips with it in a reference. What is said more often than in the
-    reference counts no more than there, and a difference in length is punished (sigma, in words).
+    An n-gram's idf comes from the number of clips with it in a reference. What is said more often
+    than in the reference counts no more than there, and a difference in length is punished (sigma,
+    in words).
     Source: Vedantam et al., CVPR 2015, the variant D, as the COCO toolkit's `Cider`.
     """
     grams = [[ngrams(words) for words in of] for of in references]

@@ -4,10 +4,10 @@
   python -m tools.figures runs/cacophony-1/mae.pt --data data/scenes --only reconstructions
   python -m tools.figures results --data data --runs runs/claims --out results/pictures
 
-Needs matplotlib. A model's pictures are those it has something to show for: learning (its run's log),
-frames (cosines over time), gap (both modalities in a plane), order (margins of T-Classify), noise
-(only if it is named: the audio is embedded six times more), attention (CoLLAT), maps (MGA-CLAP's last
-block and codewords), reconstructions (Cacophony's stage 1).
+Needs matplotlib. A model's pictures are those it has something to show for: learning (its run's
+log), frames (cosines over time), gap (both modalities in a plane), order (margins of T-Classify),
+noise (only if it is named: the audio is embedded six times more), attention (CoLLAT), maps
+(MGA-CLAP's last block and codewords), reconstructions (Cacophony's stage 1).
 """
 
 import argparse
@@ -119,14 +119,18 @@ def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
 
 
 def principal_plane(vectors: np.ndarray):
-    """vectors (N, D) -> their first two principal components (N, 2), the share of the variance each holds (2,)."""
+    """vectors (N, D) -> their first two principal components (N, 2), the share of the variance each
+    holds (2,).
+    """
     left, size, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     return left[:, :2] * size[:2], size[:2] ** 2 / (size**2).sum()
 
 
 def plot_gap(model, clips, folder: Path) -> list[Path]:
-    """Clips and the first caption of each in the plane of their joint principal components (numpy's SVD), lines join
-    forty pairs at equal distances in the data. Cacophony draws UMAP, which needs a package of its own and keeps no distances."""
+    """Clips and the first caption of each in the plane of their joint principal components (numpy's
+    SVD), lines join forty pairs at equal distances in the data. Cacophony draws UMAP, which needs a
+    package of its own and keeps no distances.
+    """
     plt, rows = pyplot(), clips["rows"]
     texts = common.embed_texts(model, [model.clean_caption(row["captions"][0]) for row in rows])
     points, share = principal_plane(np.concatenate([clips["audio_embeds"], texts]))
@@ -146,7 +150,9 @@ def plot_gap(model, clips, folder: Path) -> list[Path]:
 
 
 def plot_order(results: dict, folder: Path) -> Path:
-    """{name: a result of t_classify}: by how much the true order is preferred, a histogram a direction and model."""
+    """{name: a result of t_classify}: by how much the true order is preferred, a histogram a
+    direction and model.
+    """
     plt = pyplot()
     ways = {
         "t2a": "cosine to the caption less that to its negative",
@@ -170,7 +176,8 @@ def plot_order(results: dict, folder: Path) -> Path:
                     r["details"]["margins"][way],
                     np.linspace(-widest, widest, 42),
                     alpha=0.6,
-                    label=f"{name}: {r['scores'][way]['value']:.1%} right, {len(r['details']['margins'][way])} pairs",
+                    label=f"{name}: {r['scores'][way]['value']:.1%} right, "
+                    f"{len(r['details']['margins'][way])} pairs",
                 )
         axis.axvline(0, color="black", lw=1)
         axis.locator_params(axis="x", nbins=5)
@@ -183,7 +190,9 @@ def plot_order(results: dict, folder: Path) -> Path:
 
 
 def plot_noise(r: dict, folder: Path) -> Path:
-    """Score against the signal-to-noise ratio, the clean value and that with noise of standard deviation 0.1 as lines."""
+    """Score against the signal-to-noise ratio, the clean value and that with noise of standard
+    deviation 0.1 as lines.
+    """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     scores = {name.partition("_")[2]: s for name, s in r["scores"].items()}
@@ -215,12 +224,15 @@ def plot_noise(r: dict, folder: Path) -> Path:
 
 
 FUNCTION_WORDS = set(
-    "a an the and or of in on at is are was be being to as with by for from it its while then there this that into over".split()
+    "a an the and or of in on at is are was be being to as with by for from it its while then "
+    "there this that into over".split()
 )
 
 
 def content_tokens(tokens: list[str]) -> list[tuple[int, str]]:
-    """Number and text of the tokens that say something: neither special ones nor punctuation nor function words."""
+    """Number and text of the tokens that say something: neither special ones nor punctuation nor
+    function words.
+    """
     bare = [
         (k, token.replace("</w>", "").lstrip("\u0120\u2581").replace("##", ""))
         for k, token in enumerate(tokens)
@@ -233,8 +245,10 @@ def content_tokens(tokens: list[str]) -> list[tuple[int, str]]:
 
 
 def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> Path:
-    """Of three clips at equal distances among those with captions: the log-mel spectrogram, and where in it the slot of each of
-    the first content tokens of the first caption looks (share of its attention, dark: most). The first window only."""
+    """Of three clips at equal distances among those with captions: the log-mel spectrogram, and
+    where in it the slot of each of the first content tokens of the first caption looks (share of
+    its attention, dark: most). The first window only.
+    """
     plt = pyplot()
     usable = [row for row in rows if row.get("captions")]
     usable = [usable[k] for k in np.unique(np.linspace(0, len(usable) - 1, 3).astype(int))]
@@ -362,7 +376,7 @@ def last_block_maps(model, waveform):
 
 
 def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Path]:
-    """Pictures of one clip (its first window): Fig. 3 and, with a codebook, Fig. 7 -> their paths."""
+    """Pictures of one clip (its first window): Fig. 3 and, with a codebook, Fig. 7."""
     plt, device = pyplot(), model.temperature.device
     waveform = torch.from_numpy(
         common.read_audio(row["audio"], model.sample_rate, mga_clap.WINDOW_S)
@@ -442,7 +456,9 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
 def plot_reconstructions(
     model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 3, dpi: int = 100
 ) -> Path:
-    """The first readable clips: their spectrogram, what the encoder saw of it, each patch normalised (the target), and painted."""
+    """The first readable clips: their spectrogram, what the encoder saw of it, each patch
+    normalised (the target), and painted.
+    """
     plt = pyplot()
     items = [
         item
@@ -508,7 +524,9 @@ def stored_runs():
 
 
 def run_folder(table: str, args, **flags) -> tuple[Path, dict, types.SimpleNamespace]:
-    """A run of one of claims.EVIDENCE's tables, seed 0 -> its folder, all its flags, what claims.py was told."""
+    """A run of one of claims.EVIDENCE's tables, seed 0 -> its folder, all its flags, what claims.py
+    was told.
+    """
     claims = stored_runs()
     words = shlex.split(claims.EVIDENCE[table].replace("DIR", str(args.data)))
     told = types.SimpleNamespace(
@@ -525,13 +543,14 @@ def run_folder(table: str, args, **flags) -> tuple[Path, dict, types.SimpleNames
 def present(path: Path, table: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is not there; python tests/claims.py {stored_runs().EVIDENCE[table].replace('DIR', 'data')} makes it"
+            f"{path} is not there; python tests/claims.py "
+            f"{stored_runs().EVIDENCE[table].replace('DIR', 'data')} makes it"
         )
     return path
 
 
 def order(args) -> Path:
-    """T-CLAP: how far the true order is preferred to the other, without and with the temporal loss."""
+    """T-CLAP: by how much the true order is preferred, without and with the temporal loss."""
     results = {}
     for name, flags in (("CLAP", dict(lt_weight=0.0)), ("T-CLAP", {})):
         folder, _, told = run_folder("claims_t_clap", args, **flags)
@@ -552,7 +571,7 @@ def order(args) -> Path:
 
 
 def reconstructions(args) -> Path:
-    """Cacophony's stage 1: test scenes that it never heard, painted from a fifth of their patches."""
+    """Cacophony's stage 1: test scenes it never heard, painted from a fifth of their patches."""
     _, flags, told = run_folder("claims_cacophony", args)
     cfg = common.configure(
         cacophony.Config, cacophony.PRESETS, data=told.data, seed=0, **{**flags, "stage": "mae"}
@@ -579,7 +598,9 @@ def attention(args) -> Path:
 
 
 def curation(args) -> Path:
-    """curation-CLAP: the pool's cosines to the annotated captions, and how right such pairs are (its labels are known to this picture only)."""
+    """curation-CLAP: the pool's cosines to the annotated captions, and how right such pairs are
+    (its labels are known to this picture only).
+    """
     _, flags, told = run_folder("claims_curation_clap", args)
     cfg = common.configure(
         curation_clap.Config,
@@ -685,7 +706,7 @@ OF_RESULTS = {f.__name__: f for f in (order, reconstructions, attention, curatio
 
 
 def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[Path]:
-    """The pictures in `names` for which the model and the rows have what it takes -> their paths."""
+    """The pictures in `names` for which the model and the rows have what it takes."""
     has = {key: any(row.get(key) for row in rows) for key in ("captions", "events", "negatives")}
     with_frames = hasattr(model, "embed_frames") and has["events"]
     classes = common.read_classes(settings.data, rows)

@@ -33,7 +33,8 @@ from tools.downstream import (
 
 
 def load_model(model_file_path, text_model: str | None = None):
-    """The Model of a checkpoint as eval.load_model gives it, with the sizes of its embeddings, HEAR's interface.
+    """The Model of a checkpoint as eval.load_model gives it, with the sizes of its embeddings,
+    HEAR's interface.
 
     scene_embedding_size, and timestamp_embedding_size if it has frames.
     """
@@ -46,20 +47,26 @@ def load_model(model_file_path, text_model: str | None = None):
 
 
 def get_scene_embeddings(audio, model):
-    """HEAR's interface: audio (n_sounds, n_samples) in [-1, 1] at model.sample_rate -> (n_sounds, scene_embedding_size)."""
+    """HEAR's interface: audio (n_sounds, n_samples) in [-1, 1] at model.sample_rate -> (n_sounds,
+    scene_embedding_size).
+    """
     return model.embed_audio(audio)
 
 
 def hear_frames(model) -> str:
-    """The method whose frames HEAR gets: the encoder's own where a model offers them beside those in the joint space."""
+    """The method whose frames HEAR gets: the encoder's own where a model offers them beside those
+    in the joint space.
+    """
     return "event_feats" if hasattr(model, "event_feats") else "embed_frames"
 
 
 def get_timestamp_embeddings(audio, model):
-    """HEAR's interface: audio as above -> embeddings (n_sounds, n_timestamps, timestamp_embedding_size), timestamps
-    (n_sounds, n_timestamps) in milliseconds: the centres of the frames, those behind the audio's end left out.
+    """HEAR's interface: audio as above -> embeddings (n_sounds, n_timestamps,
+    timestamp_embedding_size), timestamps (n_sounds, n_timestamps) in milliseconds: the centres of
+    the frames, those behind the audio's end left out.
 
-    True times: Cacophony's evaluation stretches them so that the last is the end of the audio, which moves events.
+    True times: Cacophony's evaluation stretches them so that the last is the end of the audio,
+    which moves events.
     """
     n_frames = max(1, math.floor(audio.shape[1] / model.sample_rate / model.frame_s + 0.5 + 1e-6))
     embeds = getattr(model, hear_frames(model))(audio)[:, :n_frames]
@@ -88,10 +95,11 @@ def read_json(path: Path) -> dict:
 
 
 def read_hear_task(folder: Path, sample_rate: int) -> dict:
-    """A folder that hear-preprocess wrote -> {"name", "kind", "classes", "tolerance_s", "splits": {split: rows}}.
+    """A folder that hear-preprocess wrote -> {"name", "kind", "classes", "tolerance_s", "splits":
+    {split: rows}}.
 
-    kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). Audio comes from the folder
-    RATE/SPLIT of the model's own rate, else of the highest.
+    kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). Audio
+    comes from the folder RATE/SPLIT of the model's own rate, else of the highest.
     """
     metadata, path = read_json(folder / "task_metadata.json"), folder / "labelvocabulary.csv"
     kind = "event" if metadata.get("embedding_type") == "event" else metadata.get("prediction_type")
@@ -99,8 +107,10 @@ def read_hear_task(folder: Path, sample_rate: int) -> dict:
         kind == "event" and metadata.get("prediction_type") != "multilabel"
     ):
         raise ValueError(
-            f"{folder / 'task_metadata.json'}: embedding_type {metadata.get('embedding_type')!r}, prediction_type "
-            f"{metadata.get('prediction_type')!r}; expected scene with multiclass or multilabel, or event with multilabel"
+            f"{folder / 'task_metadata.json'}: embedding_type {metadata.get('embedding_type')!r}, "
+            "prediction_type "
+            f"{metadata.get('prediction_type')!r}; expected scene with multiclass or multilabel, "
+            "or event with multilabel"
         )
     if not path.is_file():
         raise FileNotFoundError(
@@ -122,7 +132,8 @@ def read_hear_task(folder: Path, sample_rate: int) -> dict:
     )
     if len(names) < 3:
         raise ValueError(
-            f"{folder}: expected train.json, valid.json and test.json, or at least three of fold00.json, fold01.json ..."
+            f"{folder}: expected train.json, valid.json and test.json, or at least three of "
+            "fold00.json, fold01.json ..."
         )
     rates = sorted(
         (int(f.name) for f in folder.iterdir() if f.is_dir() and f.name.isdigit()),
@@ -210,7 +221,9 @@ HEAR_MEDIAN_S, HEAR_MIN_S = 0.25, (0.125, 0.25)
 
 
 def hear_inputs(model, task: dict, split: str, settings) -> dict:
-    """Embeddings and targets of one split's clips, of a timestamp task's frames: {"rows", "inputs", "targets", "lengths"}."""
+    """Embeddings and targets of one split's clips, of a timestamp task's frames: {"rows", "inputs",
+    "targets", "lengths"}.
+    """
     rows, event = task["splits"][split], task["kind"] == "event"
     kept, embeds, frame_embeds = embed(
         model, rows, settings, event and hear_frames(model), f"embedding {split}"
@@ -245,9 +258,10 @@ def onset_counts(
 ) -> np.ndarray:
     """Events of one file found, detections, and true events, all classes together (3,).
 
-    A frame is active where its probability, median-filtered over `width` frames, is above one half; active frames in a row
-    are one detection, from where the first begins to where the last ends, if that lasts `min_s`. A detection is right if its
-    onset lies within the tolerance of an event's; of each at most one. logits (T, C).
+    A frame is active where its probability, median-filtered over `width` frames, is above one half;
+    active frames in a row are one detection, from where the first begins to where the last ends, if
+    that lasts `min_s`. A detection is right if its onset lies within the tolerance of an event's;
+    of each at most one. logits (T, C).
     """
     active, counts = median_filter(logits, width) > 0, np.zeros(3)
     for c, name in enumerate(classes):
@@ -262,9 +276,11 @@ def onset_counts(
 def hear_evidence(
     task: dict, logits, part: dict, frame_s, min_s: float, shift: int = 0
 ) -> np.ndarray:
-    """What the score needs of each file, one row a file: right or not, logits and targets, or `onset_counts`.
+    """What the score needs of each file, one row a file: right or not, logits and targets, or
+    `onset_counts`.
 
-    shift: events are held against the detections of the file so many places on (for the chance level).
+    shift: events are held against the detections of the file so many places on (for the chance
+    level).
     """
     if task["kind"] != "event":
         return label_evidence(task["kind"], logits, part["targets"])
@@ -289,7 +305,9 @@ def hear_score(kind: str, evidence: np.ndarray) -> float:
 def hear_probe(
     task: dict, train: dict, valid: dict, grid: list[dict], frame_s, device, desc: str
 ) -> dict:
-    """The probe of `grid` with the largest score on `valid`: {"score", "point", "min_s", "logits_of"}, the first of equals."""
+    """The probe of `grid` with the largest score on `valid`: {"score", "point", "min_s",
+    "logits_of"}, the first of equals.
+    """
     best = {"score": -1.0}
     lengths_s = HEAR_MIN_S if task["kind"] == "event" else (0.0,)
 
@@ -330,20 +348,24 @@ def hear_chance(task: dict, train: dict, test: dict, logits, frame_s, min_s: flo
 
 
 def hear(model, task: dict, settings) -> dict:
-    """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, for timestamp tasks of single frames.
+    """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, for timestamp tasks of
+    single frames.
 
-    Score: accuracy (multiclass), macro mAP (multilabel), F1 of event onsets (event; within 200 ms unless the task's
-    metadata names another tolerance). All eight probes of HEAR's grid are trained, each up to 500 epochs until 20 bring no
-    better score on split valid; epoch, probe and shortest event are those with the best score there. With folds each is tested
-    once, the next one is for validation, the others for training; the grid is searched with the first one tested, as HEAR's
-    evaluator does, and the score is the mean over folds. Differences from that evaluator: torch's own first weights,
-    validation after every epoch, true frame times, detections that last to the end of their last frame, an odd median filter. chance: `hear_chance`. Source: Turian et al., HEAR 2021; Cacophony's
-    evaluation on it.
+    Score: accuracy (multiclass), macro mAP (multilabel), F1 of event onsets (event; within 200 ms
+    unless the task's metadata names another tolerance). All eight probes of HEAR's grid are
+    trained, each up to 500 epochs until 20 bring no better score on split valid; epoch, probe and
+    shortest event are those with the best score there. With folds each is tested once, the next one
+    is for validation, the others for training; the grid is searched with the first one tested, as
+    HEAR's evaluator does, and the score is the mean over folds. Differences from that evaluator:
+    torch's own first weights, validation after every epoch, true frame times, detections that last
+    to the end of their last frame, an odd median filter. chance: `hear_chance`. Source: Turian et
+    al., HEAR 2021; Cacophony's evaluation on it.
     """
     kind, folds, told = task["kind"], [], []
     if kind == "event" and not hasattr(model, "embed_frames"):
         raise ValueError(
-            f"{task['name']} is a timestamp task: it needs a model with embed_frames, which this one has not"
+            f"{task['name']} is a timestamp task: it needs a model with embed_frames, which this "
+            "one has not"
         )
     frame_s = getattr(model, "frame_s", None)
     splits = {name: hear_inputs(model, task, name, settings) for name in task["splits"]}
@@ -428,7 +450,8 @@ def hear(model, task: dict, settings) -> dict:
         n_classes=len(task["classes"]),
         details=details,
         task=f"{kind}, {len(folds)} fold(s), mean over folds",
-        probe=f"MLP, {grid[0]['layers'] - 1} hidden layer(s) of {HEAR_PROBE['width']}, lr {grid[0]['lr']:g}: the best of {len(HEAR_GRID)}",
+        probe=f"MLP, {grid[0]['layers'] - 1} hidden layer(s) of {HEAR_PROBE['width']}, lr "
+        f"{grid[0]['lr']:g}: the best of {len(HEAR_GRID)}",
         validation="; ".join(told),
         tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold",
         **rules,

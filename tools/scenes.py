@@ -51,7 +51,8 @@ def list_sounds(folder: Path) -> list[dict]:
     ]
     if not sounds:
         raise ValueError(
-            f"--sounds {folder}: found neither meta/esc50.csv nor folders of sound files, one per class"
+            f"--sounds {folder}: found neither meta/esc50.csv nor folders of sound files, one per "
+            "class"
         )
     return sounds
 
@@ -91,7 +92,9 @@ def split_sounds(sounds, train_folds, test_folds, val_fraction: float, seed: int
 
 
 def active_part(waveform: np.ndarray, rate: int, floor_db: float = 40.0) -> slice:
-    """Samples without the leading and trailing 20 ms frames that lie more than `floor_db` below the loudest one."""
+    """Samples without the leading and trailing 20 ms frames that lie more than `floor_db` below the
+    loudest one.
+    """
     hop = rate // 50
     frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop)
     if len(frames) == 0:
@@ -131,7 +134,9 @@ IN_ORDER = ["{0} followed by {1}", "{0} and then {1}"]  # the two phrases that t
 
 
 def _mixed_job(job):
-    """One clip of ESC-mixed-up -> its row: a recording, then one of another class. Audio that an interrupted call has written is kept."""
+    """One clip of ESC-mixed-up -> its row: a recording, then one of another class. Audio that an
+    interrupted call has written is kept.
+    """
     split, number, args = job
     rng, pool = np.random.default_rng((args.seed, len(split), number)), _scene_job.pools[split]
     first = pool[int(rng.integers(len(pool)))]
@@ -183,14 +188,16 @@ def scenes(args) -> dict:
     """10 s scenes of recordings, with captions, events, phrases and swapped order.
 
     Preset scenes: one to three recordings, trimmed, at random times and levels in noise. Preset
-    esc-mixed-up (T-CLAP, Sec. 3): two recordings of 5 s and of different classes, one after the other.
+    esc-mixed-up (T-CLAP, Sec. 3): two recordings of 5 s and of different classes, one after the
+    other.
     """
     args = argparse.Namespace(**{**SCENES[args.preset], **vars(args)})
     out, mixed = Path(args.out), args.preset == "esc-mixed-up"
     check_output(out / "manifest.jsonl")
     if not 0 <= args.overlay <= 1 or (args.overlay and not mixed):
         raise ValueError(
-            f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset esc-mixed-up"
+            f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset "
+            "esc-mixed-up"
         )
     found = list_sounds(Path(args.sounds))
     sounds, unusable = [], []
@@ -219,7 +226,8 @@ def scenes(args) -> dict:
     for split, pool in pools.items():
         if counts[split] and not pool:
             raise ValueError(
-                f"no recording is left for the {split} split; check --train-folds, --test-folds, --val-fraction"
+                f"no recording is left for the {split} split; check --train-folds, --test-folds, "
+                "--val-fraction"
             )
         if mixed and counts[split] and len({sound["label"] for sound in pool}) < 2:
             raise ValueError(
@@ -236,7 +244,8 @@ def scenes(args) -> dict:
             and (out / "settings.json").read_text().strip() != settings
         ):
             raise FileExistsError(
-                f"--out {out}: holds a part of a set made with other settings (settings.json there); choose another folder"
+                f"--out {out}: holds a part of a set made with other settings (settings.json "
+                "there); choose another folder"
             )
         common.write_lines(out / "settings.json", [settings])
     except PermissionError as error:
@@ -251,7 +260,8 @@ def scenes(args) -> dict:
         / 1e9
     )
     print(
-        f"{len(jobs)} clips of 10 s at {args.rate} Hz: about {size:.1f} GB of 16-bit {args.format.upper()}"
+        f"{len(jobs)} clips of 10 s at {args.rate} Hz: about {size:.1f} GB of 16-bit "
+        f"{args.format.upper()}"
     )
     # one thread each: torch's own threads do not survive a fork
     with multiprocessing.get_context("fork").Pool(
@@ -271,11 +281,13 @@ def scenes(args) -> dict:
     common.write_lines(out / "manifest.jsonl", [json.dumps(row) for row in rows])
     for split, pool in pools.items():
         print(
-            f"{split}: {counts[split]} scenes from {len({s['recording'] for s in pool})} recordings "
+            f"{split}: {counts[split]} scenes from {len({s['recording'] for s in pool})} "
+            "recordings "
             f"of {len({s['label'] for s in pool})} classes"
         )
     print(
-        f"wrote {out / 'manifest.jsonl'} and classes.txt ({len(classes)} classes of the {'test' if counts['test'] else 'training'} recordings)"
+        f"wrote {out / 'manifest.jsonl'} and classes.txt ({len(classes)} classes of the "
+        f"{'test' if counts['test'] else 'training'} recordings)"
     )
     return {"manifest": str(out / "manifest.jsonl"), "left_out": unusable}
 
@@ -302,7 +314,8 @@ def parse(argv=None):
         return {"default": argparse.SUPPRESS, "type": type(SCENES["scenes"][name])}
 
     def told(name):
-        return f"[{SCENES['scenes'][name]}; esc-mixed-up: {SCENES['esc-mixed-up'][name] or 'that of the sounds'}]"
+        mixed = SCENES["esc-mixed-up"][name] or "that of the sounds"
+        return f"[{SCENES['scenes'][name]}; esc-mixed-up: {mixed}]"
 
     p.add_argument("--train", **of_preset("train"), help=f"training clips {told('train')}")
     p.add_argument("--val", **of_preset("val"), help=f"validation clips {told('val')}")
@@ -321,7 +334,8 @@ def parse(argv=None):
     p.add_argument(
         "--overlay",
         **of_preset("overlay"),
-        help="share of esc-mixed-up's clips (then 5 s) with both sounds at once and no negative [0]",
+        help="share of esc-mixed-up's clips (then 5 s) with both sounds at once and no negative "
+        "[0]",
     )
 
     def folds(text):

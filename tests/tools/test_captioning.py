@@ -1,4 +1,6 @@
-"""eval.py's captioning and gap protocols: the metrics by hand and against pycocoevalcap, the protocols on a made-up model."""
+"""eval.py's captioning and gap protocols: the metrics by hand and against pycocoevalcap, the
+protocols on a made-up model.
+"""
 
 import csv
 import json
@@ -26,7 +28,9 @@ RATE = 8000
 
 
 def toolkit(said, references):
-    """pycocoevalcap on the same words: [BLEU-1..4, ROUGE-L, CIDEr-D] of the set, and each clip's ROUGE-L and CIDEr-D."""
+    """pycocoevalcap on the same words: [BLEU-1..4, ROUGE-L, CIDEr-D] of the set, and each clip's
+    ROUGE-L and CIDEr-D.
+    """
     heard = {i: [" ".join(words)] for i, words in enumerate(said)}
     truth = {i: [" ".join(words) for words in of] for i, of in enumerate(references)}
     (rouge, rouges), (cider, ciders) = (
@@ -129,10 +133,14 @@ def test_rouge_l_by_hand():
 
 
 def test_cider_d_by_hand():
-    """Two clips, one word in common to both (idf 0): of clip 1 only `dog` counts, once though said twice."""
+    """Two clips, one word in common to both (idf 0): of clip 1 only `dog` counts, once though said
+    twice.
+    """
     found = downstream.cider_d([["a", "dog", "dog"], ["x"]], [[["a", "dog"]], [["a", "cat"]]])
-    # n = 1: both vectors lie along `dog`, said 2 idf clipped to 1 idf: idf^2 / (2 idf x idf) = 1 / 2; n = 2: of the bigrams
-    # `a dog`, `dog dog` (norm sqrt 2) one is right: 1 / sqrt 2; n = 3, 4: none. One word too long: exp(-1 / 72).
+    # n = 1: both vectors lie along `dog`, said 2 idf clipped to 1 idf: idf^2 / (2 idf x idf) = 1 /
+    # 2; n = 2: of the bigrams
+    # `a dog`, `dog dog` (norm sqrt 2) one is right: 1 / sqrt 2; n = 3, 4: none. One word too long:
+    # exp(-1 / 72).
     assert found == pytest.approx([10 * (0.5 + 2**-0.5) / 4 * np.exp(-1 / 72), 0.0])
 
 
@@ -300,7 +308,7 @@ def test_a_model_without_captions_is_named(talker, monkeypatch):
 
 
 def test_the_bootstrap_of_captions_is_fast(monkeypatch):
-    """1,000 clips x 5 references x 200 draws; the captions are compared with the references once."""
+    """1,000 clips x 5 references x 200 draws; captions meet their references once."""
     rng = np.random.default_rng(0)
 
     def draw():
@@ -322,7 +330,9 @@ def test_the_bootstrap_of_captions_is_fast(monkeypatch):
 
 
 def test_gap_by_hand(talker, monkeypatch):
-    """Pairs: axis 1 with (.6, 0, 0, .8) twice, axis 2 with (0, .6, 0, .8) twice, axis 3 with that twice, axis 1 with each once."""
+    """Pairs: axis 1 with (.6, 0, 0, .8) twice, axis 2 with (0, .6, 0, .8) twice, axis 3 with that
+    twice, axis 1 with each once.
+    """
     (r,) = talker[1]("--protocol", "gap", "--bootstrap", 20)
     audio = np.array([4, 2, 2, 0]) / 8
     text = np.array([0.6 * 3, 0.6 * 5, 0, 0.8 * 8]) / 8

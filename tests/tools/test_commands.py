@@ -1,4 +1,6 @@
-"""Every tool once as a user starts it: a process of its own, in the repository's folder, on a small corpus."""
+"""Every tool once as a user starts it: a process of its own, in the repository's folder, on a small
+corpus.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""tools.datasets, its adapters: miniature trees of the real tables with short sounds -> manifests, values checked."""
+"""tools.datasets, its adapters: miniature trees of the real tables with short sounds -> manifests,
+values checked.
+"""
 
 import csv
 import hashlib
@@ -303,8 +305,8 @@ def test_audiocaps_v1(tmp_path, capsys):
     n_train = len(source["train"])
     out = capsys.readouterr().out
     assert (
-        f"train: {n_train - 2} of {n_train} clips, {n_train - 2} captions (published 49,838 clips, 49,838 captions)"
-        in out
+        f"train: {n_train - 2} of {n_train} clips, {n_train - 2} captions (published 49,838 clips, "
+        "49,838 captions)" in out
     )
     assert "left out, without audio: 2" in out and len(report["missing"]) == 2
     for split in (
@@ -469,9 +471,8 @@ def test_clotho(tmp_path, capsys):
     assert any(r["file_name"].startswith(" ") for r in source)
     text(
         path / "clotho_captions_validation.csv",
-        "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\nBeat &gt; echo, two.wav,a,b,c,d,e\n".replace(
-            "Beat &gt; echo, two.wav", '"Beat &gt; echo, two.wav"'
-        ),
+        "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\nBeat &gt; echo, "
+        "two.wav,a,b,c,d,e\n".replace("Beat &gt; echo, two.wav", '"Beat &gt; echo, two.wav"'),
         "\r\n",
     )
     wav(path / "validation/Beat > echo, two.wav")  # unescaped on the disk
@@ -804,7 +805,8 @@ def test_audioset_strong_both_forms(tmp_path, capsys):
         tmp_path / "conv/as_strong_train.tsv",
         "filename\tonset\toffset\tevent_label\n"
         + "".join(
-            f"{r['segment_id']}.wav\t{r['start_time_seconds']}\t{r['end_time_seconds']}\t{shown[r['label']]}\n"
+            f"{r['segment_id']}.wav\t{r['start_time_seconds']}\t{r['end_time_seconds']}\t"
+            f"{shown[r['label']]}\n"
             for r in events
         ),
     )
@@ -822,7 +824,9 @@ def test_audioset_strong_both_forms(tmp_path, capsys):
 def test_strong_overlaps_of_one_class_stay(tmp_path):
     text(
         tmp_path / "eval.tsv",
-        "filename\tonset\toffset\tevent_label\na_B1-cdefgh_30000.wav\t1.0\t3.0\tDog\na_B1-cdefgh_30000.wav\t2.0\t4.0\tDog\n",
+        "filename\tonset\toffset\tevent_label\n"
+        "a_B1-cdefgh_30000.wav\t1.0\t3.0\tDog\n"
+        "a_B1-cdefgh_30000.wav\t2.0\t4.0\tDog\n",
     )
     wav(tmp_path / "Ya_B1-cdefgh.wav", 5.0)
     _, rows, _ = convert("audioset_strong", tmp_path, tmp_path / "m")
@@ -1025,7 +1029,8 @@ def test_music_avqa(tmp_path, capsys):
 def test_csv_rows_of_one_file_become_one_clip(tmp_path):
     text(
         tmp_path / "mine.csv",
-        "file;text;part\na/x.wav;Rain, heavy;training\nb/x.wav;Wind;eval\na/x.wav;It rains;training\n",
+        "file;text;part\na/x.wav;Rain, heavy;training\nb/x.wav;Wind;eval\na/x.wav;It "
+        "rains;training\n",
         "\r\n",
     )
     wav(tmp_path / "a/x.wav"), wav(tmp_path / "b/x.wav", 0.7)
@@ -1229,14 +1234,15 @@ def test_csv_never_guesses_between_folders(tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert (
-        "left out, since files of that name lie in several folders (write the folder in the table): 2, such as '1.wav (a/1.wav or b/1.wav)'"
-        in said
+        "left out, since files of that name lie in several folders (write the folder in the "
+        "table): 2, such as '1.wav (a/1.wav or b/1.wav)'" in said
     )
     assert "found in another folder than the table says: 1, such as 'c/3.wav -> z/3.wav'" in said
     text(tmp_path / "one.csv", "f,t\n1.wav,rain\n")
     with pytest.raises(
         ValueError,
-        match="files of the same name lie in several folders, such as 1.wav .a/1.wav or b/1.wav.; write the folder",
+        match="files of the same name lie in several folders, such as 1.wav .a/1.wav or b/1.wav.; "
+        "write the folder",
     ):
         convert("csv", tmp_path / "one.csv", tmp_path / "n", "--audio", "f", "--caption", "t")
     with pytest.raises(FileNotFoundError, match="--audio-dir .*nowhere: no such folder"):
@@ -1348,8 +1354,8 @@ def test_wrong_level_wrong_dataset_pointer_and_nothing(tmp_path):
     )
     assert f"give {caps}" in message("audiocaps", caps / "wavs")
     assert (
-        "holds the files of clotho, not of esc50 (expected meta/esc50.csv); run: python -m tools.datasets clotho"
-        in message("esc50", clotho)
+        "holds the files of clotho, not of esc50 (expected meta/esc50.csv); run: python -m "
+        "tools.datasets clotho" in message("esc50", clotho)
     )
     assert "holds the files of audiocaps, not of vggsound" in message("vggsound", caps / "dataset")
     copy("wavcaps_github_clone", tmp_path / "lfs")

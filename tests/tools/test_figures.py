@@ -1,4 +1,6 @@
-"""tools.figures: a model's pictures are drawn and their numbers are right; those of results/ are drawn in test_evidence.py."""
+"""tools.figures: a model's pictures are drawn and their numbers are right; those of results/ are
+drawn in test_evidence.py.
+"""
 
 import json
 
@@ -164,7 +166,8 @@ def test_pictures_are_drawn_and_their_numbers_are_right(
     attention, values = figures.last_block_maps(model, waveform)
     assert attention.shape == values.shape == (32, 32)
     assert np.allclose(attention.sum(1), 1, atol=1e-5) and (np.abs(values) <= 1 + 1e-5).all()
-    # one cell by hand: frame 3 = chunk 0, column 3; frame 13 = chunk 1, column 5 of the 8 x 8 grid, two rows each
+    # one cell by hand: frame 3 = chunk 0, column 3; frame 13 = chunk 1, column 5 of the 8 x 8 grid,
+    # two rows each
     block, caught = model.audio_encoder.layers[-1].blocks[-1], {}
     block.norm1.register_forward_hook(lambda module, given, out: caught.update(x=out[0]))
     with torch.no_grad(), common.evaluating(model):

@@ -1,4 +1,6 @@
-"""eval.py's HEAR interface and its probe: task folders made of tones whose right answers are known, scores by hand."""
+"""eval.py's HEAR interface and its probe: task folders made of tones whose right answers are known,
+scores by hand.
+"""
 
 import json
 import shutil
@@ -105,7 +107,7 @@ def write_task(folder, told: dict, sounds: dict, classes, rate="8000", **metadat
 
 
 def tone_task(folder, counts, **metadata):
-    """Clips of one of three tones; labels are numbers in the JSON files, as spoken_digit has them."""
+    """Clips of one of three tones; labels are numbers in the JSON files, as in spoken_digit."""
     rng, told, sounds = np.random.default_rng(0), {}, {}
     for split, count in counts.items():
         told[split] = {f"{split}{i}.wav": [[7, 8, 9][i % 3]] for i in range(count)}
@@ -183,7 +185,7 @@ def test_a_scene_task_of_several_labels_a_clip(tmp_path, hear):
 
 
 def event_task(folder, n_files=12, **metadata):
-    """4 s files with a low and a high tone at times that are no multiples of a frame; times in ms."""
+    """4 s files with a low and a high tone, not at multiples of a frame; times in ms."""
     rng, told, sounds = np.random.default_rng(1), {}, {}
     for split in ("train", "valid", "test"):
         for i in range(n_files):
@@ -229,7 +231,9 @@ def test_a_timestamp_task(tmp_path, hear, capsys):
 
 
 def test_folds_take_turns_and_the_grid_is_searched_once(tmp_path, hear, monkeypatch):
-    """Probes that are right for all, for two of three and for one of three classes, in the order of their training."""
+    """Probes that are right for all, for two of three and for one of three classes, in the order of
+    their training.
+    """
     folder = tone_task(
         tmp_path / "task",
         {"fold00": 3, "fold01": 6, "fold02": 9},
@@ -297,8 +301,10 @@ def test_a_real_task_folder_is_read(tmp_path):
 
 
 def test_onset_counts_by_hand():
-    """Frames of 0.1 s, median over 3. Class a: events at 0.35 and 2.0; detections from 0.5 (late by 0.15: right), from 1.3 and,
-    one frame which the median takes out, from 1.9. Class b: two events near one detection are one hit."""
+    """Frames of 0.1 s, median over 3. Class a: events at 0.35 and 2.0; detections from 0.5 (late by
+    0.15: right), from 1.3 and, one frame which the median takes out, from 1.9. Class b: two events
+    near one detection are one hit.
+    """
     a, b = -np.ones((30, 1)), -np.ones((30, 1))
     a[5:9], a[13:16], a[19], b[10:20] = 1, 1, 1, 1
     row = {
@@ -379,7 +385,8 @@ def test_scores_of_scene_tasks_by_hand():
     )
     logits = np.array([[3.0, 5, 1], [2, 4, 1], [1, 3, 1]])
     evidence = benchmark.hear_evidence(task, logits, {"targets": targets}, None, 0.0)
-    # a: hits at ranks 1 and 3: (1 + 2 / 3) / 2; b: at ranks 2 and 3: (1 / 2 + 2 / 3) / 2; c does not occur
+    # a: hits at ranks 1 and 3: (1 + 2 / 3) / 2; b: at ranks 2 and 3: (1 / 2 + 2 / 3) / 2; c does
+    # not occur
     assert benchmark.hear_score("multilabel", evidence) == pytest.approx(
         ((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2
     )
@@ -517,7 +524,8 @@ def test_a_probe_stops_when_its_patience_ends_and_keeps_the_first_of_the_best():
         (
             "task_metadata.json",
             None,
-            "task_metadata.json: no such file; --task expects a task folder as hear-preprocess writes it",
+            "task_metadata.json: no such file; --task expects a task folder as hear-preprocess "
+            "writes it",
         ),
         ("task_metadata.json", "{", "task_metadata.json: not JSON"),
         ("task_metadata.json", "[]", "expected a JSON object, found list"),

@@ -1,4 +1,6 @@
-"""tools.downstream: protocols that train on frozen features, add noise, or look at pictures, on made-up models whose answers are known."""
+"""tools.downstream: protocols that train on frozen features, add noise, or look at pictures, on
+made-up models whose answers are known.
+"""
 
 import itertools
 import json
@@ -19,7 +21,9 @@ RATE = 8000
 
 
 class Reader:
-    """Reads its tokens off a clip's first samples: sample k = c / 100 is token c % 4 in slot k, marked from c = 4 on."""
+    """Reads its tokens off a clip's first samples: sample k = c / 100 is token c % 4 in slot k,
+    marked from c = 4 on.
+    """
 
     window_s, sample_rate, pairwise, patch_s = 0.5, RATE, False, 0.1
     clean_caption = staticmethod(str.lower)
@@ -78,7 +82,9 @@ def run(monkeypatch):
 
 
 def write_clips(folder, clips):
-    """clips: (codes, rest of the row) -> manifest. The codes are the first samples, quiet sound follows."""
+    """clips: (codes, rest of the row) -> manifest. The codes are the first samples, quiet sound
+    follows.
+    """
     folder.mkdir(exist_ok=True)
     for i, (codes, row) in enumerate(clips):
         samples = 0.01 * np.sin(np.arange(2000) / 5 + i)
@@ -93,7 +99,7 @@ NAMES = ["bell", "dog", "hum", "rain"]
 
 
 def marked_clips(rng, counts):
-    """Every clip holds the four contents once, in any order; its class is the one that is marked."""
+    """Every clip holds the four contents once, in any order; its class is the marked one."""
     for split, count in counts.items():
         for i in range(count):
             order = rng.permutation(4)
@@ -159,7 +165,9 @@ def test_the_decoder_probe_finds_a_marked_token_that_the_mean_does_not_show(
 
 
 def planted(monkeypatch, known):
-    """train_probe that is right for the clips of the first `known` classes only, and says what it was given."""
+    """train_probe that is right for the clips of the first `known` classes only, and says what it
+    was given.
+    """
     seen = []
 
     def probe(train, val, n_classes, desc, **options):
@@ -480,7 +488,8 @@ def test_ranks_of_pictures_by_hand_with_ties(tmp_path, run, monkeypatch):
     )
     data = write_clips(tmp_path / "d", [([s], {"image": "x.png"}) for s in sounds])
     (r,) = run(Counter(1), data, "--protocol", "image", "--image-model", "x")
-    # sim: rows clips [1 0 0], [1 0 0], [0 1 1]; a2i ranks 1, 3 (0 ties with 0), 2 (tie); i2a ranks 2 (tie), 3, 1
+    # sim: rows clips [1 0 0], [1 0 0], [0 1 1]; a2i ranks 1, 3 (0 ties with 0), 2 (tie); i2a ranks
+    # 2 (tie), 3, 1
     assert r["scores"]["a2i_MRR"]["value"] == pytest.approx((1 + 1 / 3 + 1 / 2) / 3) and r[
         "scores"
     ]["a2i_R@1"]["value"] == pytest.approx(1 / 3)
@@ -547,7 +556,8 @@ def test_a_trained_decoder_says_planted_captions_back(tmp_path, run, monkeypatch
     data = write_clips(tmp_path / "d", clips[-3:])
     with pytest.raises(
         ValueError,
-        match="captioning trains a decoder for this model, .*: it needs rows of split train with 'captions'",
+        match="captioning trains a decoder for this model, .*: it needs rows of split train with "
+        "'captions'",
     ):
         run(model, data, "--protocol", "captioning")
 
@@ -581,7 +591,8 @@ def test_a_probe_learns_what_is_linear_in_its_inputs_and_keeps_the_best_validati
         (inputs[:400], targets[:400]), (inputs[400:500], targets[400:500]), 4, "probe"
     )
     assert np.array_equal(logits_of(inputs[500:]), again(inputs[500:]))
-    # labels that are noise on training rows but wrong on validation rows: the first epochs, not the last, are kept
+    # labels that are noise on training rows but wrong on validation rows: the first epochs, not the
+    # last, are kept
     flipped = downstream.train_probe(
         (inputs[:100], targets[:100]),
         (inputs[:100], (targets[:100] + 1) % 4),
@@ -593,7 +604,9 @@ def test_a_probe_learns_what_is_linear_in_its_inputs_and_keeps_the_best_validati
 
 
 def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys):
-    """The logits are given: binary 2 of 3 right; words: rank 1, rank 2, and an answer never seen in training."""
+    """The logits are given: binary 2 of 3 right; words: rank 1, rank 2, and an answer never seen in
+    training.
+    """
     rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
     chosen = {
         split: [row for row in rows if row["split"] == split][:3]

@@ -1,4 +1,6 @@
-"""tools.captions rewrite --task clean, and recaption: captions from noisy descriptions, captions by a model of ours."""
+"""tools.captions rewrite --task clean, and recaption: captions from noisy descriptions, captions by
+a model of ours.
+"""
 
 import itertools
 import json
@@ -58,7 +60,9 @@ def clean(data, out, *flags):
 
 @pytest.fixture
 def fake_llm(monkeypatch):
-    """A model that gives the k-th question about a description its k-th reply -> what was asked; dies before question `die_at`."""
+    """A model that gives the k-th question about a description its k-th reply -> what was asked;
+    dies before question `die_at`.
+    """
     asked, state, counters = [], {"die_at": 99}, {}
 
     def generate(llm, prompts, max_new_tokens, temperature):
@@ -121,8 +125,8 @@ def test_descriptions_become_captions(tmp_path, fake_llm, capsys):
         assert f"Description: {text}\nCaption: {caption}\n\n" in asked[0][0]
     printed = capsys.readouterr().out
     assert (
-        "3 clips with 4 texts under 'captions'; left out: 2 not of 1 to 300 s, 1 without a description, 1 without an accepted answer"
-        in printed
+        "3 clips with 4 texts under 'captions'; left out: 2 not of 1 to 300 s, 1 without a "
+        "description, 1 without an accepted answer" in printed
     )
 
 
@@ -240,7 +244,8 @@ def test_examples_from_a_file(tmp_path, fake_llm):
         file,
     )
     assert asked[0][0].endswith(
-        "\n\nDescription: snow_1.wav, my garden\nCaption: Snow falls\n\nDescription: A cat purrs\nCaption:"
+        "\n\nDescription: snow_1.wav, my garden\nCaption: Snow falls\n\nDescription: A cat "
+        "purrs\nCaption:"
     )
     assert asked[0][0].count("Description: ") == 2
     for content, message in (
@@ -287,7 +292,8 @@ def test_import_by_description_id_or_file_is_checked_too(tmp_path):
     file.write_text('{"caption": "A dog barks"}', encoding="utf-8")
     with pytest.raises(
         ValueError,
-        match="made.jsonl:1: does not tell what it belongs to; expected 'description' or 'id' or 'audio'",
+        match="made.jsonl:1: does not tell what it belongs to; expected 'description' or 'id' or "
+        "'audio'",
     ):
         clean(tmp_path / "data", tmp_path / "out2", "--import", file)
     file.write_text('{"caption": null, "negative": "x", "id": 7}', encoding="utf-8")
@@ -419,7 +425,9 @@ def captioner(monkeypatch):
 
 @pytest.fixture
 def sounds(tmp_path):
-    """Tones of amplitudes 0.1 to 0.6 and 1 to 2 s, stereo at 16 kHz; clips that are broken, missing, too short, or not a tone."""
+    """Tones of amplitudes 0.1 to 0.6 and 1 to 2 s, stereo at 16 kHz; clips that are broken,
+    missing, too short, or not a tone.
+    """
     rows, folder = [], tmp_path / "data"
     folder.mkdir()
     for i in range(1, 7):
@@ -547,13 +555,15 @@ def test_bad_inputs_of_recaption_are_one_sentence(tmp_path, sounds, captioner, m
         recaption(sounds, sounds)
     with pytest.raises(
         ValueError,
-        match="not one answer was accepted, nothing is written .left out: 1 unreadable, 11 not of 200 to 300 s",
+        match="not one answer was accepted, nothing is written .left out: 1 unreadable, 11 not of "
+        "200 to 300 s",
     ):
         recaption(sounds, tmp_path / "none", "--min-s", 200)
     monkeypatch.setattr(evaluation, "load_model", lambda path: torch.nn.Linear(1, 1))
     with pytest.raises(
         ValueError,
-        match="--model runs/a/best.pt: a model of .*linear.py, which writes no captions; give a checkpoint of a script",
+        match="--model runs/a/best.pt: a model of .*linear.py, which writes no captions; give a "
+        "checkpoint of a script",
     ):
         recaption(sounds, tmp_path / "out")
     monkeypatch.undo()

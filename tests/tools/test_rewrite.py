@@ -1,4 +1,6 @@
-"""tools.captions rewrite: negatives by rules, by a language model, from a file; values checked against English and hand-made manifests."""
+"""tools.captions rewrite: negatives by rules, by a language model, from a file; values checked
+against English and hand-made manifests.
+"""
 
 import argparse
 import csv
@@ -12,7 +14,8 @@ from tools import captions as tool
 
 CAPTIONS = ROOT.parent / "shared" / "formats" / "captions"
 
-# caption -> the same events in the other order, or None where the caption tells no order or the rules cannot keep it right
+# caption -> the same events in the other order, or None where the caption tells no order or the
+# rules cannot keep it right
 PAIRS = [
     # two sides change places
     ("A dog barks before a car passes", "A car passes before a dog barks"),
@@ -183,7 +186,9 @@ def test_the_table_is_large_and_rules_name_the_connective_or_the_reason():
 
 
 def test_rules_agree_with_scenes_whose_order_is_known(demo_rows=60):
-    """The demo corpus writes each ordered caption and its reversal from one template: two events must come out the same."""
+    """The demo corpus writes each ordered caption and its reversal from one template: two events
+    must come out the same.
+    """
     same = 0
     for row in common.read_manifest(["demo"]):
         for caption, negative in zip(row["captions"], row["negatives"]):
@@ -496,7 +501,9 @@ def test_answers_are_checked(caption, answer, expected):
 
 
 def test_accepted_and_rejected_answers_and_a_killed_run(tmp_path, monkeypatch, capsys):
-    """Six captions, two a batch; the second batch is killed: what the first one answered is not asked for again."""
+    """Six captions, two a batch; the second batch is killed: what the first one answered is not
+    asked for again.
+    """
     captions = [
         "Rain then wind",
         "Dogs then cats",

@@ -46,7 +46,8 @@ def test_one_folder_per_class(class_folders, tmp_path, capsys):
     assert (tmp_path / "a/classes.txt").read_text().split() == ["bell", "dog_bark", "siren"]
     text = json.dumps([r["captions"] for r in rows])
     assert "dog bark" in text and "dog_bark" not in text
-    # a swapped scene holds the same sounds, the reverse order: energies agree, onsets are mirrored in order
+    # a swapped scene holds the same sounds, the reverse order: energies agree, onsets are mirrored
+    # in order
     row = next(r for r in rows if r.get("swapped_audio"))
     x, y = (sf.read(row[k])[0] for k in ("audio", "swapped_audio"))
     assert (
