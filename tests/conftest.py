@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tests run side by side, and threads that wait for one another spin
-)
+# tests run side by side, and threads that wait for one another spin
+os.environ["OMP_NUM_THREADS"] = "1"
+# processes that tests start read torch and transformers as bytecode instead of compiling them anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -104,9 +104,8 @@ def test_psds_by_hand():
     rows = [{"duration": 3600.0, "events": [{"label": "dog", "onset": 900.0, "offset": 1800.0}]}]
     scores = [np.array([[0.5], [0.4], [0.1], [0.3]])]
     # t < .5: frame 0, false (1/h). t < .4: frames 0-1, half of it right: with dtc 0.5 found, no
-    # false one left.
-    # t < .3: frame 3 is false as well (1/h). t < .1: everything, a quarter right: false, nothing
-    # found.
+    # false one left. t < .3: frame 3 is false as well (1/h). t < .1: everything, a quarter right:
+    # false, nothing found.
     ((efpr, tpr),) = evaluator.psd_roc(
         scores, rows, ["dog"], 900.0, dtc=0.5, gtc=0.5, max_efpr=10.0
     )

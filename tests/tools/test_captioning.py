@@ -138,9 +138,8 @@ def test_cider_d_by_hand():
     """
     found = downstream.cider_d([["a", "dog", "dog"], ["x"]], [[["a", "dog"]], [["a", "cat"]]])
     # n = 1: both vectors lie along `dog`, said 2 idf clipped to 1 idf: idf^2 / (2 idf x idf) = 1 /
-    # 2; n = 2: of the bigrams
-    # `a dog`, `dog dog` (norm sqrt 2) one is right: 1 / sqrt 2; n = 3, 4: none. One word too long:
-    # exp(-1 / 72).
+    # 2; n = 2: of the bigrams `a dog`, `dog dog` (norm sqrt 2) one is right: 1 / sqrt 2; n = 3, 4:
+    # none. One word too long: exp(-1 / 72).
     assert found == pytest.approx([10 * (0.5 + 2**-0.5) / 4 * np.exp(-1 / 72), 0.0])
 
 
