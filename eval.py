@@ -559,10 +559,13 @@ def timeline(scores: list, rows: list[dict], frame_s: float):
     return begin, np.concatenate(edges)
 
 
-def class_timeline(scores: list, column: int) -> np.ndarray:
+def class_timeline(scores: list, column: int, begin) -> np.ndarray:
     """(E,) scores of one class on the `timeline`, -inf at the last edge of every clip."""
-    parts = [np.append(s[:, column], np.float32(-np.inf)) for s in scores]
-    return np.concatenate(parts)
+    flat = np.full(begin[-1], -np.inf, np.result_type(scores[0], np.float32))
+    inside = np.ones(len(flat), bool)
+    inside[begin[1:] - 1] = False
+    flat[inside] = np.concatenate([s[:, column] for s in scores])
+    return flat
 
 
 def at_least(value, limit):
@@ -661,7 +664,7 @@ def collar_f1(
     begin, edges = timeline(scores, rows, frame_s)
     best = []
     for c, name in enumerate(classes):
-        start, stop, top, floor = detections(class_timeline(scores, c))
+        start, stop, top, floor = detections(class_timeline(scores, c, begin))
         # a detection appears at its top and goes at its floor; events are found in between
         thresholds, found = [top, floor], [np.zeros(2 * len(top))]
         detected, n_events = [np.ones(len(top)), -np.ones(len(top))], 0
@@ -791,7 +794,7 @@ def psd_roc(
         weight = alpha_ct / max(len(columns) - 1, 1) * per_hour
     roc = []
     for c, column in enumerate(tqdm(columns, desc=desc, unit="class", leave=False, delay=2)):
-        flat = class_timeline(scores, column)
+        flat = class_timeline(scores, column, begin)
         if np.isnan(flat).any():
             raise FloatingPointError(
                 f"some scores of class {classes[column]!r} are NaN; the model's weights are broken"
