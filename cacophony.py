@@ -1,50 +1,95 @@
 """Cacophony: an audio encoder first trained to fill in masked spectrograms, then CLAP with a captioner.
 
 Zhu, Darefsky, Duan: "Cacophony: An Improved Contrastive Audio-Text Model", IEEE/ACM TASLP 32, 2024,
-arXiv:2402.06986. Official code, inference only: github.com/gzhu06/Cacophony (JAX, and a torch port).
+arXiv:2402.06986. Official code, inference only: github.com/gzhu06/Cacophony (JAX and a torch port).
 
 The idea: CLAP needs good encoders and more captioned audio than people have captioned. So (1) the
-audio encoder, a plain ViT on spectrogram patches, learns from sound alone: it sees 20 % of the
-patches and must paint the others (a masked autoencoder); (2) noisy descriptions are rewritten and
-uncaptioned audio is captioned by machine (`tools.captions rewrite --task clean`, `tools.captions recaption`);
-(3) beside the contrastive loss a decoder must write the caption, which asks for more than telling
-the clips of a batch apart; (4) SAM, a flat-minimum optimiser, keeps all of this from overfitting.
+audio encoder, a plain ViT on spectrogram patches, is first trained on audio alone, as a masked
+autoencoder (MAE): it sees 20 % of the patches, and a decoder reconstructs the spectrogram; (2)
+noisy descriptions are cleaned and uncaptioned audio is captioned by machine (`tools.captions
+rewrite --task clean`, `tools.captions recaption`); (3) beside the contrastive loss, a text decoder
+must generate the caption, which asks for more detail than telling the clips of a batch apart; (4)
+SAM, sharpness-aware minimisation, looks for flat minima and so delays overfitting.
 
 Equations (paper) -> code
-  Eq. (1)  contrastive loss, the sum of both directions   contrastive_loss
-  Eq. (2)  captioning loss                                caption_nll
-  Eq. (3)  the sum of the two losses                      training_loss
-  Eq. (4)  SAM: the worst loss within a distance rho      sam_backward
-  Eq. (5)  where it is, to first order                    sam_backward
-  Eq. (6)  the gradient there                             sam_backward
+  Eq. (1)  contrastive loss, the sum of both directions, mean over the batch   contrastive_loss
+  Eq. (2)  captioning loss, mean over a caption's tokens                       caption_nll
+  Eq. (3)  sum of the two losses, the second one times lambda                  training_loss
+  Eq. (4)  SAM: the loss to minimise is the worst case within distance rho     sam_backward
+  Eq. (5)  the step to it, rho g / norm(g) to first order                      sam_backward
+  Eq. (6)  the gradient there, which then updates the unmoved weights          sam_backward
 
-Letters: B clips in a batch, S samples, T time steps of 0.16 s, F 8 patches of 16 mel bins in each, N = T F
-patches of 256 values, V visible patches, L text tokens, D joint dimension 768. rho 0.075, lambda
-[lambda] caption_weight 1.
+Letters: B clips in a batch (the paper's N), S samples, T time steps of 0.16 s, F 8 patches of 16
+mel bins in each, N = T F patches of 256 values, V visible patches, L text tokens (the paper's T), D
+joint dimension 768. rho 0.075, lambda (caption_weight) 1, scale is 1 / tau.
 
-Deviations from the paper, what it leaves open, and the variants
-  D1  Spectrogram, details from the JAX code: magnitudes, frames padded at their end, triangles linear
-      in mel. --variant official, the torch port: window centred in 512 samples, triangles linear in Hz.
-  D2  Pooling heads: 8 and 8 (paper). jax: text 1. official: audio 2 (a slip of the port), text 1.
-  D3  LayerNorm eps 1e-6 in the audio encoder (jax). official: 1e-5.
-  D4  Not stated: the masked autoencoder's loss counts masked patches only; 750 patches of 15 s are 744.
-  D5  Eq. (2) averages over a caption's tokens, then over captions. jax, official: pads count as zeros.
-  D6  Not stated: 4 decoder layers (code), logit scale 1 / 0.07 and never clamped, AdamW betas 0.9, 0.999.
-  D7  Not stated: SAM moves all trained weights, by the gradient over all processes.
-  D8  Audio up to 5 minutes (Sec. 4's limit for Freesound); of longer files a random 5 minutes.
-  D9  Evaluation hears the whole clip, however long; over 60 s in pieces of 60 s that are pooled together.
-      The code draws patches at random (jax) or takes the first ones (port).
-  D10 Frames for zero-shot detection are each patch's value in the pooling layer, projected, mean over F.
+Deviations from the paper, what it leaves open, and the variants ("code": the authors' repository)
+  D1  The paper gives 16 kHz, 25 ms windows, 10 ms hop, FFT size 512, 128 mel bands (Sec. IV-A). The
+      rest is the JAX code's: magnitudes, 0.2 ln(mel + 1e-5) + 0.9, 0 to 8000 Hz, frames padded at
+      their end, triangles linear in mel. --variant official, the torch port: window centred in 512
+      samples, triangles linear in Hz.
+  D2  Pooling heads: "we choose to use n_head = 8" (Sec. IV-A), here for both modalities. The text
+      pooler of jax and official has 1, the audio pooler of official 2 (a slip of the port).
+  D3  Not stated: LayerNorm eps, 1e-6 in the audio encoder (jax). official: 1e-5.
+  D4  The MAE decoder "predicts both the masked and unmasked regions" (Sec. III-A). So does ours,
+      but the loss counts masked patches only. The paper does not say what the loss counts; it
+      follows "[24], [25]", MAE and AudioMAE, which count masked patches only, and calls the task
+      "reconstructing these masked portions". As in MAE the target is normalised, the prediction is
+      not. Padding is neither seen nor counted. The "patch sequence length of 750" (15 s, Sec. IV-A)
+      is 744 here: 15 s are 93.75 time steps, of which 93 are whole.
+  D5  Eq. (2) is for one caption: the mean over its tokens after the start token, the end token
+      included. Not stated: the mean over captions. jax, official: pads count as zeros, so the sum
+      is divided by max_tokens - 1. No released file holds this loss today, as the released code is
+      inference only; it stands in an earlier commit of the JAX code (d89652f, src/caco/caco.py).
+      The torch port never had a loss, so official takes the same.
+  D6  Not stated: 4 text decoder layers and their first weights, joint dimension 768, RoBERTa's base
+      size, dropout 0.1 on text and 0 on audio, positions added again in the MAE decoder (all:
+      code); a logit scale that starts at 1 / 0.07 (torch port) and is never clamped; 8 heads at
+      --size ablation, a linear warm-up, AdamW betas 0.9 and 0.999, weight decay on all weights, no
+      gradient clipping (ours).
+  D7  Eq. (4) to (6) are written for the whole training set. Here they are for a step's batch, over
+      all processes. Not stated: both passes take the same patches, captions and dropout masks; the
+      norm is one over all "trainable parameters" (Sec. IV-B), and 1e-12 is added to it.
+  D8  "We exclude clips that are under one second or exceed five minutes", of Freesound (Sec. II-B).
+      tools.captions leaves both out; training does not: it keeps short clips, and stage 2 takes a
+      random 5 minutes of longer ones, then 512 patches of these (the paper: "from the full
+      sequence", Sec. IV-A). With --cache both stages hear the first minute only.
+  D9  "[We] process the full audio sequence if it fits in the memory", else "randomly sample a
+      subset of spectrogram patches" (Sec. IV-A). Ours never samples: clips over 60 s are encoded in
+      pieces of 60 s, whose patches are pooled together. The code samples (jax) or takes the first
+      patches (port).
+  D10 Zero-shot detection is ours: frames are each patch's value in the pooling layer, projected,
+      mean over F. HEAR's event tasks (Sec. V-E) get the encoder's states, mean over F (code). The
+      encoder's "50 Hz output" (Sec. III-A) counts patches; there are 6.25 time steps a second.
   D11 Not stated: the checkpoint with the best mAP@10 of both directions on the validation split.
-  D12 bf16 autocast on a GPU; the losses are always in fp32.
+  D12 Not stated: bf16 autocast on a GPU; the losses are always in fp32.
+  D13 The text encoder "follows RoBERTa's architecture" and starts from "the RoBERTa pretrained
+      weights" (Sec. III-B). Its positions are counted from 0 (code), RoBERTa's from 2, so a token
+      starts from the position embedding that was trained for the token two places before. The first
+      two tokens start from rows that RoBERTa gives to no token; row 1 is its padding row, and is
+      trained here.
+  D14 Cleaned descriptions: the paper prompts GPT-3 "with 10 human annotated pairs" on 7,000
+      descriptions "to fine-tune T5-XXL" (Sec. II-B). tools.captions rewrite --task clean fine-tunes
+      nothing: it prompts any language model with ten pairs of ours, as the paper's are not
+      published, and rejects answers by rules. Five versions a clip, as in the paper.
+  D15 Machine captions: the paper's are by "HTSAT-BART pretrained on WavCaps and fine-tuned on
+      AudioCaps" (Sec. II-C). tools.captions recaption takes a captioner of ours, a stage 2
+      checkpoint.
+  D16 Not stated: each time a clip is drawn it shows one of its captions at random; where it has
+      machine captions, one of these in 80 % of the draws (code).
+  D17 Scenes are classified with "This sound is on [label]." (Sec. V-D), eval.py's cacophony_scene.
+      The code has "This is a sound on {}", cacophony_scene_code.
+  D18 Captions are sampled "at a temperature of 0.1" (Sec. V-F). caption() takes the likeliest token
+      unless it is given a temperature. Not stated: at most 100 tokens (code), no padding or start
+      token.
 
 Run:  python cacophony.py --data demo                                 (two CPU cores, both stages)
       python cacophony.py --stage mae --data audioset acav --name full
       python cacophony.py --stage contrastive --data audiocaps clotho freesound --name full --micro-batch 256
       torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-Stage 1 starts near 1 (patches are normalised) and falls fast, then slowly; Eq. (1) starts near 2 ln B, Eq. (2)
-near the logarithm of the vocabulary's size.
+Stage 1 starts near 1 (patches are normalised) and falls fast, then slowly; Eq. (1) starts near
+2 ln B, Eq. (2) near the logarithm of the vocabulary's size.
 """
 
 import dataclasses
@@ -78,7 +123,7 @@ class Config:
         str
     ]  # manifests, folders that hold manifest.jsonl, or the word demo; stage 1 needs no captions
     size: Literal["paper", "ablation", "tiny"] = (
-        "paper"  # ablation: the paper's smaller audio encoder (Table 8); tiny: small, from nothing
+        "paper"  # ablation: the smaller audio encoder of the paper's ablations (Sec. VI); tiny: small, from nothing
     )
     variant: Literal["paper", "jax", "official"] = (
         "paper"  # details that differ: the authors' JAX code, or their torch port (D1-D3, D5)
@@ -87,43 +132,43 @@ class Config:
         "all"  # masked autoencoder, contrastive captioning, or both in order
     )
     audio_weights: str = ""  # stage 2's audio encoder: a run's mae.pt, the authors' torch file, or none; empty: runs/NAME/mae.pt
-    text_model: str = (
-        "roberta-base"  # start of the text encoder: hub id or folder (Sec. 3), or none
-    )
-    max_tokens: int = 77  # captions are cut there (Sec. 3)
+    text_model: str = "roberta-base"  # start of the text encoder: hub id or folder (RoBERTa: Sec. III-B; base: code, D6), or none
+    max_tokens: int = 77  # captions are cut there (Sec. IV-A)
     synthetic_share: float = (
-        0.8  # of the draws from clips that have synthetic captions, how many take one (code)
+        0.8  # of the draws from clips that have synthetic captions, how many take one (code, D16)
     )
     # model
-    audio_dim: int = 768  # width of the audio encoder (Sec. 3)
-    audio_layers: int = 12  # its layers (Sec. 3)
-    audio_heads: int = 8  # its heads (Sec. 3)
-    audio_mlp: int = 3072  # width of its feed-forward layers (Sec. 3)
-    joint_dim: int = 768  # dimension shared by audio and text (Sec. 3)
+    audio_dim: int = 768  # width of the audio encoder (Sec. IV-A)
+    audio_layers: int = 12  # its layers (Sec. IV-A)
+    audio_heads: int = 8  # its heads (Sec. IV-A)
+    audio_mlp: int = 3072  # width of its feed-forward layers (Sec. IV-A)
+    joint_dim: int = 768  # dimension shared by audio and text (code, D6)
     decoder_layers: int = 4  # layers of the text decoder (code, D6)
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # stage 1, masked autoencoder
-    mae_steps: int = 200000  # Sec. 4
-    mae_batch_size: int = 512  # clips over all processes (Sec. 4)
-    mae_lr: float = 2e-4  # peak of AdamW's learning rate (Sec. 4)
-    mae_crop_s: float = 15.0  # random crop in seconds (Sec. 4)
-    mae_layers: int = 12  # layers of the decoder that paints (Sec. 3)
-    mask_ratio: float = 0.8  # share of patches that the encoder never sees (Sec. 3)
+    mae_steps: int = 200000  # optimiser steps of stage 1 (Sec. IV-A)
+    mae_batch_size: int = 512  # clips over all processes (Sec. IV-A)
+    mae_lr: float = 2e-4  # peak of AdamW's learning rate (Sec. IV-A)
+    mae_crop_s: float = 15.0  # random crop in seconds (Sec. IV-A)
+    mae_layers: int = 12  # layers of the decoder that reconstructs (Sec. IV-A)
+    mask_ratio: float = 0.8  # share of patches that the encoder never sees (Sec. III-A)
     # stage 2, contrastive captioning
-    steps: int = 300000  # Sec. 4
-    batch_size: int = 4096  # pairs over all processes (Sec. 4)
-    lr: float = 1e-5  # peak of AdamW's learning rate (Sec. 4)
-    patches: int = (
-        512  # most patches of a clip; of longer clips as many are drawn (Sec. 4: those of 10.24 s)
+    steps: int = 300000  # optimiser steps of stage 2 (Sec. IV-A)
+    batch_size: int = 4096  # pairs over all processes (Sec. IV-A)
+    lr: float = 1e-5  # peak of AdamW's learning rate (Sec. IV-A)
+    patches: int = 512  # most patches of a clip; of longer clips as many are drawn (Sec. IV-A: those of 10.24 s)
+    caption_weight: float = (
+        1.0  # lambda, weight of the captioning loss (Eq. 3, Sec. IV-A); 0: no decoder
     )
-    caption_weight: float = 1.0  # lambda, weight of the captioning loss (Eq. 3); 0: no decoder
-    rho: float = 0.075  # SAM's distance (Eq. 4); 0: plain AdamW
+    rho: float = 0.075  # SAM's distance (Eq. 4, Sec. IV-B); 0: plain AdamW
     # both stages
     micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
-    warmup_steps: int = 10000  # linear warm-up, then cosine to min_lr (Sec. 4)
-    min_lr: float = 1e-6  # end of the cosine (Sec. 4)
-    weight_decay: float = 0.01  # AdamW's (Sec. 4)
+    warmup_steps: int = (
+        10000  # steps of the warm-up (linear: D6), then cosine to min_lr (Sec. IV-A)
+    )
+    min_lr: float = 1e-6  # end of the cosine (Sec. IV-A)
+    weight_decay: float = 0.01  # AdamW's (Sec. IV-A)
     precision: Literal["auto", "bf16", "fp32"] = (
         "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
     )
@@ -138,7 +183,7 @@ class Config:
     save_steps: int = 500  # steps between writes of last.pt
     log_steps: int = 10  # steps between lines of log.jsonl
     workers: int = 8  # processes that read audio and make patches
-    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
+    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip (D8); empty: files are read
     compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     max_bad: float = 0.05  # largest share of unreadable clips before the run stops
     device: str = "auto"  # auto, cpu or cuda
@@ -214,7 +259,8 @@ def tf_mel_filters():
 class MagnitudeMel(nn.Module):
     """Waveform (B, S) at 16 kHz -> features (B, ceil(S / 160), 128): 0.2 ln(mel + 1e-5) + 0.9, about -1.4 to 1.
 
-    Frames of 25 ms start every 10 ms; those over the end see zeros. Source: Sec. 3 and the JAX code.
+    Frames of 25 ms start every 10 ms; those over the end see zeros. Source: Sec. IV-A and the JAX
+    code (D1).
     """
 
     def __init__(self, window: str = "start"):
@@ -294,7 +340,10 @@ class AudioLayer(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Linear layer, positions, transformer layers: the audio encoder, and the autoencoder's decoder (Sec. 3)."""
+    """Linear layer, positions, transformer layers: the audio encoder, and the MAE decoder.
+
+    Source: Sec. III-A (embedding, positions), Sec. IV-A (sizes).
+    """
 
     def __init__(self, input_dim, dim, layers, heads, mlp, eps=1e-6):
         super().__init__()
@@ -321,7 +370,10 @@ class PatchTransformer(nn.Module):
 
 
 class MAE(nn.Module):
-    """Stage 1: the audio encoder sees a fifth of the patches, a decoder of the same width paints the others (Sec. 3)."""
+    """Stage 1: the audio encoder sees a fifth of the patches, a decoder of its size predicts all.
+
+    Source: Sec. III-A. The loss counts the masked ones (D4).
+    """
 
     def __init__(self, audio: dict, layers: int = 12, mask_ratio: float = 0.8, eps: float = 1e-6):
         super().__init__()
@@ -371,7 +423,10 @@ class MAE(nn.Module):
 
 
 def normalised(patches):
-    """Each patch (B, N, 256) with mean 0 and variance 1: the autoencoder's target. Source: MAE (He et al., CVPR 2022)."""
+    """Each patch (B, N, 256) with mean 0 and variance 1: the autoencoder's target.
+
+    Source: Sec. III-A, "per-patch normalized values", after MAE (He et al., CVPR 2022) (D4).
+    """
     variance, mean = torch.var_mean(patches.float(), -1, keepdim=True)
     return (patches.float() - mean) / (variance + 1e-6).sqrt()
 
@@ -453,14 +508,17 @@ class DecoderLayer(nn.Module):
 
 
 def make_causal(text_encoder: common.TextEncoder) -> common.TextEncoder:
-    """Turn a transformers text encoder into one whose tokens see only earlier tokens, positions counted from 0 (Sec. 3)."""
+    """Turn a transformers text encoder into one whose tokens see only earlier tokens.
+
+    Source: Sec. III-B, "causal self-attention". Positions counted from 0 are the code's (D13).
+    """
     text_encoder.model.config.is_decoder = True
     for module in text_encoder.model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = True
         if hasattr(module, "is_decoder"):
             module.is_decoder = True
-    # RoBERTa counts from 2 and keeps row 1 for padding, out of training; counted from 0 it is the second token's
+    # D13: RoBERTa keeps row 1 for padding, out of training; counted from 0 it is the second token's
     text_encoder.model.embeddings.position_embeddings.padding_idx = None
     return text_encoder
 
@@ -498,7 +556,7 @@ class Model(nn.Module):
         if self.decoder:
             self.head = nn.Linear(
                 text_dim, text_encoder.model.config.vocab_size
-            )  # not tied to the embeddings (code)
+            )  # not tied to the embeddings (code, D6)
             nn.init.normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
             for module in self.decoder.modules():
@@ -603,7 +661,10 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def event_feats(self, waveform, n_samples=None):
-        """The encoder's own states, mean over the bands -> (B, T, C), every 0.16 s; HEAR's time stamps use these (Sec. 5)."""
+        """The encoder's own states, mean over the bands -> (B, T, C), every 0.16 s.
+
+        HEAR's event tasks use them (Sec. V-E); the mean over the bands is the code's (D10).
+        """
         with common.evaluating(self):
             states, valid_mask = self.audio_states(waveform, n_samples)
             return nn.utils.rnn.pad_sequence(
@@ -622,7 +683,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
-        """-> (B, D), normalised."""
+        """-> (B, D), normalised. Class prompts come from eval.py (D17)."""
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), self.log_scale.device)
             states = self.text_states(tokens["input_ids"], tokens["attention_mask"])
@@ -641,8 +702,9 @@ class Model(nn.Module):
     ) -> list[str]:
         """A caption for each clip of waveform (B, S) at 16 kHz, token by token.
 
-        temperature: 0 takes the likeliest token, else tokens are drawn (the paper: 0.1); what a clip draws
-        depends on `seed` alone, not on the other clips. Keys and values of earlier tokens are kept.
+        temperature: 0 takes the likeliest token, else tokens are drawn (Sec. V-F: 0.1; D18); what a
+        clip draws depends on `seed` alone, not on the other clips. Keys and values of earlier
+        tokens are kept.
         """
         if not self.decoder:
             raise ValueError("this model was trained without a captioner (--caption-weight 0)")
@@ -826,22 +888,30 @@ def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
 
 
 def contrastive_loss(sim, scale):
-    """sim (B, B) cosine, audio in rows; sum (not mean) of both directions' cross-entropy of the right partner."""
+    """sim (B, B) cosine, audio in rows -> the sum (not the mean) of both directions' cross-entropy.
+
+    Source: Eq. (1), with scale = 1 / tau.
+    """
     target = torch.arange(len(sim), device=sim.device)
     return F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)  # Eq. (1)
 
 
 def caption_nll(logits, targets, target_mask, n_most: int | None = None):
-    """Each caption's negative log-likelihood (B,), mean over its tokens, or sum over them divided by n_most (D5).
+    """Each caption's negative log-likelihood (B,), mean over its tokens. Source: Eq. (2).
 
-    logits (B, L, vocabulary); targets (B, L): the tokens that follow; target_mask (B, L), 1 = a real token.
+    With n_most it is the sum over the tokens divided by n_most (D5).
+    logits (B, L, vocabulary); targets (B, L): the tokens that follow; target_mask (B, L), 1 = a
+    real token.
     """
     nll = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none") * target_mask
     return nll.sum(1) / (n_most or target_mask.sum(1))  # Eq. (2)
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
-    """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
+    """Outputs of Model.forward in this process -> loss, sim (B, B), the parts, over all processes.
+
+    Source: Eq. (3).
+    """
     audio_embeds, text_embeds, nll = (
         common.gather_with_grad(x) for x in (audio_embeds, text_embeds, nll)
     )
@@ -860,16 +930,20 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
 
 
 def modality_gap(audio_embeds, text_embeds):
-    """Distance between the mean clip and the mean caption. Source: Liang et al., NeurIPS 2022."""
+    """Distance between the mean clip and the mean caption.
+
+    Source: Sec. V-G, after Liang et al., NeurIPS 2022.
+    """
     return (audio_embeds.mean(0) - text_embeds.mean(0)).norm()
 
 
 def sam_backward(parameters: list, backward, rho: float):
     """Leave the gradient of sharpness-aware minimisation in the parameters; their values stay.
 
-    Foret et al., ICLR 2021. SAM minimises the largest loss within distance rho of the weights: one pass
-    finds the direction in which it grows fastest, a second one, on the same batch with the same
-    random draws, the gradient there.
+    SAM minimises the largest loss within distance rho of the weights, the inner maximum of Eq. (4).
+    A first pass gives the gradient; to first order, the maximum lies a step of length rho along it,
+    Eq. (5). A second pass, on the same batch with the same random draws (D7), gives the gradient
+    there, Eq. (6). Source: Sec. IV-B; Foret et al., ICLR 2021.
 
     Args: backward: computes the loss and adds its gradient to the parameters; called twice -> its first result.
     """
@@ -880,13 +954,11 @@ def sam_backward(parameters: list, backward, rho: float):
     with torch.no_grad():
         kept = [p.clone() for p in held]
         norm = torch.stack([p.grad.float().norm() for p in held]).norm()
-        scale = rho / (
-            norm + 1e-12
-        )  # Eq. (4): the farthest point of the ball, as the loss grows linearly
+        scale = rho / (norm + 1e-12)  # of the step to it, Eq. (5)
         for p in held:
-            p.add_(p.grad * scale)  # Eq. (5)
+            p.add_(p.grad * scale)  # the weights are now at the worst case of Eq. (4)
             p.grad = None
-    backward()  # Eq. (6)
+    backward()  # the gradient there, Eq. (6)
     with torch.no_grad():
         for p, value in zip(held, kept):
             p.copy_(value)
@@ -901,7 +973,8 @@ def sam_backward(parameters: list, backward, rho: float):
 class Clips(Dataset):
     """Patches of clips, with one caption each in stage 2. Items are asked for as (epoch, index), which seeds all draws.
 
-    Patches are made here, not on the GPU: of a clip of 5 minutes only 512 of 15,000 patches go there.
+    Patches are made here, not on the GPU: of a clip of 5 minutes (D8) only 512 of 15,000 patches go
+    there.
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize=None, cache: str = ""):
@@ -937,7 +1010,11 @@ class Clips(Dataset):
         )
 
     def draw_caption(self, row: dict, rng) -> str:
-        """One of the synthetic captions with the set share of the draws, where there are any, else one of the others."""
+        """One of the synthetic captions, where there are any, in the set share of the draws (D16).
+
+        Else one of the others.
+        `captions` are people's, or cleaned descriptions (D14); `synthetic` are a captioner's (D15).
+        """
         written, synthetic = row.get("captions", []), row.get("synthetic", [])
         texts = (
             synthetic
@@ -970,7 +1047,7 @@ class Clips(Dataset):
 
 
 def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
-    """Linear warm-up to the peak, then half a cosine to min_lr (Sec. 4)."""
+    """Warm-up (linear: D6) to the peak, then half a cosine to min_lr (Sec. IV-A)."""
     factor = common.warmup_cosine(step, cfg.warmup_steps, total)
     return peak * factor if step < cfg.warmup_steps else cfg.min_lr + (peak - cfg.min_lr) * factor
 
@@ -1001,7 +1078,7 @@ def require_texts(rows: list[dict]) -> None:
 
 
 def train_mae(cfg: Config, device, autocast, say) -> Path:
-    """Stage 1, masked autoencoding (Sec. 3) -> runs/NAME/mae.pt; needs sound only."""
+    """Stage 1, masked autoencoding (Sec. III-A) -> runs/NAME/mae.pt; needs sound only."""
     rank, world = common.rank_and_world()
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
@@ -1171,7 +1248,10 @@ def selection_score(model, val_rows, cfg, say, step) -> float:
 
 
 def train_contrastive(cfg: Config, device, autocast, say) -> dict:
-    """Stage 2, contrastive captioning (Eq. 1-6) -> runs/NAME/last.pt, best.pt; its scores on the validation split."""
+    """Stage 2, contrastive captioning (Sec. III-B, Eq. 1-6) -> runs/NAME/last.pt, best.pt.
+
+    Returns: the best checkpoint's scores on the validation split.
+    """
     rank, world = common.rank_and_world()
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)

@@ -1,44 +1,75 @@
 """CoLLAT: audio put into the words of a locked text encoder, token by token.
 
-Silva, Whitehead, Lengerich, Leather: "CoLLAT: On Adding Fine-grained Audio Understanding to Language
-Models using Token-Level Locked-Language Tuning", NeurIPS 2023 (OpenReview 2NncD8AaFK). No code or
-weights were released.
+Silva, Whitehead, Lengerich, Leather: "CoLLAT: On Adding Fine-grained Audio Understanding to
+Language Models using Token-Level Locked-Language Tuning", NeurIPS 2023 (OpenReview 2NncD8AaFK). No
+code or weights were released.
 
-The idea: CLAP tunes both encoders on audio, and the text encoder forgets language for it. Here the
-text encoder (CLIP's) is locked, and the audio side must speak to it: random slots are turned,
-block by block, into what the text encoder would have read, one token embedding a slot. The same
-locked encoder then gives both global embeddings. Three losses: the tokens must be those of the
-label prompt, in any order; the global embeddings must tell the clips of a batch apart; noise on
-the audio must not move the tokens. What comes out can prompt whatever was built on that text encoder.
+The idea: CLAP tunes both encoders on audio, and its text encoder loses language understanding by
+it. Here the text encoder (CLIP's) is locked, and the audio side must produce what it reads. Random
+slots are turned, block by block, into token embeddings, one embedding a slot. The same locked
+encoder then gives both global embeddings. Three losses: the tokens must be those of the label
+prompt, in any order; the global embeddings must tell the clips of a batch apart; noise on the
+audio must not move the tokens. The tokens can guide any application that was built on that text
+encoder.
 
 Equations (paper) -> code
-  Eq. (1)  cross-token loss: matched tokens             cross_token_loss
+  Eq. (1)  cross-token loss: L1 of matched tokens       cross_token_loss
   Eq. (2)  cross-global loss: contrastive               cross_global_loss
-  Eq. (3)  uni-token loss: clean against noisy          uni_token_loss
-  Eq. (4)  the weighted sum                             training_loss
+  Eq. (3)  uni-token loss: L1 of clean against noisy    uni_token_loss
+  Eq. (4)  the weighted sum of the three                training_loss
 
-Letters: B clips in a batch, S samples, T_mel 1024 frames of 10 ms, M 128 mel bins, P audio patches (12 bands x
-101 times, and two class tokens), N slots 77, L text tokens, C width of the text encoder, D joint dimension.
+Letters: B clips in a batch [|B|], S samples, T_mel 1024 frames [T] of 10 ms, 128 mel bins [F], P
+audio patches [M] (12 bands x 101 times; the states hold two class tokens more, D12), N slots 77
+[N], L tokens of a batch's longest text, C width of the text encoder, D joint dimension.
 
 Deviations from the paper, and what it leaves open
-  D1  Not stated: 16 kHz, AST's normalisation, 1024 frames (10.24 s, zero-padded). The window is the paper's Hamming
-      window; AST's weights were trained with a Hann window.
-  D2  Not stated: CLIP ViT-L/14's text tower, as wide as AST. Other transformers encoders pool the mean of their
-      tokens; CLIP pools text at its end token, and audio, which has none, at the last slot.
-  D3  The block's inner parts are not given: pre-norm cross-attention to the audio, then a feed-forward layer; at
-      the end LayerNorm and a linear layer, which starts at mean and deviation of the text encoder's tokens.
-  D4  Not stated: slots are drawn anew for every clip and step, once and for all in evaluation; the same for the
-      clean and the noisy view.
-  D5  Matching: by L1 distance, the loss's own, without gradient, over a text's real tokens; padding has no slot.
-      --matching optimal is the paper's future work. f_t reads the slots in their own order.
-  D6  Not stated: Eq. (1) and (3) are means over tokens and their values, not sums.
-  D7  Eq. (2) is printed without its minus sign; embeddings are normalised; the scale starts at 1 / 0.07, is learnt
-      and stays below 100, as CLIP's.
-  D8  Not stated: the noise has deviation 0.1 on the normalised log-mel, which the paper calls the audio.
-  D9  Not stated: AdamW, learning rates, weight decay, warm-up, batch, steps, gradient norm at most 1, and the choice
-      of the checkpoint (mean of the validation scores that the manifest has labels or captions for).
-  D10 Rows with labels give the prompt "This is a sound of A, B, and C"; rows without, one of their captions.
-  D11 bf16 autocast on a GPU; the losses and the matching are always in fp32.
+  D1  Not stated: 16 kHz, AST's normalisation. The paper's input has "128 x 100t" bins for t
+      seconds; ours is zero-padded to AST's 1024 frames (10.24 s). The "25ms Hamming window" is the
+      paper's; AST's weights were trained with a Hann window.
+  D2  Not stated: which "pretrained CLIP text encoder", and where it pools audio. Ours: ViT-L/14's,
+      as wide as AST. It pools text at its end token, and audio, which has none, at the last slot.
+      Other transformers encoders pool the mean of their tokens.
+  D3  The text of the paper says "cross-attention-based blocks"; their inside is drawn in Fig. 3b
+      only, and only the paper's text was at hand. Ours: pre-norm cross-attention to the audio, then
+      a feed-forward layer, no self-attention, at AST's width; at the end LayerNorm and a linear
+      layer to C, which starts at mean and deviation of the text encoder's tokens.
+  D4  Slots are "randomly initialized" from a normal distribution. Not stated: how often. Ours: anew
+      for every clip and step, one fixed draw in evaluation; the same for the clean and the noisy
+      view.
+  D5  The paper matches "all the tokens" to the "closest" one. Not stated: the distance (ours is L1,
+      the loss's own) and what padding does. Ours: only a text's real tokens get a slot; no
+      gradient. --matching optimal is the paper's "future work". f_t reads the slots in their own
+      order, as Sec. 3.1 has it.
+  D6  Eq. (1) and (3) print the L1 norm, "||.||_1": a sum, over 77 x 768 values 59,136 times their
+      mean. Ours are means over values, (real) tokens and clips. With means the first two terms of
+      Eq. (4) are of comparable size at the paper's weights (first 120 steps of the demo, weighted:
+      values 0.02 to 0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums at such
+      distances Eq. (2) would be less than a thousandth of the loss. What follows: the weights are
+      the paper's numbers, perhaps not its balance. The gradient of Eq. (3) at 0.01 is about four
+      orders below the others (there: 0.0001), so it hardly acts. --token-weight 59136 --uni-weight
+      591 weigh as sums over 77 tokens do.
+  D7  Eq. (2) is printed without its minus sign. tau is "a temperature parameter"; not stated: its
+      value and whether embeddings are normalised. Ours are; tau starts at 1 / 0.07, is learnt and
+      stays below 100, as CLIP's.
+  D8  Eq. (3) adds "a Gaussian noise" to x^a, the log-mel. Not stated: its deviation. Ours: 0.1 on
+      the normalised log-mel; the paper prints 0.1 for the noisy clips of its evaluation (Sec. 5.1).
+      Both views give a gradient.
+  D9  Stated: the loss weights, 8 V100, "approximately 320 GPU hours". Not stated: AdamW, learning
+      rates, that AST is trained too (at a tenth of the rate), weight decay, warm-up, batch, steps,
+      gradient norm at most 1, and the choice of the checkpoint (mean of the validation scores that
+      the manifest has labels or captions for).
+  D10 Rows with labels give the prompt "This is a sound of A, B, and C"; not stated: the form for
+      one or two labels (here "A" and "A, and B"). Rows without labels give one of their captions;
+      the paper decides "to not utilize natural language descriptions".
+  D11 Not stated: precision. Ours: bf16 autocast on a GPU; the losses and the matching are always in
+      fp32.
+  D12 The blocks attend to all of AST's states, its two class tokens included; the paper's h^a are
+      those of "the audio tokens (i.e., patches in the log mel spectrogram)".
+  D13 The paper trains on 10 s clips. Audio over 10.24 s: a random window of it in training; in
+      evaluation the mean over consecutive windows by their seconds. Tokens and prompts
+      (token_embeds, prompt_embeds): the first window.
+  D14 Not stated: the prompt of zero-shot evaluation. Ours, in validation: that of training with one
+      label; eval.py: --prompt collat.
 
 Run:  python collat.py --data demo                              (two CPU cores, about 4 minutes)
       python collat.py --data audioset --batch-size 256 --micro-batch 32
@@ -78,34 +109,34 @@ class Config:
     size: Literal["paper", "tiny"] = (
         "paper"  # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
     )
-    audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"  # AST's start (Table 4b): transformers folder or hub id, AST's own file, or none
+    audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"  # AST's start, pre-trained on AudioSet as in Fig. 4b (which Sec. 5.1 calls Table 4b): transformers folder or hub id, AST's own file, or none
     text_model: str = "openai/clip-vit-large-patch14"  # the locked text encoder: hub id or folder (D2), or none: random, from the training texts
-    max_tokens: int = 77  # slots, and where texts are cut (Sec. 3: the text encoder's most)
+    max_tokens: int = 77  # slots, and where texts are cut: the longest text (Sec. 3.1), which for CLIP is 77 (not printed)
     # model
-    audio_dim: int = 768  # width of AST and of the slots
-    audio_layers: int = 12  # AST's layers
-    audio_heads: int = 12  # heads of AST and of the blocks
-    audio_patch: int = 16  # frames and mel bins of a patch (Sec. 4)
-    audio_stride: int = 10  # from patch to patch; the paper's overlap of 6 (Sec. 4)
-    blocks: int = 8  # cross-attention blocks of the token interaction module (Fig. 4a)
+    audio_dim: int = 768  # width of AST (768: Sec. 4.1) and of the slots (D3)
+    audio_layers: int = 12  # AST's layers (AST's own)
+    audio_heads: int = 12  # heads of AST (its own) and of the blocks (D3)
+    audio_patch: int = 16  # frames and mel bins of a patch (Sec. 4.1)
+    audio_stride: int = 10  # from patch to patch; the paper's overlap of 6 (Sec. 4.1)
+    blocks: int = 8  # cross-attention blocks of the token interaction module (Sec. 5.1, Fig. 4a)
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # loss
-    token_weight: float = 1.0  # lambda 1, of the cross-token loss (Sec. 4)
-    global_weight: float = 0.1  # lambda 2, of the cross-global loss (Sec. 4)
-    uni_weight: float = 0.01  # lambda 3, of the uni-token loss (Sec. 4); 0: no noisy view
+    token_weight: float = 1.0  # lambda 1, of the cross-token loss (Sec. 4.1; D6)
+    global_weight: float = 0.1  # lambda 2, of the cross-global loss (Sec. 4.1)
+    uni_weight: float = 0.01  # lambda 3, of the uni-token loss (Sec. 4.1; D6); 0: no noisy view
     matching: Literal["greedy", "optimal"] = (
-        "greedy"  # of slots to text tokens: Sec. 3, or the best assignment
+        "greedy"  # of slots to text tokens: greedy (Sec. 3.2), or the best assignment (D5)
     )
-    token_layer: int = 0  # text encoder layer whose states the token losses compare; 0: its static embeddings (Fig. 4b)
+    token_layer: int = 0  # text encoder layer whose states the token losses compare; 0: its static embeddings (Sec. 5.1, Fig. 4a)
     # optimisation
-    steps: int = 80000  # D9, 10 passes over AudioSet (ours)
-    batch_size: int = 256  # clips over all processes (ours)
+    steps: int = 80000  # 10 passes over AudioSet's 2,041,792 clips at this batch size (ours, D9)
+    batch_size: int = 256  # clips over all processes (ours, D9)
     micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
-    lr: float = 1e-4  # peak of AdamW's learning rate, all but AST (ours)
-    audio_lr: float = 1e-5  # the same for AST (ours)
-    warmup_steps: int = 1000  # linear warm-up, then cosine to 0 (ours)
-    weight_decay: float = 0.01  # AdamW's (ours)
+    lr: float = 1e-4  # peak of AdamW's learning rate, all but AST (ours, D9)
+    audio_lr: float = 1e-5  # the same for AST (ours, D9)
+    warmup_steps: int = 1000  # linear warm-up, then cosine to 0 (ours, D9)
+    weight_decay: float = 0.01  # AdamW's (ours, D9)
     precision: Literal["auto", "bf16", "fp32"] = (
         "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D11)
     )
@@ -219,7 +250,7 @@ class CrossBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # D3
         self.query, self.key_value, self.proj = (
             nn.Linear(dim, dim),
             nn.Linear(dim, 2 * dim),
@@ -235,17 +266,21 @@ class CrossBlock(nn.Module):
 
         return *split(self.query(self.norm1(slots))), *split(
             self.key_value(audio)
-        )  # (B, heads, N or P, dim / heads) each
+        )  # (B, heads, N or 2 + P, dim / heads) each
 
     def forward(self, slots, audio):
-        """slots (B, N, dim), audio (B, P, dim) -> slots."""
+        """slots (B, N, dim), audio states (B, 2 + P, dim) -> slots."""
+        # audio: all of AST's states (D12)
         attended = F.scaled_dot_product_attention(*self.queries_keys_values(slots, audio))
         slots = slots + self.proj(attended.transpose(1, 2).flatten(2))
         return slots + self.fc2(F.gelu(self.fc1(self.norm2(slots))))
 
 
 class TokenInteraction(nn.Module):
-    """f_a-t: random slots (B, N, dim) and audio states -> text-token embeddings (B, N, C). Source: Sec. 3."""
+    """f_a-t: random slots (B, N, dim) and audio states -> text-token embeddings (B, N, C).
+
+    Source: Sec. 3.1.
+    """
 
     def __init__(self, dim, heads, blocks, out_dim):
         super().__init__()
@@ -258,7 +293,10 @@ class TokenInteraction(nn.Module):
         return self.out_proj(self.norm(slots))
 
     def attention(self, slots, audio):
-        """Share of its attention that each slot gives to each audio state in the last block, mean over heads -> (B, N, P)."""
+        """Share of its attention that each slot gives to each audio state -> (B, N, 2 + P).
+
+        Of the last block, mean over heads.
+        """
         for block in self.blocks[:-1]:
             slots = block(slots, audio)
         q, k, _ = self.blocks[-1].queries_keys_values(slots, audio)
@@ -306,9 +344,9 @@ class LockedText(nn.Module):
         return [*states[:-1], tower.final_layer_norm(states[-1])]
 
     def pool(self, last_states, attention_mask=None):
-        """(B, L, C) -> (B, D); attention_mask (B, L), 1 = a real token; none: all are slots (D2)."""
+        """(B, L, C) -> (B, D); attention_mask (B, L), 1 = a real token; none: all are slots."""
         if self.is_clip:
-            end = -1 if attention_mask is None else attention_mask.sum(1) - 1
+            end = -1 if attention_mask is None else attention_mask.sum(1) - 1  # D2
             return self.encoder.model.text_projection(
                 last_states[torch.arange(len(last_states), device=last_states.device), end]
             )
@@ -400,7 +438,7 @@ class Model(nn.Module):
         with common.evaluating(self):
             windows, owner, weight, lengths = common.cut_windows(
                 waveform, n_samples, round(WINDOW_S * SAMPLE_RATE)
-            )
+            )  # D13
             embeds = []
             for part, n in zip(windows.split(32), torch.tensor(lengths).split(32)):
                 tokens = self._tokens(self.first_window(part, n))
@@ -594,18 +632,20 @@ def start_at_the_mean_token(model: Model) -> None:
 
 @torch.no_grad()
 def match(predicted, text, attention_mask, matching: str = "greedy"):
-    """A slot of its own for every text token -> (B, L) numbers of slots; arbitrary ones where the text is padded.
+    """A slot of its own for every text token -> (B, L) numbers of slots.
 
-    predicted (B, N, C), text (B, L, C), attention_mask (B, L), 1 = a real token; N >= L. Distance: L1 (D5).
+    They are arbitrary where the text is padded. predicted (B, N, C), text (B, L, C),
+    attention_mask (B, L), 1 = a real token; N >= L. Distance: L1.
     """
-    distance = torch.cdist(text.float(), predicted.float(), p=1)  # (B, L, N)
+    distance = torch.cdist(text.float(), predicted.float(), p=1)  # (B, L, N); D5
     real = attention_mask.bool()
     return match_greedy(distance, real) if matching == "greedy" else match_optimal(distance, real)
 
 
 def match_greedy(distance, real):
-    """From a text's last token to its first, each takes the nearest slot that is left; the first of equals. Source: Sec. 3.
+    """From a text's last token to its first, each takes the nearest slot that is left.
 
+    Of equally near slots the first. Source: Sec. 3.2.
     distance (B, L, N), real (B, L) bool, True = not padding -> (B, L).
     """
     B, L, N = distance.shape
@@ -718,7 +758,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_coun
 
 
 def label_prompt(labels: list[str]) -> str:
-    """["a", "b", "c"] -> "This is a sound of a, b, and c". Source: Sec. 4."""
+    """["a", "b", "c"] -> "This is a sound of a, b, and c". Source: Sec. 4.1 (D10)."""
     return "This is a sound of " + ", ".join(
         [*labels[:-1], ("and " if len(labels) > 1 else "") + labels[-1]]
     )
@@ -741,7 +781,7 @@ class Clips(Dataset):
         try:
             waveform = self.read(
                 row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
-            )
+            )  # D13
         except common.AudioError as error:
             return error
         texts = texts_of(row)
@@ -775,6 +815,7 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     classes = sorted({label for row in rows for label in row.get("labels", [])})
     if classes:
         targets = common.label_targets(rows, classes)
+        # the prompt of training with one label (D14)
         sim = audio_embeds @ common.embed_texts(model, [label_prompt([c]) for c in classes]).T
         scores["tagging_mAP"], chance["tagging_mAP"] = (
             float(np.nanmean(common.class_average_precisions(sim, targets))),

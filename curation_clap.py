@@ -1,53 +1,92 @@
-"""curation-CLAP: a teacher finds pairs among sound and text that nobody paired; its student learns from them.
+"""curation-CLAP: a teacher pairs sound and text that nobody paired; its student learns from them.
 
 Wang, Subakan, Subramani, Wu, Tavares, Ayres, Smaragdis: "Unsupervised Improvement of Audio-Text
-Cross-Modal Representations", WASPAA 2023, arXiv:2305.01864. Official code: github.com/zhepeiw/clap_curation.
+Cross-Modal Representations", WASPAA 2023, arXiv:2305.01864.
+Official code: github.com/zhepeiw/clap_curation.
 
-The idea: captions are few, sound and text apart are many. (1) A CLAP of CNN14 and BERT, the teacher,
-is trained on annotated pairs. (2) It embeds unlabelled audio and known captions, and pairs that come
-close are kept: of all captions (DU, domain-unspecific), or of those near the class prompts of the
-domain one cares for (ADS; DS keeps these captions with their own audio). (3) A student goes on from
-the teacher on curated pairs, with batches of annotated ones between (replay). Its loss (SL) also asks
-how alike the teacher finds the clips, and the captions, of a batch, so a near miss is no full miss.
+The idea: captions are few, sound and text apart are many. (1) A CLAP of CNN14 and BERT, the
+teacher, is trained on annotated pairs. (2) It embeds unlabelled audio and known captions, and pairs
+that come close are kept: of all captions (DU, domain-unspecific), or of those near the class
+prompts of the domain one cares for (ADS; DS keeps these captions with their own audio). (3) A
+student goes on from the teacher on curated pairs, with batches of annotated ones between (replay).
+Its loss (SL) also asks how alike the teacher finds the clips, and the captions, of a batch, so a
+near miss is no full miss.
 
 Equations (paper) -> code
-  Eq. (1)  symmetric contrastive loss                          contrastive_loss
-  Eq. (2)  target of audio to text, softened by the teacher    soft_targets
-  Eq. (3)  target of text to audio                             soft_targets
-  Eq. (4)  divergence of one direction                         soft_divergence
-  Eq. (5)  mean of both directions                             soft_labelled_loss
+  Eq. (1)  contrastive loss, half of both directions (D15)             contrastive_loss
+  Eq. (2)  the teacher's similarities C_a = a a', C_t = t t'           soft_targets
+  Eq. (3)  audio-to-text target: (1 - beta) one-hot + beta row of C_a  soft_targets
+  Eq. (4)  text-to-audio target: (1 - beta) one-hot + beta row of C_t  soft_targets
+  Eq. (5)  the two KL losses, each a mean over the batch               soft_divergence
+  unnumbered: the mean of the two, the objective (Sec. 2.3)            soft_labelled_loss
 
-Letters: B pairs in a batch [N], S samples, T_mel spectrogram frames, L text tokens, D joint dimension
-1024, N clips and Q captions in a curation. beta 0.3, tau [tau] temperature, sigma threshold.
+Letters: B pairs in a batch [N], S samples, T_mel spectrogram frames, L text tokens, D joint
+dimension 1024, N clips and Q captions in a curation. beta 0.3, tau [tau] temperature, sigma
+threshold.
+Clips are in rows and captions in columns: the transpose of the paper's C = t a'.
 
 Deviations from the paper, what it leaves open, and --variant official
-  D1  The projection is MS-CLAP's (residual, LayerNorm); the paper says two-layer MLP. Its file loads.
+  D1  The projection is MS-CLAP's (residual, LayerNorm), so that its file loads. The paper: "a
+      two-layer MLP".
   D2  tau starts at 0.007 (paper). official: 0.07, and logits are cut off above 100.
-  D3  Shorter clips in training: zeros behind. official: the clip at a random place among zeros.
-  D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to 5 s,
-      longer ones cut into windows. The code crops at random. Curation hears the first 60 s of a clip.
-  D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has that of 32 kHz.
-  D6  Soft targets below 0 count as 0. torch 1.10, which the authors used, did so; current torch gives NaN.
-      They are not normalised: the mass of a row is above 1, as in the code.
-  D7  Not stated: Adam 1e-4, 20 epochs, a tenth of the rate after 10 epochs without progress, clipping at 5
-      (code). An epoch of the student is one pass over the replay set.
-  D8  Validation clips are given or drawn by file; the code draws 17 % of the rows, and one clip can lie on
-      both sides. best.pt has the smallest validation loss, that of the stage, on centre crops.
-  D9  Replay: half of the batches (code), whole ones. Of DU the teacher's pairs, of ADS those of DS; DS has none.
+  D3  Shorter clips in training are "zero-padded" (paper): zeros behind. official: the clip at a
+      random place among zeros.
+  D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to
+      5 s, longer ones cut into windows. The code crops at random. Curation hears the first 60 s of
+      a clip.
+  D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has that of
+      32 kHz.
+  D6  Soft targets below 0 count as 0. torch 1.10, which the authors used, did so; current torch
+      gives NaN. They are not normalised (as printed): the mass of a row is 1 or more.
+  D7  Not stated: Adam 1e-4, 20 epochs, a tenth of the rate after 10 epochs without progress,
+      clipping at 5, both encoders trained, similarities between the pairs of all GPUs, an epoch of
+      the student is one pass over the replay set (all from the code).
+  D8  Not stated: validation. Its clips are given or drawn by file (5 %, at most 1,000). The code
+      draws 17 % of the rows, and one clip can lie on both sides. best.pt has the smallest
+      validation loss, that of the stage, on centre crops. The code cannot compute its soft loss
+      there (it runs no teacher in validation); with use_zs_loader it selects by accuracy on the
+      data set that is then evaluated.
+  D9  Replay: "we used replay in all of our results" (Sec. 3.2). DU replays the teacher's pairs, ADS
+      those of DS. The share is not printed: half of the batches, whole ones (code). For DS the
+      paper names no replay set, and here it has none; SL alone trains on the annotated pairs.
   D10 Cosines of fp16 embeddings, as in the code, but exact: whatever the device, block or number of
-      processes, the same pairs are found. sigma 0.7 for DU (paper; the code's file says 0.75).
-  D11 --teacher-fraction keeps a share of the clips, not of the rows.
+      processes, the same pairs are found.
+  D11 --teacher-fraction keeps a share of the clips. The paper takes "10%" of the "paired audio and
+      caption data", the code of the rows. Not stated: curation then takes the captions of these
+      clips, or those of --captions.
   D12 bf16 autocast on a GPU; the losses are always in fp32.
   D13 --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
-  D14 A text encoder that starts from nothing (--size tiny) has larger initial weights: with the usual deviation of
-      0.02, made for wide encoders, the first token of a small one hardly depends on the text.
+  D14 A text encoder that starts from nothing (--size tiny) has larger initial weights: with the
+      usual deviation of 0.02, made for wide encoders, the first token of a small one hardly depends
+      on the text.
+  D15 Eq. (1) is printed as L(C) = 1/2 sum_i (log Softmax_t(C/tau)_ii + log Softmax_a(C/tau)_ii),
+      without a minus sign and as a sum over the batch. Here with the minus sign, and the mean over
+      the batch (code).
+  D16 C = t a' and Eq. (2) are printed without normalisation. Here all embeddings have length 1
+      (code), so that C, C_a and C_t hold cosines.
+  D17 sigma: the paper has "0.7 for the domain-unspecific curation and a threshold between 0.6 and
+      0.75 for the domain-specific experiments" (Sec. 3.1). It does not say which one for which data
+      set, nor whether for caption and prompt or for clip and caption. Here --threshold (sigma) and
+      --ds-threshold are both 0.7 unless given. The code's files, for ESC-50, UrbanSound8K, TUT17:
+      caption and prompt 0.7, 0.6, 0.675; clip and caption 0.7, 0.7, 0.65; for DU 0.75.
+  D18 A caption that several rows share is curated once; in the code once a row.
+  D19 Captions are compared with "class labels" (Sec. 2.2.2). Here with the prompts of Sec. 3.3, the
+      labels in lower case with spaces for _ and / (code).
+  D20 The student starts from the teacher's weights (code). The paper says "to train a new model",
+      and of SL "further training the teacher CLAP model". Soft labels come from the same teacher,
+      without dropout, also in replay.
+  D21 Not stated: Hann window of 1,024 samples, hop 320, 64 mel bins from 50 to 14,000 Hz,
+      bert-base-uncased, its first token, 100 tokens, captions without commas and links (all from
+      the code).
 
 Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
-      python curation_clap.py --stage teacher --data fsd50k clotho audiocaps macs --name full
-      python curation_clap.py --stage curate --dry-run --name full --data ... --pool audioset --labels esc50/classes.txt
+      python curation_clap.py --stage teacher --data fsd50k_told clotho audiocaps macs --name full
+      python curation_clap.py --stage curate --dry-run --name full --data ... --pool ... --labels ...
       torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ...
-      python eval.py runs/NAME/best.pt --data MANIFEST --protocol classification --prompt curation_clap
-Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. Eq. (5) falls to no fixed value (D6).
+      python eval.py runs/full/best.pt --data esc50 --protocol classification --prompt curation_clap
+DS and ADS need one curation and one student for each data set of an evaluation (--labels).
+Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. Eq. (5) falls to no fixed value
+(D6).
 """
 
 import dataclasses
@@ -96,22 +135,18 @@ class Config:
     pool_share: float = 0.0  # without --pool: share of the training clips whose captions are forgotten (ours; the demo has no other pool)
     captions: list[str] = field(
         default_factory=list
-    )  # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3)
+    )  # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3.1)
     labels: list[str] = field(
         default_factory=list
     )  # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
     teacher: str = ""  # of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty: runs/NAME/teacher.pt
-    teacher_fraction: float = 1.0  # share of the annotated clips that is used (0.1 in Table 3)
+    teacher_fraction: float = 1.0  # share of the annotated clips that is used (0.1 in Table 3; D11)
     # curation
     curation: Literal["ads", "du", "ds", "none"] = (
         "ads"  # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
     )
-    threshold: float = (
-        0.7  # sigma, least cosine of clip and caption (DU 0.7, ADS 0.6 to 0.75: Sec. 3)
-    )
-    ds_threshold: float = (
-        0.7  # least cosine of caption and class prompt (0.7, 0.6, 0.675 for ESC, US8K, TUT: code)
-    )
+    threshold: float = 0.7  # sigma, least cosine of clip and caption (Sec. 3.1: DU 0.7, DS and ADS 0.6 to 0.75; D17)
+    ds_threshold: float = 0.7  # least cosine of caption and class prompt (code: 0.7, 0.6, 0.675 for ESC-50, US8K, TUT17; D17)
     top_k: int = 0  # DU, ADS: instead of a threshold so many best captions a clip (5: code)
     ds_top_k: int = 0  # DS, ADS: instead of ds_threshold so many nearest captions a class (ours)
     dry_run: bool = False  # stop at curation with similarities, yields and examples of a sample, to choose sigma
@@ -120,32 +155,32 @@ class Config:
     audio_channels: list[int] = field(
         default_factory=lambda: [64, 128, 256, 512, 1024, 2048]
     )  # of CNN14's blocks
-    hop: int = 320  # samples between spectrogram frames (Sec. 3)
-    window_s: float = 5.0  # seconds heard at once (Sec. 3)
-    joint_dim: int = 1024  # dimension shared by audio and text (Sec. 3)
+    hop: int = 320  # samples between spectrogram frames (code; D21)
+    window_s: float = 5.0  # seconds heard at once (Sec. 3.1)
+    joint_dim: int = 1024  # dimension shared by audio and text (Sec. 3.2)
     block_dropout: float = 0.2  # after each of CNN14's blocks (PANNs)
     dropout: float = 0.5  # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
     audio_weights: str = "Cnn14_mAP=0.431.pth"  # the teacher's audio encoder: PANNs' file, MS-CLAP 2022's (then all of it), or none
-    text_model: str = (
-        "bert-base-uncased"  # the teacher's text encoder: hub id or folder (Sec. 3), or none
-    )
+    text_model: str = "bert-base-uncased"  # the teacher's text encoder: hub id or folder (Sec. 3.2: BERT; D21), or none
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # loss
-    temperature: float = 0.007  # start of tau (Sec. 3; D2)
-    soft_labels: bool = True  # SL: the student's targets are softened by the teacher (Eq. 2-5)
-    beta: float = 0.3  # the teacher's share of the targets (Sec. 3)
+    temperature: float = 0.007  # start of tau (Sec. 3.2; D2)
+    soft_labels: bool = (
+        True  # SL: the student's targets are softened by the teacher (Sec. 2.3, Eq. 2-5)
+    )
+    beta: float = 0.3  # the teacher's share of the targets (Sec. 3.2)
     # optimisation
     teacher_epochs: int = 20  # code (D7)
     student_epochs: int = 20  # code (D7)
-    epoch_steps: int = 0  # steps an epoch; 0: one pass over the pairs, of the student over those of the replay (ours)
-    batch_size: int = 128  # pairs over all processes (Sec. 3: 64 on each of 2 GPUs)
-    micro_batch: int = 0  # pairs a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
-    lr: float = 1e-4  # Adam's learning rate (code)
-    patience: int = 10  # epochs without a smaller validation loss before a tenth of the learning rate; none before this epoch (code)
-    clip: float = 5.0  # largest norm of the gradient (code)
-    replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.3)
-    replay_prob: float = 0.5  # share of them (code)
+    epoch_steps: int = 0  # steps an epoch; 0: one pass over the pairs, of the student over those of the replay where there is one (D7)
+    batch_size: int = 128  # pairs over all processes (Sec. 3.2: 64 on each of 2 GPUs; D7)
+    micro_batch: int = 0  # pairs a process holds the graph of at a time (gradient caching); 0: all of its share (ours; D13)
+    lr: float = 1e-4  # Adam's learning rate (code; D7)
+    patience: int = 10  # epochs without a smaller validation loss before a tenth of the learning rate; none before this epoch (code; D7)
+    clip: float = 5.0  # largest norm of the gradient (code; D7)
+    replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.2; D9)
+    replay_prob: float = 0.5  # share of them (code; D9)
     precision: Literal["auto", "bf16", "fp32"] = (
         "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
     )
@@ -190,9 +225,9 @@ TINY = dict(
 )
 OFFICIAL = dict(temperature=0.07)  # D2
 PRESETS = {("size", "tiny"): TINY, ("variant", "official"): OFFICIAL}
-SAMPLE_RATE, N_FFT, N_MELS, FMIN_HZ, FMAX_HZ = 44100, 1024, 64, 50, 14000
-MAX_TOKENS = 100  # code
-PROMPT = "this is a sound of {}"  # Sec. 3
+SAMPLE_RATE, N_FFT, N_MELS, FMIN_HZ, FMAX_HZ = 44100, 1024, 64, 50, 14000  # rate: Sec. 3.1; D21
+MAX_TOKENS = 100  # code (D21)
+PROMPT = "this is a sound of {}"  # Sec. 3.3; in curation D19
 CURATION_S = 60.0  # D4
 EMBED_BATCH = 32  # clips of a pool embedded at once, the same ones whatever the block
 SAMPLE_CLIPS = 2000  # of a dry run
@@ -366,7 +401,7 @@ class Model(nn.Module):
         return F.normalize(self.audio_projection(self.audio_encoder(waveform)).float(), dim=-1)
 
     def caption_embeds(self, input_ids, attention_mask):
-        """Token ids (B, L) -> (B, D), normalised; BERT's first token (code)."""
+        """Token ids (B, L) -> (B, D), normalised; BERT's first token (code; D21)."""
         return F.normalize(
             self.text_projection(self.text_encoder(input_ids, attention_mask)[:, 0]).float(), dim=-1
         )
@@ -500,7 +535,7 @@ def scaled(sim, scale, official: bool = False):
 
 
 def contrastive_loss(logits):
-    """logits (B, B); mean over both directions of the cross-entropy of the right partner."""
+    """logits (B, B); mean over both directions of the cross-entropy of the right partner (D15)."""
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2  # Eq. (1)
 
@@ -509,24 +544,28 @@ def soft_targets(teacher_audio, teacher_text, beta: float):
     """The teacher's embeds of the same batch -> targets of the rows (a2t) and of the columns (t2a), each (B, B), >= 0.
 
     A clip's captions are as right as the teacher finds their clips alike; a caption's clips as right as it
-    finds their captions alike.
+    finds their captions alike. The two matrix products are C_a and C_t.
     """
     hard = torch.eye(len(teacher_audio), device=teacher_audio.device)
-    target_a2t = (1 - beta) * hard + beta * teacher_audio @ teacher_audio.T  # Eq. (2)
-    target_t2a = (1 - beta) * hard + beta * teacher_text @ teacher_text.T  # Eq. (3)
+    target_a2t = (1 - beta) * hard + beta * teacher_audio @ teacher_audio.T  # Eq. (2) # Eq. (3)
+    target_t2a = (1 - beta) * hard + beta * teacher_text @ teacher_text.T  # Eq. (4)
     return target_a2t.clamp(min=0), target_t2a.clamp(min=0)  # D6
 
 
 def soft_divergence(logits, target):
-    """logits, target (B, B), queries in rows: mean over them of sum target * (log target - log softmax), 0 log 0 = 0."""
-    return (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1).mean()  # Eq. (4)
+    """logits, target (B, B), queries in rows: mean over them of sum target * (log target - log softmax), 0 log 0 = 0.
+
+    Source: L_t with clips in rows and their targets a2t, L_a with captions in rows and theirs t2a.
+    """
+    return (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1).mean()  # Eq. (5)
 
 
 def soft_labelled_loss(logits, target_a2t, target_t2a):
-    """Rows of logits are clips and meet clip targets, columns are captions and meet caption targets."""
-    return (
-        soft_divergence(logits, target_a2t) + soft_divergence(logits.T, target_t2a)
-    ) / 2  # Eq. (5)
+    """Rows of logits are clips and meet clip targets, columns are captions and meet caption targets.
+
+    Source: Sec. 2.3, the unnumbered mean of L_t and L_a.
+    """
+    return (soft_divergence(logits, target_a2t) + soft_divergence(logits.T, target_t2a)) / 2
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
@@ -535,7 +574,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
         common.gather_with_grad(audio_embeds),
         common.gather_with_grad(text_embeds),
     )
-    sim = audio_embeds @ text_embeds.T  # (B, B)
+    sim = audio_embeds @ text_embeds.T  # (B, B); of embeds of length 1 (D16)
     logits = scaled(sim, scale, cfg.variant == "official")
     if taught is None:
         return contrastive_loss(logits), sim.detach()
@@ -947,7 +986,7 @@ def read_captions(cfg: Config, train_rows: list[dict]):
         told = [(str(text), {"audio": str(audio[i])}) for text, i in zip(texts, owner)]
         embeds = stored_array(path, "text_embeds")
     else:
-        rows = train_rows
+        rows = train_rows  # D11
         if cfg.captions:
             rows = [
                 row
@@ -962,7 +1001,7 @@ def read_captions(cfg: Config, train_rows: list[dict]):
         embeds = None
     if not told:
         raise ValueError(f"--captions {' '.join(cfg.captions)}: no caption in it")
-    captions, described, first = {}, [], []
+    captions, described, first = {}, [], []  # equal captions once (D18)
     for k, (caption, row) in enumerate(told):
         if captions.setdefault(caption, len(captions)) == len(described):
             described.append([])
@@ -972,7 +1011,7 @@ def read_captions(cfg: Config, train_rows: list[dict]):
 
 
 def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
-    """Classes of the domain, as they stand in the prompt."""
+    """Classes of the domain, as they stand in the prompt (D19)."""
     classes = []
     for item in cfg.labels:
         if str(item).endswith(".txt"):
@@ -997,7 +1036,7 @@ def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
 
 
 def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
-    """DS: captions near the domain -> their numbers, in order, and each one's best cosine to a prompt (Sec. 2.2)."""
+    """DS: captions near the domain -> their numbers, in order, and each one's best cosine to a prompt (Sec. 2.2.2)."""
     found = {}
     search = Search(text_embeds, threshold, top_k)
     for _, caption, cosine in search(prompt_embeds):
@@ -1695,7 +1734,7 @@ def main(cfg: Config) -> dict:
             return {}
     if cfg.stage in ("all", "student"):
         teacher = load_teacher(cfg)[0].to(device).requires_grad_(False) if cfg.soft_labels else None
-        model = Model.from_checkpoint(last) if in_student else load_teacher(cfg)[0]
+        model = Model.from_checkpoint(last) if in_student else load_teacher(cfg)[0]  # D20
         result = train(
             cfg,
             "student",

@@ -1,7 +1,8 @@
 """MGA-CLAP: CLAP whose clip and caption vectors are sparse mixtures of one codebook shared by both.
 
-Li, Guo, Wang, Liu: "Advancing Multi-grained Alignment for Contrastive Language-Audio Pre-training",
-ACM Multimedia 2024, arXiv:2408.07919v1. Official code: github.com/Ming-er/MGA-CLAP (HTS-AT only).
+Yiming Li, Zhifang Guo, Xiangdong Wang, Hong Liu: "Advancing Multi-grained Alignment for Contrastive
+Language-Audio Pre-training", ACM Multimedia 2024, arXiv:2408.07919v1. Official code:
+github.com/Ming-er/MGA-CLAP (HTS-AT only); "the code" below is this one.
 
 The idea: plain CLAP pools frames and words into one vector each and only aligns those, so single
 frames need not agree with single words. Here (1) every frame and every word votes for codewords of
@@ -10,45 +11,80 @@ mixture of codewords; (2) the encoder's last block mixes nothing over time, so a
 (3) negatives that look like the positive count more. Frames then match words without frame labels.
 
 Equations (paper) -> code
-  Eq. (1)  symmetric contrastive loss (plain CLAP)      clap_loss
-  Eq. (2)  codeword affinity: max over frames or words  codebook_weights
-  Eq. (3)  sparse mixture of codewords                  Model.aggregate
-  Eq. (4)  locality-aware block: values only            common.Block.forward
-  Eq. (5)  its residual                                 common.Block.forward
-  Eq. (6)  its feed-forward                             common.Block.forward
-  Eq. (7)  hard-negative guided loss                    hard_negative_loss
-  Eq. (8)  its weights                                  hard_negative_loss
-  Table 4  the methods compared: CLAP, UACA, WSTAG, PACL  clap_loss on Model.aggregate, *_similarity
+  Eq. (1)  symmetric contrastive loss (plain CLAP)           clap_loss
+  Eq. (2)  affinity to a codeword: max over frames, by eta   codebook_weights
+  Eq. (3)  affinities to weights: sparsemax                  codebook_weights
+  Sec. 3.2.2  mixture of codewords (no number)               Model.aggregate
+  Eq. (4)  query, key, value of an ordinary block            common.Attention.forward
+  Eq. (5)  its softmax over positions                        common.Attention.forward
+  Eq. (6)  its weighted sum of values                        common.Attention.forward
+  Sec. 3.3  locality-aware block: U' = V, (5) and (6) gone   common.Block.forward
+  Eq. (7)  hard-negative guided loss                         hard_negative_loss
+  Eq. (8)  its weights alpha and beta                        hard_negative_loss
+  Table 4  UACA, WSTAG, PACL, to compare with                *_similarity
 
 Letters: B pairs, S samples, T frames (32 of 0.3125 s in 10 s) [T], L words [N], D joint dimension
-[d] 1024, K codewords [M] 4096. gamma [gamma] 0.15, temperature [tau], eta [eta] affinity divisor.
+[D] 1024, K codewords [M] 4096. gamma [gamma] 0.15, temperature [tau], eta [eta] affinity divisor.
 
 Deviations from the paper (and what --variant official does)
-  D1  The loss is a mean over the batch, not a sum: comparable with ln B, and Adam does not care.
-  D2  Eta is not printed: sqrt(D) * 1000 as in the code; with 256 codewords sqrt(D) * 70 (README).
-  D3  Padding and [SEP] never win the maximum of Eq. (2). Official: they score 0.
-  D4  Two captions of one clip in a batch are neither positive nor negative of each other (the paper
-      has one positive a row). Official: soft targets over all of them.
-  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where S_j is by mistake the sum of row j, not i,
-      positives' weight 1, 1e-7 inside the log.
-  D6  Official: the locality-aware block has no feed-forward (common.Block).
+  D1  Eq. (1) and (7) are sums over the batch and both directions; ours is the mean of both. So it
+      compares with ln B, and Adam does not care.
+  D2  The paper prints neither eta ("a scaling term") nor the codewords' start. As in the code:
+      sqrt(D) * 1000, and N(0, 1); with 256 codewords sqrt(D) * 70 (README). Sec. 1 says "maximum
+      cosine similarity", Eq. (2) the inner product: so do we and the code, nothing normalised.
+  D3  The paper masks nothing. [SEP] and the padding of a caption never win the maximum of Eq. (2);
+      official: they score 0 there. Zero-padded audio votes like any other audio, in both.
+  D4  Two captions of one clip in a batch are neither positive nor negative of each other, and
+      Eq. (8) leaves them out of its sum and of B (the paper has one positive a row). Official: soft
+      targets over all of them.
+  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where E_ij = e^(gamma s_ij / tau) and S_j is by
+      mistake the sum of row j, not i; positives' weight 1; 1e-7 inside the log.
+  D6  The block "removes the q-k attention", "with other components unchanged": the output
+      projection after V, the residuals, the LayerNorms and the feed-forward stay. Official: no
+      feed-forward (common.Block).
   D7  Official: + mean|A| / ||A|| + mean|T| / ||T|| on the batch's embeddings.
   D8  Official: clips are padded to the longest of the batch, and HTS-AT stretches them to 10 s.
       The paper, and we: padded to 10 s.
   D9  Official: 10 epochs (paper 15). The schedule (warm-up of 2 epochs, cosine) is the code's; the
       paper names none.
-  D10 bf16 autocast (code: fp16 with loss scaling). Bucket leftovers are not dropped
-      (common.bucketed_batches).
+  D10 bf16 autocast (code: fp16 with loss scaling; the paper names none). Clips of "similar
+      durations are grouped within a batch": what the groups leave over forms mixed batches here
+      (common.bucketed_batches); the code drops it.
   D11 Checkpoint choice on the validation split, as in the paper; the code chooses on the test sets.
-  D12 Captions are cut at 30 tokens, as in the code; the paper says 30 words.
-  D13 --encoder atst (no code released for it): the last of its blocks is the locality-aware one, only
-      the last block's output is used, padded audio is attended to, no SpecAugment.
+      The paper names no score: the code's, R@1 + R@5 of both directions.
+  D12 Captions are cut at 30 tokens, [CLS] and [SEP] included, as in the code; the paper says 30
+      words. They are cleaned first (clean_caption), as in the code; the paper is silent.
+  D13 --encoder atst (no code released for it): the last of its blocks is the locality-aware one,
+      only the last block's output is used, padded audio is attended to, no SpecAugment.
+  D14 Clip and caption vectors are normalised, as in the code: cosines where Eq. (1), (7) and (8)
+      have "the inner product".
+  D15 The vector at [CLS] is not among the words, as in the code; the paper says "word-level
+      features".
+  D16 The "two-layer MLP" behind an encoder has a LayerNorm before each layer and a GELU between, as
+      in the code.
+  D17 HTS-AT trains with SpecAugment (2 stripes below 64 frames, 2 below 8 mel bins) and stochastic
+      depth, as in the code; the paper names neither.
+  D18 A clip is "randomly cropped" from the whole file (--cache: from its first 60 s); code: from
+      its first 300 s.
+  D19 Where no row has split val, 5 % of the clips (2 to 1,000) are held out for validation and not
+      trained on. The paper says "validation sets" and no more.
+  D20 The paper does not say how test clips are cut. Here: consecutive windows of 10 s, the last one
+      zero-padded, averaged by their seconds. The code crops long clips at random for retrieval, and
+      repeats short ones for detection and grounding.
+  D21 --aggregator mean, uaca, wstag, pacl: the authors' versions are not released. Ours follow Sec.
+      3.2.1 ("mean pooling or attention pooling": mean) and Sec. 2.3 and 5.1.2 ("mean-mean pooling",
+      "max-mean", "cross-modal attention pooling").
+  D22 The weights of Eq. (8) pass gradients, as in the code; the paper does not say.
+  D23 Eq. (5) is printed for one head; HTS-AT has its own windows, heads and position bias. How its
+      output is "decoupled to produce the final frame-wise features" is the code's: the mean over
+      frequency. At most its last two blocks can be locality-aware; Fig. 5 goes on from there.
 
 Run:  python mga_clap.py --data demo                              (two CPU cores, under 4 minutes)
-      python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl --audio-weights HTSAT.ckpt
+      python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl    (needs HTSAT.ckpt)
       torchrun --nproc-per-node 8 mga_clap.py --data ...           (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-The loss starts near ln B (4.85 at B = 128); flat for more than an epoch: see README, "Is my loss normal?".
+The loss starts near ln B (4.85 at B = 128); flat for more than an epoch: see README, "Is my loss
+normal?".
 """
 
 import dataclasses
@@ -83,26 +119,30 @@ class Config:
         "paper"  # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
     )
     variant: Literal["paper", "official"] = (
-        "paper"  # official: do as the released code where it differs (D3-D9)
+        "paper"  # official: do as the released code where it differs (D3 to D9)
     )
     encoder: Literal["htsat", "atst"] = (
         "htsat"  # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
     )
     audio_weights: str = "HTSAT.ckpt"  # its start: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers CLAP folder, or none
-    text_model: str = (
-        "bert-base-uncased"  # start of the text encoder: hub id or folder (Sec. 4.1), or none
+    text_model: str = "bert-base-uncased"  # start of the text encoder: hub id or folder, or none (Sec. 4.1: BERT base; uncased: code)
+    max_tokens: int = (
+        30  # captions are cut there, [CLS] and [SEP] included (code; Sec. 4.1: 30 words, D12)
     )
-    max_tokens: int = 30  # captions are cut there, [CLS] and [SEP] included (code, D12)
     # model
     aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = (
-        "codebook"  # mean: plain CLAP; the others: Table 4
+        "codebook"  # codebook: MGA-CLAP; mean: plain CLAP (Tables 2 to 4); the others: Table 4 (D21)
     )
-    affinity: Literal["max", "mean"] = "max"  # how frames or words vote for a codeword (Table 5)
-    sparsity: Literal["sparsemax", "softmax"] = "sparsemax"  # affinities to weights (Table 5)
-    codewords: int = 4096  # size of the shared codebook (Fig. 4)
+    affinity: Literal["max", "mean"] = (
+        "max"  # how frames or words vote for a codeword (Sec. 3.2.2, Table 6)
+    )
+    sparsity: Literal["sparsemax", "softmax"] = (
+        "sparsemax"  # affinities to weights (Sec. 3.2.2, Table 6)
+    )
+    codewords: int = 4096  # size of the shared codebook (Sec. 4.1, Fig. 4)
     affinity_scale: float = 1000.0  # affinity divisor eta, divided by sqrt(joint_dim) (code, D2)
-    locality_blocks: int = 1  # last blocks that are locality-aware (Fig. 6); plain CLAP: 0
-    joint_dim: int = 1024  # dimension shared by audio and text (code)
+    locality_blocks: int = 1  # last blocks that are locality-aware (Sec. 3.3, Fig. 5; HTS-AT: at most 2, D23); plain CLAP: 0
+    joint_dim: int = 1024  # dimension shared by audio and text (Sec. 4.1)
     audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
     audio_depths: list[int] = field(
         default_factory=lambda: [2, 2, 6, 2]
@@ -117,14 +157,14 @@ class Config:
     hard_negatives: bool = (
         True  # weigh negatives by how close they are (Table 5); off: plain contrastive loss
     )
-    gamma: float = 0.15  # sharpness of the hard-negative weights (Fig. 5)
-    init_temperature: float = 0.07  # start of the learnt divisor tau (code)
+    gamma: float = 0.15  # sharpness of the hard-negative weights (Sec. 4.1, Fig. 6)
+    init_temperature: float = 0.07  # start of the learnt divisor tau (Sec. 4.1)
     # optimisation
-    epochs: int = 15  # Sec. 4.1
+    epochs: int = 15  # passes over the pairs (Sec. 4.1; code: 10, D9)
     batch_size: int = 128  # pairs over all processes (Sec. 4.1)
     lr: float = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
     warmup_epochs: float = 2.0  # linear warm-up, then cosine to 0 (code, D9)
-    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (code)
+    drop_path: float = 0.1  # stochastic depth, 0 to this over the audio blocks (code, D17)
     precision: Literal["auto", "bf16", "fp32"] = (
         "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D10)
     )
@@ -167,13 +207,15 @@ TINY = dict(
 OFFICIAL = dict(epochs=10)  # D9
 ATST = dict(audio_weights="atstframe_base.ckpt", audio_dim=768, audio_depths=[12], audio_heads=[12])
 PRESETS = {("variant", "official"): OFFICIAL, ("encoder", "atst"): ATST, ("size", "tiny"): TINY}
-WINDOW_S = 10.0  # training crop and evaluation window (Sec. 4.1)
+WINDOW_S = 10.0  # training crop (Sec. 4.1); evaluation windows (D20)
 SAMPLE_RATE = {"htsat": 32000, "atst": 16000}
 METHOD = "mga_clap"
 
 
 def clean_caption(text: str) -> str:
-    """Captions (not class names) before tokenising: lower case, punctuation to spaces. Source: code."""
+    """Captions (not class names) before tokenising: lower case, punctuation to spaces. Source: the
+    code (D12).
+    """
     text = re.sub(r"\s([,.!?;:|*\"](?:\s|$))", r"\1", text.lower())
     return re.sub(r"[(,.!?;:|*\")]", " ", text).replace("  ", " ").strip()
 
@@ -200,6 +242,7 @@ def codebook_weights(
         masked_score: affinity of masked positions; -inf, or 0 in the official code (D3).
     Returns
         weights (B, K) fp32, non-negative, each row sums to 1.
+    Source: Sec. 3.2.2, Eq. (2) and (3).
     """
     score = feats @ codebook.T  # (B, T, D) x (D, K) -> (B, T, K)
     if affinity == "mean":
@@ -214,11 +257,13 @@ def codebook_weights(
             score = score.masked_fill(~valid_mask[..., None], masked_score)  # D3
         votes = score.amax(1)  # (B, K)
     votes = votes.float() / eta  # Eq. (2)
-    return common.sparsemax(votes) if sparsity == "sparsemax" else votes.softmax(-1)
+    return common.sparsemax(votes) if sparsity == "sparsemax" else votes.softmax(-1)  # Eq. (3)
 
 
 class ATSTMel(nn.Module):
-    """Waveform (B, S) at 16 kHz -> log-mel (B, 64, T_mel), about -1 to 1. Source: ATST-Frame's released code."""
+    """Waveform (B, S) at 16 kHz -> log-mel (B, 64, T_mel), about -1 to 1. Source: ATST-Frame's
+    released code.
+    """
 
     def __init__(self):
         super().__init__()
@@ -234,9 +279,12 @@ class ATSTMel(nn.Module):
 
 
 class ATSTFrame(nn.Module):
-    """Frame-wise transformer: every token is 40 ms of the whole band. Source: Li et al., ATST-Frame (TASLP 2024).
+    """Frame-wise transformer: every token is 40 ms of the whole band (D13).
 
-    Args: dim, depth, heads: 768, 12, 12 in the published base model; n_frames: longest input in tokens.
+    Source: Li et al., ATST-Frame (TASLP 2024).
+
+    Args: dim, depth, heads: 768, 12, 12 in the published base model; n_frames: longest input in
+        tokens.
     """
 
     def __init__(
@@ -292,7 +340,9 @@ class ATSTFrame(nn.Module):
 
 
 def load_atst(encoder: ATSTFrame, path: str) -> None:
-    """Start from a released atstframe_*.ckpt (its teacher), from a fine-tuned one, or from a saved state dict."""
+    """Start from a released atstframe_*.ckpt (its teacher), from a fine-tuned one, or from a saved
+    state dict.
+    """
     weights = common.read_weights(path)
     weights = weights.get("state_dict", weights)
     for prefix in ("model.teacher.encoder.", "encoder.encoder.", ""):
@@ -307,7 +357,7 @@ def load_atst(encoder: ATSTFrame, path: str) -> None:
 
 
 class Model(nn.Module):
-    """An audio encoder and BERT, joined by a codebook (or compared as plain CLAP, UACA, WSTAG or PACL).
+    """An audio encoder and BERT, joined by a codebook (or compared as CLAP, UACA, WSTAG or PACL).
 
     Args: cfg; text_encoder: a common.TextEncoder (kept in checkpoints with its tokenizer).
     """
@@ -321,32 +371,32 @@ class Model(nn.Module):
         self.sample_rate, self.pairwise = SAMPLE_RATE[cfg.encoder], cfg.aggregator in PAIRWISE
         if cfg.encoder == "atst":
             self.log_mel = ATSTMel()
-            self.audio_encoder = ATSTFrame(
+            self.audio_encoder = ATSTFrame(  # D13
                 cfg.audio_dim << len(cfg.audio_depths) - 1,
                 sum(cfg.audio_depths),
                 cfg.audio_heads[-1],
                 drop_path=cfg.drop_path,
                 locality_blocks=cfg.locality_blocks,
-                locality=cfg.variant,
+                locality=cfg.variant,  # D6
             )
         else:
             self.log_mel = common.LogMel(
                 self.sample_rate, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000
             )
-            self.audio_encoder = common.HTSAT(
+            self.audio_encoder = common.HTSAT(  # D17, D23
                 cfg.audio_dim,
                 cfg.audio_depths,
                 cfg.audio_heads,
                 cfg.audio_patch,
                 drop_path=cfg.drop_path,
                 locality_blocks=cfg.locality_blocks,
-                locality=cfg.variant,
+                locality=cfg.variant,  # D6
             )
         self.text_encoder = text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
 
         def two_layers(dim):
-            return nn.Sequential(
+            return nn.Sequential(  # D16
                 nn.LayerNorm(dim),
                 nn.Linear(dim, cfg.joint_dim),
                 nn.GELU(),
@@ -359,13 +409,16 @@ class Model(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(cfg.init_temperature))
         self.eta = cfg.affinity_scale * math.sqrt(cfg.joint_dim)  # D2
         if cfg.aggregator == "codebook":
-            self.codebook = nn.Parameter(torch.randn(cfg.codewords, cfg.joint_dim))
+            self.codebook = nn.Parameter(torch.randn(cfg.codewords, cfg.joint_dim))  # D2
 
     def aggregate(self, feats, valid_mask=None):
-        """Frames or words (B, T, D) -> normalised embeds (B, D), mean number of active codewords."""
+        """Frames or words (B, T, D) -> normalised embeds (B, D), mean number of active codewords.
+
+        Source: Sec. 3.2.2; without a codebook Sec. 3.2.1, mean pooling.
+        """
         if (
             self.cfg.aggregator != "codebook"
-        ):  # plain CLAP, and the clip and class vectors of the pairwise methods
+        ):  # plain CLAP, and the clip and class vectors of the pairwise methods (D21)
             valid = torch.ones_like(feats[..., :1]) if valid_mask is None else valid_mask[..., None]
             feats = F.normalize(feats.float(), dim=-1) if self.pairwise else feats.float()
             pooled = (feats * valid).sum(1) / valid.sum(1)
@@ -380,8 +433,8 @@ class Model(nn.Module):
             0.0 if self.cfg.variant == "official" else float("-inf"),
         )
         with torch.autocast(weights.device.type, enabled=False):
-            mixture = weights @ self.codebook  # Eq. (3)
-        return F.normalize(mixture, dim=-1), (weights > 0).sum(1).float().mean()
+            mixture = weights @ self.codebook  # Sec. 3.2.2
+        return F.normalize(mixture, dim=-1), (weights > 0).sum(1).float().mean()  # D14
 
     def frame_feats(self, waveform):
         """waveform (B, S) of at most one window -> projected frames (B, T, D)."""
@@ -389,12 +442,14 @@ class Model(nn.Module):
 
     def word_feats(self, input_ids, attention_mask):
         """Token ids (B, L) -> projected words (B, L - 1, D), without [CLS]."""
-        return self.word_proj(self.text_encoder(input_ids, attention_mask)[:, 1:])
+        return self.word_proj(self.text_encoder(input_ids, attention_mask)[:, 1:])  # D15
 
     def forward(self, waveform, input_ids, attention_mask, word_mask):
-        """One training batch -> audio_embeds (B, D), text_embeds (B, D), temperature, active codewords.
+        """One training batch -> audio_embeds (B, D), text_embeds (B, D), temperature, active
+        codewords.
 
-        For a pairwise method frames (B, T, D) and words (B, max_tokens - 1, D) in place of the embeds.
+        For a pairwise method frames (B, T, D) and words (B, max_tokens - 1, D) in place of the
+        embeds.
         """
         frames, words = self.frame_feats(waveform), self.word_feats(input_ids, attention_mask)
         if self.pairwise:
@@ -406,7 +461,7 @@ class Model(nn.Module):
                 frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1])
             )  # official batches are as long as their longest clip
             return F.normalize(frames.float(), dim=-1), words, self.temperature, words.new_zeros(())
-        audio_embeds, audio_active = self.aggregate(frames)
+        audio_embeds, audio_active = self.aggregate(frames)  # no mask: padding votes (D3)
         text_embeds, text_active = self.aggregate(words, word_mask[:, 1:])
         return (
             audio_embeds,
@@ -417,9 +472,11 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
-        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised.
+        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D),
+        normalised.
 
-        Never random: consecutive 10 s windows, the last zero-padded, averaged by their seconds.
+        Never random: consecutive 10 s windows, the last zero-padded, averaged by their seconds
+        (D20).
         """
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
@@ -427,9 +484,11 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
-        """As embed_audio -> frames (B, T, D), normalised, every `frame_s` seconds; zeros behind a clip's last window.
+        """As embed_audio -> frames (B, T, D), normalised, every `frame_s` seconds; zeros behind a
+        clip's last window.
 
-        Projected frames before the codebook, as the paper scores sound events.
+        Projected frames before the codebook: Fig. 1 compares "frame features" with texts, and so
+        does the code.
         """
         with common.evaluating(self):
             frame_feats, owner, _ = self._window_feats(waveform, n_samples)
@@ -439,7 +498,7 @@ class Model(nn.Module):
             )
 
     def _window_feats(self, waveform, n_samples):
-        windows, owner, weight, _ = common.cut_windows(
+        windows, owner, weight, _ = common.cut_windows(  # D20
             waveform, n_samples, int(WINDOW_S * self.sample_rate)
         )
         return (
@@ -458,9 +517,11 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def pair_scores(self, frame_embeds: list, texts: list[str]):
-        """frame_embeds: list of (T_i, D) arrays -> similarity (N, Q) of every clip and text; pairwise methods only.
+        """frame_embeds: list of (T_i, D) arrays -> similarity (N, Q) of every clip and text;
+        pairwise methods only.
 
-        Theirs is no product of one clip and one text vector, so retrieval and tagging score every pair.
+        Theirs is no product of one clip and one text vector, so retrieval and tagging score every
+        pair.
         """
         similarity, device = PAIRWISE[self.cfg.aggregator], self.temperature.device
         with common.evaluating(self):
@@ -485,7 +546,9 @@ class Model(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, text_model="bert-base-uncased"):
-        """A run's last.pt or best.pt, or the authors' model.pt (then with `text_model`'s tokenizer)."""
+        """A run's last.pt or best.pt, or the authors' model.pt (then with `text_model`'s
+        tokenizer).
+        """
         content = common.read_weights(path)
         if "codebook" in content.get("model", {}) and "method" not in content:
             model = cls(
@@ -508,12 +571,12 @@ def masked_words(words, mask):
     return F.normalize(words.float(), dim=-1) * mask[..., None]
 
 
-# The methods that Table 4 compares (our reading; their code is not released). frames (A, T, D) and
-# words (Q, L, D) are normalised, zero where padded -> similarity (A, Q).
+# The other methods of Table 4, our reading (D21). frames (A, T, D) and words (Q, L, D) are
+# normalised, zero where padded -> similarity (A, Q).
 
 
 def uaca_similarity(frames, words, temperature=None):
-    """Mean over words of the mean over frames. Xie et al., ICASSP 2022 (UACA)."""
+    """Mean over words of the mean over frames (Sec. 2.3). Xie et al., ICASSP 2022 (UACA)."""
 
     def mean(x):
         return x.sum(1) / x.any(-1).sum(1, keepdim=True)
@@ -522,7 +585,7 @@ def uaca_similarity(frames, words, temperature=None):
 
 
 def wstag_similarity(frames, words, temperature=None):
-    """Mean over words of the best frame. Xu et al., ICASSP 2023 workshop (WSTAG)."""
+    """Mean over words of the best frame (Sec. 2.3). Xu et al., ICASSP 2023 workshop (WSTAG)."""
     cells = torch.einsum("atd,qld->aqlt", frames, words)
     best = cells.masked_fill(~frames.any(-1)[:, None, None], float("-inf")).amax(-1)  # (A, Q, L)
     valid = words.any(-1)
@@ -530,7 +593,10 @@ def wstag_similarity(frames, words, temperature=None):
 
 
 def pacl_similarity(frames, words, temperature):
-    """Frames weighted by their match to the caption, then pooled. Mukhoti et al., CVPR 2023 (PACL)."""
+    """Frames weighted by their match to the caption, then pooled (Sec. 5.1.2).
+
+    Source: Mukhoti et al., CVPR 2023 (PACL).
+    """
     text = F.normalize(words.sum(1), dim=-1)  # (Q, D)
     logits = torch.einsum("atd,qd->aqt", frames, text) / temperature
     weights = logits.masked_fill(~frames.any(-1)[:, None], float("-inf")).softmax(-1)
@@ -542,7 +608,7 @@ PAIRWISE = {"uaca": uaca_similarity, "wstag": wstag_similarity, "pacl": pacl_sim
 
 
 def official_state(weights: dict) -> dict:
-    """The authors' model.pt names -> ours. Unknown names stay, so that strict loading lists them."""
+    """The authors' model.pt names -> ours. Unknown names stay, so strict loading lists them."""
     prefix = "audio_encoder.audio_enc."
     audio = common.htsat_state(
         {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -579,15 +645,17 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
 
 
 def clap_loss(sim, temperature, same_clip):
-    """Mean over both directions of the cross-entropy of the right partner."""
+    """Mean over both directions of the cross-entropy of the right partner. Source: Eq. (1)."""
     diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     logits = (sim / temperature).masked_fill(same_clip & ~diagonal, float("-inf"))  # D4
     target = torch.arange(len(sim), device=sim.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2  # Eq. (1)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2  # Eq. (1), D1
 
 
 def hard_negative_loss(sim, temperature, gamma: float, same_clip):
-    """Cross-entropy in which each negative counts alpha times, more the closer it is; gamma 0 = clap_loss."""
+    """Cross-entropy in which each negative counts alpha times, more the closer it is; gamma 0 =
+    clap_loss. Source: Sec. 3.4, Eq. (7) and (8).
+    """
     diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     twin = same_clip & ~diagonal  # D4
 
@@ -596,7 +664,7 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
         candidates = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
         log_alpha = (
             candidates.to(logits.dtype).log() + hardness - hardness.logsumexp(1, keepdim=True)
-        )  # Eq. (8)
+        )  # Eq. (8), D22
         log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive counts once
         return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
 
@@ -606,7 +674,7 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
 
 def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: bool = True):
     """What the released code computes: D4, D5."""
-    targets = same_clip / same_clip.sum(1, keepdim=True)
+    targets = same_clip / same_clip.sum(1, keepdim=True)  # D4
 
     def one_way(logits, targets):
         logits = logits - logits.amax(1, keepdim=True).detach()
@@ -614,7 +682,7 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
         others = (hard.sum(1) - hard).clamp(
             min=1e-30
         )  # no keepdim: column j gets row j's sum; 0 for a single pair
-        weight = (len(sim) - 1) * hard / others
+        weight = (len(sim) - 1) * hard / others  # D5
         weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
         log_prob = logits - torch.log((weight * logits.exp()).sum(1, keepdim=True) + 1e-7)
         return -(targets * log_prob).sum(1).mean()
@@ -637,6 +705,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids)
     same_clip = clip_ids[:, None] == clip_ids[None, :]
     if cfg.variant == "official":
         loss = official_loss(sim, temperature, cfg.gamma, same_clip, cfg.hard_negatives)
+        # D7
         return loss + embedding_regulariser(audio_embeds) + embedding_regulariser(text_embeds), sim
     if cfg.hard_negatives:
         return hard_negative_loss(sim, temperature, cfg.gamma, same_clip), sim
@@ -649,7 +718,9 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids)
 
 
 class Pairs(Dataset):
-    """One item a (clip, caption) pair. Items are asked for as (epoch, index), which seeds the crop."""
+    """One item a (clip, caption) pair. Items are asked for as (epoch, index), which seeds the
+    crop.
+    """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
         clips = {audio: i for i, audio in enumerate(dict.fromkeys(row["audio"] for row in rows))}
@@ -665,7 +736,7 @@ class Pairs(Dataset):
         clip, row, caption = self.pairs[index]
         rng = np.random.default_rng((self.cfg.seed, epoch, index))
         try:
-            waveform = self.read(
+            waveform = self.read(  # D18
                 row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
             )
         except common.AudioError as error:
@@ -699,7 +770,9 @@ class Pairs(Dataset):
 
 
 def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> tuple[dict, dict]:
-    """Scores on `rows` and what chance would give: retrieval; tagging and frame-level mAP with labels."""
+    """Scores on `rows` and what chance would give: retrieval; tagging and frame-level mAP with
+    labels.
+    """
     frames = bool(classes) and any(row.get("events") for row in rows)
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
         model, rows, frames=frames or model.pairwise, desc="validation", quiet=quiet
@@ -731,7 +804,9 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
 
 
 def selection_score(model, val_rows, say, step) -> float:
-    """R@1 + R@5, both directions, on the validation split (D11); without one, the last step wins."""
+    """R@1 + R@5, both directions, on the validation split (D11); without one, the last step
+    wins.
+    """
     if not val_rows:
         return float(step)
     scores, _ = validate(model, val_rows, [])
@@ -739,17 +814,19 @@ def selection_score(model, val_rows, say, step) -> float:
         f"step {step}: validation "
         + " ".join(f"{k} {scores[k]:.3f}" for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
     )
-    return sum(scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
+    return sum(scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))  # D11
 
 
 def main(cfg: Config) -> dict:
-    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
+    split, as in eval.json; {} without one.
+    """
     device, autocast, say = common.start(cfg, PRESETS)
     rank, world = common.rank_and_world()
 
     # Data
     rows = common.read_manifest(cfg.data)
-    train_rows, val_rows = common.split_train_val(rows, cfg.seed)
+    train_rows, val_rows = common.split_train_val(rows, cfg.seed)  # D19
     common.require(train_rows + val_rows, "captions")
     classes = common.read_classes(cfg.data, val_rows)
     if classes and any(row.get("labels") or row.get("events") for row in val_rows):
@@ -815,7 +892,7 @@ def main(cfg: Config) -> dict:
     # Loop
     loader = DataLoader(
         dataset,
-        batch_sampler=common.training_batches(
+        batch_sampler=common.training_batches(  # D10
             dataset.durations, batch_size, cfg.seed, step, total_steps
         ),
         num_workers=cfg.workers,

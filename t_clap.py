@@ -1,43 +1,72 @@
 """T-CLAP: LAION-CLAP fine-tuned to hear the order of events, with captions whose order is wrong.
 
-Yuan, Chen, Liu, Kang, Liu, Xie, Wang: "T-CLAP: Temporal-Enhanced Contrastive Language-Audio
-Pretraining", arXiv:2404.17806. No code or weights were released. It fine-tunes LAION-CLAP (HTS-AT
-and RoBERTa, one vector each, 48 kHz; Wu et al., ICASSP 2023, github.com/LAION-AI/CLAP).
+Yi Yuan, Zhuo Chen, Xubo Liu, Haohe Liu, Xuenan Xu, Dongya Jia, Yuanzhe Chen, Mark D. Plumbley,
+Wenwu Wang: "T-CLAP: Temporal-Enhanced Contrastive Language-Audio Pretraining", arXiv:2404.17806.
+The abstract says "Our code and models will be released soon"; we found neither. The paper
+fine-tunes LAION-CLAP (HTS-AT and RoBERTa, one vector each; Wu et al., ICASSP 2023,
+github.com/LAION-AI/CLAP). "LAION" below means that code; it fills what the paper leaves open.
 
-The idea: a contrastive loss over a batch can be solved by what sounds, never by in which order, for
-no other caption of the batch has the same events. Here every caption that has an order brings its
-own negative, the same events in another order (`tools.captions rewrite --task
-negatives`, `tools.scenes --preset esc-mixed-up`), and a second loss asks each clip to lie closer to
-the true one.
+The idea: hardly any two captions of a batch name the same events in two orders, so a model can
+solve the contrastive loss without the order. Here a caption that tells an order brings its own
+negative, the same events in another order (`tools.captions rewrite --task negatives`,
+`tools.scenes --preset esc-mixed-up`). A second loss asks each clip to lie closer to its caption
+than to the negative.
+
+The paper's baseline in Table 3 (T-Classify) is LAION-CLAP before this fine-tuning. The paper trains
+no control without L_t; `--lt-weight 0` is such a control, and it is ours.
 
 Equations (paper) -> code
-  Eq. (1)  symmetric contrastive loss (LAION-CLAP's)    contrastive_loss
-  Eq. (2)  the sum of the two losses                    training_loss
-  Eq. (3)  temporal loss: caption against its negative  temporal_loss
+  Eq. (1)  cosine s_ij of clip i and caption j           training_loss
+  Eq. (2)  the sum of the two losses, L_c + lambda L_t   training_loss
+  Eq. (3)  temporal loss: caption against its negative   temporal_loss
+Eq. (1) is printed with the names of the two encoders exchanged. L_c, the contrastive loss, has no
+number: contrastive_loss.
 
-Letters: B clips in a batch [N], S samples, T frames (32 of 0.3125 s in 10 s), L text tokens, D joint
-dimension 512.
+Letters: B clips in a batch [N], S samples, T frames (32 of 0.3125 s in 10 s), L text tokens,
+D joint dimension 512.
 
 Deviations from the paper, and what it leaves open
-  D1  The waveform is not rounded to int16 and back (LAION does so in its Python API only).
-  D2  Evaluated audio over 10 s is cut into consecutive windows, never cropped at random. A window or
-      crop that is not full is tiled as often as it fits whole, then zero-padded, as LAION does.
-  D3  Frames (embed_frames) are projected one by one; neither paper uses them.
-  D4  Eq. (3) is a mean over the clips that have a negative, not a sum, which would swamp Eq. (1).
+  D1  LAION clips each waveform to [-1, 1] and cuts it to int16 and back, in its training loader and
+      in its Python API. That moves a sample by less than 1 / 32,767, so it is left out here;
+      --cache does round training audio to int16.
+  D2  Evaluated audio over 10 s is cut into consecutive windows; LAION crops at random. Training
+      crops at random as LAION does, so a crop of a longer clip (Clotho) may lack an event of its
+      caption. A window or crop that is not full is tiled as often as it fits whole, then
+      zero-padded, as LAION does.
+  D3  Frames (embed_frames) are projected one by one; neither T-CLAP nor LAION uses frames.
+  D4  Eq. (3) is a sum over the batch. Here it is a mean over the clips that have a negative: the
+      sum would swamp L_c, which is a mean.
   D5  Not stated: Adam without weight decay and the cosine to 0 after the warm-up are LAION's, and
-      so is its choice of the checkpoint, by mAP@10 of both directions (on the validation split).
-  D6  "1 : 4" is read as one clip of the sets that have negatives to four of those that have none.
+      so is the choice of the checkpoint by mAP@10 of both directions (here on split val).
+  D6  "a ratio of 1 : 4 to add the other three datasets within each batch" is read as one clip of
+      the sets with negatives to four of Auto-ACD; within each part every clip is as likely.
   D7  Not stated: a clip shows one of its captions, drawn anew at every visit.
-  D8  bf16 autocast on a GPU; the losses are always in fp32.
+  D8  Not stated: bf16 autocast on a GPU; the losses are always in fp32.
   D9  --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
-  D10 A start from nothing needs more than Eq. (3) as printed: --size tiny takes cosines times 14,
-      weight 2 (with 0.5 one seed of three learns no order in 2,000 steps), and initial weights that let order through (feel_order).
+  D10 --size tiny starts from nothing, the paper from LAION-CLAP: small encoders, batches of 16,
+      sets mixed 1 : 1, cosines times 14 in Eq. (3), lambda 2, and initial weights that let order
+      through (feel_order). With lambda 0.5 one seed of three learns no order in 2,000 steps.
+  D11 L_c is not printed ("original contrastive loss", Fig. 2). It is LAION's: the mean of the
+      cross-entropies of both directions, of cosines times a learnt factor (at first 1 / 0.07, held
+      between 1 and 100).
+  D12 Not stated: the embeddings E of Eq. (3) have length 1, so its products are cosines.
+  D13 L_c sees the captions of all sets and no negative. The paper says only that Auto-ACD is "the
+      primary database for the contrastive loss".
+  D14 The paper's LLM rewrites AudioCaps and Clotho so that "each sample is combined with a negative
+      caption"; its prompt is not printed. tools.captions does it by rules or by a language model.
+      A caption without an order gets no negative and no part in L_t.
+  D15 ESC-mixed-up is made "by mixing and concatenating". tools.scenes concatenates two recordings
+      of different classes, joined by the two phrases that are printed; --overlay is ours.
+  D16 The file of LAION-CLAP is not named, nor whether it has feature fusion. 630k-best.pt (without)
+      fits the training sets that Table 1 lists for CLAP_l: AudioCaps, Clotho, LAION-Audio-630k.
+  D17 Of the model only "HTSAT", "RoBERTa" and "multi-layer perceptron (MLP) layers" are named.
+      Sizes, 48 kHz log-mel, dropout, drop path and SpecAugment are LAION's. No weight is frozen.
 
 Run:  python t_clap.py --data demo                              (two CPU cores, about 8 minutes)
-      python t_clap.py --data audiocaps clotho esc_mixed_up auto_acd --weights 630k-best.pt
+      python t_clap.py --data audiocaps_order clotho_order esc_mixed_up auto_acd
       torchrun --nproc-per-node 8 t_clap.py --data ...          (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-Eq. (1) starts near ln B from nothing, far below it from LAION's weights; Eq. (3) starts at ln 2 = 0.69.
+L_c starts near ln B from nothing, far below it from LAION's weights; L_t starts near ln 2 = 0.69.
 """
 
 import dataclasses
@@ -68,14 +97,14 @@ class Config:
     # data
     data: list[
         str
-    ]  # manifests, folders that hold manifest.jsonl, or the word demo; those with negatives are told from those without
+    ]  # manifests, folders that hold manifest.jsonl, or the word demo; those with negatives are told from those without (D6, D15)
     size: Literal["paper", "tiny"] = (
-        "paper"  # paper: HTS-AT + RoBERTa-base; tiny: same family, small, from nothing
+        "paper"  # paper: HTS-AT + RoBERTa (Sec. 2.2; sizes: LAION, D17); tiny: same family, small, from nothing (D10)
     )
-    weights: str = "630k-best.pt"  # start: a LAION-CLAP file, a transformers CLAP folder or hub id, a T-CLAP checkpoint, or none
+    weights: str = "630k-best.pt"  # start: a LAION-CLAP file (D16), a transformers CLAP folder or hub id, a T-CLAP checkpoint, or none
     text_model: str = "roberta-base"  # tokenizer of a LAION-CLAP file; with --weights none the text encoder's start, or none
     # model, read only when --weights none
-    joint_dim: int = 512  # dimension shared by audio and text (LAION-CLAP)
+    joint_dim: int = 512  # dimension shared by audio and text (LAION, D17)
     audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many
     audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # blocks a stage
     audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage
@@ -83,20 +112,22 @@ class Config:
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # loss
-    lt_weight: float = 0.5  # weight of the temporal loss (Eq. 2); 0: plain contrastive fine-tuning
+    lt_weight: float = 0.5  # weight lambda of the temporal loss (Eq. 2; 0.5: Sec. 3.2); 0: fine-tuning without it, our control (the paper's baseline is LAION-CLAP before fine-tuning)
     lt_scale: float = 1.0  # factor on the cosines in the temporal loss (Eq. 3 has none, D10)
     # optimisation
-    steps: int = 30000  # Sec. 4
-    batch_size: int = 512  # clips over all processes (Sec. 4)
-    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
-    mix: float = 4.0  # clips of sets without negatives for each clip of sets with them (Sec. 4, D6)
-    lr: float = 1e-4  # peak of Adam's learning rate (Sec. 4)
-    warmup_steps: int = 10000  # linear warm-up (Sec. 4), then cosine to 0 (D5)
-    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (LAION-CLAP); a T-CLAP checkpoint keeps its own
+    steps: int = 30000  # Sec. 3.2
+    batch_size: int = 512  # clips over all processes (Sec. 3.2)
+    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours, D9)
+    mix: float = (
+        4.0  # clips of sets without negatives for each clip of sets with them (Sec. 3.2, D6)
+    )
+    lr: float = 1e-4  # peak learning rate (Sec. 3.2), of Adam (D5)
+    warmup_steps: int = 10000  # linear warm-up (Sec. 3.2), then cosine to 0 (D5)
+    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (LAION, D17); a T-CLAP checkpoint keeps its own
     precision: Literal["auto", "bf16", "fp32"] = (
         "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D8)
     )
-    seed: int = 0  # of weights, order, crops, captions, masks
+    seed: int = 0  # of weights, order, crops, captions, masks (Sec. 4: means of three runs)
     # run
     name: str = ""  # folder under --runs; empty: t_clap-1, t_clap-2, ...
     runs: str = "runs"  # where run folders go
@@ -127,7 +158,7 @@ TINY = dict(
     # loss alone learns order
     steps=2000,
     batch_size=16,
-    mix=1.0,
+    mix=1.0,  # D10
     lr=5e-4,
     warmup_steps=200,
     drop_path=0.0,
@@ -135,7 +166,7 @@ TINY = dict(
     workers=1,
 )
 PRESETS = {("size", "tiny"): TINY}
-WINDOW_S = 10.0  # LAION's training crop
+WINDOW_S = 10.0  # LAION's training crop (D2)
 MAX_TOKENS = 77  # LAION's padding and truncation length
 METHOD = "t_clap"
 
@@ -151,7 +182,7 @@ def tile(waveform, window: int):
 
 
 class Model(nn.Module):
-    """LAION-CLAP without feature fusion.
+    """LAION-CLAP without feature fusion (D16, D17).
 
     Args
         text_encoder: a common.TextEncoder that kept its pooler (RoBERTa's tanh layer on <s>).
@@ -207,7 +238,7 @@ class Model(nn.Module):
         )  # LAION's plain loss uses the first
 
     def clip_feats(self, waveform):
-        """waveform (B, S) of one window, tiled -> projected clips (B, D)."""
+        """waveform (B, S) of one window, tiled, not cut to int16 (D1) -> projected clips (B, D)."""
         return self.audio_projection(self.audio_encoder(self.log_mel(waveform)).mean(1))
 
     def text_feats(self, input_ids, attention_mask):
@@ -320,13 +351,13 @@ class Model(nn.Module):
 
 
 FUSED = (
-    "a CLAP with feature fusion: its audio encoder has branches for long audio that no paper here uses; take the file "
+    "a CLAP with feature fusion: its audio encoder has branches for long audio that this model does not have; take the file "
     "without fusion (laion/clap-htsat-unfused, 630k-best.pt)"
 )
 
 
 def htsat_size(weights: dict, prefix: str) -> dict:
-    """dim, depths and heads of an HTS-AT, read from the shapes of its weights; the paper's where keys are missing."""
+    """dim, depths, heads of an HTS-AT, from the shapes of its weights; LAION's where keys are missing."""
     depths, heads = {}, {}
     for key, value in weights.items():
         found = re.match(
@@ -360,7 +391,7 @@ def laion_state(weights: dict) -> dict:
     )
     state = {f"audio_encoder.{k}": v for k, v in audio.items()}
     for key, value in weights.items():
-        # the MLP heads are trained but unused without LAION's mlp_loss
+        # LAION's MLP heads are in the file, but unused without its mlp_loss
         if not re.match(
             r"audio_branch\.|(audio|text)_transform\.|text_branch\.embeddings\.(position|token_type)_ids$",
             key,
@@ -486,18 +517,22 @@ def feel_order(model: Model, text: bool) -> None:
 
 
 def contrastive_loss(sim, scale):
-    """sim (B, B) cosine, audio in rows; mean over both directions of the cross-entropy of the right partner."""
+    """L_c: mean over both directions of the cross-entropy of the right partner.
+
+    sim (B, B) cosine, audio in rows. Source: LAION's loss; the paper prints none (D11).
+    """
     target = torch.arange(len(sim), device=sim.device)
     return (
         F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)
-    ) / 2  # Eq. (1)
+    ) / 2  # L_c (D11)
 
 
 def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 1.0):
-    """Each clip must tell its caption from the caption's negative (B, D), a row of zeros = has none.
+    """L_t: each clip must tell its caption from the caption's negative (B, D; 0: it has none).
 
     -> mean over the clips that have one (D4) of log(1 + exp(a.n - a.t)), which is
-    -log(exp(a.t) / (exp(a.t) + exp(a.n))); share of them for which a.t > a.n.
+    -log(exp(a.t) / (exp(a.t) + exp(a.n))); share of them for which a.t > a.n. All vectors have
+    length 1 (D12). Source: Eq. (3), which has no factor lt_scale (D10).
     """
     ordered = negative_embeds.detach().any(-1).float()  # (B,)
     margin = (audio_embeds * (text_embeds - negative_embeds)).sum(-1)
@@ -507,12 +542,15 @@ def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale):
-    """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
+    """Outputs of Model.forward in this process -> loss, sim (B, B), parts, over all processes.
+
+    Source: Eq. (1), whose division by the norms is in Model.forward, and Eq. (2).
+    """
     audio_embeds, text_embeds, negative_embeds = (
         common.gather_with_grad(x) for x in (audio_embeds, text_embeds, negative_embeds)
     )
-    sim = audio_embeds @ text_embeds.T  # (B, B)
-    contrastive = contrastive_loss(sim, scale)
+    sim = audio_embeds @ text_embeds.T  # (B, B), cosines of unit vectors: Eq. (1)
+    contrastive = contrastive_loss(sim, scale)  # positives only, of all sets (D13)
     temporal, order = temporal_loss(audio_embeds, text_embeds, negative_embeds, cfg.lt_scale)
     loss = contrastive + cfg.lt_weight * temporal  # Eq. (2)
     return (
@@ -590,7 +628,7 @@ class Clips(Dataset):
         rng = np.random.default_rng((self.cfg.seed, *key))
         chosen = int(rng.integers(len(row["captions"])))  # D7
         negatives = row.get("negatives", []) if self.cfg.lt_weight else []
-        negative = negatives[chosen] if chosen < len(negatives) else None
+        negative = negatives[chosen] if chosen < len(negatives) else None  # D14
         try:
             waveform = self.read(
                 row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")

@@ -409,7 +409,7 @@ def curate(tiny: bool) -> dict:
 
 def matching(tiny: bool) -> dict:
     """CoLLAT's greedy matching of 64 clips, all 77 tokens real, against a training step of 64 clips
-    at the paper's size.
+    at --size paper.
 
     On a CPU the step is that of 2 clips times 32: forward and backward of both views, without the
     optimiser's part.

@@ -147,8 +147,8 @@ T_CLAIMS = [
         lambda m, b, spread: m >= b - spread,
     ),
 ]
-# Every run starts stage 2 from one stage 1 of its seed; what each part is worth (the paper's Table
-# 8)
+# Every run starts stage 2 from one stage 1 of its seed; what each part is worth (the paper's Tables
+# IX and XI)
 CACO_BASELINES = {
     "no_mae": dict(audio_weights="none"),
     "no_captioning": dict(caption_weight=0.0),

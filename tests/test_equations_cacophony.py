@@ -52,7 +52,7 @@ def batch_of(model, n=6, steps=4, seed=0):
     }
 
 
-# Losses
+# Losses: Eq. (1) to (6)
 def test_eq_1_is_the_sum_of_both_directions_by_hand():
     sim, scale = torch.tensor([[0.9, 0.1], [0.3, 0.5]]), torch.tensor(2.0)
 
@@ -195,7 +195,7 @@ def test_micro_batches_with_gradient_caching_equal_one_batch(rho):
 
 # Front end
 def slow_features(waveform, window):
-    """Frame by frame in float64, from the fact sheet's words."""
+    """Frame by frame in float64: the front end of the JAX code, or of the torch port (D1)."""
     frames = math.ceil(len(waveform) / 160)
     padded = np.concatenate([waveform, np.zeros(1000)])
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
@@ -253,7 +253,7 @@ def test_the_two_windows_differ_by_56_samples():
     assert (start(F.pad(x[:, 56:], (0, 56)))[:, :90] - shifted).abs().max() < 1e-4
     assert (
         start(x)[:, :90] - shifted
-    ).abs().mean() > 0.03  # the fact sheet measured 0.054 on white noise
+    ).abs().mean() > 0.03  # 0.054 between the two front ends on white noise
 
 
 def test_patches_are_time_major_and_the_remainder_is_dropped():
@@ -557,6 +557,8 @@ def test_variants_set_heads_eps_and_window():
 
 
 def test_paper_size_has_the_published_numbers_of_parameters():
+    """Of the authors' checkpoints; the paper prints no numbers of parameters."""
+
     def count(module):
         return sum(p.numel() for p in module.parameters()) / 1e6
 
@@ -581,7 +583,7 @@ def test_paper_size_has_the_published_numbers_of_parameters():
     assert count(layers) + count(vocabulary) == pytest.approx(76.46, abs=0.01)
     assert count(roberta) == pytest.approx(
         125.23, abs=1.3
-    )  # the fact sheet's figure holds the pooler's keys and values
+    )  # that of the code holds the pooler's keys and values
 
 
 # Inference
@@ -748,7 +750,7 @@ def test_patches_of_long_clips_are_drawn_sorted_and_anew_each_epoch(tmp_path):
     crops = cacophony.Clips(rows, cacophony.Config(data=[]))
     assert (
         len(crops[0, 0][1]) == 744 and crops[0, 0][2] is None
-    )  # 15 s: 93 steps, not the paper's 93.75
+    )  # 15 s: 93 whole steps; the paper's 750 patches are 93.75 steps
     assert not torch.equal(crops[0, 0][0], crops[1, 0][0])
 
 

@@ -79,6 +79,7 @@ MASK = torch.tensor([[1, 1], [1, 0]])
 
 def test_eq_1_by_hand_and_its_gradient():
     matched = collat.match(PREDICTED, TEXT, MASK)
+    # Eq. (1) in means (D6), greedy from the right
     # text 1: its last token (0, 1) is 2, 1, 3 away -> slot 1; then (2, 1) is 2 and 1 away from
     # slots 0 and 2 -> slot 2
     # text 2: (1, 1) is 2, 6, 1 away -> slot 2
@@ -144,8 +145,8 @@ def test_eq_4_weighs_the_three_losses():
 
 # Matching
 def slow_greedy(distance, real):
-    """The paper's sentence: over the text's tokens from the right, the closest predicted token not
-    yet used.
+    """The sentences of Sec. 3.2: over the text's tokens from the right, the closest predicted
+    token not yet used.
     """
     out = []
     for d, r in zip(distance.tolist(), real.tolist()):
@@ -376,7 +377,7 @@ def test_paper_size_has_ast_s_and_vit_l_14_s_numbers():
     assert theirs["patch_embed.proj.weight"] == (768, 1, 16, 16)
     assert (
         sum(p.numel() for p in encoder.parameters()) == 86_187_264
-    )  # AST's 87.3 M count ImageNet's head too
+    )  # without any classification head
     assert len(module.blocks) == 8 and text.text_model.embeddings.token_embedding.weight.shape == (
         49408,
         768,
@@ -536,6 +537,7 @@ def test_parts_with_gradient_caching_equal_one_big_batch(part):
 
 # Data
 def test_label_prompts_by_the_paper_s_template():
+    # one or two labels: ours (D10)
     assert collat.label_prompt(["dog"]) == "This is a sound of dog"
     assert collat.label_prompt(["dog", "rain"]) == "This is a sound of dog, and rain"
     assert collat.label_prompt(["dog", "rain", "wind"]) == "This is a sound of dog, rain, and wind"
@@ -678,7 +680,7 @@ def test_every_ablation_trains_and_reloads(corpus, tmp_path, runs_of, overrides)
 
 
 def test_a_clip_text_encoder_goes_through_training_and_checkpoint(corpus, tmp_path):
-    """With CLIP's own kind of tokenizer and a projection: the paper's set-up, small."""
+    """With a CLIP text tower and its projection: the kind the paper locks, small."""
     backend = common.text_encoder_from_scratch(
         ["this is a sound of rain and a bell, chirp"], 64, 1, 1, 30
     ).tokenizer

@@ -47,18 +47,21 @@ def test_eq1_by_hand_and_its_gradient():
     assert contrastive_loss(torch.zeros(5, 5)).item() == pytest.approx(math.log(5))
 
 
-# Eq. (2), (3)
-def test_eq2_and_eq3_by_hand_and_negative_cosines_count_as_zero():
+# Eq. (2), (3), (4)
+def test_eq2_to_eq4_by_hand_and_negative_cosines_count_as_zero():
     audio = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]])
     text = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.8, 0.6]])
     a2t, t2a = soft_targets(audio, text, 0.3)
     assert torch.allclose(a2t, torch.tensor([[1, 0.18, 0], [0.18, 1, 0], [0, 0, 1.0]]), atol=1e-6)
     assert torch.allclose(t2a, torch.tensor([[1, 0, 0.18], [0, 1, 0], [0.18, 0, 1.0]]), atol=1e-6)
+    similar = soft_targets(audio, text, 1.0)  # C_a and C_t alone
+    assert torch.allclose(similar[0], torch.tensor([[1, 0.6, 0], [0.6, 1, 0], [0, 0, 1.0]]))
+    assert torch.allclose(similar[1], torch.tensor([[1, 0, 0.6], [0, 1, 0], [0.6, 0, 1.0]]))
     hard = soft_targets(audio, text, 0.0)
     assert torch.equal(hard[0], torch.eye(3)) and torch.equal(hard[1], torch.eye(3))
 
 
-# Eq. (4), (5)
+# Eq. (5), and the objective, which has no number
 def slow_divergence(logits, target):
     """Loops, and what torch 1.10's kl_div did with a target that is not positive: nothing."""
     B, total = len(logits), 0.0
@@ -72,7 +75,7 @@ def slow_divergence(logits, target):
     return total / B
 
 
-def test_eq4_against_loops_gradient_and_kl_div():
+def test_eq5_against_loops_gradient_and_kl_div():
     logits = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
     raw = 0.7 * torch.eye(5) + 0.3 * (lambda x: x @ x.T)(unit(5, 3, 1))
     assert (raw < 0).any()
@@ -96,7 +99,7 @@ def test_eq4_against_loops_gradient_and_kl_div():
     ).item() == pytest.approx(by_hand, abs=1e-6)
 
 
-def test_eq5_pairs_rows_with_clips_and_columns_with_captions():
+def test_the_objective_pairs_rows_with_clips_and_columns_with_captions():
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 3
     a2t, t2a = soft_targets(unit(4, 6, 1), unit(4, 6, 2), 0.3)
     both = (slow_divergence(logits, a2t) + slow_divergence(logits.T, t2a)) / 2

@@ -48,7 +48,7 @@ def test_uninformative_similarity_gives_ln_b():
         assert loss.item() == pytest.approx(math.log(7), abs=1e-5)
 
 
-# Eq. (2)
+# Eq. (2), (3)
 def test_codeword_affinity_by_hand():
     feats = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
     codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
@@ -76,7 +76,7 @@ def test_codeword_affinity_by_hand():
     )
 
 
-# Eq. (3)
+# Sec. 3.2.2, the mixture of codewords (no number), with Eq. (2) and (3)
 def test_aggregate_is_the_normalised_mixture_of_codewords():
     model = tiny_model()
     feats = torch.randn(3, 4, 16)
@@ -100,7 +100,29 @@ def test_mean_aggregator_ignores_padding():
     assert torch.allclose(model.aggregate(feats, valid)[0][0], expected, atol=1e-6)
 
 
-# Eq. (4)-(6)
+# Eq. (4), (5), (6): ordinary attention, which the locality-aware block does without
+@pytest.mark.parametrize("biased", [False, True])
+def test_ordinary_attention_by_hand(biased):
+    torch.manual_seed(0)
+    attention = common.Attention(8, 2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    bias = torch.randn(1, 2, 5, 5, dtype=torch.float64) if biased else None
+    got, w, b = attention(x, bias), attention.qkv.weight, attention.qkv.bias
+    for n in range(2):
+        q, k, v = ([w[i : i + 8] @ u + b[i : i + 8] for u in x[n]] for i in (0, 8, 16))  # Eq. (4)
+        for here in range(5):
+            heads = []
+            for h in range(2):
+                of = slice(4 * h, 4 * h + 4)  # d is the width of a head
+                score = torch.stack([q[here][of] @ k[j][of] for j in range(5)]) / math.sqrt(4)
+                score = (score + bias[0, h, here] if biased else score).exp()
+                score = score / score.sum()  # Eq. (5)
+                heads.append(sum(score[j] * v[j][of] for j in range(5)))  # Eq. (6)
+            slow = attention.proj.weight @ torch.cat(heads) + attention.proj.bias
+            assert torch.allclose(got[n, here], slow)
+
+
+# Sec. 3.3, U' = V (no number)
 @pytest.mark.parametrize("locality", ["paper", "official"])
 def test_locality_aware_block_by_hand(locality):
     torch.manual_seed(0)
@@ -124,7 +146,7 @@ def test_locality_aware_block_by_hand(locality):
 
 # Eq. (7), (8)
 def slow_hard_negative(sim, tau, gamma, same):
-    """Loops over the printed sums; same-clip pairs other than the pair itself are left out (D4)."""
+    """Loops over the printed sums (their mean, D1); other pairs of a clip are left out (D4)."""
     B, total = len(sim), 0
     for s, same_way in ((sim, same), (sim.T, same.T)):
         for i in range(B):
@@ -227,7 +249,7 @@ def test_embedding_regulariser_by_hand():
     ).item() == pytest.approx(0.6 / math.sqrt(2), abs=1e-6)
 
 
-# Sparsemax
+# The sparsemax of Eq. (3)
 @pytest.mark.parametrize("scale", [1e-4, 0.1, 1.0, 30.0])
 def test_sparsemax_equals_entmax_and_a_bisection(scale):
     z = (

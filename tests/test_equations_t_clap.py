@@ -18,6 +18,8 @@ import eval as evaluator
 import t_clap
 from conftest import SMALL_OF, config
 
+# L_c, which has no number
+
 
 def test_contrastive_loss_by_hand():
     # scale ln 3 and orthogonal pairs: the right one of two has probability 3 / 4, both ways
@@ -32,6 +34,9 @@ def test_contrastive_loss_by_hand():
     assert t_clap.contrastive_loss(torch.zeros(5, 5), 14.0).item() == pytest.approx(
         math.log(5)
     )  # knows nothing
+
+
+# Eq. (3)
 
 
 AUDIO = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -75,6 +80,9 @@ def test_temporal_gradient_by_hand_reaches_audio_text_and_negative_of_ordered_cl
     assert none[0].item() == 0 and none[1].item() == 0
 
 
+# Eq. (1), (2)
+
+
 def test_training_loss_is_the_weighted_sum_and_the_contrastive_part_never_sees_negatives():
     for weight in (0.5, 2.0):
         cfg = t_clap.Config(data=[], lt_weight=weight)
@@ -88,7 +96,7 @@ def test_training_loss_is_the_weighted_sum_and_the_contrastive_part_never_sees_n
             for scores in (10 * sim[i], 10 * sim[:, i]):
                 slow -= math.log(scores[i].exp() / scores.exp().sum()) / 6
         assert parts["loss_c"].item() == pytest.approx(slow, abs=1e-5)
-    assert t_clap.Config(data=[]).lt_weight == 0.5  # Eq. (2)
+    assert t_clap.Config(data=[]).lt_weight == 0.5  # lambda, Sec. 3.2
 
 
 # Gradient caching

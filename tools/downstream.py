@@ -193,8 +193,8 @@ def aqa(model, clips, classes, settings) -> dict:
     rows of split train, chosen on val, scored on the evaluated split; one probe for yes/no
     questions, one for the others, whose classes are the answers of the training rows. Word R@k: the
     answer among the k best; an answer never seen in training is a miss. Of questions with a type,
-    those that need a picture are left out. Source: Cacophony Table 5 (Clotho-AQA, MUSIC-AVQA; its
-    layer widths and learning rate are not stated).
+    those that need a picture are left out. Source: Cacophony Table III, Sec. V-C (Clotho-AQA, and
+    Music-AQA, derived from MUSIC-AVQA; its layer widths and learning rate are not stated).
     """
     splits = embed_splits(model, clips, settings, "qa", "aqa trains a probe")
     asked = {
@@ -293,7 +293,7 @@ class TokenProbe(torch.nn.Module):
     """One transformer decoder layer whose one learned query reads a clip's tokens (B, L, D), then a
     linear layer -> (B, C).
 
-    Source: CoLLAT, linear probing ("a 1-layer transformer decoder").
+    Source: CoLLAT Sec. 5.1 and Table 2, LP ("a 1-layer transformer decoder").
     """
 
     def __init__(self, width: int, n_classes: int):
@@ -563,10 +563,11 @@ def noise(model, clips, classes, settings) -> dict:
     """Zero-shot accuracy (macro mAP where a clip has several labels) of clips with Gaussian noise
     added to their samples.
 
-    clean: without; std0.1: mean 0, standard deviation 0.1, of samples in [-1, 1] (the paper's);
+    clean: without; std0.1: mean 0, standard deviation 0.1 (the paper's), of samples in [-1, 1]
+    (ours);
     snr20 to snr0: the noise scaled to lie so many dB below each clip's own power. Added at the
     model's rate before any padding, not clipped, one draw a clip (NoisyModel). Ties as in
-    classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K, std 0.1).
+    classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K), Sec. 5.1 (std 0.1).
     """
     kind, targets, counted = label_task(clips["rows"], classes)
     evidence, cache = {}, evaluation.cache_folder(settings)
@@ -699,8 +700,8 @@ def image(model, clips, classes, settings) -> dict:
 
     One picture a clip (`image`), encoded by --image-model; a2i: the clip's own picture among all,
     i2a: the picture's clip. Clips without a picture are left out. Ties count against the right
-    answer. Source: Wav2CLIP's protocol on VGGSound's test split (15K clips), CoLLAT's audio-image
-    retrieval.
+    answer. Source: Wav2CLIP's protocol on VGGSound's test split (15K clips), CoLLAT Sec. 5.2 and
+    Table 3b.
     """
     if not settings.flags.image_model:
         raise ValueError(
@@ -769,7 +770,7 @@ def captioning(model, clips, classes, settings) -> dict:
     CIDEr-D's document frequencies are those of all clips, in every bootstrap draw. A model with
     token_embeds but no caption method gets a decoder, trained on the captions of split train
     (`decoded_captions`). Source: Cacophony, automatic captioning (AudioCaps, Clotho; its
-    temperature is 0.1); CoLLAT's captioning (AudioCaps, a trained 1-layer decoder).
+    temperature is 0.1); CoLLAT Table 4 and Sec. 5.3 (AudioCaps, a trained 1-layer decoder).
     """
     common.require(clips["rows"], "captions")
     rows, trained = clips["rows"], {}

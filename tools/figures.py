@@ -343,7 +343,7 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
 
 @torch.no_grad()
 def last_block_maps(model, waveform):
-    """Who looks at whom in the encoder's last block, were it ordinary attention? (Fig. 3)
+    """Who looks at whom in the encoder's last block, were it ordinary attention?
 
     waveform (1, S) -> query-key attention (T, T), mean over heads; value-value cosine (T, T), mean
     over heads. HTS-AT's two halves of the band are averaged.
@@ -376,7 +376,11 @@ def last_block_maps(model, waveform):
 
 
 def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Path]:
-    """Pictures of one clip (its first window): Fig. 3 and, with a codebook, Fig. 7."""
+    """Pictures of one clip (its first window), as MGA-CLAP Fig. 3 and, with a codebook, Fig. 7.
+
+    Fig. 3 is of plain CLAP and takes a softmax of the values where we draw their cosine. Fig. 7
+    draws the cosine of frame and codeword; we draw the affinity of Eq. (2) before its maximum.
+    """
     plt, device = pyplot(), model.temperature.device
     waveform = torch.from_numpy(
         common.read_audio(row["audio"], model.sample_rate, mga_clap.WINDOW_S)
@@ -552,7 +556,7 @@ def present(path: Path, table: str) -> Path:
 def order(args) -> Path:
     """T-CLAP: by how much the true order is preferred, without and with the temporal loss."""
     results = {}
-    for name, flags in (("CLAP", dict(lt_weight=0.0)), ("T-CLAP", {})):
+    for name, flags in (("without L_t", dict(lt_weight=0.0)), ("T-CLAP", {})):
         folder, _, told = run_folder("claims_t_clap", args, **flags)
         (results[name],) = evaluation.main(
             evaluation.parse(
