@@ -259,6 +259,10 @@ def _pieces(f, wanted: int):
         yield piece
 
 
+# 120 dB above full scale: no sound, and its power spectrum may leave the range of float32
+LOUDEST = 1e6
+
+
 def read_audio(
     path,
     sample_rate: int,
@@ -275,7 +279,7 @@ def read_audio(
     Returns
         waveform (S,) float32, channels averaged.
     Raises
-        AudioError: missing, unreadable, empty, truncated, non-finite or silent file.
+        AudioError: missing, unreadable, empty, truncated, non-finite, absurdly loud or silent file.
     """
     if not os.path.isfile(path):
         raise AudioError(f"{path}: file not found")
@@ -309,6 +313,10 @@ def read_audio(
         raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
     if not np.isfinite(waveform).all():
         raise AudioError(f"{path}: holds NaN or infinite samples")
+    if np.abs(waveform).max() > LOUDEST:
+        raise AudioError(
+            f"{path}: samples up to {np.abs(waveform).max():.1e}; expected values in [-1, 1]"
+        )
     waveform = resample(waveform, native_hz, sample_rate)
     return waveform if length_s is None else waveform[: round(length_s * sample_rate)]
 
@@ -661,6 +669,12 @@ def _parse_row(line: bytes, where: str) -> dict:
     ):
         raise ValueError(
             f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null"
+        )
+    n_negatives, n_captions = len(row.get("negatives", [])), len(row.get("captions", []))
+    if n_negatives not in (0, n_captions):  # else pairs would shift
+        raise ValueError(
+            f"{where}: {n_negatives} negatives for {n_captions} captions; expected one, or null, "
+            "a caption"
         )
     for event in row.get("events", []):
         if (
@@ -1042,7 +1056,7 @@ class BiasedAttention(torch.autograd.Function):
 
     torch's fused CPU kernel takes no bias that needs a gradient; its fallback costs an HTS-AT
     training step 10 % more. qkv (N, L, 3, heads, D), bias (P, heads, L, L), see `Attention`;
-    returns (N, heads, L, D).
+    returns (N, heads, L, D). Also what MGA-CLAP prints as Eq. (5) and (6), plus the bias.
     """
 
     @staticmethod
@@ -1076,7 +1090,8 @@ class BiasedAttention(torch.autograd.Function):
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection. x (N, L, C) -> (N, L, C).
 
-    bias (P, heads, L, L) is added to the logits; row n of x takes bias[n % P].
+    bias (P, heads, L, L) is added to the logits; row n of x takes bias[n % P]. Source: MGA-CLAP
+    Eq. (4) to (6), there for one head and without a bias.
     """
 
     def __init__(self, dim, heads, qkv_bias=True):
@@ -1087,7 +1102,7 @@ class Attention(nn.Module):
 
     def forward(self, x, bias=None):
         N, L, C = x.shape
-        qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)
+        qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)  # MGA-CLAP Eq. (4)
         bias = (
             None if bias is None else bias.to(qkv.dtype)
         )  # under autocast qkv is bf16, a bias table fp32
@@ -1099,11 +1114,16 @@ class Attention(nn.Module):
                 if bias is None
                 else bias.expand(N // len(bias), *bias.shape).reshape(N, *bias.shape[1:])
             )
-            x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=bias)
+            x = F.scaled_dot_product_attention(  # MGA-CLAP Eq. (5): the softmax
+                *qkv.permute(2, 0, 3, 1, 4), attn_mask=bias
+            )  # MGA-CLAP Eq. (6): the weighted sum
         return self.proj(x.transpose(1, 2).reshape(N, L, C))
 
     def values(self, x):
-        """proj(V(x)): every position keeps its own value, nothing is mixed over positions."""
+        """proj(V(x)): every position keeps its own value, nothing is mixed over positions.
+
+        Source: MGA-CLAP Sec. 3.3, U' = V; the output projection stays, as "other components".
+        """
         C = x.shape[-1]
         bias = None if self.qkv.bias is None else self.qkv.bias[2 * C :]
         return self.proj(F.linear(x, self.qkv.weight[2 * C :], bias))
@@ -1134,8 +1154,8 @@ class Block(nn.Module):
     """Pre-norm transformer block; with `locality`, MGA-CLAP's locality-aware block.
 
     locality: "" ordinary attention; "paper" the projected values replace attention, all else
-    unchanged (MGA-CLAP Eq. 4-6); "official" as its released code: the FFN is left out too and the
-    second LayerNorm's output is added directly.
+    unchanged (MGA-CLAP Sec. 3.3, not numbered: without Eq. (5) and (6), U' = V); "official" as its
+    released code: the FFN is left out too and the second LayerNorm's output is added directly.
     """
 
     def __init__(
@@ -1162,11 +1182,11 @@ class Block(nn.Module):
             return drop_path(branch, self.drop_path, self.training, parts)
 
         if self.locality:
-            values = self.attn.values(self.norm1(x))  # MGA-CLAP Eq. (4)
-            x = x + drop(values)  # MGA-CLAP Eq. (5)
+            values = self.attn.values(self.norm1(x))  # MGA-CLAP Sec. 3.3: U' = V
+            x = x + drop(values)
             if self.locality == "official":
                 return x + drop(self.norm2(x))
-            return x + drop(self.feed_forward(self.norm2(x)))  # MGA-CLAP Eq. (6)
+            return x + drop(self.feed_forward(self.norm2(x)))
         x = x + drop(self.attn(self.norm1(x), bias))
         return x + drop(self.feed_forward(self.norm2(x)))
 
@@ -1639,48 +1659,81 @@ def sparsemax(z):
 # ------------------------------------------------------------------------------------------------
 
 
-def retrieval_ranks(sim, owner: np.ndarray, n_clips: int | None = None, block: int = 512) -> dict:
+def retrieval_ranks(
+    sim, owner: np.ndarray, n_clips: int | None = None, block: int = 512, text=None
+) -> dict:
     """Ranks (0 = best) in both directions; a tie counts against the right answer.
 
     Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (then
         with n_clips; called twice for every block, so only a block is ever held); owner (Q,) the clip
-        each caption belongs to, any number of captions a clip, in any order.
+        each caption belongs to, any number of captions a clip, in any order; text (Q,): captions of
+        one number are equal in text, and every clip that has such a caption counts as theirs. None:
+        a caption belongs to its own clip alone.
     Returns
-        t2a (Q,): rank of the right clip among N, one query a caption.
-        a2t (N,): rank of the best of the clip's own captions among all Q.
-        a2t_ap10 (N,): sum over own captions found in the top 10, the i-th of them at rank r_i, of
-            i / (r_i + 1), divided by the number of own captions.
+        t2a (Q,): rank of the best of the caption's clips among N, one query a caption.
+        a2t (N,): rank of the best of the clip's captions among all Q.
+        t2a_ap10 (Q,), a2t_ap10 (N,): sum over the right answers found in the top 10, the i-th of
+            them at rank r_i, of i / (r_i + 1), divided by the number of right answers.
     Clips without a caption are only distractors for t2a and are left out of a2t.
     """
     rows = sim if callable(sim) else lambda part: sim[part]
-    N, Q = n_clips if callable(sim) else len(sim), len(owner)
+    N = n_clips if callable(sim) else len(sim)
     blocks = [slice(start, min(start + block, N)) for start in range(0, N, block)]
-    by_clip = np.split(
-        np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=N))[:-1]
-    )
-    own, a2t, ap10 = np.empty(Q, np.float32), [], []
+    captions_of, right, a2t, ap10 = own_captions(owner, N, text), [], [], []
     for part in tqdm(blocks, desc="ranks, audio to text", unit="block", leave=False, delay=2):
         scores = rows(part)
         if not np.isfinite(scores).all():
             raise FloatingPointError(
                 "some similarities are NaN or infinite; the model's weights are broken"
             )
-        own = own.astype(scores.dtype, copy=False)
         for clip, row in zip(range(part.start, part.stop), scores):
-            mine = by_clip[clip]
+            mine = captions_of[clip]
             if not len(mine):
                 continue
-            own[mine] = row[mine]
+            right.append((mine, row[mine]))
             best_first = -np.sort(-row[mine])
             # all captions >= mine, less those own ones that are
             above = [(row >= s).sum() - (best_first >= s).sum() for s in best_first]
             ranks = np.array(above) + np.arange(len(mine))
             a2t.append(ranks[0])
             ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(mine))
-    t2a = np.full(Q, -1)
+    # Every pair of a caption and one of its clips, the captions in order, the best clip first
+    caption, score = (np.concatenate(parts) for parts in zip(*right))
+    order = np.lexsort((-score, caption))
+    caption, score = caption[order], score[order]
+    above, at = np.zeros(len(caption), int), np.arange(len(caption))
     for part in tqdm(blocks, desc="ranks, text to audio", unit="block", leave=False, delay=2):
-        t2a += (rows(part) >= own).sum(0)
-    return {"t2a": t2a, "a2t": np.array(a2t), "a2t_ap10": np.array(ap10)}
+        above += (rows(part)[:, caption] >= score).sum(0)
+    is_first = np.append(True, np.diff(caption) != 0)
+    place = at - np.maximum.accumulate(np.where(is_first, at, 0))  # among the caption's clips
+    # all clips >= this one, less those of the caption's own that are
+    last = np.flatnonzero(np.append((np.diff(caption) != 0) | (np.diff(score) != 0), True))
+    own = place + last[np.searchsorted(last, at)] - at + 1
+    ranks = above - own + place
+    gain = np.where(ranks < 10, (place + 1) / (ranks + 1), 0)
+    return {
+        "t2a": ranks[is_first],
+        "t2a_ap10": np.bincount(caption, gain) / np.bincount(caption),
+        "a2t": np.array(a2t),
+        "a2t_ap10": np.array(ap10),
+    }
+
+
+def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]:
+    """Of each clip the numbers of its captions; with `text` also of all captions equal to one of them."""
+
+    def groups(number, n):
+        ends = np.cumsum(np.bincount(number, minlength=n))[:-1]
+        return np.split(np.argsort(number, kind="stable"), ends)
+
+    captions_of = groups(owner, n_clips)
+    if text is None:
+        return captions_of
+    equal = groups(text, text.max() + 1)
+    return [
+        np.concatenate([equal[k] for k in np.unique(text[mine])]) if len(mine) else mine
+        for mine in captions_of
+    ]
 
 
 def retrieval_scores(ranks: dict) -> dict:
@@ -1690,49 +1743,39 @@ def retrieval_scores(ranks: dict) -> dict:
         r = ranks[way]
         for k in (1, 5, 10):
             scores[f"{way}_R@{k}"] = float((r < k).mean())
-        scores[f"{way}_mAP@10"] = float(
-            np.where(r < 10, 1 / (r + 1), 0).mean() if way == "t2a" else ranks["a2t_ap10"].mean()
-        )
+        scores[f"{way}_mAP@10"] = float(ranks[f"{way}_ap10"].mean())
         scores[f"{way}_MRR"] = float((1 / (r + 1)).mean())
         scores[f"{way}_median_rank"] = float(np.median(r) + 1)
     return scores
 
 
-def retrieval_chance(owner: np.ndarray, n_clips: int) -> dict:
-    """What random scores would get, for the metrics of `retrieval_scores`."""
-    Q, chance = len(owner), {}
-    per_clip = np.bincount(owner, minlength=n_clips)
-    per_clip = per_clip[per_clip > 0]
+def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
+    """What random scores would get, for the metrics of `retrieval_scores`; args as `retrieval_ranks`."""
+    captions_of = own_captions(owner, n_clips, text)
+    clips_of = np.bincount(np.concatenate(captions_of), minlength=len(owner))
+    per_clip = [len(mine) for mine in captions_of if len(mine)]
+    chance = {}
+    for way, n_right, n in (("t2a", clips_of, n_clips), ("a2t", per_clip, len(owner))):
+        count = collections.Counter(np.asarray(n_right).tolist())
+        of = {m: chance_of_best(m, n) for m in count}
+        for name in of[next(iter(of))]:
+            values = [of[m][name] for m, times in count.items() for _ in range(times)]
+            middle = np.median(values) if name == "median_rank" else np.mean(values)
+            chance[f"{way}_{name}"] = float(middle)
+    return chance
 
-    def harmonic(n):
-        return float((1 / np.arange(1, n + 1)).sum())
 
-    # P(best own caption has rank >= r) = C(Q - m, r) / C(Q, r), for m own captions
-    survival = {
-        m: np.concatenate([[1.0], np.cumprod([max(0, Q - m - r) / (Q - r) for r in range(Q)])])
-        for m in set(per_clip.tolist())
-    }
-    for k in (1, 5, 10):
-        chance[f"t2a_R@{k}"] = min(1.0, k / n_clips)
-        chance[f"a2t_R@{k}"] = float(np.mean([1 - survival[m][min(k, Q)] for m in per_clip]))
-    chance["t2a_mAP@10"] = harmonic(min(10, n_clips)) / n_clips
-    # E[i / (r + 1)] summed over own captions: each lies at rank r with probability 1 / Q
-    chance["a2t_mAP@10"] = float(
-        np.mean(
-            [
-                np.mean([(1 + r * (m - 1) / max(1, Q - 1)) / (r + 1) for r in range(min(10, Q))])
-                * min(10, Q)
-                / Q
-                for m in per_clip
-            ]
-        )
-    )
-    chance["t2a_MRR"] = harmonic(n_clips) / n_clips
-    chance["a2t_MRR"] = float(
-        np.mean([(-np.diff(survival[m]) / np.arange(1, Q + 1)).sum() for m in per_clip])
-    )
-    chance["t2a_median_rank"] = (n_clips + 1) / 2
-    chance["a2t_median_rank"] = float(np.median([np.argmax(survival[m] <= 0.5) for m in per_clip]))
+def chance_of_best(m: int, n: int) -> dict:
+    """The metrics of one query with m right answers among n, all in random order."""
+    # survival[r]: no right answer among the first r, C(n - m, r) / C(n, r)
+    steps = [max(0, n - m - r) / (n - r) for r in range(n)]
+    survival = np.concatenate([[1.0], np.cumprod(steps)])
+    chance = {f"R@{k}": 1 - survival[min(k, n)] for k in (1, 5, 10)}
+    # E[i / (r + 1)] summed over right answers: each lies at rank r with probability 1 / n
+    gains = [(1 + r * (m - 1) / max(1, n - 1)) / (r + 1) for r in range(min(10, n))]
+    chance["mAP@10"] = sum(gains) / n
+    chance["MRR"] = (-np.diff(survival) / np.arange(1, n + 1)).sum()
+    chance["median_rank"] = (n + 1) / 2 if m == 1 else np.argmax(survival <= 0.5)
     return chance
 
 
@@ -2205,7 +2248,7 @@ def bucketed_batches(
     First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a batch
     of its bucket forms mixed batches: always floor(N / batch_size) batches (one, if N is smaller).
     Within a bucket, eight batches at a time are sorted by length, so that little is padded.
-    Source: MGA-CLAP's seven buckets; its code drops every bucket's remainder and does not sort.
+    Source: the seven buckets of MGA-CLAP's code, which drops every bucket's remainder and does not sort.
     """
     rng, durations = np.random.default_rng((seed, epoch)), np.asarray(durations)
     order = rng.permutation(len(durations))
@@ -2387,12 +2430,11 @@ class RunFolder:
                     f"--runs {runs}: cannot write to {self.path} ({error.strerror})"
                 ) from None
         barrier()  # no process goes on before the folder is there
-        skipped = self.path / "skipped.txt"
-        self.skipped = (
-            set(skipped.read_text(encoding="utf-8").splitlines())
-            if resume and skipped.exists()
-            else set()
-        )
+        # listed: in skipped.txt, by earlier parts of the run too. skipped: met since the start or the
+        # last --resume, so that a run goes on when its files are back
+        self.listed, self.skipped, skipped = set(), set(), self.path / "skipped.txt"
+        if resume and skipped.exists():
+            self.listed.update(skipped.read_text(encoding="utf-8").splitlines())
 
     @property
     def stop(self) -> bool:
@@ -2430,8 +2472,9 @@ class RunFolder:
         if dist.is_initialized():
             dist.all_gather_object(everyone, (errors, TOLD_TO_STOP.is_set()))
         self.all_told = any(told for _, told in everyone)
-        new = sorted({text for part, _ in everyone for text in part} - self.skipped)
-        self.skipped.update(new)
+        self.skipped.update(text for part, _ in everyone for text in part)
+        new = sorted(self.skipped - self.listed)
+        self.listed.update(new)
         if new and self.writes:
             with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
                 f.writelines(text + "\n" for text in new)

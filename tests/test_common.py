@@ -154,6 +154,10 @@ def manifest(tmp_path, *lines):
         ({"audio": "a.wav", "captions": "x"}, r":2: 'captions' has the wrong type str"),
         ({"audio": "a.wav", "captions": ["x", " . "]}, r":2: caption 2 is empty"),
         (
+            {"audio": "a.wav", "captions": ["x", "y"], "negatives": ["z"]},
+            r":2: 1 negatives for 2 captions; expected one, or null, a caption",
+        ),
+        (
             {"audio": "a.wav", "captions": ["x"], "events": [{"label": "x"}]},
             r":2: an event needs label, onset and offset",
         ),
@@ -179,6 +183,16 @@ def test_a_table_instead_of_a_manifest_names_the_command(tmp_path):
         ".*mine.csv --audio COLUMN",
     ):
         common.read_manifest([str(tmp_path / "mine.csv")])
+
+
+def test_a_file_of_absurd_amplitude_is_unusable_and_named(tmp_path):
+    for name, peak in (("loud", 1e29), ("integers", 32767.0)):
+        sf.write(tmp_path / f"{name}.wav", np.full(800, peak, np.float32), 8000, subtype="FLOAT")
+    message = r"loud.wav: samples up to 1.0e\+29; expected values in \[-1, 1\]"
+    with pytest.raises(common.AudioError, match=message):
+        common.read_audio(tmp_path / "loud.wav", 8000)
+    # 16-bit integers saved as floats are read
+    assert common.read_audio(tmp_path / "integers.wav", 8000).max() == 32767
 
 
 def test_manifest_missing_empty_and_duplicate_classes(tmp_path):
@@ -438,6 +452,48 @@ def test_retrieval_ranks_equal_brute_force(captions, ties):
     )
 
 
+def slow_ranks_by_text(sim, owner, texts):
+    """One query after the other: what is right is every clip, or caption, of an equal text."""
+    clips = sorted(set(owner.tolist()))
+    of_clip = {i: {texts[q] for q in np.flatnonzero(owner == i)} for i in clips}
+
+    def best_and_precision(scores, right):
+        """(rank of the best right answer, AP@10); a tie stands before it."""
+        order = sorted(range(len(scores)), key=lambda k: (-scores[k], k in right))
+        found = [place for place, k in enumerate(order) if k in right]
+        gains = [(n + 1) / (place + 1) for n, place in enumerate(found) if place < 10]
+        return found[0], sum(gains) / len(right)
+
+    t2a = [
+        best_and_precision(sim[:, q], {i for i in clips if texts[q] in of_clip[i]})
+        for q in range(len(texts))
+    ]
+    a2t = [
+        best_and_precision(sim[i], {q for q in range(len(texts)) if texts[q] in of_clip[i]})
+        for i in clips
+    ]
+    return t2a, a2t
+
+
+@pytest.mark.parametrize("per_clip", [1, 3])
+def test_ranks_by_text_equal_a_slow_version(per_clip):
+    """60 clips whose captions are ten texts, similarities full of ties between different texts."""
+    rng = np.random.default_rng(per_clip)
+    owner = rng.permutation(np.repeat(np.arange(60), per_clip))
+    texts = rng.integers(0, 10, len(owner))
+    sim = rng.normal(size=(60, 10)).round(1)[:, texts]  # equal texts score alike
+    t2a, a2t = slow_ranks_by_text(sim, owner, texts)
+    for block in (7, 512):
+        ranks = common.retrieval_ranks(sim, owner, block=block, text=texts)
+        assert ranks["t2a"].tolist() == [r for r, _ in t2a]
+        assert ranks["t2a_ap10"].tolist() == pytest.approx([ap for _, ap in t2a])
+        assert ranks["a2t"].tolist() == [r for r, _ in a2t]
+        assert ranks["a2t_ap10"].tolist() == pytest.approx([ap for _, ap in a2t])
+    different = common.retrieval_ranks(sim, owner, text=np.arange(len(owner)))
+    for name, r in common.retrieval_ranks(sim, owner).items():
+        assert np.array_equal(different[name], r), name  # no equal texts: the same ranks
+
+
 def test_retrieval_scores_by_hand():
     sim = np.array(
         [[0.9, 0.1, 0.5], [0.8, 0.7, 0.6]]
@@ -469,6 +525,14 @@ def test_chance_levels_by_simulation():
         for _ in range(400)
     ]
     for name, expected in common.retrieval_chance(owner, 30).items():
+        tolerance = 1.0 if "median" in name else 0.02
+        assert np.mean([r[name] for r in runs]) == pytest.approx(expected, abs=tolerance), name
+    texts = rng.integers(0, 20, 90)
+    runs = [
+        common.retrieval_scores(common.retrieval_ranks(rng.random((30, 90)), owner, text=texts))
+        for _ in range(400)
+    ]
+    for name, expected in common.retrieval_chance(owner, 30, texts).items():
         tolerance = 1.0 if "median" in name else 0.02
         assert np.mean([r[name] for r in runs]) == pytest.approx(expected, abs=tolerance), name
 

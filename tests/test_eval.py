@@ -188,7 +188,7 @@ def test_prompt_reaches_the_text_encoder(results, mga_run, corpus):
 
 def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, crop_rule = (
+        bootstrap, crop, split, window_s, checkpoint, data, crop_rule, fold = (
             100,
             "all",
             "test",
@@ -196,6 +196,7 @@ def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
             "x",
             ["y"],
             "",
+            None,
         )
 
     rng, covered = np.random.default_rng(0), 0
@@ -215,7 +216,7 @@ def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
             return torch.eye(3)[[int(t) for t in texts]]
 
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = (
+        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule, fold = (
             0,
             "all",
             "test",
@@ -224,6 +225,7 @@ def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
             ["y"],
             "{}",
             "",
+            None,
         )
 
     rows = [{"labels": [x], "where": "x"} for x in "012"] + [{"labels": ["0", "1"], "where": "x"}]
@@ -243,7 +245,7 @@ def test_folds_are_averaged_when_they_are_unequal():
             return torch.eye(2)[[int(t) for t in texts]]
 
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule = (
+        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule, fold = (
             0,
             "all",
             "test",
@@ -252,6 +254,7 @@ def test_folds_are_averaged_when_they_are_unequal():
             ["y"],
             "{}",
             "",
+            None,
         )
 
     rows = [{"labels": ["0"], "fold": f, "where": "x"} for f in (1, 1, 1, 2)]
@@ -262,6 +265,58 @@ def test_folds_are_averaged_when_they_are_unequal():
     assert out["scores"]["accuracy"]["value"] == 0.75 and out["scores"]["mean_of_folds"][
         "value"
     ] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_captions_of_several_clips_count_for_each_of_them_in_a_second_line():
+    """Clips 0 and 1 are told alike; caption "b" of clip 2 lies nearest to clip 0."""
+    vectors = {"a": [1.0, 0.0], "b": [0.8, 0.6]}
+
+    class Model:
+        clean_caption = staticmethod(str)
+        embed_text = staticmethod(lambda texts: torch.tensor([vectors[t] for t in texts]))
+
+    class Args:
+        bootstrap, crop, split, window_s, checkpoint, data, crop_rule, fold = (
+            0,
+            "all",
+            "test",
+            10.0,
+            "x",
+            ["y"],
+            "",
+            None,
+        )
+
+    rows = [{"audio": str(k), "captions": [c], "where": "x"} for k, c in enumerate("aab")]
+    audio = np.array([[0.8, 0.6], [0.96, 0.28], [0.6, 0.8]], np.float32)
+    out = evaluate.retrieval(
+        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, [], Args
+    )
+    value = {name: s["value"] for name, s in out["scores"].items()}
+    # "a" to clips: .8, .96, .6; so the first "a" has rank 2, the second 1, by text both 1
+    # "b" to clips: 1, .936, .96; its clip has rank 2 in both
+    assert value["t2a_R@1"] == pytest.approx(1 / 3) and value["t2a_R@1_text"] == pytest.approx(
+        2 / 3
+    )
+    assert [d["rank"] for d in out["details"]["t2a"]] == [2, 1, 2]
+    assert [d["rank_text"] for d in out["details"]["t2a"]] == [1, 1, 2]
+    # clip 1: both "a" .96, so its own ties with the other; by text that is right as well
+    assert [d["rank"] for d in out["details"]["a2t"]] == [3, 2, 1]
+    assert [d["rank_text"] for d in out["details"]["a2t"]] == [2, 1, 1]
+    assert out["settings"]["distinct_captions"].startswith("2 of 3")
+
+
+def test_one_fold_alone(mga_run, corpus, tmp_path):
+    def folded(rows):
+        for k, row in enumerate(rows):
+            row["fold"] = k % 2 + 1
+
+    data = rows_on_disk(tmp_path, corpus, folded)
+    flags = ["--protocol", "tagging", "--bootstrap", 0, "--fold"]
+    (out,) = run(mga_run[0] / "best.pt", data, *flags, 2)
+    assert out["n_clips"] == 3 and out["settings"]["split"] == "test, fold 2"
+    with pytest.raises(ValueError, match="--fold 3: no row of split test .*folds there: 1, 2"):
+        run(mga_run[0] / "best.pt", data, *flags, 3)
 
 
 def test_rows_without_a_split_say_what_they_are(mga_run, corpus, tmp_path, capsys):
@@ -458,7 +513,7 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
         )
 
     class Args:
-        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = (
+        bootstrap, crop, window_s, split, checkpoint, data, crop_rule, fold = (
             0,
             "all",
             10.0,
@@ -466,6 +521,7 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
             "x",
             ["x"],
             "",
+            None,
         )
 
     rows = [

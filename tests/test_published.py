@@ -324,7 +324,7 @@ def test_ten_thousand_clips_and_fifty_thousand_captions_stay_in_a_block():
 
 def test_the_interval_covers_the_truth_about_95_times_in_100():
     class Args:
-        bootstrap, crop, window_s, split, checkpoint, data, crop_rule = (
+        bootstrap, crop, window_s, split, checkpoint, data, crop_rule, fold = (
             200,
             "all",
             10.0,
@@ -332,6 +332,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
             "x",
             ["x"],
             "",
+            None,
         )
 
     rng, hits = np.random.default_rng(0), 0

@@ -761,6 +761,22 @@ def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(
         SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="t"))
 
 
+def test_a_run_whose_files_are_back_goes_on(tmp_path):
+    def folder(resume):
+        return common.RunFolder(str(tmp_path), "a", "x", resume, n_clips=10, max_bad=0.15)
+
+    run = folder(False)
+    run.settle_skipped(["a.wav: file not found"])
+    with pytest.raises(ValueError, match="2 of 10 clips could not be used"):
+        run.settle_skipped(["b.wav: file not found"])
+    again = folder(True)
+    again.settle_skipped([])  # both are back
+    again.settle_skipped(["b.wav: file not found"])  # but this one
+    assert again.skipped == {"b.wav: file not found"}
+    listed = (tmp_path / "a/skipped.txt").read_text().splitlines()
+    assert listed == ["a.wav: file not found", "b.wav: file not found"]  # each once
+
+
 @pytest.mark.parametrize(
     "method, name",
     [

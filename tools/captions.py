@@ -1,9 +1,8 @@
 """Captions made from a manifest's captions, descriptions or sounds; the result is a manifest again.
 
-python -m tools.captions rewrite --task negatives --data data/audiocaps --out data/audiocaps_order
-python -m tools.captions rewrite --task clean --data data/freesound --out data/freesound_clean --llm
-Qwen/Qwen2.5-7B-Instruct python -m tools.captions recaption --data data/audioset --model
-runs/cacophony-1/best.pt --out data/audioset_captioned
+python -m tools.captions rewrite --task negatives --data data/audiocaps --out data/order
+python -m tools.captions rewrite --task clean --data data/fsd50k --llm HUB_ID --out data/clean
+python -m tools.captions recaption --data data/audioset --model CKPT --out data/captioned
 """
 
 import argparse
@@ -612,11 +611,6 @@ def fill_negatives(rows: list[dict], out: Path, args):
     """
     for row in rows:
         old = row.get("negatives", [])
-        if old and len(old) != len(row.get("captions", [])):
-            raise ValueError(
-                f"{row['where']}: {len(old)} negatives for {len(row.get('captions', []))} "
-                "captions; expected one, or null, a caption"
-            )
         if row.get("captions"):
             row["negatives"] = (
                 [None] * len(row["captions"]) if args.overwrite_negatives or not old else list(old)
@@ -1150,13 +1144,22 @@ def parse(argv=None):
         "--versions", type=int, default=1, help="captions drawn for a clip, equal ones kept once"
     )
     p.add_argument(
-        "--temperature", type=float, default=0.1, help="of the draws (the paper's); 0: greedy"
+        "--temperature",
+        type=float,
+        default=0.1,
+        help="of the draws; 0: greedy (0.1 is what the paper's own captions are drawn at)",
     )
     p.add_argument(
-        "--min-s", type=float, default=1.0, help="leave out shorter clips, seconds (the paper's)"
+        "--min-s",
+        type=float,
+        default=1.0,
+        help="leave out shorter clips, seconds (the paper's limit for Freesound)",
     )
     p.add_argument(
-        "--max-s", type=float, default=300.0, help="leave out longer clips, seconds (the paper's)"
+        "--max-s",
+        type=float,
+        default=300.0,
+        help="leave out longer clips, seconds (the paper's limit for Freesound)",
     )
     p.add_argument(
         "--batch-size",

@@ -1977,7 +1977,7 @@ def check(args) -> dict:
         )
         part = report["splits"].setdefault(places[-1], collections.defaultdict(list))
         part["clips"].append(1)
-        part["captions"].append(len(row.get("captions", [])))
+        part["captions"] += row.get("captions", [])
         part["labels"] += row.get("labels", [])
         if not error:
             part["seconds"].append(seconds)
@@ -1986,7 +1986,8 @@ def check(args) -> dict:
         seconds = np.array(part["seconds"] or [0])
         counts = collections.Counter(part["labels"])
         print(
-            f"{place}: {len(part['clips'])} clips, {sum(part['captions'])} captions, "
+            f"{place}: {len(part['clips'])} clips, {len(part['captions'])} captions "
+            f"({len(set(part['captions']))} distinct), "
             f"{seconds.sum() / 3600:.2f} h, "
             f"duration {seconds.min():.2f} / {np.median(seconds):.2f} / {seconds.max():.2f} s (min "
             "/ median / max), "
@@ -2000,7 +2001,8 @@ def check(args) -> dict:
             )
         report["splits"][place] = {
             "clips": len(part["clips"]),
-            "captions": sum(part["captions"]),
+            "captions": len(part["captions"]),
+            "distinct_captions": len(set(part["captions"])),
             "classes": len(counts),
             "seconds": float(seconds.sum()),
         }

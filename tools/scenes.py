@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from tools.datasets import AUDIO_SUFFIXES, check_output
+from tools.datasets import AUDIO_SUFFIXES, check_output, exclude
 
 
 def list_sounds(folder: Path) -> list[dict]:
@@ -130,7 +130,8 @@ def _scene_job(job):
 
 
 HALF_S = 5.0  # an ESC-50 recording
-IN_ORDER = ["{0} followed by {1}", "{0} and then {1}"]  # the two phrases that the paper names
+# the phrases that the paper names as examples (T-CLAP, Sec. 2.3)
+IN_ORDER = ["{0} followed by {1}", "{0} and then {1}"]
 
 
 def _mixed_job(job):
@@ -188,8 +189,9 @@ def scenes(args) -> dict:
     """10 s scenes of recordings, with captions, events, phrases and swapped order.
 
     Preset scenes: one to three recordings, trimmed, at random times and levels in noise. Preset
-    esc-mixed-up (T-CLAP, Sec. 3): two recordings of 5 s and of different classes, one after the
-    other.
+    esc-mixed-up (T-CLAP, Sec. 2.3 and 3.1): two recordings of 5 s and of different classes, one
+    after the other. The number of events a clip, the validation and test counts and --overlay are
+    ours.
     """
     args = argparse.Namespace(**{**SCENES[args.preset], **vars(args)})
     out, mixed = Path(args.out), args.preset == "esc-mixed-up"
@@ -199,7 +201,9 @@ def scenes(args) -> dict:
             f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset "
             "esc-mixed-up"
         )
-    found = list_sounds(Path(args.sounds))
+    found = exclude(list_sounds(Path(args.sounds)), args.exclude)
+    if not found:
+        raise ValueError(f"--sounds {args.sounds}: every recording of it is excluded")
     sounds, unusable = [], []
     for sound in tqdm(found, desc="reading sounds", unit="file"):
         try:
@@ -349,6 +353,13 @@ def parse(argv=None):
     )
     p.add_argument(
         "--test-folds", type=folds, default=[5], help="comma-separated; ESC-50 layout only"
+    )
+    p.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="MANIFEST",
+        help="leave out the recordings that these hold, by Freesound id or the file's content",
     )
     p.add_argument("--val-fraction", type=float, default=0.1, help="of the training recordings")
     p.add_argument("--seed", type=int, default=0, help="every scene is a function of it")

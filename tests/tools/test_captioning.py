@@ -365,7 +365,7 @@ def test_a_bootstrap_draw_of_the_gap_is_the_gap_of_the_drawn_clips():
         )
 
     class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, crop_rule = (
+        bootstrap, crop, split, window_s, checkpoint, data, crop_rule, fold = (
             10,
             "all",
             "test",
@@ -373,6 +373,7 @@ def test_a_bootstrap_draw_of_the_gap_is_the_gap_of_the_drawn_clips():
             "x",
             ["y"],
             "",
+            None,
         )
 
     rng = np.random.default_rng(0)

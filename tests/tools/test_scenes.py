@@ -259,6 +259,20 @@ def test_check_reports_leaks_rates_and_broken_files(tmp_path, capsys):
     )
 
 
+def test_recordings_of_other_manifests_are_left_out(class_folders, tmp_path, capsys):
+    held = sorted((class_folders / "bell").glob("*.wav"))[:4]
+    rows = [{"audio": str(path), "split": "test"} for path in held]
+    common.write_lines(tmp_path / "held.jsonl", [json.dumps(row) for row in rows])
+    flags = ["--train", 6, "--val", 0, "--test", 3, "--rate", 16000, "--workers", 1]
+    flags += ["--sounds", class_folders, "--out", tmp_path / "s"]
+    build(*flags, "--exclude", tmp_path / "held.jsonl")
+    assert "4 clips left out, 0 by id and 4 by content" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="every recording of it is excluded"):
+        rows = [{"audio": str(path)} for path in class_folders.glob("*/*.wav")]
+        common.write_lines(tmp_path / "all.jsonl", [json.dumps(row) for row in rows])
+        build(*flags[:-1], tmp_path / "t", "--exclude", tmp_path / "all.jsonl")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
