@@ -6,14 +6,15 @@ The abstract says "Our code and models will be released soon"; we found neither.
 fine-tunes LAION-CLAP (HTS-AT and RoBERTa, one vector each; Wu et al., ICASSP 2023,
 github.com/LAION-AI/CLAP). "LAION" below means that code; it fills what the paper leaves open.
 
-The idea: hardly any two captions of a batch name the same events in two orders, so a model can
-solve the contrastive loss without the order. Here a caption that tells an order brings its own
-negative, the same events in another order (`tools.captions rewrite --task negatives`,
-`tools.scenes --preset esc-mixed-up`). A second loss asks each clip to lie closer to its caption
-than to the negative.
+The idea: a batch rarely holds two captions with the same events in different orders, so the
+contrastive loss can be small although the model ignores the order. Here a caption that tells an
+order brings its own negative, the same events in another order (`tools.captions rewrite --task
+negatives`, `tools.scenes --preset esc-mixed-up`). A second loss asks each clip to lie closer to its
+caption than to the negative.
 
-The paper's baseline in Table 3 (T-Classify) is LAION-CLAP before this fine-tuning. The paper trains
-no control without L_t; `--lt-weight 0` is such a control, and it is ours.
+Table 3 (T-Classify) compares T-CLAP with three published models: MMT, Microsoft's CLAP, and
+LAION-CLAP, from which T-CLAP starts. The paper trains no control without L_t; `--lt-weight 0` is
+such a control, and it is ours.
 
 Equations (paper) -> code
   Eq. (1)  cosine s_ij of clip i and caption j           training_loss
@@ -22,45 +23,58 @@ Equations (paper) -> code
 Eq. (1) is printed with the names of the two encoders exchanged. L_c, the contrastive loss, has no
 number: contrastive_loss.
 
-Letters: B clips in a batch [N], S samples, T frames (32 of 0.3125 s in 10 s), L text tokens,
+Letters: B clips in a batch, S samples, T frames (32 of 0.3125 s in 10 s), L text tokens,
 D joint dimension 512.
 
 Deviations from the paper, and what it leaves open
   D1  LAION clips each waveform to [-1, 1] and cuts it to int16 and back, in its training loader and
-      in its Python API. That moves a sample by less than 1 / 32,767, so it is left out here;
-      --cache does round training audio to int16.
-  D2  Evaluated audio over 10 s is cut into consecutive windows; LAION crops at random. Training
+      in its Python API. That moves a sample within [-1, 1] by less than 1 / 32,767, so it is left
+      out here; --cache does clip and round training audio.
+  D2  Evaluated audio over 10 s is cut into consecutive windows, whose vectors are averaged by
+      their seconds; LAION crops at random. Training
       crops at random as LAION does, so a crop of a longer clip (Clotho) may lack an event of its
       caption. A window or crop that is not full is tiled as often as it fits whole, then
       zero-padded, as LAION does.
   D3  Frames (embed_frames) are projected one by one; neither T-CLAP nor LAION uses frames.
-  D4  Eq. (3) is a sum over the batch. Here it is a mean over the clips that have a negative: the
-      sum would swamp L_c, which is a mean.
+  D4  Eq. (3) is printed as a sum over N samples; N is the size of the data set in Sec. 2.1, we read
+  it
+      as the batch. Here it is a mean over the clips that have a negative: the sum would swamp L_c,
+      which is a mean.
   D5  Not stated: Adam without weight decay and the cosine to 0 after the warm-up are LAION's, and
-      so is the choice of the checkpoint by mAP@10 of both directions (here on split val).
+      so is the choice of the checkpoint by mAP@10 of both directions. LAION averages it over Clotho
+      and AudioCaps; here all clips of split val are one gallery.
   D6  "a ratio of 1 : 4 to add the other three datasets within each batch" is read as one clip of
-      the sets with negatives to four of Auto-ACD; within each part every clip is as likely.
+      the sets with negatives to four of Auto-ACD; within each of the two parts clips are drawn
+      uniformly.
   D7  Not stated: a clip shows one of its captions, drawn anew at every visit.
   D8  Not stated: bf16 autocast on a GPU; the losses are always in fp32.
   D9  --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
   D10 --size tiny starts from nothing, the paper from LAION-CLAP: small encoders, batches of 16,
-      sets mixed 1 : 1, cosines times 14 in Eq. (3), lambda 2, and initial weights that let order
+      sets mixed 1 : 1, a higher learning rate, a shorter schedule, no drop path, cosines times 14
+      in Eq. (3) and lambda 2. Every start from --weights none has initial weights that let order
       through (feel_order). With lambda 0.5 one seed of three learns no order in 2,000 steps.
   D11 L_c is not printed ("original contrastive loss", Fig. 2). It is LAION's: the mean of the
-      cross-entropies of both directions, of cosines times a learnt factor (at first 1 / 0.07, held
-      between 1 and 100).
+      cross-entropies of both directions, of cosines times a learnt factor (at first the weight
+      file's, 1 / 0.07 with --weights none; held between 1 and 100).
   D12 Not stated: the embeddings E of Eq. (3) have length 1, so its products are cosines.
-  D13 L_c sees the captions of all sets and no negative. The paper says only that Auto-ACD is "the
-      primary database for the contrastive loss".
+  D13 L_c sees the captions of all sets and no negative. The paper calls Auto-ACD "the primary
+      database for the contrastive loss", adds the other three sets to each batch, and does not say
+      whether L_c sees their captions.
   D14 The paper's LLM rewrites AudioCaps and Clotho so that "each sample is combined with a negative
       caption"; its prompt is not printed. tools.captions does it by rules or by a language model.
       A caption without an order gets no negative and no part in L_t.
   D15 ESC-mixed-up is made "by mixing and concatenating". tools.scenes concatenates two recordings
-      of different classes, joined by the two phrases that are printed; --overlay is ours.
+      of different classes; their labels are joined by the two phrases that the paper gives as
+      examples; --overlay is ours.
   D16 The file of LAION-CLAP is not named, nor whether it has feature fusion. 630k-best.pt (without)
       fits the training sets that Table 1 lists for CLAP_l: AudioCaps, Clotho, LAION-Audio-630k.
-  D17 Of the model only "HTSAT", "RoBERTa" and "multi-layer perceptron (MLP) layers" are named.
-      Sizes, 48 kHz log-mel, dropout, drop path and SpecAugment are LAION's. No weight is frozen.
+  D17 Of the model only "HTSAT", "RoBERTa" and "multi-layer perceptron (MLP) layers and
+      activation functions" are named.
+      Sizes, 48 kHz log-mel, dropout, drop path and SpecAugment are LAION's. Not stated: no
+      weight is frozen, but for logit_scale_t, which no loss uses.
+  D18 "we have excluded all the testing samples from the ESC-50 dataset in our mixed-up dataset and
+      VGGSound audio samples in Auto-ACD" (Sec. 3.3): here --exclude of the tools does that when the
+      sets are made (results/README.md).
 
 Run:  python t_clap.py --data demo                              (two CPU cores, about 8 minutes)
       python t_clap.py --data audiocaps_order clotho_order esc_mixed_up auto_acd
@@ -95,9 +109,9 @@ import common
 @dataclass
 class Config:
     # data
-    data: list[
+    data: list[  # manifests, folders that hold manifest.jsonl, or the word demo; manifests with negatives and those without form the two parts of a batch (D6, D14, D15, D18)
         str
-    ]  # manifests, folders that hold manifest.jsonl, or the word demo; those with negatives are told from those without (D6, D15)
+    ]
     size: Literal["paper", "tiny"] = (
         "paper"  # paper: HTS-AT + RoBERTa (Sec. 2.2; sizes: LAION, D17); tiny: same family, small, from nothing (D10)
     )
@@ -112,7 +126,7 @@ class Config:
     text_dim: int = 768  # text encoder width, read only when --text-model none
     text_layers: int = 12  # text encoder layers, read only when --text-model none
     # loss
-    lt_weight: float = 0.5  # weight lambda of the temporal loss (Eq. 2; 0.5: Sec. 3.2); 0: fine-tuning without it, our control (the paper's baseline is LAION-CLAP before fine-tuning)
+    lt_weight: float = 0.5  # weight lambda of the temporal loss (Eq. 2; 0.5: Sec. 3.2); 0: fine-tuning without it, our control (the paper has none)
     lt_scale: float = 1.0  # factor on the cosines in the temporal loss (Eq. 3 has none, D10)
     # optimisation
     steps: int = 30000  # Sec. 3.2
@@ -154,8 +168,8 @@ TINY = dict(
     joint_dim=128,
     lt_weight=2.0,
     lt_scale=14.0,  # D10
-    # few clips of sets with an order a batch: with few classes more would often share sounds, and then the contrastive
-    # loss alone learns order
+    # Few ordered clips a batch. There are few classes: with more of them two clips would often hold
+    # the same sounds in different orders, and L_c alone would learn order.
     steps=2000,
     batch_size=16,
     mix=1.0,  # D10
@@ -190,7 +204,8 @@ class Model(nn.Module):
     """
 
     window_s = WINDOW_S
-    crop_rule = f"all consecutive windows of {WINDOW_S:g} s, the last one tiled as often as it fits whole, then zero-padded; averaged by their seconds"  # D2
+    # D2
+    crop_rule = f"all consecutive windows of {WINDOW_S:g} s, the last one tiled as often as it fits whole, then zero-padded; averaged by their seconds"
     clean_caption = staticmethod(
         lambda text: text
     )  # LAION's basic path tokenises captions as they are
@@ -250,8 +265,8 @@ class Model(nn.Module):
     def forward(self, waveform, input_ids, attention_mask, ordered):
         """One training batch -> audio_embeds, text_embeds, negative_embeds (B, D), scale.
 
-        Texts: the B captions, then the negatives of the clips whose numbers are in `ordered`; the other
-        rows of negative_embeds are 0.
+        Texts: the B captions, then the negatives of the clips whose numbers are in `ordered`; the
+        other rows of negative_embeds are 0.
         """
         B = len(waveform)
         audio_embeds = F.normalize(self.clip_feats(waveform).float(), dim=-1)
@@ -263,7 +278,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
-        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised; never random."""
+        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D),
+        normalised; never random.
+        """
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
             return common.join_windows(
@@ -274,7 +291,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
-        """As embed_audio -> frames (B, T, D), normalised, every `frame_s` seconds (D3); zeros behind a clip's last window."""
+        """As embed_audio -> frames (B, T, D), normalised, every `frame_s` seconds (D3); zeros
+        behind a clip's last window.
+        """
         with common.evaluating(self):
             frame_feats, owner, _ = self._window_feats(waveform, n_samples)
             frames = F.normalize(self.audio_projection(frame_feats), dim=-1)
@@ -314,7 +333,9 @@ class Model(nn.Module):
 
     @classmethod
     def from_published(cls, source, text_model: str = "roberta-base", drop_path: float = 0.1):
-        """A transformers CLAP folder or hub id, or a LAION-CLAP .pt file (then with `text_model`'s tokenizer)."""
+        """A transformers CLAP folder or hub id, or a LAION-CLAP .pt file (then with `text_model`'s
+        tokenizer).
+        """
         if Path(source).is_file():
             weights = common.read_weights(source)
             weights = weights.get("state_dict", weights)
@@ -351,13 +372,15 @@ class Model(nn.Module):
 
 
 FUSED = (
-    "a CLAP with feature fusion: its audio encoder has branches for long audio that this model does not have; take the file "
-    "without fusion (laion/clap-htsat-unfused, 630k-best.pt)"
+    "a CLAP with feature fusion: its audio encoder has branches for long audio that this model "
+    "does not have; take the file without fusion (laion/clap-htsat-unfused, 630k-best.pt)"
 )
 
 
 def htsat_size(weights: dict, prefix: str) -> dict:
-    """dim, depths, heads of an HTS-AT, from the shapes of its weights; LAION's where keys are missing."""
+    """dim, depths, heads of an HTS-AT, from the shapes of its weights; LAION's where keys are
+    missing.
+    """
     depths, heads = {}, {}
     for key, value in weights.items():
         found = re.match(
@@ -416,14 +439,17 @@ def transformers_state(weights: dict) -> dict:
 
 
 def _transformers_clap(name):
-    """-> TextEncoder (its weights not yet those of the file), ClapConfig, state dict, LogMel arguments."""
+    """-> TextEncoder (its weights not yet those of the file), ClapConfig, state dict, LogMel
+    arguments.
+    """
     transformers = common.quiet_transformers()
     try:
         try:
             config = transformers.AutoConfig.from_pretrained(name)
         except ValueError:
             raise ValueError(
-                f"{name}: not a model folder; expected a transformers CLAP with its config.json, or a weight file"
+                f"{name}: not a model folder; expected a transformers CLAP with its config.json, "
+                "or a weight file"
             ) from None
         if config.model_type != "clap":
             raise ValueError(
@@ -483,21 +509,24 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
         return Model.from_checkpoint(cfg.weights)
     if cfg.weights.endswith((".pt", ".ckpt", ".pth")) and not Path(cfg.weights).is_file():
         raise FileNotFoundError(
-            f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository lukewys/laion_clap "
-            "(or give laion/clap-htsat-unfused, which is fetched, or none)"
+            f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository "
+            "lukewys/laion_clap (or give laion/clap-htsat-unfused, which is fetched, or none)"
         )
     return Model.from_published(cfg.weights, cfg.text_model, cfg.drop_path)
 
 
 @torch.no_grad()
 def feel_order(model: Model, text: bool) -> None:
-    """Larger initial weights for new encoders, so that their vectors depend on the order of what they see (D10).
+    """Larger initial weights for new encoders, so that their vectors depend on the order of what
+    they see (D10).
 
-    The temporal loss only moves what is there already: its gradient is the product of how far a swap
-    moves the clip and how far it moves the caption. With the usual deviation of 0.02, made for wide
-    encoders, small ones start deaf to order: a swap moves a caption by 0.6 % of the mean squared
-    distance between captions, and 500 steps change nothing. With these it is half of it. Larger ones for the
-    audio let the contrastive loss alone find order too, and then there is nothing to compare with.
+    L_t compares a clip with two captions. If exchanging the events changes neither the clip's
+    vector nor the caption's, its gradient is almost zero and nothing is learnt, so the first
+    weights must already react to order. With the usual deviation of 0.02, made for wide encoders,
+    small ones do not: an exchange moves a caption by less than 1 % of the mean squared distance
+    between captions, and 500 steps change nothing. With these it is a quarter to a half of it.
+    Larger ones for the audio let the contrastive loss alone find order too, and then there is
+    nothing to compare with.
     """
     for name, parameter in model.audio_encoder.named_parameters():
         if "bias_tables" in name:
@@ -583,7 +612,9 @@ def split_sets(rows: list[dict]) -> list[list[dict]]:
 
 
 def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
-    """Clips of each of the two groups in a batch, 1 : mix, or all from the group that is not empty (D6)."""
+    """Clips of each of the two groups in a batch, 1 : mix, or all from the group that is not empty
+    (D6).
+    """
     if 0 in sizes:
         return [min(size, batch_size) for size in sizes]
     first = max(1, round(batch_size / (1 + mix)))
@@ -593,8 +624,8 @@ def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
 def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
     """Yield this process's share of every batch as [(group, epoch, index), ...].
 
-    Each group is gone through in a new random order every epoch; what does not fill a batch's share is
-    left out of that epoch.
+    Each group is gone through in a new random order every epoch; what does not fill a batch's share
+    is left out of that epoch.
     """
     rank, world = common.rank_and_world()
     orders = [(None, None), (None, None)]
@@ -614,7 +645,9 @@ def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
 
 
 class Clips(Dataset):
-    """One item a clip with one of its captions. Items are asked for as (group, epoch, index), which seeds both draws."""
+    """One item a clip with one of its captions. Items are asked for as (group, epoch, index), which
+    seeds both draws.
+    """
 
     def __init__(self, groups: list[list[dict]], cfg: Config, tokenize, sample_rate: int):
         self.groups, self.cfg, self.tokenize, self.rate = groups, cfg, tokenize, sample_rate
@@ -638,7 +671,9 @@ class Clips(Dataset):
         return waveform, row["captions"][chosen], negative, row["audio"]
 
     def collate(self, items):
-        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
+        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error
+        texts.
+        """
         return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
 
     def tensors(self, items) -> dict:
@@ -660,7 +695,9 @@ class Clips(Dataset):
 
 
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
-    """Retrieval and, where rows have negatives, T-Classify (text to audio) -> scores, what chance gives."""
+    """Retrieval and, where rows have negatives, T-Classify (text to audio) -> scores, what chance
+    gives.
+    """
     kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
     for text in bad:
         tqdm.write(f"validation: left out {text}")
@@ -707,7 +744,9 @@ def selection_score(model, val_rows, say, step) -> float:
 
 
 def main(cfg: Config) -> dict:
-    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
+    split, as in eval.json; {} without one.
+    """
     device, autocast, say = common.start(cfg, PRESETS)
     rank, world = common.rank_and_world()
 
@@ -722,8 +761,9 @@ def main(cfg: Config) -> dict:
         raise ValueError(f"--mix {cfg.mix}, --micro-batch {cfg.micro_batch}: must not be negative")
     if cfg.lt_weight and not sizes[0]:
         raise ValueError(
-            "no training row has a negative, so the temporal loss has nothing to learn from; make them with "
-            "python -m tools.captions rewrite --task negatives, or give --lt-weight 0 for plain contrastive training"
+            "no training row has a negative, so the temporal loss has nothing to learn from; make "
+            "them with python -m tools.captions rewrite --task negatives, or give --lt-weight 0 "
+            "for plain contrastive training"
         )
     counts = shares(sizes, cfg.batch_size, cfg.mix)
     batch_size = sum(counts)
@@ -761,9 +801,11 @@ def main(cfg: Config) -> dict:
         run.drop_log_after(step)
     with_negative = sum(map(has_negatives, groups[0]))
     say(
-        f"{METHOD}: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} of sets without, {len(val_rows)} "
-        f"clips for validation; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {cfg.steps} steps of "
-        f"{counts[0]} + {counts[1]} clips on {world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}"
+        f"{METHOD}: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} "
+        f"of sets without, {len(val_rows)} clips for validation; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {cfg.steps} steps "
+        f"of {counts[0]} + {counts[1]} clips on {world} x {device.type}; ln B = "
+        f"{math.log(batch_size):.2f}; writing to {run.path}"
     )
 
     def save(name):
@@ -840,8 +882,8 @@ def main(cfg: Config) -> dict:
             }
             run.log(line)
             bar.set_postfix_str(
-                f"loss {line['loss_c']:.3f} (ln B {line['ln_B']:.2f}) + {line['loss_t']:.3f} R@1 {r1:.2f} "
-                f"order {line['order_accuracy']:.2f} {line['pairs_per_s']:.0f} pairs/s"
+                f"loss {line['loss_c']:.3f} (ln B {line['ln_B']:.2f}) + {line['loss_t']:.3f} R@1 "
+                f"{r1:.2f} order {line['order_accuracy']:.2f} {line['pairs_per_s']:.0f} pairs/s"
             )
             pairs_seen = 0
         eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
@@ -877,8 +919,11 @@ def main(cfg: Config) -> dict:
         f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
     )
     print(
-        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python t_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --lt-weight 0     (no temporal loss, to compare)"
+        "\n"
+        "Next:\n"
+        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"  python t_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --lt-weight 0     (no "
+        "temporal loss, to compare)"
     )
     return result
 
