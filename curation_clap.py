@@ -9,20 +9,20 @@ teacher, is trained on annotated pairs. (2) It embeds unlabelled audio and known
 that come close are kept: of all captions (DU, domain-unspecific), or of those near the class
 prompts of the domain one cares for (ADS; DS keeps these captions with their own audio). (3) A
 student goes on from the teacher on curated pairs, with batches of annotated ones between (replay).
-Its loss (SL) also asks how alike the teacher finds the clips, and the captions, of a batch, so a
-near miss is no full miss.
+Its soft-labelled loss (SL) gives part of the target to other pairs of the batch: the more similar
+the teacher finds two clips (or two captions), the less the student loses by confusing them.
 
 Equations (paper) -> code
-  Eq. (1)  contrastive loss, half of both directions (D15)             contrastive_loss
-  Eq. (2)  the teacher's similarities C_a = a a', C_t = t t'           soft_targets
+  Eq. (1)  contrastive loss, half the sum of both directions (D15)     contrastive_loss
+  Eq. (2)  the teacher's similarities C_a = a a', C_t = t t' (D16)     soft_targets
   Eq. (3)  audio-to-text target: (1 - beta) one-hot + beta row of C_a  soft_targets
   Eq. (4)  text-to-audio target: (1 - beta) one-hot + beta row of C_t  soft_targets
   Eq. (5)  the two KL losses, each a mean over the batch               soft_divergence
   unnumbered: the mean of the two, the objective (Sec. 2.3)            soft_labelled_loss
 
-Letters: B pairs in a batch [N], S samples, T_mel spectrogram frames, L text tokens, D joint
-dimension 1024, N clips and Q captions in a curation. beta 0.3, tau [tau] temperature, sigma
-threshold.
+Letters: B pairs in a batch [N], S samples, T_mel or T spectrogram frames, M mel bins, C channels or
+classes, L text tokens, D joint dimension 1024 [d], N clips, Q captions and P their pairs in a
+curation (the paper's N is B). beta 0.3, tau temperature, sigma threshold.
 Clips are in rows and captions in columns: the transpose of the paper's C = t a'.
 
 Deviations from the paper, what it leaves open, and --variant official
@@ -32,28 +32,34 @@ Deviations from the paper, what it leaves open, and --variant official
   D3  Shorter clips in training are "zero-padded" (paper): zeros behind. official: the clip at a
       random place among zeros.
   D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to
-      5 s, longer ones cut into windows. The code crops at random. Curation hears the first 60 s of
-      a clip.
+      5 s, longer ones cut into windows. The code crops one window, at random in evaluation, at a
+      place fixed by a seed in curation. Curation hears the first 60 s of a clip.
   D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has that of
       32 kHz.
-  D6  Soft targets below 0 count as 0. torch 1.10, which the authors used, did so; current torch
-      gives NaN. They are not normalised (as printed): the mass of a row is 1 or more.
-  D7  Not stated: Adam 1e-4, 20 epochs, a tenth of the rate after 10 epochs without progress,
-      clipping at 5, both encoders trained, similarities between the pairs of all GPUs, an epoch of
-      the student is one pass over the replay set (all from the code).
-  D8  Not stated: validation. Its clips are given or drawn by file (5 %, at most 1,000). The code
-      draws 17 % of the rows, and one clip can lie on both sides. best.pt has the smallest
-      validation loss, that of the stage, on centre crops. The code cannot compute its soft loss
-      there (it runs no teacher in validation); with use_zs_loader it selects by accuracy on the
-      data set that is then evaluated.
+  D6  Soft targets of Eq. (3) and (4) below 0 count as 0. torch 1.10, which the authors used, did
+      so; current torch gives NaN. They are not normalised (as printed): the mass of a row is 1 or
+      more.
+  D7  Not stated: Adam 1e-4, 20 epochs (the example in the code's README; its yaml files have
+      1e-3 B / 1024 and 100), a tenth of the rate after 10 epochs without progress, clipping at 5,
+      both encoders trained, similarities between the pairs of all GPUs, an epoch of the student is
+      one pass over the replay set (all from the code; without replay one over the curated pairs,
+      ours).
+  D8  Not stated: validation. Its clips are the rows of split val; where there are none, 5 % of the
+      clips (at most 1,000) are drawn, and all captions of a clip stay together. The code draws 17 %
+      of the rows, and one clip can lie on both sides. best.pt has the smallest validation loss,
+      that of the stage, on centre crops. The code cannot compute its soft loss there (it runs no
+      teacher in validation); with use_zs_loader it selects by accuracy on the data set that is then
+      evaluated.
   D9  Replay: "we used replay in all of our results" (Sec. 3.2). DU replays the teacher's pairs, ADS
-      those of DS. The share is not printed: half of the batches, whole ones (code). For DS the
-      paper names no replay set, and here it has none; SL alone trains on the annotated pairs.
+      those of DS: "we randomly replace the batches". Their share is not printed: half (the code's
+      yaml files; 0 in its README's example). For DS the paper names no replay set, and here it has
+      none; SL alone trains on the annotated pairs.
   D10 Cosines of fp16 embeddings, as in the code, but exact: whatever the device, block or number of
       processes, the same pairs are found.
   D11 --teacher-fraction keeps a share of the clips. The paper takes "10%" of the "paired audio and
-      caption data", the code of the rows. Not stated: curation then takes the captions of these
-      clips, or those of --captions.
+      caption data", the code of the rows. --seed draws it: teacher, curation and student must have
+      the same. Curation then takes the captions of these clips ("from the teacher training set",
+      Sec. 3.1), or those of --captions (ours).
   D12 bf16 autocast on a GPU; the losses are always in fp32.
   D13 --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
   D14 A text encoder that starts from nothing (--size tiny) has larger initial weights: with the
@@ -75,18 +81,22 @@ Deviations from the paper, what it leaves open, and --variant official
   D20 The student starts from the teacher's weights (code). The paper says "to train a new model",
       and of SL "further training the teacher CLAP model". Soft labels come from the same teacher,
       without dropout, also in replay.
-  D21 Not stated: Hann window of 1,024 samples, hop 320, 64 mel bins from 50 to 14,000 Hz,
-      bert-base-uncased, its first token, 100 tokens, captions without commas and links (all from
-      the code).
+  D21 Not printed: Hann window of 1,024 samples, hop 320, 64 mel bins from 50 to 14,000 Hz,
+      bert-base-uncased, its first token, 100 tokens, captions without commas (all from the code),
+      links, $ and * (there in FSD50K's only, here in all). Sec. 3.2 follows CLAP [9], also for the
+      first weights: CNN14 starts from PANNs' file, BERT as published (ours).
+  D22 "Excluding recordings that are [...] contained in AudioCaps" (Sec. 3.1): --pool is taken as
+      given, leave AudioCaps out when it is prepared (tools.datasets --exclude).
 
 Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
       python curation_clap.py --stage teacher --data fsd50k_told clotho audiocaps macs --name full
       python curation_clap.py --stage curate --dry-run --name full --data ... --pool ... --labels ...
+      python curation_clap.py --stage curate --name full --data ... --pool ... --labels ...
       torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ...
       python eval.py runs/full/best.pt --data esc50 --protocol classification --prompt curation_clap
 DS and ADS need one curation and one student for each data set of an evaluation (--labels).
-Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. Eq. (5) falls to no fixed value
-(D6).
+Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. The smallest value of Eq. (5) is not
+0 and differs from batch to batch, as the targets are not normalised (D6).
 """
 
 import dataclasses
@@ -131,7 +141,7 @@ class Config:
     )
     pool: list[str] = field(
         default_factory=list
-    )  # unlabelled audio: manifests (captions and labels are not read), or files of eval.py embed
+    )  # unlabelled audio: manifests (captions and labels are not read; D22), or files of eval.py embed
     pool_share: float = 0.0  # without --pool: share of the training clips whose captions are forgotten (ours; the demo has no other pool)
     captions: list[str] = field(
         default_factory=list
@@ -357,7 +367,7 @@ def repeat_to(waveform, length: int):
 
 
 def clean_caption(text: str) -> str:
-    """As the code reads captions: no commas, links, dollar signs, asterisks or line breaks; underscores are spaces."""
+    """No commas, links, dollar signs, asterisks or line breaks; underscores are spaces."""
     cleaned = re.sub(r"<a\b.*?</a>|[,$*]", "", text, flags=re.S)
     cleaned = re.sub(r"[\s_]+", " ", cleaned).strip()
     return cleaned if re.search(r"\w", cleaned) else text
@@ -543,12 +553,14 @@ def contrastive_loss(logits):
 def soft_targets(teacher_audio, teacher_text, beta: float):
     """The teacher's embeds of the same batch -> targets of the rows (a2t) and of the columns (t2a), each (B, B), >= 0.
 
-    A clip's captions are as right as the teacher finds their clips alike; a caption's clips as right as it
-    finds their captions alike. The two matrix products are C_a and C_t.
+    For clip i, caption j is right to the degree that the teacher finds clips i and j similar; for caption
+    i, clip j is right to the degree that it finds captions i and j similar.
     """
     hard = torch.eye(len(teacher_audio), device=teacher_audio.device)
-    target_a2t = (1 - beta) * hard + beta * teacher_audio @ teacher_audio.T  # Eq. (2) # Eq. (3)
-    target_t2a = (1 - beta) * hard + beta * teacher_text @ teacher_text.T  # Eq. (4)
+    # Eq. (2): C_a and C_t, cosines (D16)
+    clip_sim, caption_sim = teacher_audio @ teacher_audio.T, teacher_text @ teacher_text.T
+    target_a2t = (1 - beta) * hard + beta * clip_sim  # Eq. (3)
+    target_t2a = (1 - beta) * hard + beta * caption_sim  # Eq. (4)
     return target_a2t.clamp(min=0), target_t2a.clamp(min=0)  # D6
 
 
@@ -1431,7 +1443,7 @@ def validation_loss(
     """Mean of the stage's loss over full batches of validation pairs (D8), and of what equal cosines would give.
 
     Computed by one process alone, whatever their number. Against hard targets equal cosines give ln B, against
-    soft ones more, for their mass is above 1 (D6).
+    soft ones another value, which depends on the teacher's cosines (D6).
     """
     n = len(dataset.sets[0])
     size = min(cfg.batch_size, n)
@@ -1749,6 +1761,10 @@ def main(cfg: Config) -> dict:
         )
     if common.rank_and_world()[0] == 0:
         flags = f"--data {' '.join(cfg.data)} --size {cfg.size} --name {cfg.name}"
+        for name in ("variant", "curation", "teacher", "pool", "labels"):  # of every stage
+            value = getattr(cfg, name)
+            if value != getattr(Config, name, []):
+                flags += f" --{name} {value if isinstance(value, str) else ' '.join(value)}"
         shown = {
             "teacher": [
                 f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"

@@ -308,7 +308,7 @@ def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> 
 
 
 def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
-    """Loss, in-batch R@1 and whatever else the run logged beside the checkpoint."""
+    """Loss, in-batch R@1 and what else the run logged in its last stage, beside the checkpoint."""
     path = Path(checkpoint).parent / "log.jsonl"
     if not path.exists():
         return []
@@ -320,10 +320,12 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
             break
     if not lines:
         return []
+    lines = [line for line in lines if line.get("stage") == lines[-1].get("stage")]
     keys = [
         k
         for k in lines[0]
-        if all(k in line for line in lines)
+        if k != "stage"
+        and all(k in line for line in lines)
         and k not in ("step", "epoch", "ln_B", "skipped", "pairs_per_s")
     ]
     figure, axes = plt.subplots(
