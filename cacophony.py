@@ -34,19 +34,23 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D4  The MAE decoder "predicts both the masked and unmasked regions" (Sec. III-A). So does ours,
       but the loss counts masked patches only. The paper does not say what the loss counts; it
       follows "[24], [25]", MAE and AudioMAE, which count masked patches only, and calls the task
-      "reconstructing these masked portions". As in MAE the target is normalised, the prediction is
-      not. Padding is neither seen nor counted. The "patch sequence length of 750" (15 s, Sec. IV-A)
-      is 744 here: 15 s are 93.75 time steps, of which 93 are whole.
+      "reconstructing these masked portions". "Between the per-patch normalized values of the
+      reconstructed and the original input spectrogram patches" reads as if both were normalised; as
+      in MAE, only the target is. Padding is neither seen nor counted. The "patch sequence length of
+      750" (15 s, Sec. IV-A) is 744 here: 15 s are 93.75 time steps, of which 93 are whole.
   D5  Eq. (2) is for one caption: the mean over its tokens after the start token, the end token
-      included. Not stated: the mean over captions. jax, official: pads count as zeros, so the sum
-      is divided by max_tokens - 1. No released file holds this loss today, as the released code is
-      inference only; it stands in an earlier commit of the JAX code (d89652f, src/caco/caco.py).
-      The torch port never had a loss, so official takes the same.
-  D6  Not stated: 4 text decoder layers and their first weights, joint dimension 768, RoBERTa's base
-      size, dropout 0.1 on text and 0 on audio, positions added again in the MAE decoder (all:
-      code); a logit scale that starts at 1 / 0.07 (torch port) and is never clamped; 8 heads at
-      --size ablation, a linear warm-up, AdamW betas 0.9 and 0.999, weight decay on all weights, no
-      gradient clipping (ours).
+      included. Not stated: the mean over captions. jax, official: a caption's sum is divided by the
+      padded length, max_tokens - 1, not by its own number of tokens, so that short captions weigh
+      less. No released file holds this loss today, as the released code is inference only; it
+      stands in an earlier commit of the JAX code (d89652f, src/caco/caco.py). The torch port never
+      had a loss, so official takes the same.
+  D6  Not stated: 4 text decoder layers, the distribution of their first weights ("initialized
+      randomly", Sec. III-B; 0.02, the head 0.01), joint dimension 768, RoBERTa's base size, dropout
+      0.1 on text and 0 on audio, positions added again in the MAE decoder (all: code); no dropout
+      on the text decoder's attention weights (code: 0.1); a logit scale that starts at 1 / 0.07
+      (torch port) and is never clamped; a linear warm-up, AdamW betas 0.9 and 0.999, weight decay
+      on all weights, no gradient clipping (ours). --size ablation: the paper gives two widths and
+      keeps the rest "the same" (Sec. VI); so do we, its number of heads (8) included.
   D7  Eq. (4) to (6) are written for the whole training set. Here they are for a step's batch, over
       all processes. Not stated: both passes take the same patches, captions and dropout masks; the
       norm is one over all "trainable parameters" (Sec. IV-B), and 1e-12 is added to it.
@@ -56,10 +60,12 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
       sequence", Sec. IV-A). With --cache both stages hear the first minute only.
   D9  "[We] process the full audio sequence if it fits in the memory", else "randomly sample a
       subset of spectrogram patches" (Sec. IV-A). Ours never samples: clips over 60 s are encoded in
-      pieces of 60 s, whose patches are pooled together. The code samples (jax) or takes the first
-      patches (port).
-  D10 Zero-shot detection is ours: frames are each patch's value in the pooling layer, projected,
-      mean over F. HEAR's event tasks (Sec. V-E) get the encoder's states, mean over F (code). The
+      pieces of 60 s, each with positions from 0, whose patches are pooled together. The code
+      samples (jax) or takes the first patches (port).
+  D10 Zero-shot detection is ours: the frame of a time step is what the pooling layer and the
+      projection would give for each of its 8 patches alone, averaged over the 8. For HEAR the
+      encoder is "frozen and used as the input feature vector" (Sec. V-E). Scene tasks get the
+      pooled and projected vector, event tasks the encoder's states, mean over F (both: code). The
       encoder's "50 Hz output" (Sec. III-A) counts patches; there are 6.25 time steps a second.
   D11 Not stated: the checkpoint with the best mAP@10 of both directions on the validation split.
   D12 Not stated: bf16 autocast on a GPU; the losses are always in fp32.
@@ -71,14 +77,16 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D14 Cleaned descriptions: the paper prompts GPT-3 "with 10 human annotated pairs" on 7,000
       descriptions "to fine-tune T5-XXL" (Sec. II-B). tools.captions rewrite --task clean fine-tunes
       nothing: it prompts any language model with ten pairs of ours, as the paper's are not
-      published, and rejects answers by rules. Five versions a clip, as in the paper.
+      published, and rejects answers by rules, translations among them (the paper's T5 translates,
+      Table I). Five versions a clip, as in the paper.
   D15 Machine captions: the paper's are by "HTSAT-BART pretrained on WavCaps and fine-tuned on
       AudioCaps" (Sec. II-C). tools.captions recaption takes a captioner of ours, a stage 2
       checkpoint.
   D16 Not stated: each time a clip is drawn it shows one of its captions at random; where it has
       machine captions, one of these in 80 % of the draws (code).
-  D17 Scenes are classified with "This sound is on [label]." (Sec. V-D), eval.py's cacophony_scene.
-      The code has "This is a sound on {}", cacophony_scene_code.
+  D17 Scenes are classified with "This sound is on [label]." (Sec. V-D), eval.py's cacophony_scene,
+      without the full stop, which may be the sentence's own. The code has "This is a sound on {}",
+      cacophony_scene_code.
   D18 Captions are sampled "at a temperature of 0.1" (Sec. V-F). caption() takes the likeliest token
       unless it is given a temperature. Not stated: at most 100 tokens (code), no padding or start
       token.
@@ -163,7 +171,7 @@ class Config:
     )
     rho: float = 0.075  # SAM's distance (Eq. 4, Sec. IV-B); 0: plain AdamW
     # both stages
-    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
+    micro_batch: int = 0  # clips a process sends through the model at a time, which saves memory; the loss sees the whole batch (gradient caching); 0: all of its share (ours)
     warmup_steps: int = (
         10000  # steps of the warm-up (linear: D6), then cosine to min_lr (Sec. IV-A)
     )
@@ -497,14 +505,11 @@ class DecoderLayer(nn.Module):
         self.intermediate, self.output = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(0.1)
 
-    def forward(self, x, audio_kv, causal_mask, audio_mask, past=None):
-        """x (B, L, C); past: keys and values of earlier positions -> x, keys and values up to here."""
-        kv = self.attention.keys_values(x)
-        if past is not None:
-            kv = tuple(torch.cat(pair, 2) for pair in zip(past, kv))
-        x = self.attention(x, kv, causal_mask)
+    def forward(self, x, audio_kv, causal_mask, audio_mask):
+        """x (B, L, C), audio_kv: the audio's keys and values -> (B, L, C)."""
+        x = self.attention(x, self.attention.keys_values(x), causal_mask)
         x = self.crossattention(x, audio_kv, audio_mask)
-        return self.norm(x + self.dropout(self.output(F.gelu(self.intermediate(x))))), kv
+        return self.norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
 
 
 def make_causal(text_encoder: common.TextEncoder) -> common.TextEncoder:
@@ -532,6 +537,7 @@ class Model(nn.Module):
     """
 
     sample_rate, window_s, frame_s = SAMPLE_RATE, 10.24, STEP_SAMPLES / SAMPLE_RATE
+    frame_window_s, variants = PIECE_S, ("paper", "jax", "official")  # seconds heard in one piece
     crop_rule = f"any length as one sequence of patches; over {PIECE_S:g} s in pieces that are pooled together"
     clean_caption = staticmethod(lambda text: text)  # the code tokenises captions as they are
 
@@ -565,31 +571,23 @@ class Model(nn.Module):
                     nn.init.zeros_(module.bias)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D6
 
-    def text_states(self, input_ids, attention_mask, cache=None):
-        """Token ids (B, L) -> (B, L, C); with a transformers cache the ids continue what it holds."""
-        start = cache.get_seq_length() if cache is not None else 0
-        position = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+    def text_states(self, input_ids, attention_mask):
+        """Token ids (B, L) -> (B, L, C)."""
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         return self.text_encoder.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
         ).last_hidden_state
 
-    def next_logits(self, text_states, audio_kv, audio_mask, past=None):
-        """Logits (B, L, vocabulary) of the token after each; past: of each layer, keys and values so far, which are replaced."""
-        L, earlier = text_states.shape[1], past[0][0].shape[2] if past and past[0] else 0
-        causal_mask = torch.ones(L, earlier + L, dtype=torch.bool, device=text_states.device).tril(
-            earlier
-        )[None, None]
+    def next_logits(self, text_states, audio_kv, audio_mask):
+        """Logits (B, L, vocabulary) of the token after each; audio_kv as `audio_keys_values`."""
+        L = text_states.shape[1]
+        causal_mask = torch.ones(L, L, dtype=torch.bool, device=text_states.device).tril()
         x = text_states
-        for i, layer in enumerate(self.decoder):
-            x, kv = layer(
-                x, audio_kv[i], causal_mask, audio_mask[:, None, None], past[i] if past else None
-            )
-            if past is not None:
-                past[i] = kv
+        for layer, kv in zip(self.decoder, audio_kv):
+            x = layer(x, kv, causal_mask[None, None], audio_mask[:, None, None])
         return self.head(x)
 
     def audio_keys_values(self, audio_states):
@@ -652,7 +650,7 @@ class Model(nn.Module):
     def embed_frames(self, waveform, n_samples=None):
         """As embed_audio -> (B, T, D), normalised, every 0.16 s (D10); zeros behind a clip's last frame.
 
-        What is left of a clip after its last whole step repeats that step's frame.
+        If a clip ends within a step, the frame of its last whole step is given once more for the rest.
         """
         with common.evaluating(self):
             states, valid_mask = self.audio_states(waveform, n_samples)
@@ -703,21 +701,15 @@ class Model(nn.Module):
         """A caption for each clip of waveform (B, S) at 16 kHz, token by token.
 
         temperature: 0 takes the likeliest token, else tokens are drawn (Sec. V-F: 0.1; D18); what a
-        clip draws depends on `seed` alone, not on the other clips. Keys and values of earlier
-        tokens are kept.
+        clip draws depends on `seed` alone, not on the other clips. Each step reads the whole caption
+        so far again: captions are short, and transformers changes how it keeps keys and values.
         """
         if not self.decoder:
             raise ValueError("this model was trained without a captioner (--caption-weight 0)")
-        from transformers import DynamicCache
-
         tokenizer = self.text_encoder.tokenizer
         with common.evaluating(self):
             audio_states, audio_mask = self.audio_states(waveform, n_samples)
-            audio_kv, cache, past = (
-                self.audio_keys_values(audio_states),
-                DynamicCache(),
-                [None] * len(self.decoder),
-            )
+            audio_kv = self.audio_keys_values(audio_states)
             ids = torch.full((len(waveform), 1), tokenizer.cls_token_id, device=audio_states.device)
             ended, generator = (
                 torch.zeros(len(ids), dtype=torch.bool, device=ids.device),
@@ -726,8 +718,8 @@ class Model(nn.Module):
             for _ in range(
                 min(max_tokens, self.text_encoder.model.config.max_position_embeddings) - 1
             ):
-                states = self.text_states(ids[:, -1:], torch.ones_like(ids), cache)
-                logits = self.next_logits(states, audio_kv, audio_mask, past)[:, -1].float()
+                states = self.text_states(ids, torch.ones_like(ids))
+                logits = self.next_logits(states, audio_kv, audio_mask)[:, -1].float()
                 logits[:, [tokenizer.pad_token_id, tokenizer.cls_token_id]] = -math.inf
                 if (
                     temperature > 0
@@ -749,8 +741,8 @@ class Model(nn.Module):
         ]
 
     @classmethod
-    def from_checkpoint(cls, path):
-        """A run's last.pt or best.pt of stage 2."""
+    def from_checkpoint(cls, path, variant: str | None = None):
+        """A run's last.pt or best.pt of stage 2; variant: None, as it was trained."""
         content = common.read_checkpoint(path, METHOD)
         if content["stage"] != "contrastive":
             raise ValueError(
@@ -759,13 +751,16 @@ class Model(nn.Module):
         text_encoder = common.text_encoder_from_description(
             content["text_encoder"], content["config"]["max_tokens"]
         )
-        model = cls(content["shape"], text_encoder)
+        shape = {**content["shape"], "variant": variant or content["shape"]["variant"]}
+        model = cls(shape, text_encoder)
         common.load_strict(model, content["model"], path)
         return model.eval()
 
     @classmethod
-    def from_published(cls, source, text_model: str = "roberta-base", variant: str = "official"):
-        """The authors' torch file. variant "official" computes as their port, "jax" as the code it was trained with."""
+    def from_published(cls, source, text_model: str = "roberta-base", variant: str = "jax"):
+        """The authors' torch file. It was trained by the JAX code, so it computes as that (jax);
+        official: as their torch port, whose 2 audio pooling heads are a slip (D2).
+        """
         state = port_state(common.read_weights(source))
         text_encoder = common.text_encoder_from_pretrained(text_model, 100)  # the code's length
         dim, layers, mlp, joint, decoders = port_size(state)
@@ -954,11 +949,12 @@ def sam_backward(parameters: list, backward, rho: float):
     with torch.no_grad():
         kept = [p.clone() for p in held]
         norm = torch.stack([p.grad.float().norm() for p in held]).norm()
-        scale = rho / (norm + 1e-12)  # of the step to it, Eq. (5)
+        scale = rho / (norm + 1e-12)  # D7
         for p in held:
-            p.add_(p.grad * scale)  # the weights are now at the worst case of Eq. (4)
+            p.add_(p.grad * scale)  # Eq. (5): the weights are now moved by the step
             p.grad = None
-    backward()  # the gradient there, Eq. (6)
+    # Eq. (4): what backward() computes now is the loss at the worst case, to first order
+    backward()  # Eq. (6): its gradient
     with torch.no_grad():
         for p, value in zip(held, kept):
             p.copy_(value)
@@ -1126,10 +1122,11 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
 
     # Loop
     dataset = Clips(train_rows, cfg, cache=cfg.cache)
-    durations = [min(row.get("duration") or cfg.mae_crop_s, cfg.mae_crop_s) for row in train_rows]
     loader = DataLoader(
         dataset,
-        batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.mae_steps),
+        batch_sampler=common.training_batches(
+            len(train_rows), batch_size, cfg.seed, step, cfg.mae_steps
+        ),
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
@@ -1248,7 +1245,7 @@ def selection_score(model, val_rows, cfg, say, step) -> float:
 
 
 def train_contrastive(cfg: Config, device, autocast, say) -> dict:
-    """Stage 2, contrastive captioning (Sec. III-B, Eq. 1-6) -> runs/NAME/last.pt, best.pt.
+    """Stage 2, contrastive captioning (Sec. III-B, Eq. 1-3; SAM: Sec. IV-B, Eq. 4-6) -> runs/NAME/last.pt, best.pt.
 
     Returns: the best checkpoint's scores on the validation split.
     """
@@ -1314,10 +1311,11 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
 
     # Loop
     dataset = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
-    durations = [min(row.get("duration") or 10.0, LONGEST_S) for row in train_rows]
     loader = DataLoader(
         dataset,
-        batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
+        batch_sampler=common.training_batches(
+            len(train_rows), batch_size, cfg.seed, step, cfg.steps
+        ),
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
@@ -1430,7 +1428,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             )
     print(
         f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python cacophony.py --data {' '.join(cfg.data)} --size {cfg.size} --rho 0 --caption-weight 0     (plain CLAP, to compare)"
+        f"  python cacophony.py --data {' '.join(cfg.data)} --size {cfg.size} --rho 0 --caption-weight 0     (without captioner and SAM, to compare)"
     )
     return result
 

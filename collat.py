@@ -18,39 +18,46 @@ Equations (paper) -> code
   Eq. (3)  uni-token loss: L1 of clean against noisy    uni_token_loss
   Eq. (4)  the weighted sum of the three                training_loss
 
-Letters: B clips in a batch [|B|], S samples, T_mel 1024 frames [T] of 10 ms, 128 mel bins [F], P
-audio patches [M] (12 bands x 101 times; the states hold two class tokens more, D12), N slots 77
-[N], L tokens of a batch's longest text, C width of the text encoder, D joint dimension.
+Letters: B clips in a batch [|B|], S samples, 1024 frames [T] of 10 ms, 128 mel bins [F], P audio
+patches [M] (12 bands x 101 times; the states hold two class tokens more, D12), N slots 77 [N], L
+tokens of a batch's longest text, C width of the text encoder, D joint dimension. In the paper C is
+the number of a clip's labels, and N in Sec. 4.1 the number of patches.
 
 Deviations from the paper, and what it leaves open
   D1  Not stated: 16 kHz, AST's normalisation. The paper's input has "128 x 100t" bins for t
       seconds; ours is zero-padded to AST's 1024 frames (10.24 s). The "25ms Hamming window" is the
       paper's; AST's weights were trained with a Hann window.
   D2  Not stated: which "pretrained CLIP text encoder", and where it pools audio. Ours: ViT-L/14's,
-      as wide as AST. It pools text at its end token, and audio, which has none, at the last slot.
-      Other transformers encoders pool the mean of their tokens.
-  D3  The text of the paper says "cross-attention-based blocks"; their inside is drawn in Fig. 3b
-      only, and only the paper's text was at hand. Ours: pre-norm cross-attention to the audio, then
-      a feed-forward layer, no self-attention, at AST's width; at the end LayerNorm and a linear
-      layer to C, which starts at mean and deviation of the text encoder's tokens.
+      as wide as AST. It takes a text's embedding at the end token. Predicted tokens have no end
+      token: there it is taken at the last slot. Other transformers encoders pool the mean of their
+      tokens.
+  D3  The "cross-attention-based blocks [37]" are drawn in Fig. 3b; neither the figure nor [37] was
+      at hand. Ours: pre-norm cross-attention to the audio, then a feed-forward layer, no
+      self-attention, at AST's width; at the end LayerNorm and a linear layer to C, which starts at
+      mean and deviation of the text encoder's tokens. The paper's blocks "take the currently
+      predicted text token embeddings from the previous block as input"; between ours stand hidden
+      states, and only the last layer makes token embeddings of them.
   D4  Slots are "randomly initialized" from a normal distribution. Not stated: how often. Ours: anew
       for every clip and step, one fixed draw in evaluation; the same for the clean and the noisy
       view.
   D5  The paper matches "all the tokens" to the "closest" one. Not stated: the distance (ours is L1,
-      the loss's own) and what padding does. Ours: only a text's real tokens get a slot; no
-      gradient. --matching optimal is the paper's "future work". f_t reads the slots in their own
-      order, as Sec. 3.1 has it.
+      the loss's own) and what padding does. Ours: only tokens that are not padding are matched,
+      slots left over get no token loss, and no gradient flows through the choice of the pairs.
+      --matching optimal is the paper's "future work". f_t reads the slots in their own order, as
+      Sec. 3.1 has it.
   D6  Eq. (1) and (3) print the L1 norm, "||.||_1": a sum, over 77 x 768 values 59,136 times their
-      mean. Ours are means over values, (real) tokens and clips. With means the first two terms of
-      Eq. (4) are of comparable size at the paper's weights (first 120 steps of the demo, weighted:
-      values 0.02 to 0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums at such
-      distances Eq. (2) would be less than a thousandth of the loss. What follows: the weights are
-      the paper's numbers, perhaps not its balance. The gradient of Eq. (3) at 0.01 is about four
-      orders below the others (there: 0.0001), so it hardly acts. --token-weight 59136 --uni-weight
-      591 weigh as sums over 77 tokens do.
+      mean. Not stated: how clips are averaged. Ours: Eq. (1) is the mean over the values of all
+      real tokens of the batch together, so long prompts weigh more; Eq. (3) that over values, slots
+      and clips. At the paper's weights the first two terms of Eq. (4) then differ by a factor of
+      about ten in value and five in gradient (first 120 steps of the demo, weighted: values 0.02 to
+      0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums at such distances Eq. (2)
+      would be less than a thousandth of the loss. So the weights are the paper's, but if its losses
+      are sums, the three terms do not have its proportions here. The gradient of Eq. (3) at 0.01
+      is three to four orders below the others (there: 0.0001), so it hardly acts. --token-weight
+      59136 --uni-weight 591 weigh as sums do (at 77 slots of 768).
   D7  Eq. (2) is printed without its minus sign. tau is "a temperature parameter"; not stated: its
-      value and whether embeddings are normalised. Ours are; tau starts at 1 / 0.07, is learnt and
-      stays below 100, as CLIP's.
+      value and whether embeddings are normalised. Ours are; tau starts at 1 / 0.07 and is
+      learnt, as CLIP's, between 1 (ours) and 100 (CLIP).
   D8  Eq. (3) adds "a Gaussian noise" to x^a, the log-mel. Not stated: its deviation. Ours: 0.1 on
       the normalised log-mel; the paper prints 0.1 for the noisy clips of its evaluation (Sec. 5.1).
       Both views give a gradient.
@@ -59,23 +66,25 @@ Deviations from the paper, and what it leaves open
       gradient norm at most 1, and the choice of the checkpoint (mean of the validation scores that
       the manifest has labels or captions for).
   D10 Rows with labels give the prompt "This is a sound of A, B, and C"; not stated: the form for
-      one or two labels (here "A" and "A, and B"). Rows without labels give one of their captions;
-      the paper decides "to not utilize natural language descriptions".
+      one or two labels (here "A" and "A, and B"), the order of labels (here the manifest's), names
+      that hold commas (kept). Rows without labels give one of their captions; the paper decides "to
+      not utilize natural language descriptions".
   D11 Not stated: precision. Ours: bf16 autocast on a GPU; the losses and the matching are always in
-      fp32.
+      fp32 or higher.
   D12 The blocks attend to all of AST's states, its two class tokens included; the paper's h^a are
       those of "the audio tokens (i.e., patches in the log mel spectrogram)".
   D13 The paper trains on 10 s clips. Audio over 10.24 s: a random window of it in training; in
       evaluation the mean over consecutive windows by their seconds. Tokens and prompts
       (token_embeds, prompt_embeds): the first window.
   D14 Not stated: the prompt of zero-shot evaluation. Ours, in validation: that of training with one
-      label; eval.py: --prompt collat.
+      label; with eval.py it is --prompt collat (its default is the bare name).
 
 Run:  python collat.py --data demo                              (two CPU cores, about 4 minutes)
       python collat.py --data audioset --batch-size 256 --micro-batch 32
       torchrun --nproc-per-node 8 collat.py --data ...          (one node, 8 GPUs)
-      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-Eq. (2) starts near ln B; Eq. (1) falls in a few steps to what one mean token gives, then slowly.
+      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all --prompt collat
+Eq. (2) starts near ln B. Eq. (1) starts near what one mean token gives, as the slots start there
+(D3), and may rise in the first 100 steps.
 """
 
 import dataclasses
@@ -111,7 +120,7 @@ class Config:
     )
     audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"  # AST's start, pre-trained on AudioSet as in Fig. 4b (which Sec. 5.1 calls Table 4b): transformers folder or hub id, AST's own file, or none
     text_model: str = "openai/clip-vit-large-patch14"  # the locked text encoder: hub id or folder (D2), or none: random, from the training texts
-    max_tokens: int = 77  # slots, and where texts are cut: the longest text (Sec. 3.1), which for CLIP is 77 (not printed)
+    max_tokens: int = 77  # number of slots, and of tokens a text is cut to: N, the longest text's (Sec. 3.1; not printed, CLIP's is 77)
     # model
     audio_dim: int = 768  # width of AST (768: Sec. 4.1) and of the slots (D3)
     audio_layers: int = 12  # AST's layers (AST's own)
@@ -614,7 +623,10 @@ def start_model(cfg: Config, texts: list[str]) -> Model:
 
 @torch.no_grad()
 def start_at_the_mean_token(model: Model) -> None:
-    """At first every slot is the text encoder's mean token, off by its tokens' deviations: what Eq. (1) would take hundreds of steps to find (D3)."""
+    """Start every slot near the mean of the token-embedding table (D3).
+
+    The random differences are as large as the table's standard deviation in each dimension.
+    """
     table, out_proj = (
         model.text_encoder.model.get_input_embeddings().weight,
         model.interaction.out_proj,
@@ -933,10 +945,11 @@ def main(cfg: Config) -> dict:
         )
 
     # Loop
-    durations = [min(row.get("duration") or WINDOW_S, WINDOW_S) for row in train_rows]
     loader = DataLoader(
         dataset,
-        batch_sampler=common.training_batches(durations, batch_size, cfg.seed, step, cfg.steps),
+        batch_sampler=common.training_batches(
+            len(train_rows), batch_size, cfg.seed, step, cfg.steps
+        ),
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
@@ -1029,9 +1042,9 @@ def main(cfg: Config) -> dict:
         f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
     )
     print(
-        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all --prompt collat\n"
         f"  python collat.py --data {' '.join(cfg.data)} --size {cfg.size} --token-weight 0 --uni-weight 0 --global-weight 1     "
-        "(the global loss alone: CLAP with a locked text encoder, to compare)"
+        "(the global loss alone: what Fig. 5 calls CLAP, to compare)"
     )
     return result
 

@@ -1324,7 +1324,8 @@ class HTSAT(nn.Module):
     Args
         dim, depths, heads: channels of stage 1, blocks and heads a stage ("tiny" in HTS-AT's words;
             LAION's "base" is dim 128, depths 2 2 12 2).
-        locality_blocks: how many of the last stage's last blocks are locality-aware.
+        locality_blocks: how many blocks are locality-aware, from the last one backwards through all
+            stages.
         locality: "paper" or "official", see `Block`.
     """
 
@@ -1342,9 +1343,9 @@ class HTSAT(nn.Module):
         locality="paper",
     ):
         super().__init__()
-        if not 0 <= locality_blocks <= depths[-1]:
+        if not 0 <= locality_blocks <= sum(depths):
             raise ValueError(
-                f"locality_blocks = {locality_blocks}: the last stage has {depths[-1]} blocks"
+                f"locality_blocks = {locality_blocks}: the encoder has {sum(depths)} blocks"
             )
         self.spec_size, self.chunks = spec_size, spec_size // n_mels
         self.out_dim = dim * 2 ** (len(depths) - 1)
@@ -1356,10 +1357,8 @@ class HTSAT(nn.Module):
         drops = torch.linspace(0, drop_path, sum(depths)).tolist()
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
-            last = i == len(depths) - 1
-            kinds = [
-                "" if not last or j < depth - locality_blocks else locality for j in range(depth)
-            ]
+            behind = sum(depths[i:])  # blocks from the first of this stage to the last of all
+            kinds = [locality if behind - j <= locality_blocks else "" for j in range(depth)]
             self.layers.append(
                 SwinStage(
                     dim << i,
@@ -1368,7 +1367,7 @@ class HTSAT(nn.Module):
                     window,
                     [drops.pop(0) for _ in range(depth)],
                     kinds,
-                    merge=not last,
+                    merge=i < len(depths) - 1,
                 )
             )
         self.norm = nn.LayerNorm(self.out_dim)
@@ -1979,10 +1978,9 @@ def embed_files(
         )
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
             timed = frames and frames != "token_embeds"  # those tokens are as many for every clip
-            found[i] = (
-                embed,
-                clip[: math.ceil(n / model.sample_rate / model.frame_s - 1e-6)] if timed else clip,
-            )
+            if getattr(model, "repeats_short_clips", False):
+                n = max(n, round(model.window_s * model.sample_rate))
+            found[i] = embed, clip[: frames_in(model, n)] if timed else clip
         if cache is not None:
             held = {f"{frames}{k}": found[i][1] for k, i in enumerate(indices) if frames}
             keys = [file_key(rows[i]) for i in indices]
@@ -2002,6 +2000,19 @@ def embed_files(
         [found[i][1] for i in kept] if frames else None,
         [bad[i] for i in sorted(bad)],
     )
+
+
+def frames_in(model, n_samples: int) -> int:
+    """Frames of a clip: they cover its sound, but a last window of less than one frame adds none.
+
+    Such a window holds a few milliseconds and its frame would be scored as if it were whole: a file of
+    10.02 s has the 32 frames of its first 10 s.
+    """
+    frames = n_samples / model.sample_rate / model.frame_s
+    rest = frames % (getattr(model, "frame_window_s", model.window_s) / model.frame_s)
+    if rest < min(frames, 1) - 1e-6:
+        frames -= rest
+    return math.ceil(frames - 1e-6)
 
 
 def file_key(row: dict) -> str:
@@ -2247,35 +2258,35 @@ def bucketed_batches(
 
     First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a batch
     of its bucket forms mixed batches: always floor(N / batch_size) batches (one, if N is smaller).
-    Within a bucket, eight batches at a time are sorted by length, so that little is padded.
-    Source: the seven buckets of MGA-CLAP's code, which drops every bucket's remainder and does not sort.
+    Inside a bucket the order is random: sorted by length, the negatives of a clip would come from its
+    own source, and MGA-CLAP's official variant would stretch the shortest clips most.
+    Source: the seven buckets of MGA-CLAP's code, which drops every bucket's remainder.
     """
     rng, durations = np.random.default_rng((seed, epoch)), np.asarray(durations)
     order = rng.permutation(len(durations))
     order = order[: len(order) // batch_size * batch_size] if len(order) >= batch_size else order
     bucket = np.digitize(durations[order], edges_s)
-
-    def by_length(members):
-        return members[np.argsort(durations[members], kind="stable")]
-
     batches, left = [], []
     for b in np.unique(bucket):
         members = order[bucket == b]
         full = len(members) // batch_size * batch_size
-        for i in range(0, full, 8 * batch_size):
-            batches += list(
-                by_length(members[i : min(i + 8 * batch_size, full)]).reshape(-1, batch_size)
-            )
+        batches += list(members[:full].reshape(-1, batch_size))
         left.append(members[full:])
-    left = by_length(np.concatenate(left))
+    left = np.concatenate(left)
     batches += [left[i : i + batch_size] for i in range(0, len(left), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def training_batches(durations, batch_size, seed, start_step, total_steps):
-    """Yield [(epoch, index), ...] for every step from start_step on: this process's share of the batch."""
+def training_batches(
+    n_clips: int, batch_size: int, seed: int, start_step: int, total_steps: int, durations=None
+):
+    """Yield [(epoch, index), ...] for every step from start_step on: this process's share of the batch.
+
+    Batches are drawn at random, with durations (n_clips,) in seconds among clips of similar length.
+    """
     rank, world = rank_and_world()
-    steps_per_epoch = max(1, len(durations) // batch_size)
+    steps_per_epoch = max(1, n_clips // batch_size)
+    durations = np.zeros(n_clips) if durations is None else durations  # all in one bucket
     for epoch in range(start_step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)):
         batches = bucketed_batches(durations, batch_size, seed, epoch)
         for step, batch in enumerate(batches, epoch * steps_per_epoch):

@@ -461,6 +461,7 @@ class Model(nn.Module):
         weights = common.read_weights(source)
         model = cls(common.text_encoder_from_pretrained(text_model, MAX_TOKENS))
         common.load_strict(model, ms_clap_state(weights.get("model", weights), source), source)
+        model.clean_caption = str  # Microsoft's wrapper tokenises captions as they are
         return model.eval()
 
 

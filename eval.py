@@ -272,6 +272,7 @@ def frames(model, clips, classes, settings) -> dict:
         prompt=settings.prompt,
         tie_rule="equal scores are one threshold",
         frame_s=model.frame_s,
+        frame_rule=frame_rule(model),
         n_frames=sum(len(f) for f in frame_embeds),
     )
 
@@ -348,6 +349,7 @@ def sed(model, clips, classes, settings) -> dict:
         details=details,
         prompt=settings.prompt,
         frame_s=frame_s,
+        frame_rule=frame_rule(model),
         median=f"{width} frames, {width * frame_s:.2f} s",
         psds1=str(PSDS1),
         psds2=str(PSDS2),
@@ -428,6 +430,7 @@ def grounding(model, clips, classes, settings) -> dict:
         n_captions=len(queries),
         prompt="the phrase as written",
         frame_s=frame_s,
+        frame_rule=frame_rule(model),
         median=f"{width} frames, {width * frame_s:.2f} s",
         gap=f"{gap} frames",
         psds="dtc 0.5, gtc 0.5, at most 800 false positives an hour",
@@ -556,7 +559,16 @@ PROTOCOLS = {
 
 
 def with_duration(row: dict, frame_embeds, frame_s: float) -> dict:
-    return {**row, "duration": row.get("duration") or len(frame_embeds) * frame_s}
+    """The row with the seconds that are scored: the clip's, of a repeated clip all its frames'."""
+    end_s = len(frame_embeds) * frame_s
+    duration = row.get("duration") or end_s
+    return {**row, "duration": end_s if end_s - duration >= frame_s - 1e-6 else duration}
+
+
+def frame_rule(model) -> str:
+    if getattr(model, "repeats_short_clips", False):
+        return f"clips are repeated to {model.window_s:g} s, all of their frames are scored"
+    return "frames end with the clip; a last window shorter than a frame adds none"
 
 
 def frame_edges(n_frames: int, frame_s: float, duration: float) -> np.ndarray:
@@ -1085,31 +1097,48 @@ def find_model(path) -> None:
         raise FileNotFoundError(f"{path}: no such weight file, folder or hub id (owner/name)")
 
 
-def load_model(path, text_model: str | None = None):
+def load_model(path, text_model: str | None = None, variant: str | None = None):
     """The Model of a checkpoint, a published file, a folder or a hub id, ready to evaluate.
 
     Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt,
     LAION-CLAP's .pt, MS-CLAP 2022's and Cacophony's torch file have theirs (all need `text_model`'s
-    tokenizer); a folder or hub id is a transformers CLAP.
+    tokenizer); a folder or hub id is a transformers CLAP. variant: compute as this variant of the
+    script does, one of its Model's `variants`; None: as the model was trained.
     """
     find_model(path)
+    script, constructor, given = told_by_keys(path, text_model)
+    model_class = importlib.import_module(script).Model
+    if variant is not None:
+        variants = getattr(model_class, "variants", ())
+        if variant not in variants:
+            raise ValueError(
+                f"--variant {variant}: variants that change what a model of {script}.py computes: "
+                f"{', '.join(variants) or 'none'}"
+            )
+        given["variant"] = variant
+    return getattr(model_class, constructor)(path, **given)
+
+
+def told_by_keys(path, text_model: str | None) -> tuple[str, str, dict]:
+    """-> the script, the constructor of its Model, and its arguments for this weight file."""
     if not Path(path).is_file():
-        return importlib.import_module("t_clap").Model.from_published(path)
+        return "t_clap", "from_published", {}
     content = common.read_weights(path)
     if content.get("method") in METHODS:
-        return importlib.import_module(content["method"]).Model.from_checkpoint(path)
-    bert, roberta = text_model or "bert-base-uncased", text_model or "roberta-base"
+        return content["method"], "from_checkpoint", {}
+    bert = {"text_model": text_model or "bert-base-uncased"}
+    roberta = {"text_model": text_model or "roberta-base"}
     weights = content.get("model", {})
     if "codebook" in weights:
-        return importlib.import_module("mga_clap").Model.from_checkpoint(path, bert)
+        return "mga_clap", "from_checkpoint", bert
     if any(str(key).startswith("caption_encoder.base.") for key in weights):
-        return importlib.import_module("curation_clap").Model.from_published(path, bert)
+        return "curation_clap", "from_published", bert
     weights = content.get("state_dict", content.get("model_state_dict", content))
     keys = {str(key).removeprefix("module.") for key in weights}
     if any(key.startswith("audio_module.") for key in keys):
-        return importlib.import_module("cacophony").Model.from_published(path, roberta)
+        return "cacophony", "from_published", roberta
     if any(key.startswith("audio_branch.") for key in keys):
-        return importlib.import_module("t_clap").Model.from_published(path, roberta)
+        return "t_clap", "from_published", roberta
     raise ValueError(
         f"{path}: not a checkpoint this evaluator knows (method {content.get('method')!r}; known: "
         f"{', '.join(METHODS)}, MGA-CLAP's model.pt, LAION-CLAP's .pt, MS-CLAP 2022's, Cacophony's "
@@ -1119,7 +1148,8 @@ def load_model(path, text_model: str | None = None):
 
 def open_model(checkpoint, flags, split: str, manifest: list[dict]):
     """-> the model on its device, and the Settings under which it is scored."""
-    model = load_model(checkpoint, flags.text_model).to(common.start_device(flags.device))
+    model = load_model(checkpoint, flags.text_model, flags.variant)
+    model = model.to(common.start_device(flags.device))
     settings = Settings(
         checkpoint=checkpoint,
         data=flags.data,
@@ -1138,12 +1168,14 @@ def open_model(checkpoint, flags, split: str, manifest: list[dict]):
 
 
 def cache_folder(settings) -> Path | None:
-    """Folder of --cache for this checkpoint and crop; the same weights elsewhere find it again."""
+    """Folder of --cache for these weights, variant and crop; the same weights elsewhere find it."""
     if not settings.flags.cache:
         return None
     path = Path(settings.checkpoint)
     files = [path] if path.is_file() else sorted(path.glob("*.*"))
-    digest = hashlib.sha256(f"{'' if files else path}{settings.crop}".encode())
+    digest = hashlib.sha256(
+        f"{'' if files else path}{settings.crop}{settings.flags.variant}".encode()
+    )
     for file in files:
         digest.update(file.read_bytes())
     return Path(settings.flags.cache) / digest.hexdigest()[:16]
@@ -1445,6 +1477,11 @@ def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentPar
     )
     parser.add_argument(
         "--crop", choices=["all", "first"], default="all", help="windows of longer audio"
+    )
+    parser.add_argument(
+        "--variant",
+        help="compute as this variant of the model's script: mga_clap paper or official, cacophony "
+        "paper, jax or official; default: as the model was trained",
     )
     parser.add_argument(
         "--text-model",

@@ -8,11 +8,12 @@ The idea: plain CLAP pools frames and words into one vector each and only aligns
 frames need not agree with single words. Here (1) every frame and every word votes for codewords of
 one shared codebook, the maximal vote of a clip becomes sparse weights, and the embedding is that
 mixture of codewords; (2) the encoder's last block mixes nothing over time, so a frame stays local;
-(3) negatives that look like the positive count more. Frames then match words without frame labels.
+(3) negatives that lie close to the clip (or caption) count more. Frames then match words without
+frame labels.
 
 Equations (paper) -> code
   Eq. (1)  symmetric contrastive loss (plain CLAP)           clap_loss
-  Eq. (2)  affinity to a codeword: max over frames, by eta   codebook_weights
+  Eq. (2)  affinity to a codeword: maximum over frames, / eta   codebook_weights
   Eq. (3)  affinities to weights: sparsemax                  codebook_weights
   Sec. 3.2.2  mixture of codewords (no number)               Model.aggregate
   Eq. (4)  query, key, value of an ordinary block            common.Attention.forward
@@ -27,18 +28,21 @@ Letters: B pairs, S samples, T frames (32 of 0.3125 s in 10 s) [T], L words [N],
 [D] 1024, K codewords [M] 4096. gamma [gamma] 0.15, temperature [tau], eta [eta] affinity divisor.
 
 Deviations from the paper (and what --variant official does)
-  D1  Eq. (1) and (7) are sums over the batch and both directions; ours is the mean of both. So it
-      compares with ln B, and Adam does not care.
+  D1  Eq. (1) and (7) are sums over the batch and both directions. Ours is the mean over both, so
+      that it can be compared with ln B; Adam's step does not change with the scale of the loss.
   D2  The paper prints neither eta ("a scaling term") nor the codewords' start. As in the code:
-      sqrt(D) * 1000, and N(0, 1); with 256 codewords sqrt(D) * 70 (README). Sec. 1 says "maximum
-      cosine similarity", Eq. (2) the inner product: so do we and the code, nothing normalised.
-  D3  The paper masks nothing. [SEP] and the padding of a caption never win the maximum of Eq. (2);
-      official: they score 0 there. Zero-padded audio votes like any other audio, in both.
+      sqrt(D) * 1000, and N(0, 1); with 256 codewords sqrt(D) * 70 (README). Sec. 1 speaks of the
+      "maximum cosine similarity", Eq. (2) prints an inner product. We and the code follow Eq. (2):
+      frames, words and codewords are not normalised.
+  D3  The paper does not speak of masking. Here [SEP] and the padding of a caption never win the
+      maximum of Eq. (2); official: they count as affinity 0. Zero-padded audio votes like any other
+      audio, in both.
   D4  Two captions of one clip in a batch are neither positive nor negative of each other, and
       Eq. (8) leaves them out of its sum and of B (the paper has one positive a row). Official: soft
       targets over all of them.
-  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where E_ij = e^(gamma s_ij / tau) and S_j is by
-      mistake the sum of row j, not i; positives' weight 1; 1e-7 inside the log.
+  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where E_ij = e^(gamma (s_ij / tau - m_i)),
+      m_i is the maximum of row i of s / tau, and S_j is by mistake the sum of row j, not i;
+      positives' weight 1; 1e-7 inside the log.
   D6  The block "removes the q-k attention", "with other components unchanged": the output
       projection after V, the residuals, the LayerNorms and the feed-forward stay. Official: no
       feed-forward (common.Block).
@@ -48,14 +52,19 @@ Deviations from the paper (and what --variant official does)
   D9  Official: 10 epochs (paper 15). The schedule (warm-up of 2 epochs, cosine) is the code's; the
       paper names none.
   D10 bf16 autocast (code: fp16 with loss scaling; the paper names none). Clips of "similar
-      durations are grouped within a batch": what the groups leave over forms mixed batches here
-      (common.bucketed_batches); the code drops it.
+      durations are grouped within a batch": what the groups leave over forms mixed batches here,
+      and only N mod B pairs, drawn anew every epoch, are left out (common.bucketed_batches); the
+      code drops every group's rest.
   D11 Checkpoint choice on the validation split, as in the paper; the code chooses on the test sets.
-      The paper names no score: the code's, R@1 + R@5 of both directions.
-  D12 Captions are cut at 30 tokens, [CLS] and [SEP] included, as in the code; the paper says 30
-      words. They are cleaned first (clean_caption), as in the code; the paper is silent.
+      The paper names no score: the code's, R@1 + R@5 of both directions. The code keeps a best
+      checkpoint for each of its two sets; ours is one, on the validation clips of all data
+      together.
+  D12 Captions are cut at 30 tokens, [CLS] and [SEP] included, as in the code; in the paper they are
+      "randomly cropped or padded" to 30 words. They are cleaned first (clean_caption), as in the
+      code; the paper is silent.
   D13 --encoder atst (no code released for it): the last of its blocks is the locality-aware one,
-      only the last block's output is used, padded audio is attended to, no SpecAugment.
+      only the last block's output is used, padded audio is attended to, no SpecAugment,
+      stochastic depth as in HTS-AT.
   D14 Clip and caption vectors are normalised, as in the code: cosines where Eq. (1), (7) and (8)
       have "the inner product".
   D15 The vector at [CLS] is not among the words, as in the code; the paper says "word-level
@@ -68,16 +77,18 @@ Deviations from the paper (and what --variant official does)
       its first 300 s.
   D19 Where no row has split val, 5 % of the clips (2 to 1,000) are held out for validation and not
       trained on. The paper says "validation sets" and no more.
-  D20 The paper does not say how test clips are cut. Here: consecutive windows of 10 s, the last one
-      zero-padded, averaged by their seconds. The code crops long clips at random for retrieval, and
-      repeats short ones for detection and grounding.
+  D20 The paper crops or pads "all the audio clips" at random to 10 s and has no rule of its own for
+      test clips. Here: consecutive windows of 10 s, the last one zero-padded, averaged by their
+      seconds. The code crops long clips at random for retrieval; for detection and grounding it
+      takes their first 10 s (--crop first) and repeats short ones to 10 s: so does official.
   D21 --aggregator mean, uaca, wstag, pacl: the authors' versions are not released. Ours follow Sec.
       3.2.1 ("mean pooling or attention pooling": mean) and Sec. 2.3 and 5.1.2 ("mean-mean pooling",
       "max-mean", "cross-modal attention pooling").
   D22 The weights of Eq. (8) pass gradients, as in the code; the paper does not say.
   D23 Eq. (5) is printed for one head; HTS-AT has its own windows, heads and position bias. How its
       output is "decoupled to produce the final frame-wise features" is the code's: the mean over
-      frequency. At most its last two blocks can be locality-aware; Fig. 5 goes on from there.
+      frequency. Fig. 5 goes beyond the last stage's two blocks; which blocks these are is not
+      stated, we count from the last one backwards.
 
 Run:  python mga_clap.py --data demo                              (two CPU cores, under 4 minutes)
       python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl    (needs HTSAT.ckpt)
@@ -141,7 +152,9 @@ class Config:
     )
     codewords: int = 4096  # size of the shared codebook (Sec. 4.1, Fig. 4)
     affinity_scale: float = 1000.0  # affinity divisor eta, divided by sqrt(joint_dim) (code, D2)
-    locality_blocks: int = 1  # last blocks that are locality-aware (Sec. 3.3, Fig. 5; HTS-AT: at most 2, D23); plain CLAP: 0
+    locality_blocks: int = (
+        1  # last blocks that are locality-aware (Sec. 3.3, Fig. 5, D23); plain CLAP: 0
+    )
     joint_dim: int = 1024  # dimension shared by audio and text (Sec. 4.1)
     audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
     audio_depths: list[int] = field(
@@ -164,7 +177,9 @@ class Config:
     batch_size: int = 128  # pairs over all processes (Sec. 4.1)
     lr: float = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
     warmup_epochs: float = 2.0  # linear warm-up, then cosine to 0 (code, D9)
-    drop_path: float = 0.1  # stochastic depth, 0 to this over the audio blocks (code, D17)
+    drop_path: float = (
+        0.1  # stochastic depth, 0 to this over the audio blocks (code, D17; atst: D13)
+    )
     precision: Literal["auto", "bf16", "fp32"] = (
         "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D10)
     )
@@ -273,7 +288,8 @@ class ATSTMel(nn.Module):
 
     def forward(self, waveform):
         with torch.autocast(waveform.device.type, enabled=False):
-            # (B, 1, 64, T): without the channel axis torchaudio takes top_db from the loudest clip of the batch
+            # (B, 1, 64, T): without the channel axis torchaudio takes top_db from the loudest clip
+            # of the batch
             decibels = self.decibel(self.mel(waveform.float()[:, None]))[:, 0]
             return (decibels + 79.6482) / (50.6842 + 79.6482) * 2 - 1
 
@@ -362,12 +378,12 @@ class Model(nn.Module):
     Args: cfg; text_encoder: a common.TextEncoder (kept in checkpoints with its tokenizer).
     """
 
-    window_s = WINDOW_S
+    window_s, variants = WINDOW_S, ("paper", "official")
     clean_caption = staticmethod(clean_caption)
 
     def __init__(self, cfg: Config, text_encoder: common.TextEncoder):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.repeats_short_clips = cfg, cfg.variant == "official"  # D20
         self.sample_rate, self.pairwise = SAMPLE_RATE[cfg.encoder], cfg.aggregator in PAIRWISE
         if cfg.encoder == "atst":
             self.log_mel = ATSTMel()
@@ -490,6 +506,8 @@ class Model(nn.Module):
         Projected frames before the codebook: Fig. 1 compares "frame features" with texts, and so
         does the code.
         """
+        if self.repeats_short_clips:
+            waveform, n_samples = repeated(waveform, n_samples, int(WINDOW_S * self.sample_rate))
         with common.evaluating(self):
             frame_feats, owner, _ = self._window_feats(waveform, n_samples)
             frames = F.normalize(frame_feats.float(), dim=-1)
@@ -509,7 +527,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
-        """-> (B, D), normalised. Captions go through `clean_caption` first, class names do not."""
+        """-> (B, D), normalised. The caller cleans captions (`clean_caption`), class names are used
+        as they are.
+        """
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), self.temperature.device)
             words = self.word_feats(tokens["input_ids"], tokens["attention_mask"])
@@ -545,25 +565,40 @@ class Model(nn.Module):
             )
 
     @classmethod
-    def from_checkpoint(cls, path, text_model="bert-base-uncased"):
+    def from_checkpoint(cls, path, text_model="bert-base-uncased", variant=None):
         """A run's last.pt or best.pt, or the authors' model.pt (then with `text_model`'s
-        tokenizer).
+        tokenizer). variant: None, as it was trained, which for model.pt is official.
         """
         content = common.read_weights(path)
         if "codebook" in content.get("model", {}) and "method" not in content:
             model = cls(
-                Config(data=[], variant="official"),
+                Config(data=[], variant=variant or "official"),
                 common.text_encoder_from_pretrained(text_model, 30),
             )
             common.load_strict(model, official_state(content["model"]), path)
         else:
             content = common.read_checkpoint(path, METHOD)
             cfg = Config(**content["config"])
+            cfg = dataclasses.replace(cfg, variant=variant or cfg.variant)
             model = cls(
                 cfg, common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens)
             )
             common.load_strict(model, content["model"], path)
         return model.eval()
+
+
+def repeated(waveform, n_samples, length: int):
+    """Clips shorter than `length` samples, played again and again until it is full (D20).
+
+    waveform (B, S), n_samples (B,) or None -> the same with S at least `length`.
+    """
+    counts = [waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()
+    clips = []
+    for clip, n in zip(waveform, counts):
+        at = torch.arange(max(n, length), device=clip.device)
+        clips.append(clip[at % n])
+    n_samples = torch.tensor([len(clip) for clip in clips])
+    return nn.utils.rnn.pad_sequence(clips, batch_first=True), n_samples
 
 
 def masked_words(words, mask):
@@ -627,8 +662,9 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
         Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists()
     ):  # before a text encoder is fetched
         raise FileNotFoundError(
-            f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at github.com/RetroCirce/"
-            "HTS-Audio-Transformer, ATST-Frame's at github.com/Audio-WestlakeU/audiossl (or give none)"
+            f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at "
+            "github.com/RetroCirce/HTS-Audio-Transformer, ATST-Frame's at "
+            "github.com/Audio-WestlakeU/audiossl (or give none)"
         )
     model = Model(cfg, common.start_text_encoder(cfg, captions, cfg.max_tokens))
     if cfg.audio_weights != "none":
@@ -869,9 +905,10 @@ def main(cfg: Config) -> dict:
         step, best = checkpoint["step"], checkpoint["best"]
         run.drop_log_after(step)
     say(
-        f"{METHOD}: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips for validation; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {total_steps} steps of {batch_size} pairs on "
-        f"{world} x {device.type}; ln B = {math.log(batch_size):.2f}; writing to {run.path}"
+        f"{METHOD}: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips "
+        f"for validation; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{total_steps} steps of {batch_size} pairs on {world} x {device.type}; ln B = "
+        f"{math.log(batch_size):.2f}; writing to {run.path}"
     )
 
     def save(name):
@@ -893,7 +930,7 @@ def main(cfg: Config) -> dict:
     loader = DataLoader(
         dataset,
         batch_sampler=common.training_batches(  # D10
-            dataset.durations, batch_size, cfg.seed, step, total_steps
+            n_pairs, batch_size, cfg.seed, step, total_steps, dataset.durations
         ),
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
@@ -946,8 +983,8 @@ def main(cfg: Config) -> dict:
             }
             run.log(line)
             bar.set_postfix_str(
-                f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} "
-                f"active {line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s"
+                f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} active "
+                f"{line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s"
             )
             pairs_seen = 0
         eval_now = step % (cfg.eval_epochs * steps_per_epoch) == 0 or step == total_steps
@@ -983,9 +1020,11 @@ def main(cfg: Config) -> dict:
         f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
     )
     print(
-        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python mga_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --aggregator mean --locality-blocks 0 "
-        "--no-hard-negatives     (plain CLAP, to compare)"
+        "\n"
+        "Next:\n"
+        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"  python mga_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --aggregator mean "
+        "--locality-blocks 0 --no-hard-negatives     (plain CLAP, to compare)"
     )
     return result
 

@@ -30,11 +30,10 @@ Deviations from the paper, and what it leaves open
   D1  LAION clips each waveform to [-1, 1] and cuts it to int16 and back, in its training loader and
       in its Python API. That moves a sample within [-1, 1] by less than 1 / 32,767, so it is left
       out here; --cache does clip and round training audio.
-  D2  Evaluated audio over 10 s is cut into consecutive windows, whose vectors are averaged by
-      their seconds; LAION crops at random. Training
-      crops at random as LAION does, so a crop of a longer clip (Clotho) may lack an event of its
-      caption. A window or crop that is not full is tiled as often as it fits whole, then
-      zero-padded, as LAION does.
+  D2  Evaluated audio over 10 s is cut into consecutive windows, whose vectors are averaged by their
+      seconds; LAION crops at random. Training crops at random as LAION does, so a crop of a longer
+      clip (Clotho) may lack an event of its caption. A window or crop that is not full is tiled as
+      often as it fits whole, then zero-padded, as LAION does.
   D3  Frames (embed_frames) are projected one by one; neither T-CLAP nor LAION uses frames.
   D4  Eq. (3) is printed as a sum over N samples; N is the size of the data set in Sec. 2.1, we read
   it
@@ -68,10 +67,9 @@ Deviations from the paper, and what it leaves open
       examples; --overlay is ours.
   D16 The file of LAION-CLAP is not named, nor whether it has feature fusion. 630k-best.pt (without)
       fits the training sets that Table 1 lists for CLAP_l: AudioCaps, Clotho, LAION-Audio-630k.
-  D17 Of the model only "HTSAT", "RoBERTa" and "multi-layer perceptron (MLP) layers and
-      activation functions" are named.
-      Sizes, 48 kHz log-mel, dropout, drop path and SpecAugment are LAION's. Not stated: no
-      weight is frozen, but for logit_scale_t, which no loss uses.
+  D17 Of the model only "HTSAT", "RoBERTa" and "multi-layer perceptron (MLP) layers and activation
+      functions" are named. Sizes, 48 kHz log-mel, dropout, drop path and SpecAugment are LAION's.
+      Not stated: no weight is frozen, but for logit_scale_t, which no loss uses.
   D18 "we have excluded all the testing samples from the ESC-50 dataset in our mixed-up dataset and
       VGGSound audio samples in Auto-ACD" (Sec. 3.3): here --exclude of the tools does that when the
       sets are made (results/README.md).

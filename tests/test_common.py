@@ -345,8 +345,12 @@ def test_locality_blocks_replace_the_last_ones_and_share_weights():
         assert [block.locality for block in local.layers[-1].blocks] == (
             ["", "paper"] if n == 1 else ["paper", "paper"]
         )
-    with pytest.raises(ValueError, match="locality_blocks = 3"):
-        common.HTSAT(16, (1, 2), (2, 4), 16, locality_blocks=3)
+    whole = common.HTSAT(16, (1, 2), (2, 4), 16, locality_blocks=3)  # through all stages
+    assert [[b.locality for b in stage.blocks] for stage in whole.layers] == [["paper"]] + [
+        ["paper", "paper"]
+    ]
+    with pytest.raises(ValueError, match="locality_blocks = 4: the encoder has 3 blocks"):
+        common.HTSAT(16, (1, 2), (2, 4), 16, locality_blocks=4)
 
 
 def test_all_trainable_parameters_get_a_gradient():
@@ -607,9 +611,56 @@ def test_bucketed_batches_use_every_clip_once_and_keep_lengths_together():
     assert seen == set(range(103))
 
 
+def test_short_clips_are_stretched_as_by_the_authors_sampler():
+    """The official variant stretches a batch's longest clip, and the others with it, to 10 s."""
+    rng = np.random.default_rng(0)
+    durations = np.concatenate([np.exp(rng.normal(0.8, 0.9, 4000)).clip(0.3, 30), [10.0] * 2000])
+    bucket = np.digitize(durations, (5, 10, 15, 20, 25, 30))
+
+    def mean_stretch(batches):
+        stretch = np.full(len(durations), np.nan)
+        for batch in batches:
+            stretch[batch] = 10 / min(10, durations[batch].max())
+        return np.nanmean(stretch[durations < 5])
+
+    theirs = []  # every bucket shuffled, its remainder dropped
+    for b in np.unique(bucket):
+        members = rng.permutation(np.flatnonzero(bucket == b))
+        theirs += list(members[: len(members) // 128 * 128].reshape(-1, 128))
+    ours = [common.bucketed_batches(durations, 128, 0, epoch) for epoch in range(4)]
+    assert mean_stretch(theirs) == pytest.approx(2.0, abs=0.05)
+    for batches in ours:
+        assert mean_stretch(batches) == pytest.approx(mean_stretch(theirs), abs=0.05)
+
+    """MGA-CLAP official stretches a batch's longest clip, and all others with it, to 10 s."""
+
+
+def test_random_batches_mix_the_sources_as_chance_does():
+    """A fifth of the clips is from a source of short ones: so is a fifth of their negatives."""
+    durations = np.where(np.arange(5000) % 5 == 0, 3.0, 10.0)
+    batches = [[i for _, i in b] for b in common.training_batches(5000, 50, 0, 0, 100)]
+    assert sorted(i for b in batches for i in b) == list(range(5000))
+    shares = [(np.sum(durations[b] == 3.0) - 1) / 49 for b in batches for i in b if i % 5 == 0]
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.02)
+    grouped = common.training_batches(5000, 50, 0, 0, 100, durations)
+    assert all(len({durations[i] for _, i in b}) == 1 for b in grouped)  # as MGA-CLAP's are
+
+
 def test_training_batches_continue_where_they_stopped():
-    whole = list(common.training_batches([1.0] * 20, 4, 0, 0, 12))
-    assert len(whole) == 12 and list(common.training_batches([1.0] * 20, 4, 0, 7, 12)) == whole[7:]
+    whole = list(common.training_batches(20, 4, 0, 0, 12))
+    assert len(whole) == 12 and list(common.training_batches(20, 4, 0, 7, 12)) == whole[7:]
+
+
+def test_a_last_window_of_less_than_a_frame_adds_no_frame():
+    class Model:
+        sample_rate, frame_s, window_s = 32000, 0.3125, 10.0
+
+    seconds = {0.1: 1, 0.3125: 1, 0.32: 2, 5.02: 17, 9.9: 32, 10.0: 32, 10.02: 32, 10.31: 32}
+    seconds |= {10.3125: 33, 10.4: 34, 20.0: 64, 20.02: 64, 25.0: 80}
+    found = {s: common.frames_in(Model, round(s * 32000)) for s in seconds}
+    assert found == seconds
+    Model.frame_window_s = 60.0  # hears pieces of 60 s, not of its window
+    assert common.frames_in(Model, round(10.02 * 32000)) == 33
 
 
 def test_warmup_cosine_by_hand():

@@ -3,6 +3,7 @@ not leak.
 """
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import transformers
 
 import cacophony
 import common
+import eval as evaluation
 from conftest import config
 
 AUDIO = dict(dim=32, layers=2, heads=2, mlp=64)
@@ -502,7 +504,9 @@ def test_decoder_equals_transformers_layers_under_the_port_s_names(tmp_path):
     }
     torch.save({"model_state_dict": port}, tmp_path / "port.pt")
 
-    model = cacophony.Model.from_published(tmp_path / "port.pt", str(tmp_path / "roberta"))
+    model = cacophony.Model.from_published(
+        tmp_path / "port.pt", str(tmp_path / "roberta"), "official"
+    )
     assert (
         model.shape["variant"] == "official"
         and model.audio_pool.heads == 1
@@ -530,10 +534,20 @@ def test_decoder_equals_transformers_layers_under_the_port_s_names(tmp_path):
     assert torch.equal(
         model.text_pool.kv_proj.weight[:96], port["text_module.pooler.key_proj.weight"]
     )
-    jax = cacophony.Model.from_published(tmp_path / "port.pt", str(tmp_path / "roberta"), "jax")
+    # the file was trained by the JAX code, and computes as that unless it is told otherwise
+    jax = evaluation.load_model(tmp_path / "port.pt", str(tmp_path / "roberta"))
+    assert jax.shape["variant"] == "jax"
     assert jax.audio_encoder.norm.eps == 1e-6 and not torch.equal(
         jax.log_mel.filters, model.log_mel.filters
     )
+    port_way = evaluation.load_model(tmp_path / "port.pt", str(tmp_path / "roberta"), "official")
+    sound = torch.randn(1, 16000, generator=torch.Generator().manual_seed(2)) * 0.1
+    assert torch.equal(port_way.embed_audio(sound), model.embed_audio(sound))
+    assert not torch.allclose(jax.embed_audio(sound), model.embed_audio(sound), atol=1e-3)
+    with pytest.raises(
+        ValueError, match="--variant best: .* cacophony.py computes: paper, jax, of"
+    ):
+        evaluation.load_model(tmp_path / "port.pt", str(tmp_path / "roberta"), "best")
     port.pop("text_proj.bias"), port.update({"other.weight": torch.zeros(1)})
     torch.save(port, tmp_path / "bad.pt")
     with pytest.raises(
@@ -635,10 +649,8 @@ def test_long_audio_is_heard_in_pieces_and_pooled_together(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cached_and_uncached_decoding_give_equal_text(temperature):
-    """The training pass on the whole growing prefix, without any cache, as the slow obvious
-    version.
-    """
+def test_captions_equal_a_decoding_by_the_training_pass(temperature):
+    """The training pass on the whole growing prefix, as the slow obvious version."""
     model, x = (
         small_model(),
         torch.randn(2, 30000, generator=torch.Generator().manual_seed(1)) * 0.1,
@@ -665,30 +677,10 @@ def test_cached_and_uncached_decoding_give_equal_text(temperature):
                 ended | (token == tokenizer.sep_token_id),
             )
     expected = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
-    got = model.caption(x, temperature=temperature, seed=5, max_tokens=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # transformers announces what it will take away by them
+        got = model.caption(x, temperature=temperature, seed=5, max_tokens=20)
     assert got == expected and (not temperature or len(set(got[0].split())) > 3)
-
-
-def test_logits_of_a_step_with_cache_equal_those_of_the_whole_prefix():
-    model, audio = small_model(), torch.randn(2, 16, 32)
-    mask, ids = (
-        torch.arange(16) < torch.tensor([[16], [8]]),
-        torch.randint(5, 40, (2, 12), generator=torch.Generator().manual_seed(0)),
-    )
-    with torch.no_grad():
-        kv = model.audio_keys_values(audio)
-        whole = model.next_logits(model.text_states(ids, torch.ones_like(ids)), kv, mask)
-        cache, past = transformers.DynamicCache(), [None, None]
-        steps = [
-            model.next_logits(
-                model.text_states(ids[:, i : i + 1], torch.ones_like(ids[:, : i + 1]), cache),
-                kv,
-                mask,
-                past,
-            )
-            for i in range(12)
-        ]
-    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4 and whole.std(1).mean() > 0.1
 
 
 def test_drawn_tokens_follow_the_softmax():

@@ -326,6 +326,7 @@ def test_ms_clap_file_is_recognised_by_its_keys_and_loads_strictly(tmp_path, mon
         isinstance(model, curation_clap.Model)
         and model.log_scale.item() == pytest.approx(3.3)
         and model.sample_rate == 44100
+        and model.clean_caption("A dog, barks_") == "A dog, barks_"  # as Microsoft's wrapper
     )
     # the forward of a clip and a caption, written out
     waveform = 0.1 * torch.randn(1, 220500)

@@ -319,6 +319,42 @@ def test_one_fold_alone(mga_run, corpus, tmp_path):
         run(mga_run[0] / "best.pt", data, *flags, 3)
 
 
+def test_the_official_variant_repeats_short_clips_and_scores_all_their_frames(
+    mga_run, corpus, tmp_path
+):
+    """A clip of 5 s: 16 frames and its own end, or the 32 frames of the same clip played twice."""
+    paper = evaluate.load_model(mga_run[0] / "best.pt")
+    official = evaluate.load_model(mga_run[0] / "best.pt", variant="official")
+    clip = torch.randn(1, 160000, generator=torch.Generator().manual_seed(0)) * 0.1
+    sf.write(tmp_path / "short.wav", clip[0].numpy(), 32000, "FLOAT")
+    sf.write(tmp_path / "long.wav", torch.cat([clip, clip], 1)[0].numpy(), 32000, "FLOAT")
+    rows = [{"audio": str(tmp_path / f"{name}.wav"), "captions": []} for name in ("short", "long")]
+    short, long = common.embed_files(official, rows, frames="embed_frames")[2]
+    assert len(short) == len(long) == 32 and np.allclose(short, long, atol=1e-6)
+    short, long = common.embed_files(paper, rows, frames="embed_frames")[2]
+    assert len(short) == 16 and len(long) == 32 and not np.allclose(short[8:], long[8:16])
+    # the seconds that are scored
+    clip = {"duration": 5.0}
+    assert evaluate.with_duration(clip, np.zeros((32, 2)), 0.3125)["duration"] == 10.0
+    assert evaluate.with_duration(clip, np.zeros((16, 2)), 0.3125)["duration"] == 5.0
+    assert evaluate.with_duration({"duration": 9.9}, np.zeros((32, 2)), 0.3125)["duration"] == 9.9
+
+
+def test_variant_reaches_the_model_the_rule_and_the_cache(mga_run, runs_of, corpus, tmp_path):
+    flags = ["--protocol", "frames", "--bootstrap", 0, "--cache", tmp_path / "cache"]
+    rules = [
+        run(mga_run[0] / "best.pt", corpus, *flags, *variant)[0]["settings"]["frame_rule"]
+        for variant in ([], ["--variant", "official"])
+    ]
+    assert rules == [
+        "frames end with the clip; a last window shorter than a frame adds none",
+        "clips are repeated to 10 s, all of their frames are scored",
+    ]
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # each variant has embeddings of its own
+    with pytest.raises(ValueError, match=r"--variant paper: .* of t_clap.py computes: none"):
+        evaluate.load_model(runs_of("t_clap")[0] / "best.pt", variant="paper")
+
+
 def test_rows_without_a_split_say_what_they_are(mga_run, corpus, tmp_path, capsys):
     rows = [
         {"audio": str(r["audio"]), "captions": r["captions"]}

@@ -848,8 +848,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(
             "none.ckpt: no such weight file",
         ),
         (
-            ["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "5"],
-            "locality_blocks = 5: the last stage has 4 blocks",
+            ["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "6"],
+            "locality_blocks = 6: the encoder has 5 blocks",
         ),
         (
             ["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"],
@@ -895,7 +895,7 @@ def test_help_needs_no_network_and_shows_every_default(capsys):
 
 def test_one_pair_is_an_error(corpus, tmp_path):
     row = json.loads((corpus / "manifest.jsonl").read_text().splitlines()[0])
-    row.update(captions=["one"], audio=str(corpus / row["audio"]))
+    row.update(captions=["one"], negatives=[None], audio=str(corpus / row["audio"]))
     common.write_lines(tmp_path / "one.jsonl", [json.dumps(row)])
     with pytest.raises(ValueError, match=r"with 1 training pair\(s\) on 1 process"):
         mga_clap.main(

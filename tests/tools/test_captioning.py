@@ -211,7 +211,7 @@ def talker(monkeypatch, tmp_path):
         sf.write(tmp_path / f"{i}.wav", 0.5 * np.sin(2 * np.pi * hz * time_s), RATE)
         rows.append({"audio": f"{i}.wav", "duration": seconds, "captions": captions})
     common.write_lines(tmp_path / "manifest.jsonl", [json.dumps(row) for row in rows])
-    monkeypatch.setattr(evaluate, "load_model", lambda path, text: model)
+    monkeypatch.setattr(evaluate, "load_model", lambda path, text=None, variant=None: model)
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)
     return model, lambda *flags: downstream.main(
         downstream.parse(["talker", "--data", str(tmp_path), "--device", "cpu", *map(str, flags)])

@@ -34,7 +34,7 @@ def draw(monkeypatch):
     """Runs tools.figures with a model on a manifest."""
 
     def call(model, data, *flags):
-        monkeypatch.setattr(evaluate, "load_model", lambda path, text=None: model)
+        monkeypatch.setattr(evaluate, "load_model", lambda path, text=None, variant=None: model)
         monkeypatch.setattr(evaluate, "find_model", lambda path: None)
         given = ["stub", "--data", str(data), "--device", "cpu", "--bootstrap", "20"]
         return figures.main(figures.parse([*given, *map(str, flags)]))

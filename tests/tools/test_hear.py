@@ -55,7 +55,7 @@ class Ear:
 @pytest.fixture
 def hear(monkeypatch):
     """Runs tools.hear with the model above."""
-    monkeypatch.setattr(evaluate, "load_model", lambda path, text=None: Ear())
+    monkeypatch.setattr(evaluate, "load_model", lambda path, text=None, variant=None: Ear())
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)
     monkeypatch.setattr(
         benchmark, "HEAR_PROBE", {**benchmark.HEAR_PROBE, "width": 64, "batch_size": 16}
@@ -152,7 +152,7 @@ def test_the_grid_is_the_papers(tmp_path, hear, monkeypatch):
         standardise=False,
     )
     monkeypatch.setattr(benchmark, "HEAR_GRID", benchmark.HEAR_GRID[4:5])
-    monkeypatch.setattr(evaluate, "load_model", lambda path, text=None: Ear())
+    monkeypatch.setattr(evaluate, "load_model", lambda path, text=None, variant=None: Ear())
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)
     (r,) = hear(tone_task(tmp_path / "task", {"train": 60, "valid": 60, "test": 12}))
     assert (

@@ -60,7 +60,7 @@ def run(monkeypatch):
     """Runs tools.downstream, or eval.py, with a model on a manifest."""
 
     def call(model, data, *flags):
-        monkeypatch.setattr(evaluate, "load_model", lambda path, text=None: model)
+        monkeypatch.setattr(evaluate, "load_model", lambda path, text=None, variant=None: model)
         monkeypatch.setattr(evaluate, "find_model", lambda path: None)
         tool = evaluate if "tagging" in flags else downstream
         return tool.main(
@@ -655,7 +655,7 @@ def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys
         def embed_text(self, texts):
             return torch.eye(4)[[len(t) % 4 for t in texts]]
 
-    monkeypatch.setattr(evaluate, "load_model", lambda path, text: Stub())
+    monkeypatch.setattr(evaluate, "load_model", lambda path, text=None, variant=None: Stub())
     monkeypatch.setattr(evaluate, "find_model", lambda path: None)
     monkeypatch.setattr(downstream, "train_probe", probe)
     (r,) = downstream.main(
