@@ -871,7 +871,7 @@ class CachedCrops(torch.utils.data.Dataset):
 
 def feed(tiny: bool) -> list[dict]:
     """Crops of 10 s from files of 30 s (44.1 kHz, for a model at 32 kHz), against reading and
-    resampling whole files; the cache; padding.
+    resampling whole files; the cache.
     """
     n, rows = (3, []) if tiny else (16, [])
     rng, settings = (
@@ -940,36 +940,6 @@ def feed(tiny: bool) -> list[dict]:
                 "settings": {"clip_s": 10, "hz": 32000, "batch": batch_size, "batches": batches},
             }
         )
-    durations = np.concatenate(
-        [
-            np.full(8000, 10.0),
-            rng.uniform(15, 30, 6000),
-            np.exp(rng.normal(2.2, 0.9, 6000)).clip(1, 30),
-        ]
-    )
-    padding = {}
-    for name, batches in (
-        ("ours", common.bucketed_batches(durations, 128, 0, 0)),
-        ("peer", rng.permutation(len(durations))[:19968].reshape(-1, 128)),
-    ):
-        padding[name] = 1 - sum(durations[b].sum() for b in batches) / sum(
-            len(b) * durations[b].max() for b in batches
-        )
-    rows.append(
-        {
-            "name": "feed_padding",
-            **padding,
-            "peer_name": "batches drawn at random",
-            "unit": "share of padding",
-            "ratio": padding["peer"] / padding["ours"],
-            "machine": "any",
-            "settings": {
-                "clips": "8,000 of 10 s, 6,000 of 15 to 30 s, 6,000 log-normal around 9 s, at most "
-                "30 s",
-                "batch": 128,
-            },
-        }
-    )
     return rows
 
 
