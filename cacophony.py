@@ -1130,7 +1130,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_sigterm,
+        worker_init_fn=common.outlive_signals,
     )
     bar = tqdm(
         total=cfg.mae_steps,
@@ -1319,7 +1319,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_sigterm,
+        worker_init_fn=common.outlive_signals,
     )
     bar = tqdm(
         total=cfg.steps,

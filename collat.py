@@ -953,7 +953,7 @@ def main(cfg: Config) -> dict:
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_sigterm,
+        worker_init_fn=common.outlive_signals,
     )
     options = dict(matching=cfg.matching, token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)

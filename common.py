@@ -32,7 +32,6 @@ import signal
 import struct
 import sys
 import textwrap
-import threading
 import tokenize
 import typing
 import zipfile
@@ -153,22 +152,27 @@ def configure(config_class, presets: dict, **given):
     return config_class(**{**values, **given})
 
 
-TOLD_TO_STOP = threading.Event()  # by SIGTERM, in a training that was started as a script
+TOLD_BY = []  # signals that asked a training, started as a script, to save and end
+
+
+def ask_for_the_end(number, _frame) -> None:
+    """First SIGTERM or Ctrl-C: the loop saves and ends (`RunFolder.end_if_told`). A second one ends it at once."""
+    TOLD_BY.append(number)
+    # a batch system and torchrun both send one to the processes of a torchrun
+    signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL)
+    if number == signal.SIGINT:  # print() could be what the signal interrupts
+        os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
 
 
 def run_entry(main, parse):
-    """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1; SIGTERM lets a training save first."""
-    settings, before = None, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1; SIGTERM and Ctrl-C let a training save first."""
+    settings, before = None, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         settings = parse()
         if hasattr(settings, "resume"):
-            TOLD_TO_STOP.clear()
-            # a second one is obeyed at once; a batch system and torchrun both send one to the processes of a torchrun
-            again = signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL
-            signal.signal(
-                signal.SIGTERM,
-                lambda *_: (TOLD_TO_STOP.set(), signal.signal(signal.SIGTERM, again)),
-            )
+            TOLD_BY.clear()
+            for number in before:
+                signal.signal(number, ask_for_the_end)
         main(settings)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
@@ -204,11 +208,11 @@ def run_entry(main, parse):
         )  # before torchrun's SIGTERM is let through
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        raise SystemExit(
-            "interrupted; a training run continues with --resume --name NAME, an evaluation with the same --cache"
-        ) from None
+        kept = "; the same call continues" if getattr(settings, "cache", "") else ""
+        raise SystemExit(f"interrupted{kept}") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -386,7 +390,7 @@ class AudioCache:
                 _CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]),
                 batch_size=None,
                 num_workers=min(workers, len(parts)),
-                worker_init_fn=outlive_sigterm,
+                worker_init_fn=outlive_signals,
             )
             with tqdm(total=len(missing), desc="audio cache", unit="file", disable=rank > 0) as bar:
                 for done in loader:
@@ -1909,7 +1913,7 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", 
         batch_sampler=[b for b in batches if b],
         num_workers=workers,
         collate_fn=collate_audio,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=outlive_signals,
     )
 
 
@@ -2178,10 +2182,11 @@ def compile_training(model) -> None:
     model.compile()
 
 
-def outlive_sigterm(_worker: int) -> None:
-    """A loader's `worker_init_fn`: a SIGTERM to the whole group, as torchrun and batch systems send it, must leave
-    its workers alive until the training has saved; they end with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_signals(_worker: int) -> None:
+    """A loader's `worker_init_fn`: a signal to the whole group, as torchrun, batch systems and Ctrl-C
+    send it, must leave its workers alive until the training has saved; they end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def wrap(model, device, compiled: bool, micro_batch: int = 0):
@@ -2449,15 +2454,17 @@ class RunFolder:
 
     @property
     def stop(self) -> bool:
-        """SIGTERM asked for an end: at once, or on several processes when all of them know."""
-        return self.all_told or (rank_and_world()[1] == 1 and TOLD_TO_STOP.is_set())
+        """A signal asked for an end: at once, or on several processes when all of them know."""
+        return self.all_told or (rank_and_world()[1] == 1 and bool(TOLD_BY))
 
     def end_if_told(self, saved: str) -> None:
-        """After something was saved: leave, if SIGTERM asked for it."""
+        """After something was saved: leave, if a signal asked for it."""
         if self.stop:
+            number = TOLD_BY[0] if TOLD_BY else signal.SIGTERM  # or another process was told
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             if self.writes:
-                tqdm.write(f"SIGTERM: saved {saved}; continue with --resume --name {self.name}")
-            raise SystemExit(128 + signal.SIGTERM)
+                tqdm.write(f"{name}: saved {saved}; continue with --resume --name {self.name}")
+            raise SystemExit(128 + number)
 
     def drop_log_after(self, step: int, stage: str | None = None) -> None:
         """Forget log lines written after the checkpoint that a killed run resumes from; those of other stages stay."""
@@ -2479,9 +2486,9 @@ class RunFolder:
 
     def settle_skipped(self, errors: list[str]) -> None:
         """Count and list the unreadable clips of all processes; stop past max_bad. A collective call, which also agrees on `stop`."""
-        everyone = [(errors, TOLD_TO_STOP.is_set())] * rank_and_world()[1]
+        everyone = [(errors, bool(TOLD_BY))] * rank_and_world()[1]
         if dist.is_initialized():
-            dist.all_gather_object(everyone, (errors, TOLD_TO_STOP.is_set()))
+            dist.all_gather_object(everyone, (errors, bool(TOLD_BY)))
         self.all_told = any(told for _, told in everyone)
         self.skipped.update(text for part, _ in everyone for text in part)
         new = sorted(self.skipped - self.listed)

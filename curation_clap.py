@@ -962,7 +962,7 @@ def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str
         EMBED_BATCH,
         num_workers=workers,
         collate_fn=common.collate_audio,
-        worker_init_fn=common.outlive_sigterm,
+        worker_init_fn=common.outlive_signals,
     )
     kept, embeds, bad = [], [np.zeros((0, model.shape["joint_dim"]), np.float16)], []
     for indices, waveform, n_samples, errors in tqdm(
@@ -1456,7 +1456,7 @@ def validation_loss(
         ],
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
-        worker_init_fn=common.outlive_sigterm,
+        worker_init_fn=common.outlive_signals,
     )
     total, chance, count = 0.0, 0.0, 0
     with common.evaluating(model):
@@ -1571,7 +1571,7 @@ def train(
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_sigterm,
+        worker_init_fn=common.outlive_signals,
     )
     bar = tqdm(
         total=steps, initial=step, unit="step", desc=stage, disable=rank > 0, dynamic_ncols=True

@@ -935,7 +935,7 @@ def main(cfg: Config) -> dict:
         num_workers=cfg.workers,
         collate_fn=dataset.collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_sigterm,
+        worker_init_fn=common.outlive_signals,
     )
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0

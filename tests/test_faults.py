@@ -68,29 +68,57 @@ def at_step(monkeypatch, number, act):
         yield
 
 
-@every_script
-def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(
-    corpus, tmp_path, monkeypatch, runs_of, method, capsys
-):
-    script, before = SCRIPTS[method], signal.getsignal(signal.SIGTERM)
+def check_end_by_signal(corpus, tmp_path, monkeypatch, runs_of, method, capsys, number, name):
+    script, before = SCRIPTS[method], signal.getsignal(number)
     with (
-        at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number)),
         pytest.raises(SystemExit) as stopped,
     ):
         common.run_entry(
             script.main, lambda: config_of(method, corpus, tmp_path, name="a", save_steps=100)
         )
     assert (
-        stopped.value.code == 143
-        and "SIGTERM: saved step 3; continue with --resume --name a" in capsys.readouterr().out
+        stopped.value.code == 128 + number
+        and f"{name}: saved step 3; continue with --resume --name a" in capsys.readouterr().out
     )
     assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
-    assert signal.getsignal(signal.SIGTERM) == before
-    common.TOLD_TO_STOP.clear()
+    assert signal.getsignal(number) == before
+    common.TOLD_BY.clear()
     script.main(
         common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
     )
     same_weights(tmp_path / "a", runs_of(method)[0])
+
+
+@every_script
+def test_sigterm_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(
+    corpus, tmp_path, monkeypatch, runs_of, method, capsys
+):
+    place = corpus, tmp_path, monkeypatch, runs_of, method, capsys
+    check_end_by_signal(*place, signal.SIGTERM, "SIGTERM")
+
+
+def test_ctrl_c_saves_as_sigterm_does(corpus, tmp_path, monkeypatch, runs_of, capsys):
+    place = corpus, tmp_path, monkeypatch, runs_of, "mga_clap", capsys
+    check_end_by_signal(*place, signal.SIGINT, "Ctrl-C")
+
+
+def test_two_ctrl_c_while_saving_end_at_once_and_leave_the_older_checkpoint(corpus, tmp_path):
+    twice = """
+import os, signal
+saves, write = [], torch.save
+def save(payload, file):
+    saves.append(payload["step"])
+    for _ in range(2 * (len(saves) == 3)):  # the first two, best.pt and last.pt, are written
+        os.kill(os.getpid(), signal.SIGINT)
+    write(payload, file)
+torch.save = save
+"""
+    source = training("mga_clap", corpus, tmp_path, fresh=True)
+    source = source.replace("def parse", twice + "def parse")
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and "space" not in done.stdout + done.stderr
+    assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 0
 
 
 @pytest.mark.parametrize(
@@ -113,10 +141,12 @@ def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_
     source = tmp_path / "train.py"
     source.write_text(training(method, corpus, tmp_path, fresh=True, workers=2, **long))
     log = tmp_path / "a/log.jsonl"
-    for launcher, signals in (
-        ([], 1),
-        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 2),
-    ):  # a batch system's, then torchrun's own
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher, number, name, code in (
+        ([], signal.SIGTERM, "SIGTERM", 143),  # a batch system's
+        ([], signal.SIGINT, "Ctrl-C", 130),  # a terminal's
+        (torchrun, signal.SIGTERM, "SIGTERM", 1),
+    ):
         process = subprocess.Popen(
             [sys.executable, *launcher, source],
             start_new_session=True,
@@ -134,11 +164,11 @@ def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_
             and time.monotonic() < end
         ):
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         out, _ = process.communicate(timeout=100)
-        assert "SIGTERM: saved step" in out and "DataLoader worker" not in out, out[-3000:]
+        assert f"{name}: saved step" in out and "DataLoader worker" not in out, out[-3000:]
         assert (
-            process.returncode == (143 if signals == 1 else 1)
+            process.returncode == code
             and common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 0
         )  # of Cacophony, in stage 2
 
@@ -165,7 +195,7 @@ def test_sigterm_in_a_curation_keeps_the_finished_blocks(
     assert (
         stopped.value.code == 143 and "SIGTERM: saved the pairs of 2 of " in capsys.readouterr().out
     )
-    common.TOLD_TO_STOP.clear()
+    common.TOLD_BY.clear()
     script.main(
         common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
     )
