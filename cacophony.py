@@ -1426,9 +1426,18 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
             print(
                 f"  heard: {model.caption(waveform)[0]}\n  truth: {(row.get('captions') or row['synthetic'])[0]}"
             )
+    plain = dict(
+        name="",
+        stage="contrastive",
+        audio_weights=cfg.audio_weights or str(run.path / "mae.pt"),
+        rho=0.0,
+        caption_weight=0.0,
+    )
     print(
-        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python cacophony.py --data {' '.join(cfg.data)} --size {cfg.size} --rho 0 --caption-weight 0     (without captioner and SAM, to compare)"
+        "\nNext:\n"
+        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
+        f"  python cacophony.py {common.flags_of(cfg, PRESETS, **plain)}     "
+        "(the same start, without captioner and SAM, to compare)"
     )
     return result
 
@@ -1445,9 +1454,8 @@ def main(cfg: Config) -> dict:
     if cfg.stage != "contrastive" and stage == "mae":
         mae = train_mae(cfg, device, autocast, say)
         if cfg.stage == "mae":
-            say(
-                f"\nNext:\n  python cacophony.py --stage contrastive --name {cfg.name} --data {' '.join(cfg.data)} --size {cfg.size}"
-            )
+            flags = common.flags_of(cfg, PRESETS, stage="contrastive")
+            say(f"\nNext:\n  python cacophony.py {flags}")
             return {"mae": str(mae)}
     return train_contrastive(cfg, device, autocast, say)
 

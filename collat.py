@@ -1041,9 +1041,12 @@ def main(cfg: Config) -> dict:
     common.print_scores(
         f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
     )
+    baseline = dict(name="", token_weight=0.0, uni_weight=0.0, global_weight=1.0)
     print(
-        f"\nNext:\n  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all --prompt collat\n"
-        f"  python collat.py --data {' '.join(cfg.data)} --size {cfg.size} --token-weight 0 --uni-weight 0 --global-weight 1     "
+        "\nNext:\n"
+        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all "
+        "--prompt collat\n"
+        f"  python collat.py {common.flags_of(cfg, PRESETS, **baseline)}     "
         "(the global loss alone: what Fig. 5 calls CLAP, to compare)"
     )
     return result

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -150,6 +151,26 @@ def configure(config_class, presets: dict, **given):
         if given.get(field) == choice:
             values.update(overrides)
     return config_class(**{**values, **given})
+
+
+def flags_of(cfg, presets: dict, **changed) -> str:
+    """The flags that give `cfg` with some fields changed: --data, and what no default or preset gives."""
+    cfg = dataclasses.replace(cfg, **changed)
+    # presets are chosen by --size and the like, and --data demo chooses a size
+    usual = configure(type(cfg), {}, data=cfg.data)
+    chosen = {field: getattr(cfg, field) for field, _ in presets}
+    preset = configure(type(cfg), presets, data=cfg.data, **chosen)
+    words = ["--data", *cfg.data]
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        default = getattr(usual if field.name in chosen else preset, field.name)
+        if field.name not in ("data", "resume") and value != default:
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 TOLD_BY = []  # signals that asked a training, started as a script, to save and end

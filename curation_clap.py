@@ -1761,24 +1761,20 @@ def main(cfg: Config) -> dict:
             stored if in_student else None,
         )
     if common.rank_and_world()[0] == 0:
-        flags = f"--data {' '.join(cfg.data)} --size {cfg.size} --name {cfg.name}"
-        for name in ("variant", "curation", "teacher", "pool", "labels"):  # of every stage
-            value = getattr(cfg, name)
-            if value != getattr(Config, name, []):
-                flags += f" --{name} {value if isinstance(value, str) else ' '.join(value)}"
-        shown = {
-            "teacher": [
-                f"python curation_clap.py --stage curate --dry-run {flags}     (to choose --threshold)"
-            ],
-            "curate": [f"python curation_clap.py --stage student {flags}"],
-        }.get(
-            cfg.stage,
-            [
-                f"python eval.py {Path(cfg.runs) / cfg.name}/best.pt --data {' '.join(cfg.data)} --protocol all --prompt curation_clap",
-                f"python curation_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --teacher {Path(cfg.runs) / cfg.name}/teacher.pt "
-                "--no-replay     (another student, to compare)",
-            ],
-        )
+        folder = Path(cfg.runs) / cfg.name
+        if cfg.stage == "teacher":
+            shown = common.flags_of(cfg, PRESETS, stage="curate", dry_run=True)
+            shown = [f"python curation_clap.py {shown}     (to choose --threshold)"]
+        elif cfg.stage == "curate":
+            shown = [f"python curation_clap.py {common.flags_of(cfg, PRESETS, stage='student')}"]
+        else:
+            other = dict(name="", teacher=cfg.teacher or str(folder / "teacher.pt"), replay=False)
+            shown = [
+                f"python eval.py {folder}/best.pt --data {' '.join(cfg.data)} --protocol all "
+                "--prompt curation_clap",
+                f"python curation_clap.py {common.flags_of(cfg, PRESETS, stage='all', **other)}"
+                "     (another student, to compare)",
+            ]
         print("\nNext:\n  " + "\n  ".join(shown))
     return result
 

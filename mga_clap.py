@@ -1019,12 +1019,11 @@ def main(cfg: Config) -> dict:
     common.print_scores(
         f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
     )
+    plain = dict(name="", aggregator="mean", locality_blocks=0, hard_negatives=False)
     print(
-        "\n"
-        "Next:\n"
+        "\nNext:\n"
         f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python mga_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --aggregator mean "
-        "--locality-blocks 0 --no-hard-negatives     (plain CLAP, to compare)"
+        f"  python mga_clap.py {common.flags_of(cfg, PRESETS, **plain)}     (plain CLAP, to compare)"
     )
     return result
 

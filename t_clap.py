@@ -916,12 +916,11 @@ def main(cfg: Config) -> dict:
     common.print_scores(
         f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
     )
+    control = common.flags_of(cfg, PRESETS, name="", lt_weight=0.0)
     print(
-        "\n"
-        "Next:\n"
+        "\nNext:\n"
         f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python t_clap.py --data {' '.join(cfg.data)} --size {cfg.size} --lt-weight 0     (no "
-        "temporal loss, to compare)"
+        f"  python t_clap.py {control}     (no temporal loss, to compare)"
     )
     return result
 

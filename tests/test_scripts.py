@@ -3,13 +3,16 @@ input.
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -891,6 +894,31 @@ def test_help_needs_no_network_and_shows_every_default(capsys):
         and "[5e-05]" in text
         and "(Sec. 4.1)" in text
     )
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+@pytest.mark.parametrize("data", [["demo"], ["a b.jsonl", "c"]])
+def test_flags_of_a_config_give_it_again(method, data):
+    """Every field changed, one after the other, and all presets."""
+    script = SCRIPTS[method]
+    flags = {"data": data}
+    assert common.flags_of(
+        common.configure(script.Config, script.PRESETS, **flags), script.PRESETS
+    ) == shlex.join(["--data", *data])
+    for field in dataclasses.fields(script.Config):
+        if field.name in ("data", "resume"):
+            continue
+        plain = getattr(common.configure(script.Config, script.PRESETS, **flags), field.name)
+        choices = typing.get_args(typing.get_type_hints(script.Config)[field.name])
+        other = {
+            bool: lambda x: [not x],
+            str: lambda x: choices if isinstance(choices[:1] and choices[0], str) else ["a b"],
+            list: lambda x: [[*x, *x, *(x or ["c d"])]],
+        }.get(type(plain), lambda x: [x + 1])
+        for value in other(plain):
+            cfg = common.configure(script.Config, script.PRESETS, **flags, **{field.name: value})
+            words = shlex.split(common.flags_of(cfg, script.PRESETS))
+            assert common.cli(script.Config, script.PRESETS, script.__doc__, words) == cfg
 
 
 def test_one_pair_is_an_error(corpus, tmp_path):
