@@ -2094,6 +2094,8 @@ def start_device(name: str) -> torch.device:
 
 def start(cfg, presets: dict):
     """What every training begins with -> device, autocast, say (prints, in the first process only); says which presets are in use."""
+    if not 0 <= cfg.max_bad <= 1:  # nan would switch the limit off
+        raise ValueError(f"--max-bad {cfg.max_bad}: expected a share of the clips, 0 to 1")
     device = start_device(cfg.device)
     say = tqdm.write if rank_and_world()[0] == 0 else (lambda text: None)
     autocast = torch.autocast(
@@ -2530,6 +2532,9 @@ class RunFolder:
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
+    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of the bytes."""
+    if path.name != "last.pt":
+        payload = {key: value for key, value in payload.items() if key != "optimiser"}
     with written_whole(path) as file:
         try:
             torch.save(payload, file)
