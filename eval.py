@@ -1168,7 +1168,7 @@ def open_model(checkpoint, flags, split: str, manifest: list[dict]):
 
 
 def cache_folder(settings) -> Path | None:
-    """Folder of --cache for these weights, variant and crop; the same weights elsewhere find it."""
+    """Folder of --cache for these weights, this code, the variant and the crop."""
     if not settings.flags.cache:
         return None
     path = Path(settings.checkpoint)
@@ -1176,7 +1176,8 @@ def cache_folder(settings) -> Path | None:
     digest = hashlib.sha256(
         f"{'' if files else path}{settings.crop}{settings.flags.variant}".encode()
     )
-    for file in files:
+    code = [Path(common.__file__).with_name(f"{name}.py") for name in ("common", *METHODS)]
+    for file in files + code:
         digest.update(file.read_bytes())
     return Path(settings.flags.cache) / digest.hexdigest()[:16]
 

@@ -340,7 +340,9 @@ def test_the_official_variant_repeats_short_clips_and_scores_all_their_frames(
     assert evaluate.with_duration({"duration": 9.9}, np.zeros((32, 2)), 0.3125)["duration"] == 9.9
 
 
-def test_variant_reaches_the_model_the_rule_and_the_cache(mga_run, runs_of, corpus, tmp_path):
+def test_variant_reaches_the_model_the_rule_and_the_cache(
+    mga_run, runs_of, corpus, tmp_path, monkeypatch
+):
     flags = ["--protocol", "frames", "--bootstrap", 0, "--cache", tmp_path / "cache"]
     rules = [
         run(mga_run[0] / "best.pt", corpus, *flags, *variant)[0]["settings"]["frame_rule"]
@@ -351,6 +353,12 @@ def test_variant_reaches_the_model_the_rule_and_the_cache(mga_run, runs_of, corp
         "clips are repeated to 10 s, all of their frames are scored",
     ]
     assert len(list((tmp_path / "cache").iterdir())) == 2  # each variant has embeddings of its own
+    for name in ("common", *evaluate.METHODS):  # and so has every version of the code
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    (tmp_path / "common.py").write_text((ROOT / "common.py").read_text() + "# another version\n")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    run(mga_run[0] / "best.pt", corpus, *flags)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
     with pytest.raises(ValueError, match=r"--variant paper: .* of t_clap.py computes: none"):
         evaluate.load_model(runs_of("t_clap")[0] / "best.pt", variant="paper")
 
