@@ -303,7 +303,7 @@ def sed(model, clips, classes, settings) -> dict:
             "sed: no event's label is in the class list (classes.txt beside the manifest)"
         )
     frame_s, width = model.frame_s, median_frames(settings.median_s, model.frame_s)
-    rows = [with_duration(clips["rows"][i], clips["frame_embeds"][i], frame_s) for i in index]
+    rows = [with_duration(clips["rows"][i], clips["frame_embeds"][i], model) for i in index]
     occurring = [c for c in classes if any(e["label"] == c for row in rows for e in row["events"])]
     columns = [classes.index(c) for c in occurring]
     class_embeds = common.embed_texts(model, class_prompts(classes, settings))
@@ -390,7 +390,7 @@ def grounding(model, clips, classes, settings) -> dict:
         centred.append(frame_embeds @ (text - embeds.mean(0)))
         random.append(rng.uniform(-1, 1, len(frame_embeds)))
         events = [{"label": "phrase", "onset": on, "offset": off} for on, off in segments]
-        rows.append(with_duration({**clips["rows"][i], "events": events}, frame_embeds, frame_s))
+        rows.append(with_duration({**clips["rows"][i], "events": events}, frame_embeds, model))
         of_clip[i].append(k)
 
     def points_and_filtered(values):
@@ -558,11 +558,12 @@ PROTOCOLS = {
 # ------------------------------------------------------------------------------------------------
 
 
-def with_duration(row: dict, frame_embeds, frame_s: float) -> dict:
-    """The row with the seconds that are scored: the clip's, of a repeated clip all its frames'."""
-    end_s = len(frame_embeds) * frame_s
-    duration = row.get("duration") or end_s
-    return {**row, "duration": end_s if end_s - duration >= frame_s - 1e-6 else duration}
+def with_duration(row: dict, frame_embeds, model) -> dict:
+    """The row with the seconds that are scored: the clip's; a repeated clip's are its window's."""
+    duration = row.get("duration") or len(frame_embeds) * model.frame_s
+    if getattr(model, "repeats_short_clips", False):
+        duration = max(duration, model.window_s)
+    return {**row, "duration": duration}
 
 
 def frame_rule(model) -> str:

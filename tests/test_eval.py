@@ -334,10 +334,15 @@ def test_the_official_variant_repeats_short_clips_and_scores_all_their_frames(
     short, long = common.embed_files(paper, rows, frames="embed_frames")[2]
     assert len(short) == 16 and len(long) == 32 and not np.allclose(short[8:], long[8:16])
     # the seconds that are scored
-    clip = {"duration": 5.0}
-    assert evaluate.with_duration(clip, np.zeros((32, 2)), 0.3125)["duration"] == 10.0
-    assert evaluate.with_duration(clip, np.zeros((16, 2)), 0.3125)["duration"] == 5.0
-    assert evaluate.with_duration({"duration": 9.9}, np.zeros((32, 2)), 0.3125)["duration"] == 9.9
+    for model, n_frames, declared, scored in (
+        (official, 32, 5.0, 10.0),
+        (paper, 16, 5.0, 5.0),
+        (paper, 32, 9.9, 9.9),
+        (paper, 32, 9.0, 9.0),  # a declared duration ends the clip, whatever the file holds
+        (official, 39, 12.0, 12.0),
+    ):
+        row = evaluate.with_duration({"duration": declared}, np.zeros((n_frames, 2)), model)
+        assert row["duration"] == scored
 
 
 def test_variant_reaches_the_model_the_rule_and_the_cache(
