@@ -114,7 +114,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import common
@@ -1122,7 +1122,7 @@ def train_mae(cfg: Config, device, autocast, say) -> Path:
 
     # Loop
     dataset = Clips(train_rows, cfg, cache=cfg.cache)
-    loader = DataLoader(
+    loader = common.Loader(
         dataset,
         batch_sampler=common.training_batches(
             len(train_rows), batch_size, cfg.seed, step, cfg.mae_steps
@@ -1311,7 +1311,7 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
 
     # Loop
     dataset = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
-    loader = DataLoader(
+    loader = common.Loader(
         dataset,
         batch_sampler=common.training_batches(
             len(train_rows), batch_size, cfg.seed, step, cfg.steps

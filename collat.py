@@ -101,7 +101,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import common
@@ -945,7 +945,7 @@ def main(cfg: Config) -> dict:
         )
 
     # Loop
-    loader = DataLoader(
+    loader = common.Loader(
         dataset,
         batch_sampler=common.training_batches(
             len(train_rows), batch_size, cfg.seed, step, cfg.steps

@@ -406,7 +406,7 @@ class AudioCache:
             begin = (
                 len(parts) * rank // world
             )  # every process starts elsewhere and leaves out what others have finished
-            loader = torch.utils.data.DataLoader(
+            loader = Loader(
                 _CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]),
                 batch_size=None,
                 num_workers=min(workers, len(parts)),
@@ -1928,7 +1928,7 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", 
         ):
             batches.append([])
         batches[-1].append(i)
-    return torch.utils.data.DataLoader(
+    return Loader(
         AudioFiles(rows, model.sample_rate, length_s),
         batch_sampler=[b for b in batches if b],
         num_workers=workers,
@@ -2209,6 +2209,20 @@ def outlive_signals(_worker: int) -> None:
     send it, must leave its workers alive until the training has saved; they end with it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers start with both signals blocked: before `outlive_signals` has run in
+    it, a new worker could be killed, and the training would end with an error and save nothing."""
+
+    def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wrap(model, device, compiled: bool, micro_batch: int = 0):

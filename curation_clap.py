@@ -116,7 +116,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 import common
@@ -957,7 +957,7 @@ def half(embeds) -> np.ndarray:
 @torch.no_grad()
 def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str):
     """-> kept (n,) indices into rows, embeds (n, D) fp16, error texts. Batches of neighbours, so that they do not depend on the block."""
-    loader = DataLoader(
+    loader = common.Loader(
         common.AudioFiles(rows, SAMPLE_RATE, CURATION_S),
         EMBED_BATCH,
         num_workers=workers,
@@ -1448,7 +1448,7 @@ def validation_loss(
     """
     n = len(dataset.sets[0])
     size = min(cfg.batch_size, n)
-    loader = DataLoader(
+    loader = common.Loader(
         dataset,
         batch_sampler=[
             [(0, 0, i) for i in range(start, start + size)]
@@ -1565,7 +1565,7 @@ def train(
         )
 
     # Loop
-    loader = DataLoader(
+    loader = common.Loader(
         dataset,
         batch_sampler=mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, step, steps),
         num_workers=cfg.workers,

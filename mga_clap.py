@@ -112,7 +112,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import common
@@ -927,7 +927,7 @@ def main(cfg: Config) -> dict:
         )
 
     # Loop
-    loader = DataLoader(
+    loader = common.Loader(
         dataset,
         batch_sampler=common.training_batches(  # D10
             n_pairs, batch_size, cfg.seed, step, total_steps, dataset.durations

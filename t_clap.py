@@ -94,7 +94,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 import common
@@ -825,7 +825,7 @@ def main(cfg: Config) -> dict:
     # Loop
     if not checkpoint and cfg.weights != "none" and rank == 0:
         selection_score(model, val_rows, say, step)
-    loader = DataLoader(
+    loader = common.Loader(
         dataset,
         batch_sampler=mixed_batches(sizes, counts, cfg.seed, step, cfg.steps),
         num_workers=cfg.workers,
