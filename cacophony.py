@@ -777,80 +777,6 @@ class Model(nn.Module):
         return model.eval()
 
 
-def port_state(weights: dict) -> dict:
-    """Names of the authors' torch port -> ours. Unknown names stay, so that strict loading lists them."""
-    for wrapper in ("model_state_dict", "state_dict"):
-        weights = weights.get(wrapper, weights)
-    state = {}
-    for key, value in weights.items():
-        if key.endswith("position_ids") or key.endswith("token_type_ids"):
-            continue
-        for theirs, ours in (
-            (r"^audio_module\.freq_positional_embedding$", "audio_encoder.freq_embedding"),
-            (r"^audio_module\.", "audio_encoder."),
-            (r"^audio_attention_pool\.", "audio_pool."),
-            (r"^text_module\.pooler\.attention_pool_query$", "text_pool.query"),
-            (r"^text_module\.pooler\.", "text_pool."),
-            (r"^text_module\.encoder\.layers\.", "text_encoder.model.encoder.layer."),
-            (r"^text_module\.", "text_encoder.model."),
-            (r"^text_proj\.", "text_pool.out_proj."),
-            (r"^decoder_module\.decoder_proj\.", "head."),
-            (r"^decoder_module\.encoder\.layers\.", "decoder."),
-            (r"^logit_scale$", "log_scale"),
-        ):
-            key = re.sub(theirs, ours, key)
-        if key.startswith("audio_encoder."):
-            key = (
-                key.replace(".attn.in_proj_", ".qkv.")
-                .replace(".attn.out_proj.", ".proj.")
-                .replace(".mlp.", ".")
-            )
-        if key.startswith("decoder."):
-            key = key.replace("attention.self.", "attention.").replace(
-                "attention.output.dense", "attention.dense"
-            )
-            key = key.replace("attention.output.LayerNorm", "attention.norm").replace(
-                ".intermediate.dense", ".intermediate"
-            )
-            key = key.replace(".output.dense", ".output").replace(".output.LayerNorm", ".norm")
-        state[key] = value.reshape(-1) if key == "text_pool.query" else value
-    for kind in ("weight", "bias"):
-        parts = [state.pop(f"text_pool.{name}_proj.{kind}", None) for name in ("key", "value")]
-        if all(part is not None for part in parts):
-            state[f"text_pool.kv_proj.{kind}"] = torch.cat(parts)
-    return state
-
-
-def port_size(state: dict) -> tuple:
-    """dim, layers, mlp, joint_dim, decoder layers, read from shapes; the paper's where keys are missing."""
-
-    def count(prefix):
-        return len({m[1] for k in state if (m := re.match(rf"{prefix}\.(\d+)\.", k))})
-
-    def size(key, default):
-        return len(state[key]) if key in state else default
-
-    return (
-        size("audio_encoder.norm.weight", 768),
-        count(r"audio_encoder\.layers") or 12,
-        size("audio_encoder.layers.0.fc1.weight", 3072),
-        size("audio_pool.out_proj.weight", 768),
-        count("decoder") or 4,
-    )
-
-
-def audio_start(encoder: PatchTransformer, path) -> None:
-    """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
-    content = common.read_weights(path)
-    state = content["model"] if content.get("method") == METHOD else port_state(content)
-    state = {
-        k.removeprefix("audio_encoder."): v
-        for k, v in state.items()
-        if k.startswith("audio_encoder.")
-    }
-    common.load_strict(encoder, state, path)
-
-
 def audio_shape(cfg: Config) -> dict:
     return dict(
         dim=cfg.audio_dim, layers=cfg.audio_layers, heads=cfg.audio_heads, mlp=cfg.audio_mlp
@@ -1458,6 +1384,85 @@ def main(cfg: Config) -> dict:
             say(f"\nNext:\n  python cacophony.py {flags}")
             return {"mae": str(mae)}
     return train_contrastive(cfg, device, autocast, say)
+
+
+# ------------------------------------------------------------------------------------------------
+# Published weights
+# ------------------------------------------------------------------------------------------------
+
+
+def port_state(weights: dict) -> dict:
+    """Names of the authors' torch port -> ours. Unknown names stay, so that strict loading lists them."""
+    for wrapper in ("model_state_dict", "state_dict"):
+        weights = weights.get(wrapper, weights)
+    state = {}
+    for key, value in weights.items():
+        if key.endswith("position_ids") or key.endswith("token_type_ids"):
+            continue
+        for theirs, ours in (
+            (r"^audio_module\.freq_positional_embedding$", "audio_encoder.freq_embedding"),
+            (r"^audio_module\.", "audio_encoder."),
+            (r"^audio_attention_pool\.", "audio_pool."),
+            (r"^text_module\.pooler\.attention_pool_query$", "text_pool.query"),
+            (r"^text_module\.pooler\.", "text_pool."),
+            (r"^text_module\.encoder\.layers\.", "text_encoder.model.encoder.layer."),
+            (r"^text_module\.", "text_encoder.model."),
+            (r"^text_proj\.", "text_pool.out_proj."),
+            (r"^decoder_module\.decoder_proj\.", "head."),
+            (r"^decoder_module\.encoder\.layers\.", "decoder."),
+            (r"^logit_scale$", "log_scale"),
+        ):
+            key = re.sub(theirs, ours, key)
+        if key.startswith("audio_encoder."):
+            key = (
+                key.replace(".attn.in_proj_", ".qkv.")
+                .replace(".attn.out_proj.", ".proj.")
+                .replace(".mlp.", ".")
+            )
+        if key.startswith("decoder."):
+            key = key.replace("attention.self.", "attention.").replace(
+                "attention.output.dense", "attention.dense"
+            )
+            key = key.replace("attention.output.LayerNorm", "attention.norm").replace(
+                ".intermediate.dense", ".intermediate"
+            )
+            key = key.replace(".output.dense", ".output").replace(".output.LayerNorm", ".norm")
+        state[key] = value.reshape(-1) if key == "text_pool.query" else value
+    for kind in ("weight", "bias"):
+        parts = [state.pop(f"text_pool.{name}_proj.{kind}", None) for name in ("key", "value")]
+        if all(part is not None for part in parts):
+            state[f"text_pool.kv_proj.{kind}"] = torch.cat(parts)
+    return state
+
+
+def port_size(state: dict) -> tuple:
+    """dim, layers, mlp, joint_dim, decoder layers, read from shapes; the paper's where keys are missing."""
+
+    def count(prefix):
+        return len({m[1] for k in state if (m := re.match(rf"{prefix}\.(\d+)\.", k))})
+
+    def size(key, default):
+        return len(state[key]) if key in state else default
+
+    return (
+        size("audio_encoder.norm.weight", 768),
+        count(r"audio_encoder\.layers") or 12,
+        size("audio_encoder.layers.0.fc1.weight", 3072),
+        size("audio_pool.out_proj.weight", 768),
+        count("decoder") or 4,
+    )
+
+
+def audio_start(encoder: PatchTransformer, path) -> None:
+    """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
+    content = common.read_weights(path)
+    state = content["model"] if content.get("method") == METHOD else port_state(content)
+    state = {
+        k.removeprefix("audio_encoder."): v
+        for k, v in state.items()
+        if k.startswith("audio_encoder.")
+    }
+    common.load_strict(encoder, state, path)
 
 
 # ------------------------------------------------------------------------------------------------

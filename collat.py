@@ -531,70 +531,6 @@ class Model(nn.Module):
         return model.eval()
 
 
-def ast_state(weights: dict) -> dict:
-    """transformers' ASTModel -> AST's own names, which are ours. Unknown names stay, so that strict loading lists them."""
-    state = {}
-    for key, value in weights.items():
-        key = re.sub(r"^(module\.v\.|audio_spectrogram_transformer\.)", "", key)
-        for theirs, ours in (
-            (r"^embeddings\.cls_token$", "cls_token"),
-            (r"^embeddings\.distillation_token$", "dist_token"),
-            (r"^embeddings\.position_embeddings$", "pos_embed"),
-            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-            (r"^layers\.", "blocks."),
-            (r"^layernorm\.", "norm."),
-            (r"\.layernorm_before\.", ".norm1."),
-            (r"\.layernorm_after\.", ".norm2."),
-            (r"\.attention\.o_proj\.", ".attn.proj."),
-        ):
-            key = re.sub(theirs, ours, key)
-        state[key] = value
-    for key in [k for k in state if ".attention.q_proj." in k]:
-        parts = [
-            state.pop(key.replace("q_proj", name), None) for name in ("q_proj", "k_proj", "v_proj")
-        ]
-        if all(part is not None for part in parts):
-            state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-    # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is used
-    return {
-        k: v
-        for k, v in state.items()
-        if not re.match(r"^(head|head_dist|module\.mlp_head|classifier)\.", k)
-    }
-
-
-def load_ast(encoder: AST, source: str) -> None:
-    """Start the audio encoder from a transformers folder or hub id, AST's own .pth file, or a file of this AST's state."""
-    if Path(source).is_file():
-        weights = common.read_weights(source)
-    else:
-        transformers = common.quiet_transformers()
-        try:
-            weights = transformers.ASTModel.from_pretrained(source).state_dict()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--audio-weights {source}: not a file, not a local folder and not to be had from the hub "
-                f"({str(error).strip().splitlines()[0]}); give AST's weights, or none"
-            ) from None
-    common.load_strict(encoder, ast_state(weights), source)
-
-
-def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
-    """A pre-trained text encoder and its tokenizer: of a CLIP only the text tower and its projection."""
-    transformers = common.quiet_transformers()
-    try:
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--text-model {name}: not a local folder and not to be had from the hub ({str(error).strip().splitlines()[0]}); give a "
-            "folder that holds config.json, weights and tokenizer, or none, or connect to a network"
-        ) from None
-    if not kind.startswith("clip"):
-        return common.text_encoder_from_pretrained(name, max_tokens)
-    model = transformers.CLIPTextModelWithProjection.from_pretrained(name, dtype=torch.float32)
-    return common.TextEncoder(model, transformers.AutoTokenizer.from_pretrained(name), max_tokens)
-
-
 def start_model(cfg: Config, texts: list[str]) -> Model:
     """AST from --audio-weights, the locked text encoder from --text-model, the token interaction module from nothing."""
     text_encoder = (
@@ -1050,6 +986,75 @@ def main(cfg: Config) -> dict:
         "(the global loss alone: what Fig. 5 calls CLAP, to compare)"
     )
     return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Published weights
+# ------------------------------------------------------------------------------------------------
+
+
+def ast_state(weights: dict) -> dict:
+    """transformers' ASTModel -> AST's own names, which are ours. Unknown names stay, so that strict loading lists them."""
+    state = {}
+    for key, value in weights.items():
+        key = re.sub(r"^(module\.v\.|audio_spectrogram_transformer\.)", "", key)
+        for theirs, ours in (
+            (r"^embeddings\.cls_token$", "cls_token"),
+            (r"^embeddings\.distillation_token$", "dist_token"),
+            (r"^embeddings\.position_embeddings$", "pos_embed"),
+            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^layers\.", "blocks."),
+            (r"^layernorm\.", "norm."),
+            (r"\.layernorm_before\.", ".norm1."),
+            (r"\.layernorm_after\.", ".norm2."),
+            (r"\.attention\.o_proj\.", ".attn.proj."),
+        ):
+            key = re.sub(theirs, ours, key)
+        state[key] = value
+    for key in [k for k in state if ".attention.q_proj." in k]:
+        parts = [
+            state.pop(key.replace("q_proj", name), None) for name in ("q_proj", "k_proj", "v_proj")
+        ]
+        if all(part is not None for part in parts):
+            state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is used
+    return {
+        k: v
+        for k, v in state.items()
+        if not re.match(r"^(head|head_dist|module\.mlp_head|classifier)\.", k)
+    }
+
+
+def load_ast(encoder: AST, source: str) -> None:
+    """Start the audio encoder from a transformers folder or hub id, AST's own .pth file, or a file of this AST's state."""
+    if Path(source).is_file():
+        weights = common.read_weights(source)
+    else:
+        transformers = common.quiet_transformers()
+        try:
+            weights = transformers.ASTModel.from_pretrained(source).state_dict()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--audio-weights {source}: not a file, not a local folder and not to be had from the hub "
+                f"({str(error).strip().splitlines()[0]}); give AST's weights, or none"
+            ) from None
+    common.load_strict(encoder, ast_state(weights), source)
+
+
+def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
+    """A pre-trained text encoder and its tokenizer: of a CLIP only the text tower and its projection."""
+    transformers = common.quiet_transformers()
+    try:
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--text-model {name}: not a local folder and not to be had from the hub ({str(error).strip().splitlines()[0]}); give a "
+            "folder that holds config.json, weights and tokenizer, or none, or connect to a network"
+        ) from None
+    if not kind.startswith("clip"):
+        return common.text_encoder_from_pretrained(name, max_tokens)
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(name, dtype=torch.float32)
+    return common.TextEncoder(model, transformers.AutoTokenizer.from_pretrained(name), max_tokens)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What two or more of the paper scripts share, in small pieces that can be read alone.
 
 Sections: command line . audio . manifests . scenes and the demo corpus . log-mel . transformer
-block . HTS-AT . text encoder . sparsemax . metrics . embedding files . training helpers .
-checkpoints and weight files.
+block . HTS-AT . text encoder . sparsemax . metrics . embedding files . checkpoints and
+weight files . training helpers.
 
 Letters: B clips or pairs in a batch, S waveform samples, T audio steps after the encoder, T_mel
 spectrogram frames, M mel bins, L text tokens, C channels (or classes, in a metric), D joint
@@ -2068,6 +2068,133 @@ def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndar
 
 
 # ------------------------------------------------------------------------------------------------
+# Checkpoints and weight files
+# ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of the bytes."""
+    if path.name != "last.pt":
+        payload = {key: value for key, value in payload.items() if key != "optimiser"}
+    with written_whole(path) as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError:  # what torch makes of a failed write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
+def versions() -> dict:
+    import transformers
+
+    return {
+        "torch": str(torch.__version__),
+        "torchaudio": str(torchaudio.__version__),
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def allowed_globals() -> list:
+    """What published checkpoints carry beside their weights; nothing else in a file is ever built."""
+    from numpy._core.multiarray import scalar
+
+    allowed = [
+        argparse.Namespace,
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        np.dtype,
+    ]  # numpy 2's and 1's name
+    return allowed + [type(np.dtype(t)) for t in "fdil"]
+
+
+def read_weights(path) -> dict:
+    """torch.load without executing anything in the file (see `allowed_globals`)."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such weight file")
+    try:
+        with torch.serialization.safe_globals(allowed_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # of many types: no torch file, cut off, or it asks for more than data
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(
+            f"{path}: not a weight file that can be read safely; expected tensors and plain values "
+            f"written by torch.save (torch says: {reason})"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: expected a dictionary of weights, found {type(content).__name__}"
+        )
+    return content
+
+
+def read_checkpoint(path, method: str | None = None) -> dict:
+    """One of this project's checkpoints; `method` checks whose it is."""
+    content = read_weights(path)
+    if "method" not in content or "config" not in content:
+        raise ValueError(
+            f"{path}: not a checkpoint of this project (keys: {', '.join(repr(key)[:40] for key in list(content)[:5])})"
+        )
+    if method and content["method"] != method:
+        raise ValueError(
+            f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py"
+        )
+    if "model" not in content:
+        raise ValueError(
+            f"{path}: a checkpoint of {content['method']} without weights (no key 'model')"
+        )
+    return content
+
+
+def load_strict(module: nn.Module, state: dict, source) -> None:
+    """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own.keys() & state.keys()
+        if state[k].shape != own[k].shape
+    ]
+
+    def listed(names):
+        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+
+    problems = [
+        f"{text} {listed(names)}"
+        for text, names in (
+            ("missing keys:", missing),
+            ("unexpected keys:", extra),
+            ("wrong shapes:", sorted(shapes)),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
+    module.load_state_dict(state)
+
+
+def transformers_weights(name: str) -> dict:
+    """State dict of a transformers CLAP folder or hub id."""
+    transformers = quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[
+            config.model_type
+        ]
+        return kind.from_pretrained(name).state_dict()
+    except KeyError:
+        raise ValueError(
+            f"{name}: a transformers model of type '{config.model_type}'; expected CLAP"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: not a transformers CLAP folder or reachable hub id "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------
 # Training helpers
 # ------------------------------------------------------------------------------------------------
 
@@ -2537,130 +2664,3 @@ class RunFolder:
                 f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than --max-bad "
                 f"{self.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in {self.path / 'skipped.txt'})"
             )
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints and weight files
-# ------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, payload: dict) -> None:
-    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of the bytes."""
-    if path.name != "last.pt":
-        payload = {key: value for key, value in payload.items() if key != "optimiser"}
-    with written_whole(path) as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError:  # what torch makes of a failed write
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-
-
-def versions() -> dict:
-    import transformers
-
-    return {
-        "torch": str(torch.__version__),
-        "torchaudio": str(torchaudio.__version__),
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def allowed_globals() -> list:
-    """What published checkpoints carry beside their weights; nothing else in a file is ever built."""
-    from numpy._core.multiarray import scalar
-
-    allowed = [
-        argparse.Namespace,
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        np.dtype,
-    ]  # numpy 2's and 1's name
-    return allowed + [type(np.dtype(t)) for t in "fdil"]
-
-
-def read_weights(path) -> dict:
-    """torch.load without executing anything in the file (see `allowed_globals`)."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such weight file")
-    try:
-        with torch.serialization.safe_globals(allowed_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # of many types: no torch file, cut off, or it asks for more than data
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ValueError(
-            f"{path}: not a weight file that can be read safely; expected tensors and plain values "
-            f"written by torch.save (torch says: {reason})"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: expected a dictionary of weights, found {type(content).__name__}"
-        )
-    return content
-
-
-def read_checkpoint(path, method: str | None = None) -> dict:
-    """One of this project's checkpoints; `method` checks whose it is."""
-    content = read_weights(path)
-    if "method" not in content or "config" not in content:
-        raise ValueError(
-            f"{path}: not a checkpoint of this project (keys: {', '.join(repr(key)[:40] for key in list(content)[:5])})"
-        )
-    if method and content["method"] != method:
-        raise ValueError(
-            f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py"
-        )
-    if "model" not in content:
-        raise ValueError(
-            f"{path}: a checkpoint of {content['method']} without weights (no key 'model')"
-        )
-    return content
-
-
-def load_strict(module: nn.Module, state: dict, source) -> None:
-    """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own.keys() & state.keys()
-        if state[k].shape != own[k].shape
-    ]
-
-    def listed(names):
-        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-
-    problems = [
-        f"{text} {listed(names)}"
-        for text, names in (
-            ("missing keys:", missing),
-            ("unexpected keys:", extra),
-            ("wrong shapes:", sorted(shapes)),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
-    module.load_state_dict(state)
-
-
-def transformers_weights(name: str) -> dict:
-    """State dict of a transformers CLAP folder or hub id."""
-    transformers = quiet_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[
-            config.model_type
-        ]
-        return kind.from_pretrained(name).state_dict()
-    except KeyError:
-        raise ValueError(
-            f"{name}: a transformers model of type '{config.model_type}'; expected CLAP"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: not a transformers CLAP folder or reachable hub id "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None

@@ -317,34 +317,6 @@ class CNN14(nn.Module):
         return "of no known rate"
 
 
-def panns_state(weights: dict, source) -> dict:
-    """PANNs' names -> CNN14's. The Fourier matrices are computed here; a file with other ones is refused."""
-    state = {}
-    window = torch.hann_window(N_FFT, dtype=torch.float64)
-    angle = (
-        2
-        * math.pi
-        * torch.outer(
-            torch.arange(N_FFT // 2 + 1.0, dtype=torch.float64),
-            torch.arange(N_FFT, dtype=torch.float64),
-        )
-        / N_FFT
-    )
-    fourier = {"conv_real": angle.cos() * window, "conv_imag": -angle.sin() * window}
-    for key, value in weights.items():
-        part = re.match(r"spectrogram_extractor\.stft\.(conv_real|conv_imag)\.weight$", key)
-        if part is None:
-            state[key.replace("logmel_extractor.melW", "log_mel.mel_scale.fb")] = value
-        elif (
-            value.shape != (N_FFT // 2 + 1, 1, N_FFT)
-            or (value[:, 0].double() - fourier[part[1]]).abs().max() > 1e-4
-        ):
-            raise ValueError(
-                f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, which this encoder computes"
-            )
-    return state
-
-
 class Projection(nn.Module):
     """MS-CLAP's: a linear layer, plus another one behind a GELU, LayerNorm (D1)."""
 
@@ -463,29 +435,6 @@ class Model(nn.Module):
         common.load_strict(model, ms_clap_state(weights.get("model", weights), source), source)
         model.clean_caption = str  # Microsoft's wrapper tokenises captions as they are
         return model.eval()
-
-
-def ms_clap_state(weights: dict, source) -> dict:
-    """MS-CLAP 2022's names -> ours. Unknown names stay, so that strict loading lists them."""
-    prefix = "audio_encoder.base."
-    audio = panns_state(
-        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, source
-    )
-    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
-    for key, value in weights.items():
-        # BERT's pooler is trained by nobody here: the first token is taken before it
-        if not re.match(
-            re.escape(prefix) + r"|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)", key
-        ):
-            for theirs, ours in (
-                ("audio_encoder.projection.", "audio_projection."),
-                ("caption_encoder.projection.", "text_projection."),
-                ("caption_encoder.base.", "text_encoder.model."),
-                ("logit_scale", "log_scale"),
-            ):
-                key = key.replace(theirs, ours)
-            state[key] = value
-    return state
 
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
@@ -1777,6 +1726,62 @@ def main(cfg: Config) -> dict:
             ]
         print("\nNext:\n  " + "\n  ".join(shown))
     return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Published weights
+# ------------------------------------------------------------------------------------------------
+
+
+def panns_state(weights: dict, source) -> dict:
+    """PANNs' names -> CNN14's. The Fourier matrices are computed here; a file with other ones is refused."""
+    state = {}
+    window = torch.hann_window(N_FFT, dtype=torch.float64)
+    angle = (
+        2
+        * math.pi
+        * torch.outer(
+            torch.arange(N_FFT // 2 + 1.0, dtype=torch.float64),
+            torch.arange(N_FFT, dtype=torch.float64),
+        )
+        / N_FFT
+    )
+    fourier = {"conv_real": angle.cos() * window, "conv_imag": -angle.sin() * window}
+    for key, value in weights.items():
+        part = re.match(r"spectrogram_extractor\.stft\.(conv_real|conv_imag)\.weight$", key)
+        if part is None:
+            state[key.replace("logmel_extractor.melW", "log_mel.mel_scale.fb")] = value
+        elif (
+            value.shape != (N_FFT // 2 + 1, 1, N_FFT)
+            or (value[:, 0].double() - fourier[part[1]]).abs().max() > 1e-4
+        ):
+            raise ValueError(
+                f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, which this encoder computes"
+            )
+    return state
+
+
+def ms_clap_state(weights: dict, source) -> dict:
+    """MS-CLAP 2022's names -> ours. Unknown names stay, so that strict loading lists them."""
+    prefix = "audio_encoder.base."
+    audio = panns_state(
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, source
+    )
+    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
+    for key, value in weights.items():
+        # BERT's pooler is trained by nobody here: the first token is taken before it
+        if not re.match(
+            re.escape(prefix) + r"|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)", key
+        ):
+            for theirs, ours in (
+                ("audio_encoder.projection.", "audio_projection."),
+                ("caption_encoder.projection.", "text_projection."),
+                ("caption_encoder.base.", "text_encoder.model."),
+                ("logit_scale", "log_scale"),
+            ):
+                key = key.replace(theirs, ours)
+            state[key] = value
+    return state
 
 
 # ------------------------------------------------------------------------------------------------

@@ -355,23 +355,6 @@ class ATSTFrame(nn.Module):
         return self.norm_frame(x)
 
 
-def load_atst(encoder: ATSTFrame, path: str) -> None:
-    """Start from a released atstframe_*.ckpt (its teacher), from a fine-tuned one, or from a saved
-    state dict.
-    """
-    weights = common.read_weights(path)
-    weights = weights.get("state_dict", weights)
-    for prefix in ("model.teacher.encoder.", "encoder.encoder.", ""):
-        if any(key.startswith(prefix + "blocks.") for key in weights):
-            break
-    state = {}
-    for key, value in weights.items():
-        key = key.removeprefix(prefix) if key.startswith(prefix) else ""
-        if key and key != "mask_embed":  # only pre-training masks
-            state[key.replace("patch_embed.patch_embed.", "patch_embed.")] = value
-    common.load_strict(encoder, state, path)
-
-
 class Model(nn.Module):
     """An audio encoder and BERT, joined by a codebook (or compared as CLAP, UACA, WSTAG or PACL).
 
@@ -599,61 +582,6 @@ def repeated(waveform, n_samples, length: int):
         clips.append(clip[at % n])
     n_samples = torch.tensor([len(clip) for clip in clips])
     return nn.utils.rnn.pad_sequence(clips, batch_first=True), n_samples
-
-
-def masked_words(words, mask):
-    """Normalised words (B, L, D), zero where mask (B, L) is False."""
-    return F.normalize(words.float(), dim=-1) * mask[..., None]
-
-
-# The other methods of Table 4, our reading (D21). frames (A, T, D) and words (Q, L, D) are
-# normalised, zero where padded -> similarity (A, Q).
-
-
-def uaca_similarity(frames, words, temperature=None):
-    """Mean over words of the mean over frames (Sec. 2.3). Xie et al., ICASSP 2022 (UACA)."""
-
-    def mean(x):
-        return x.sum(1) / x.any(-1).sum(1, keepdim=True)
-
-    return mean(frames) @ mean(words).T
-
-
-def wstag_similarity(frames, words, temperature=None):
-    """Mean over words of the best frame (Sec. 2.3). Xu et al., ICASSP 2023 workshop (WSTAG)."""
-    cells = torch.einsum("atd,qld->aqlt", frames, words)
-    best = cells.masked_fill(~frames.any(-1)[:, None, None], float("-inf")).amax(-1)  # (A, Q, L)
-    valid = words.any(-1)
-    return (best * valid).sum(-1) / valid.sum(-1)
-
-
-def pacl_similarity(frames, words, temperature):
-    """Frames weighted by their match to the caption, then pooled (Sec. 5.1.2).
-
-    Source: Mukhoti et al., CVPR 2023 (PACL).
-    """
-    text = F.normalize(words.sum(1), dim=-1)  # (Q, D)
-    logits = torch.einsum("atd,qd->aqt", frames, text) / temperature
-    weights = logits.masked_fill(~frames.any(-1)[:, None], float("-inf")).softmax(-1)
-    pooled = F.normalize(torch.einsum("aqt,atd->aqd", weights, frames), dim=-1)
-    return torch.einsum("aqd,qd->aq", pooled, text)
-
-
-PAIRWISE = {"uaca": uaca_similarity, "wstag": wstag_similarity, "pacl": pacl_similarity}
-
-
-def official_state(weights: dict) -> dict:
-    """The authors' model.pt names -> ours. Unknown names stay, so strict loading lists them."""
-    prefix = "audio_encoder.audio_enc."
-    audio = common.htsat_state(
-        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    )
-    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
-    for key, value in weights.items():
-        if not key.startswith(prefix) and not key.endswith("embeddings.position_ids"):
-            key = key.replace("text_encoder.text_encoder.", "text_encoder.model.")
-            state["temperature" if key == "temp" else key] = value
-    return state
 
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
@@ -1026,6 +954,83 @@ def main(cfg: Config) -> dict:
         f"  python mga_clap.py {common.flags_of(cfg, PRESETS, **plain)}     (plain CLAP, to compare)"
     )
     return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Published weights, and the other methods of Table 4
+# ------------------------------------------------------------------------------------------------
+
+
+def load_atst(encoder: ATSTFrame, path: str) -> None:
+    """Start from a released atstframe_*.ckpt (its teacher), from a fine-tuned one, or from a saved
+    state dict.
+    """
+    weights = common.read_weights(path)
+    weights = weights.get("state_dict", weights)
+    for prefix in ("model.teacher.encoder.", "encoder.encoder.", ""):
+        if any(key.startswith(prefix + "blocks.") for key in weights):
+            break
+    state = {}
+    for key, value in weights.items():
+        key = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        if key and key != "mask_embed":  # only pre-training masks
+            state[key.replace("patch_embed.patch_embed.", "patch_embed.")] = value
+    common.load_strict(encoder, state, path)
+
+
+def official_state(weights: dict) -> dict:
+    """The authors' model.pt names -> ours. Unknown names stay, so strict loading lists them."""
+    prefix = "audio_encoder.audio_enc."
+    audio = common.htsat_state(
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    )
+    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
+    for key, value in weights.items():
+        if not key.startswith(prefix) and not key.endswith("embeddings.position_ids"):
+            key = key.replace("text_encoder.text_encoder.", "text_encoder.model.")
+            state["temperature" if key == "temp" else key] = value
+    return state
+
+
+def masked_words(words, mask):
+    """Normalised words (B, L, D), zero where mask (B, L) is False."""
+    return F.normalize(words.float(), dim=-1) * mask[..., None]
+
+
+# The other methods of Table 4, our reading (D21). frames (A, T, D) and words (Q, L, D) are
+# normalised, zero where padded -> similarity (A, Q).
+
+
+def uaca_similarity(frames, words, temperature=None):
+    """Mean over words of the mean over frames (Sec. 2.3). Xie et al., ICASSP 2022 (UACA)."""
+
+    def mean(x):
+        return x.sum(1) / x.any(-1).sum(1, keepdim=True)
+
+    return mean(frames) @ mean(words).T
+
+
+def wstag_similarity(frames, words, temperature=None):
+    """Mean over words of the best frame (Sec. 2.3). Xu et al., ICASSP 2023 workshop (WSTAG)."""
+    cells = torch.einsum("atd,qld->aqlt", frames, words)
+    best = cells.masked_fill(~frames.any(-1)[:, None, None], float("-inf")).amax(-1)  # (A, Q, L)
+    valid = words.any(-1)
+    return (best * valid).sum(-1) / valid.sum(-1)
+
+
+def pacl_similarity(frames, words, temperature):
+    """Frames weighted by their match to the caption, then pooled (Sec. 5.1.2).
+
+    Source: Mukhoti et al., CVPR 2023 (PACL).
+    """
+    text = F.normalize(words.sum(1), dim=-1)  # (Q, D)
+    logits = torch.einsum("atd,qd->aqt", frames, text) / temperature
+    weights = logits.masked_fill(~frames.any(-1)[:, None], float("-inf")).softmax(-1)
+    pooled = F.normalize(torch.einsum("aqt,atd->aqd", weights, frames), dim=-1)
+    return torch.einsum("aqd,qd->aq", pooled, text)
+
+
+PAIRWISE = {"uaca": uaca_similarity, "wstag": wstag_similarity, "pacl": pacl_similarity}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -369,123 +369,6 @@ class Model(nn.Module):
         return model.eval()
 
 
-FUSED = (
-    "a CLAP with feature fusion: its audio encoder has branches for long audio that this model "
-    "does not have; take the file without fusion (laion/clap-htsat-unfused, 630k-best.pt)"
-)
-
-
-def htsat_size(weights: dict, prefix: str) -> dict:
-    """dim, depths, heads of an HTS-AT, from the shapes of its weights; LAION's where keys are
-    missing.
-    """
-    depths, heads = {}, {}
-    for key, value in weights.items():
-        found = re.match(
-            re.escape(prefix)
-            + r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$",
-            key,
-        )
-        if found:
-            layer = int(found[1])
-            depths[layer], heads[layer] = (
-                max(depths.get(layer, 0), int(found[2]) + 1),
-                value.shape[1],
-            )
-    if sorted(depths) != [0, 1, 2, 3]:
-        depths, heads = dict(enumerate((2, 2, 6, 2))), dict(enumerate((4, 8, 16, 32)))
-    return dict(
-        dim=len(weights.get(prefix + "patch_embed.proj.weight", range(96))),
-        depths=[depths[i] for i in range(4)],
-        heads=[heads[i] for i in range(4)],
-    )
-
-
-def laion_state(weights: dict) -> dict:
-    """LAION's names -> ours. Unknown names stay, so that strict loading lists them."""
-    audio = common.htsat_state(
-        {
-            k.removeprefix("audio_branch."): v
-            for k, v in weights.items()
-            if k.startswith("audio_branch.")
-        }
-    )
-    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
-    for key, value in weights.items():
-        # LAION's MLP heads are in the file, but unused without its mlp_loss
-        if not re.match(
-            r"audio_branch\.|(audio|text)_transform\.|text_branch\.embeddings\.(position|token_type)_ids$",
-            key,
-        ):
-            state[key.replace("text_branch.", "text_encoder.model.")] = value
-    return state
-
-
-def transformers_state(weights: dict) -> dict:
-    """transformers ClapModel's names -> ours."""
-    audio = common.htsat_state({k: v for k, v in weights.items() if k.startswith("audio_model.")})
-    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
-    for key, value in weights.items():
-        if not re.match(r"audio_model\.|text_model\.embeddings\.(position|token_type)_ids$", key):
-            key = key.replace("text_model.", "text_encoder.model.")
-            state[
-                key.replace("projection.linear1", "projection.0").replace(
-                    "projection.linear2", "projection.2"
-                )
-            ] = value
-    return state
-
-
-def _transformers_clap(name):
-    """-> TextEncoder (its weights not yet those of the file), ClapConfig, state dict, LogMel
-    arguments.
-    """
-    transformers = common.quiet_transformers()
-    try:
-        try:
-            config = transformers.AutoConfig.from_pretrained(name)
-        except ValueError:
-            raise ValueError(
-                f"{name}: not a model folder; expected a transformers CLAP with its config.json, "
-                "or a weight file"
-            ) from None
-        if config.model_type != "clap":
-            raise ValueError(
-                f"{name}: a transformers model of type {config.model_type!r}; expected 'clap'"
-            )
-        if config.audio_config.enable_fusion:
-            raise ValueError(f"{name}: {FUSED}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        weights = transformers.ClapModel.from_pretrained(name, dtype=torch.float32).state_dict()
-    except OSError as error:
-        raise ValueError(
-            f"{name}: neither a checkpoint file nor a CLAP folder, and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None
-    text = config.text_config.to_dict()
-    text.pop("model_type")
-    text_encoder = common.TextEncoder(
-        transformers.RobertaModel(transformers.RobertaConfig(**text)),
-        tokenizer,
-        MAX_TOKENS,
-        pooler=True,
-    )
-    try:
-        given = transformers.AutoFeatureExtractor.from_pretrained(name).to_dict()
-    except (OSError, ValueError):  # a folder without preprocessor_config.json: LAION's settings
-        given = {}
-    names = {
-        "sampling_rate": "sample_rate",
-        "fft_window_size": "n_fft",
-        "hop_length": "hop",
-        "feature_size": "n_mels",
-        "frequency_min": "fmin_hz",
-        "frequency_max": "fmax_hz",
-    }
-    mel = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-    return text_encoder, config, weights, mel
-
-
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """The model that training starts from: --weights, or a new one."""
     if cfg.weights == "none":
@@ -923,6 +806,128 @@ def main(cfg: Config) -> dict:
         f"  python t_clap.py {control}     (no temporal loss, to compare)"
     )
     return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Published weights
+# ------------------------------------------------------------------------------------------------
+
+
+FUSED = (
+    "a CLAP with feature fusion: its audio encoder has branches for long audio that this model "
+    "does not have; take the file without fusion (laion/clap-htsat-unfused, 630k-best.pt)"
+)
+
+
+def htsat_size(weights: dict, prefix: str) -> dict:
+    """dim, depths, heads of an HTS-AT, from the shapes of its weights; LAION's where keys are
+    missing.
+    """
+    depths, heads = {}, {}
+    for key, value in weights.items():
+        found = re.match(
+            re.escape(prefix)
+            + r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$",
+            key,
+        )
+        if found:
+            layer = int(found[1])
+            depths[layer], heads[layer] = (
+                max(depths.get(layer, 0), int(found[2]) + 1),
+                value.shape[1],
+            )
+    if sorted(depths) != [0, 1, 2, 3]:
+        depths, heads = dict(enumerate((2, 2, 6, 2))), dict(enumerate((4, 8, 16, 32)))
+    return dict(
+        dim=len(weights.get(prefix + "patch_embed.proj.weight", range(96))),
+        depths=[depths[i] for i in range(4)],
+        heads=[heads[i] for i in range(4)],
+    )
+
+
+def laion_state(weights: dict) -> dict:
+    """LAION's names -> ours. Unknown names stay, so that strict loading lists them."""
+    audio = common.htsat_state(
+        {
+            k.removeprefix("audio_branch."): v
+            for k, v in weights.items()
+            if k.startswith("audio_branch.")
+        }
+    )
+    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
+    for key, value in weights.items():
+        # LAION's MLP heads are in the file, but unused without its mlp_loss
+        if not re.match(
+            r"audio_branch\.|(audio|text)_transform\.|text_branch\.embeddings\.(position|token_type)_ids$",
+            key,
+        ):
+            state[key.replace("text_branch.", "text_encoder.model.")] = value
+    return state
+
+
+def transformers_state(weights: dict) -> dict:
+    """transformers ClapModel's names -> ours."""
+    audio = common.htsat_state({k: v for k, v in weights.items() if k.startswith("audio_model.")})
+    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
+    for key, value in weights.items():
+        if not re.match(r"audio_model\.|text_model\.embeddings\.(position|token_type)_ids$", key):
+            key = key.replace("text_model.", "text_encoder.model.")
+            state[
+                key.replace("projection.linear1", "projection.0").replace(
+                    "projection.linear2", "projection.2"
+                )
+            ] = value
+    return state
+
+
+def _transformers_clap(name):
+    """-> TextEncoder (its weights not yet those of the file), ClapConfig, state dict, LogMel
+    arguments.
+    """
+    transformers = common.quiet_transformers()
+    try:
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+        except ValueError:
+            raise ValueError(
+                f"{name}: not a model folder; expected a transformers CLAP with its config.json, "
+                "or a weight file"
+            ) from None
+        if config.model_type != "clap":
+            raise ValueError(
+                f"{name}: a transformers model of type {config.model_type!r}; expected 'clap'"
+            )
+        if config.audio_config.enable_fusion:
+            raise ValueError(f"{name}: {FUSED}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        weights = transformers.ClapModel.from_pretrained(name, dtype=torch.float32).state_dict()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: neither a checkpoint file nor a CLAP folder, and not to be had from the hub "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+    text = config.text_config.to_dict()
+    text.pop("model_type")
+    text_encoder = common.TextEncoder(
+        transformers.RobertaModel(transformers.RobertaConfig(**text)),
+        tokenizer,
+        MAX_TOKENS,
+        pooler=True,
+    )
+    try:
+        given = transformers.AutoFeatureExtractor.from_pretrained(name).to_dict()
+    except (OSError, ValueError):  # a folder without preprocessor_config.json: LAION's settings
+        given = {}
+    names = {
+        "sampling_rate": "sample_rate",
+        "fft_window_size": "n_fft",
+        "hop_length": "hop",
+        "feature_size": "n_mels",
+        "frequency_min": "fmin_hz",
+        "frequency_max": "fmax_hz",
+    }
+    mel = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+    return text_encoder, config, weights, mel
 
 
 # ------------------------------------------------------------------------------------------------

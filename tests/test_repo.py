@@ -157,6 +157,7 @@ def test_sections_stand_in_the_house_order(name):
         "Loss",
         "Data",
         "Train",
+        "Published",
         "Entry",
     ]
 
