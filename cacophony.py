@@ -1,4 +1,5 @@
-"""Cacophony: an audio encoder first trained to fill in masked spectrograms, then CLAP with a captioner.
+"""Cacophony: an audio encoder first trained to fill in masked spectrograms, then CLAP with a
+captioner.
 
 Zhu, Darefsky, Duan: "Cacophony: An Improved Contrastive Audio-Text Model", IEEE/ACM TASLP 32, 2024,
 arXiv:2402.06986. Official code, inference only: github.com/gzhu06/Cacophony (JAX and a torch port).
@@ -93,21 +94,18 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
 
 Run:  python cacophony.py --data demo                                 (two CPU cores, both stages)
       python cacophony.py --stage mae --data audioset acav --name full
-      python cacophony.py --stage contrastive --data audiocaps clotho freesound --name full --micro-batch 256
-      torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8 GPUs)
-      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
+      python cacophony.py --stage contrastive --data audiocaps clotho freesound --name full
+      --micro-batch 256 torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8
+      GPUs) python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
 Stage 1 starts near 1 (patches are normalised) and falls fast, then slowly; Eq. (1) starts near
 2 ln B, Eq. (2) near the logarithm of the vocabulary's size.
 """
 
-import dataclasses
-import json
 import math
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -115,7 +113,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import common
 
@@ -124,81 +121,67 @@ import common
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Config:
+@dataclass(init=False)
+class Config(common.RunConfig):
     # data
-    data: list[
-        str
-    ]  # manifests, folders that hold manifest.jsonl, or the word demo; stage 1 needs no captions
-    size: Literal["paper", "ablation", "tiny"] = (
-        "paper"  # ablation: the smaller audio encoder of the paper's ablations (Sec. VI); tiny: small, from nothing
-    )
-    variant: Literal["paper", "jax", "official"] = (
-        "paper"  # details that differ: the authors' JAX code, or their torch port (D1-D3, D5)
-    )
-    stage: Literal["all", "mae", "contrastive"] = (
-        "all"  # masked autoencoder, contrastive captioning, or both in order
-    )
-    audio_weights: str = ""  # stage 2's audio encoder: a run's mae.pt, the authors' torch file, or none; empty: runs/NAME/mae.pt
-    text_model: str = "roberta-base"  # start of the text encoder: hub id or folder (RoBERTa: Sec. III-B; base: code, D6), or none
-    max_tokens: int = 77  # captions are cut there (Sec. IV-A)
-    synthetic_share: float = (
-        0.8  # of the draws from clips that have synthetic captions, how many take one (code, D16)
-    )
+    # manifests, folders that hold manifest.jsonl, or the word demo; stage 1 needs no captions
+    data: list[str]
+    # ablation: the smaller audio encoder of the paper's ablations (Sec. VI); tiny: small, from
+    # nothing
+    size: Literal["paper", "ablation", "tiny"] = "paper"
+    # details that differ: the authors' JAX code, or their torch port (D1-D3, D5)
+    variant: Literal["paper", "jax", "official"] = "paper"
+    # masked autoencoder, contrastive captioning, or both in order
+    stage: Literal["all", "mae", "contrastive"] = "all"
+    # stage 2's audio encoder: a run's mae.pt, the authors' torch file, or none; empty:
+    # runs/NAME/mae.pt
+    audio_weights: str = ""
+    # start of the text encoder: hub id or folder (RoBERTa: Sec. III-B; base: code, D6), or none
+    text_model: str = "roberta-base"
+    max_tokens: common.Tokens = 77  # captions are cut there (Sec. IV-A)
+    # of the draws from clips that have synthetic captions, how many take one (code, D16)
+    synthetic_share: common.Share = 0.8
+
     # model
-    audio_dim: int = 768  # width of the audio encoder (Sec. IV-A)
-    audio_layers: int = 12  # its layers (Sec. IV-A)
-    audio_heads: int = 8  # its heads (Sec. IV-A)
-    audio_mlp: int = 3072  # width of its feed-forward layers (Sec. IV-A)
-    joint_dim: int = 768  # dimension shared by audio and text (code, D6)
-    decoder_layers: int = 4  # layers of the text decoder (code, D6)
-    text_dim: int = 768  # text encoder width, read only when --text-model none
-    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    audio_dim: common.Count = 768  # width of the audio encoder (Sec. IV-A)
+    audio_layers: common.Layers = 12  # its layers (Sec. IV-A)
+    audio_heads: common.Count = 8  # its heads (Sec. IV-A)
+    audio_mlp: common.Count = 3072  # width of its feed-forward layers (Sec. IV-A)
+    joint_dim: common.Count = 768  # dimension shared by audio and text (code, D6)
+    decoder_layers: common.Layers = 4  # layers of the text decoder (code, D6)
+    text_dim: common.Count = 768  # text encoder width, read only when --text-model none
+    text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
+
     # stage 1, masked autoencoder
-    mae_steps: int = 200000  # optimiser steps of stage 1 (Sec. IV-A)
-    mae_batch_size: int = 512  # clips over all processes (Sec. IV-A)
-    mae_lr: float = 2e-4  # peak of AdamW's learning rate (Sec. IV-A)
-    mae_crop_s: float = 15.0  # random crop in seconds (Sec. IV-A)
-    mae_layers: int = 12  # layers of the decoder that reconstructs (Sec. IV-A)
-    mask_ratio: float = 0.8  # share of patches that the encoder never sees (Sec. III-A)
+    mae_steps: common.Count = 200000  # optimiser steps of stage 1 (Sec. IV-A)
+    mae_batch_size: common.Count = 512  # clips over all processes (Sec. IV-A)
+    mae_lr: common.Positive = 2e-4  # peak of AdamW's learning rate (Sec. IV-A)
+    mae_crop_s: Annotated[float, "[0.16, 300]"] = 15.0  # random crop in seconds (Sec. IV-A)
+    mae_layers: common.Layers = 12  # layers of the decoder that reconstructs (Sec. IV-A)
+    # share of patches that the encoder never sees (Sec. III-A)
+    mask_ratio: Annotated[float, "(0, 1)"] = 0.8
+
     # stage 2, contrastive captioning
-    steps: int = 300000  # optimiser steps of stage 2 (Sec. IV-A)
-    batch_size: int = 4096  # pairs over all processes (Sec. IV-A)
-    lr: float = 1e-5  # peak of AdamW's learning rate (Sec. IV-A)
-    patches: int = 512  # most patches of a clip; of longer clips as many are drawn (Sec. IV-A: those of 10.24 s)
-    caption_weight: float = (
-        1.0  # lambda, weight of the captioning loss (Eq. 3, Sec. IV-A); 0: no decoder
-    )
-    rho: float = 0.075  # SAM's distance (Eq. 4, Sec. IV-B); 0: plain AdamW
+    steps: common.Count = 300000  # optimiser steps of stage 2 (Sec. IV-A)
+    batch_size: common.Count = 4096  # pairs over all processes (Sec. IV-A)
+    lr: common.Positive = 1e-5  # peak of AdamW's learning rate (Sec. IV-A)
+    # most patches of a clip; of longer clips as many are drawn (Sec. IV-A: those of 10.24 s)
+    patches: common.Count = 512
+    # lambda, weight of the captioning loss (Eq. 3, Sec. IV-A); 0: no decoder
+    caption_weight: common.NotNegative = 1.0
+    rho: common.NotNegative = 0.075  # SAM's distance (Eq. 4, Sec. IV-B); 0: plain AdamW
+
     # both stages
-    micro_batch: int = 0  # clips a process sends through the model at a time, which saves memory; the loss sees the whole batch (gradient caching); 0: all of its share (ours)
-    warmup_steps: int = (
-        10000  # steps of the warm-up (linear: D6), then cosine to min_lr (Sec. IV-A)
-    )
-    min_lr: float = 1e-6  # end of the cosine (Sec. IV-A)
-    weight_decay: float = 0.01  # AdamW's (Sec. IV-A)
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
-    )
-    seed: int = 0  # of weights, order, crops, captions, masks, patches
-    # run
-    name: str = ""  # folder under --runs; empty: cacophony-1, cacophony-2, ...
-    runs: str = "runs"  # where run folders go
-    resume: bool = (
-        False  # continue runs/NAME/last.pt with its stored settings, in the stage it was in
-    )
-    eval_steps: int = 1000  # steps of stage 2 between validations (each may write best.pt)
-    save_steps: int = 500  # steps between writes of last.pt
-    log_steps: int = 10  # steps between lines of log.jsonl
-    workers: int = 8  # processes that read audio and make patches
-    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip (D8); empty: files are read
-    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
-    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
-    device: str = "auto"  # auto, cpu or cuda
+    # steps of the warm-up (linear: D6), then cosine to min_lr (Sec. IV-A)
+    warmup_steps: common.Whole = 10000
+    min_lr: common.NotNegative = 1e-6  # end of the cosine (Sec. IV-A)
+    weight_decay: common.NotNegative = 0.01  # AdamW's (Sec. IV-A)
+    eval_steps: common.Count = 1000  # steps of stage 2 between validations (each may write best.pt)
 
 
 ABLATION = dict(audio_dim=512, audio_mlp=1024)
-# A start from nothing needs larger steps; fewer patches of every clip make a step affordable on a CPU.
+# A start from nothing needs larger steps; fewer patches of every clip make a step affordable on a
+# CPU.
 TINY = dict(
     text_model="none",
     audio_dim=128,
@@ -224,7 +207,7 @@ TINY = dict(
     save_steps=100,
     workers=1,
 )
-PRESETS = {("size", "ablation"): ABLATION, ("size", "tiny"): TINY}
+Config.presets = {("size", "ablation"): ABLATION, ("size", "tiny"): TINY}
 SAMPLE_RATE, HOP, N_MELS = 16000, 160, 128  # 10 ms
 PATCH = 16  # frames and mel bins of a patch
 N_FREQ = N_MELS // PATCH  # patches of one time step
@@ -245,7 +228,9 @@ VARIANTS = {
 
 
 def tf_mel_filters():
-    """(257, 128) triangles over 0 to 8000 Hz, linear in mel, as TensorFlow makes them; nothing passes 0 Hz (D1)."""
+    """(257, 128) triangles over 0 to 8000 Hz, linear in mel, as TensorFlow makes them; nothing
+    passes 0 Hz (D1).
+    """
 
     def mel(hz):
         return 1127 * torch.log1p(hz / 700)
@@ -265,7 +250,8 @@ def tf_mel_filters():
 
 
 class MagnitudeMel(nn.Module):
-    """Waveform (B, S) at 16 kHz -> features (B, ceil(S / 160), 128): 0.2 ln(mel + 1e-5) + 0.9, about -1.4 to 1.
+    """Waveform (B, S) at 16 kHz -> features (B, ceil(S / 160), 128): 0.2 ln(mel + 1e-5) + 0.9,
+    about -1.4 to 1.
 
     Frames of 25 ms start every 10 ms; those over the end see zeros. Source: Sec. IV-A and the JAX
     code (D1).
@@ -273,9 +259,8 @@ class MagnitudeMel(nn.Module):
 
     def __init__(self, window: str = "start"):
         super().__init__()
-        before = (
-            0 if window == "start" else 56
-        )  # the port's torch.stft centres 400 samples in 512 (D1)
+        # the port's torch.stft centres 400 samples in 512 (D1)
+        before = 0 if window == "start" else 56
         self.spectrogram = torchaudio.transforms.Spectrogram(
             512,
             512,
@@ -304,19 +289,21 @@ class MagnitudeMel(nn.Module):
 
 
 def n_steps(n_samples):
-    """Whole time steps of 16 frames in n_samples (an int or a tensor): the remainder is dropped; one at least."""
+    """Whole time steps of 16 frames in n_samples (an int or a tensor): the remainder is dropped;
+    one at least.
+    """
     steps = (n_samples + HOP - 1) // HOP // PATCH
     return steps.clamp(min=1) if torch.is_tensor(steps) else max(1, steps)
 
 
 def to_patches(features):
-    """(B, T_mel, 128) -> (B, N, 256): patch number t * 8 + f, each 16 frames by 16 mel bins, row by row."""
+    """(B, T_mel, 128) -> (B, N, 256): patch number t * 8 + f, each 16 frames by 16 mel bins, row by
+    row.
+    """
     B, T_mel, _ = features.shape
     if T_mel < PATCH:  # under 0.16 s
-        features, T_mel = (
-            F.pad(features, (0, 0, 0, PATCH - T_mel), value=0.2 * math.log(1e-5) + 0.9),
-            PATCH,
-        )
+        features = F.pad(features, (0, 0, 0, PATCH - T_mel), value=0.2 * math.log(1e-5) + 0.9)
+        T_mel = PATCH
     T = T_mel // PATCH
     x = features[:, : T * PATCH].reshape(B, T, PATCH, N_FREQ, PATCH)
     return x.transpose(2, 3).reshape(B, T * N_FREQ, PATCH * PATCH)
@@ -361,7 +348,9 @@ class PatchTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def positions(self, number):
-        """Patch numbers (B, N) -> (B, N, dim): sines and cosines of the time step, plus what is learnt for the band."""
+        """Patch numbers (B, N) -> (B, N, dim): sines and cosines of the time step, plus what is
+        learnt for the band.
+        """
         dim = self.freq_embedding.shape[1]
         rate = 10000 ** (-torch.arange(dim // 2, device=number.device) * 2 / dim)
         angle = (number // N_FREQ)[..., None] * rate
@@ -373,7 +362,9 @@ class PatchTransformer(nn.Module):
         return self.norm(x)
 
     def forward(self, patches, number, valid_mask):
-        """patches (B, N, input_dim), their numbers (B, N), valid_mask (B, N) bool, True = a real patch -> (B, N, dim)."""
+        """patches (B, N, input_dim), their numbers (B, N), valid_mask (B, N) bool, True = a real
+        patch -> (B, N, dim).
+        """
         return self.transform(self.input_proj(patches) + self.positions(number), valid_mask)
 
 
@@ -395,21 +386,18 @@ class MAE(nn.Module):
         """-> painted (B, N, 256), normalised values of every patch; visible_mask (B, N) bool."""
         B, N, _ = patches.shape
         n_visible = (valid_mask.sum(1) * (1 - self.mask_ratio)).round().long().clamp(min=1)  # (B,)
-        most = max(
-            1, round(N * (1 - self.mask_ratio))
-        )  # of any clip, known without waiting for a GPU
-        order = (
-            torch.rand(B, N, device=patches.device).masked_fill(~valid_mask, 2.0).argsort(1)
-        )  # real patches first
+        # of any clip, known without waiting for a GPU
+        most = max(1, round(N * (1 - self.mask_ratio)))
+        # real patches first
+        order = torch.rand(B, N, device=patches.device).masked_fill(~valid_mask, 2.0).argsort(1)
         chosen = order[:, :most]  # (B, V)
         seen = torch.arange(most, device=patches.device) < n_visible[:, None]  # (B, V)
 
         def take(x):
             return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
 
-        encoded = self.audio_encoder(
-            take(patches), number.gather(1, chosen), seen
-        )  # masked patches never get here
+        # masked patches never get here
+        encoded = self.audio_encoder(take(patches), number.gather(1, chosen), seen)
         encoded = self.decoder.input_proj(encoded)  # (B, V, dim)
 
         visible_mask = torch.zeros_like(valid_mask).scatter(1, chosen, seen)
@@ -458,26 +446,26 @@ class AttentionPool(nn.Module):
         return self.out_proj(pooled.reshape(B, C))
 
     def each(self, x):
-        """What every position would give if the query attended to it alone. (B, N, C) -> (B, N, out_dim)."""
+        """What every position would give if the query attended to it alone. (B, N, C) -> (B, N,
+        out_dim).
+        """
         return self.out_proj(self.kv_proj(x)[..., x.shape[2] :])
 
 
 class DecoderAttention(nn.Module):
-    """Post-norm attention as in RoBERTa's decoder layers, keys and values given, so that they can be kept."""
+    """Post-norm attention as in RoBERTa's decoder layers, keys and values given, so that they can
+    be kept.
+    """
 
     def __init__(self, dim, memory_dim, heads):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value = (
-            nn.Linear(dim, dim),
-            nn.Linear(memory_dim, dim),
-            nn.Linear(memory_dim, dim),
-        )
-        self.dense, self.norm, self.dropout = (
-            nn.Linear(dim, dim),
-            nn.LayerNorm(dim),
-            nn.Dropout(0.1),
-        )
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(memory_dim, dim)
+        self.value = nn.Linear(memory_dim, dim)
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(0.1)
 
     def split(self, x):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, L, C / heads)
@@ -486,7 +474,9 @@ class DecoderAttention(nn.Module):
         return self.split(self.key(memory)), self.split(self.value(memory))
 
     def forward(self, x, keys_values, mask):
-        """x (B, L, C), mask (B or 1, 1, L or 1, positions of the keys) bool, True = may be attended to."""
+        """x (B, L, C), mask (B or 1, 1, L or 1, positions of the keys) bool, True = may be attended
+        to.
+        """
         out = F.scaled_dot_product_attention(
             self.split(self.query(x)), *keys_values, attn_mask=mask
         )
@@ -498,10 +488,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, dim, audio_dim, heads):
         super().__init__()
-        self.attention, self.crossattention = (
-            DecoderAttention(dim, dim, heads),
-            DecoderAttention(dim, audio_dim, heads),
-        )
+        self.attention = DecoderAttention(dim, dim, heads)
+        self.crossattention = DecoderAttention(dim, audio_dim, heads)
         self.intermediate, self.output = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(0.1)
 
@@ -538,7 +526,10 @@ class Model(nn.Module):
 
     sample_rate, window_s, frame_s = SAMPLE_RATE, 10.24, STEP_SAMPLES / SAMPLE_RATE
     frame_window_s, variants = PIECE_S, ("paper", "jax", "official")  # seconds heard in one piece
-    crop_rule = f"any length as one sequence of patches; over {PIECE_S:g} s in pieces that are pooled together"
+    crop_rule = (
+        f"any length as one sequence of patches; over {PIECE_S:g} s in pieces that are pooled "
+        "together"
+    )
     clean_caption = staticmethod(lambda text: text)  # the code tokenises captions as they are
 
     def __init__(self, shape: dict, text_encoder: common.TextEncoder):
@@ -560,9 +551,8 @@ class Model(nn.Module):
             for _ in range(shape["decoder_layers"])
         )
         if self.decoder:
-            self.head = nn.Linear(
-                text_dim, text_encoder.model.config.vocab_size
-            )  # not tied to the embeddings (code, D6)
+            # not tied to the embeddings (code, D6)
+            self.head = nn.Linear(text_dim, text_encoder.model.config.vocab_size)
             nn.init.normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
             for module in self.decoder.modules():
@@ -596,7 +586,8 @@ class Model(nn.Module):
     def forward(self, patches, number, valid_mask, input_ids, attention_mask):
         """One training batch -> audio_embeds, text_embeds (B, D), caption nll (B,), scale.
 
-        Shapes: patches (B, N, 256), number and valid_mask (B, N), input_ids and attention_mask (B, L).
+        Shapes: patches (B, N, 256), number and valid_mask (B, N), input_ids and attention_mask (B,
+        L).
         """
         audio_states = self.audio_encoder(patches, number, valid_mask)
         text_states = self.text_states(input_ids, attention_mask)
@@ -609,14 +600,15 @@ class Model(nn.Module):
             logits = self.next_logits(
                 text_states[:, :-1], self.audio_keys_values(audio_states), valid_mask
             )
-            n_most = (
-                None if self.shape["variant"] == "paper" else self.text_encoder.max_tokens - 1
-            )  # D5
+            # D5
+            n_most = None if self.shape["variant"] == "paper" else self.text_encoder.max_tokens - 1
             nll = caption_nll(logits, input_ids[:, 1:], attention_mask[:, 1:], n_most)
         return audio_embeds, text_embeds, nll, self.log_scale.exp()
 
     def audio_states(self, waveform, n_samples=None):
-        """waveform (B, S), n_samples (B,) valid ones -> states (B, N, C), valid_mask (B, N): the whole clip (D9)."""
+        """waveform (B, S), n_samples (B,) valid ones -> states (B, N, C), valid_mask (B, N): the
+        whole clip (D9).
+        """
         piece = min(int(PIECE_S * SAMPLE_RATE) // STEP_SAMPLES * STEP_SAMPLES, waveform.shape[1])
         pieces, owner, _, lengths = common.cut_windows(waveform, n_samples, piece)
         steps = n_steps(torch.tensor(lengths))
@@ -640,7 +632,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
-        """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised; never random."""
+        """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised;
+        never random.
+        """
         with common.evaluating(self):
             return F.normalize(
                 self.audio_pool(*self.audio_states(waveform, n_samples)).float(), dim=-1
@@ -648,9 +642,11 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
-        """As embed_audio -> (B, T, D), normalised, every 0.16 s (D10); zeros behind a clip's last frame.
+        """As embed_audio -> (B, T, D), normalised, every 0.16 s (D10); zeros behind a clip's last
+        frame.
 
-        If a clip ends within a step, the frame of its last whole step is given once more for the rest.
+        If a clip ends within a step, the frame of its last whole step is given once more for the
+        rest.
         """
         with common.evaluating(self):
             states, valid_mask = self.audio_states(waveform, n_samples)
@@ -701,7 +697,8 @@ class Model(nn.Module):
         """A caption for each clip of waveform (B, S) at 16 kHz, token by token.
 
         temperature: 0 takes the likeliest token, else tokens are drawn (Sec. V-F: 0.1; D18); what a
-        clip draws depends on `seed` alone, not on the other clips. Each step reads the whole caption
+        clip draws depends on `seed` alone, not on the other clips. Each step reads the whole
+        caption
         so far again: captions are short, and transformers changes how it keeps keys and values.
         """
         if not self.decoder:
@@ -711,10 +708,8 @@ class Model(nn.Module):
             audio_states, audio_mask = self.audio_states(waveform, n_samples)
             audio_kv = self.audio_keys_values(audio_states)
             ids = torch.full((len(waveform), 1), tokenizer.cls_token_id, device=audio_states.device)
-            ended, generator = (
-                torch.zeros(len(ids), dtype=torch.bool, device=ids.device),
-                torch.Generator().manual_seed(seed),
-            )
+            ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            generator = torch.Generator().manual_seed(seed)
             for _ in range(
                 min(max_tokens, self.text_encoder.model.config.max_position_embeddings) - 1
             ):
@@ -727,10 +722,8 @@ class Model(nn.Module):
                     noise = -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
                     logits = logits / temperature + noise.to(logits.device)
                 token = torch.where(ended, tokenizer.pad_token_id, logits.argmax(-1))
-                ids, ended = (
-                    torch.cat([ids, token[:, None]], 1),
-                    ended | (token == tokenizer.sep_token_id),
-                )
+                ids = torch.cat([ids, token[:, None]], 1)
+                ended = ended | (token == tokenizer.sep_token_id)
                 if ended.all():
                     break
         return [
@@ -746,7 +739,8 @@ class Model(nn.Module):
         content = common.read_checkpoint(path, METHOD)
         if content["stage"] != "contrastive":
             raise ValueError(
-                f"{path}: holds stage 1 only, an audio encoder that knows no text; stage 2 takes it as --audio-weights"
+                f"{path}: holds stage 1 only, an audio encoder that knows no text; stage 2 takes "
+                "it as --audio-weights"
             )
         text_encoder = common.text_encoder_from_description(
             content["text_encoder"], content["config"]["max_tokens"]
@@ -784,7 +778,9 @@ def audio_shape(cfg: Config) -> dict:
 
 
 def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
-    """A new model: the audio encoder from stage 1, the text encoder from --text-model, the rest from nothing."""
+    """A new model: the audio encoder from stage 1, the text encoder from --text-model, the rest
+    from nothing.
+    """
     text_encoder = common.start_text_encoder(cfg, captions, cfg.max_tokens)
     shape = dict(
         audio=audio_shape(cfg),
@@ -796,7 +792,8 @@ def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
     if cfg.audio_weights != "none":
         if not cfg.audio_weights and not mae.is_file():
             raise FileNotFoundError(
-                f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give --audio-weights (a run's "
+                f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give "
+                "--audio-weights (a run's "
                 "mae.pt, the authors' torch file, or none)"
             )
         audio_start(model.audio_encoder, cfg.audio_weights or mae)
@@ -833,21 +830,15 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
 
     Source: Eq. (3).
     """
-    audio_embeds, text_embeds, nll = (
-        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, nll)
-    )
+    audio_embeds = common.gather_with_grad(audio_embeds)
+    text_embeds = common.gather_with_grad(text_embeds)
+    nll = common.gather_with_grad(nll)
     sim = audio_embeds @ text_embeds.T  # (B, B)
     contrastive, captioning = contrastive_loss(sim, scale), nll.mean()
     loss = contrastive + cfg.caption_weight * captioning  # Eq. (3)
-    return (
-        loss,
-        sim.detach(),
-        {
-            "loss_con": contrastive.detach(),
-            "loss_cap": captioning.detach(),
-            "modality_gap": modality_gap(audio_embeds.detach(), text_embeds.detach()),
-        },
-    )
+    gap = modality_gap(audio_embeds.detach(), text_embeds.detach())
+    parts = {"loss_con": contrastive, "loss_cap": captioning, "modality_gap": gap}
+    return loss, sim.detach(), parts
 
 
 def modality_gap(audio_embeds, text_embeds):
@@ -866,7 +857,8 @@ def sam_backward(parameters: list, backward, rho: float):
     Eq. (5). A second pass, on the same batch with the same random draws (D7), gives the gradient
     there, Eq. (6). Source: Sec. IV-B; Foret et al., ICLR 2021.
 
-    Args: backward: computes the loss and adds its gradient to the parameters; called twice -> its first result.
+    Args: backward: computes the loss and adds its gradient to the parameters; called twice -> its
+    first result.
     """
     result = backward()
     if rho == 0:
@@ -893,31 +885,27 @@ def sam_backward(parameters: list, backward, rho: float):
 
 
 class Clips(Dataset):
-    """Patches of clips, with one caption each in stage 2. Items are asked for as (epoch, index), which seeds all draws.
+    """Patches of clips, with one caption each in stage 2. Items are asked for as (epoch, index),
+    which seeds all draws.
 
     Patches are made here, not on the GPU: of a clip of 5 minutes (D8) only 512 of 15,000 patches go
     there.
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize=None, cache: str = ""):
-        self.rows, self.cfg, self.tokenize, self.log_mel = (
-            rows,
-            cfg,
-            tokenize,
-            MagnitudeMel(VARIANTS[cfg.variant]["window"]),
-        )
+        self.rows = rows
+        self.cfg = cfg
+        self.tokenize = tokenize
+        self.log_mel = MagnitudeMel(VARIANTS[cfg.variant]["window"])
         self.read = common.audio_reader(cache, rows, SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
         length_s = LONGEST_S if self.tokenize else self.cfg.mae_crop_s
-        try:
-            waveform = self.read(
-                row["audio"], length_s=length_s, crop_rng=rng, expected_s=row.get("duration")
-            )
-        except common.AudioError as error:
-            return error
+        waveform = self.read(
+            row["audio"], length_s=length_s, crop_rng=rng, expected_s=row.get("duration")
+        )
         patches = to_patches(self.log_mel(common.as_float(waveform)[None]))[0]  # (N, 256)
         number = torch.arange(len(patches))
         if self.tokenize and len(patches) > self.cfg.patches:
@@ -945,11 +933,8 @@ class Clips(Dataset):
         )
         return texts[int(rng.integers(len(texts)))]
 
-    def collate(self, items):
-        """-> list of dicts of tensors for the model (one a micro-batch), file names, error texts."""
-        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
-
-    def tensors(self, items) -> dict:
+    def collate(self, items) -> dict:
+        """-> what the model's forward takes."""
         patches, numbers, captions, _ = zip(*items)
         lengths = torch.tensor([len(p) for p in patches])
         batch = {
@@ -974,24 +959,6 @@ def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
     return peak * factor if step < cfg.warmup_steps else cfg.min_lr + (peak - cfg.min_lr) * factor
 
 
-def check(cfg: Config) -> None:
-    common.check_counts(
-        cfg, "mae_steps", "mae_layers", "steps", "eval_steps", "save_steps", "log_steps", "patches"
-    )
-    if (
-        min(cfg.micro_batch, cfg.rho, cfg.caption_weight, cfg.warmup_steps) < 0
-        or not 0 <= cfg.synthetic_share <= 1
-    ):
-        raise ValueError(
-            "--micro-batch, --rho, --caption-weight and --warmup-steps must not be negative, --synthetic-share lies in 0 to 1"
-        )
-    if not 0 < cfg.mask_ratio < 1 or not 0.16 <= cfg.mae_crop_s <= LONGEST_S:
-        raise ValueError(
-            f"--mask-ratio {cfg.mask_ratio}, --mae-crop-s {cfg.mae_crop_s}: expected a share between 0 and 1, and 0.16 to "
-            f"{LONGEST_S:g} seconds"
-        )
-
-
 def require_texts(rows: list[dict]) -> None:
     """ValueError for a row that stage 2 cannot use: without captions, written or synthetic."""
     for row in rows:
@@ -999,359 +966,156 @@ def require_texts(rows: list[dict]) -> None:
             common.require([row], "captions")
 
 
-def train_mae(cfg: Config, device, autocast, say) -> Path:
+def train_mae(cfg: Config, run: common.Run) -> None:
     """Stage 1, masked autoencoding (Sec. III-A) -> runs/NAME/mae.pt; needs sound only."""
-    rank, world = common.rank_and_world()
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     if cfg.stage == "all":
         require_texts(train_rows + val_rows)  # said now, not after stage 1
-    check(cfg)
     batch_size = min(cfg.mae_batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
+    checkpoint = run.checkpoint("mae")
     torch.manual_seed(cfg.seed)
-    model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, VARIANTS[cfg.variant]["eps"]).to(
-        device
-    )
+    eps = VARIANTS[cfg.variant]["eps"]
+    model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, eps)
+    if checkpoint:
+        common.load_strict(model, checkpoint["model"], run.path / "last.pt")
+    model.to(run.device)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=cfg.mae_lr, weight_decay=cfg.weight_decay, fused=True
     )
-    step = 0
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
-    if cfg.resume:
-        checkpoint = common.read_checkpoint(run.path / "last.pt", METHOD)
-        common.load_strict(model, checkpoint["model"], run.path / "last.pt")
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        step = checkpoint["step"]
-        run.drop_log_after(step, stage="mae")
-    cfg.name = run.name
-    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
-    say(
-        f"{METHOD}, stage 1: {len(train_rows)} clips; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"{cfg.mae_steps} steps of {batch_size} clips on {world} x {device.type}; writing to {run.path}"
+    forward = run.begin(
+        model,
+        optimiser,
+        cfg.mae_steps,
+        len(train_rows),
+        f"{len(train_rows)} clips; batches of {batch_size}",
+        checkpoint,
+        stage="mae",
+        shape=audio_shape(cfg),
+    )
+    sampler = common.training_batches(
+        len(train_rows), batch_size, cfg.seed, run.step, cfg.mae_steps
     )
 
-    def save(name):
-        common.save_checkpoint(
-            run.path / name,
-            {
-                "method": METHOD,
-                "stage": "mae",
-                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
-                "step": step,
-                "shape": audio_shape(cfg),
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "versions": common.versions(),
-            },
-        )
+    def loss_of(of_clips):
+        return (common.gather_with_grad(of_clips).mean(),)
 
     # Loop
-    dataset = Clips(train_rows, cfg, cache=cfg.cache)
-    loader = common.Loader(
-        dataset,
-        batch_sampler=common.training_batches(
-            len(train_rows), batch_size, cfg.seed, step, cfg.mae_steps
-        ),
-        num_workers=cfg.workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_signals,
-    )
-    bar = tqdm(
-        total=cfg.mae_steps,
-        initial=step,
-        unit="step",
-        desc="stage 1",
-        disable=rank > 0,
-        dynamic_ncols=True,
-    )
-    recent, unreadable, clock, clips_seen = [], [], time.perf_counter(), 0
-    model.train()
-    for parts, names, bad in common.batches_on(device, loader):
-        unreadable += bad
-        if not parts:
-            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+    for parts in run.batches(Clips(train_rows, cfg, cache=cfg.cache), sampler):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(cfg, cfg.mae_lr, step, cfg.mae_steps)
+            group["lr"] = learning_rate(cfg, cfg.mae_lr, run.step, cfg.mae_steps)
 
         optimiser.zero_grad(set_to_none=True)
-        (loss,) = common.cached_backward(
-            wrapped,
-            parts,
-            lambda of_clips: (common.gather_with_grad(of_clips).mean(),),
-            lambda i: common.seed_step(cfg.seed, step, rank, i),
-            autocast,
-            cfg.micro_batch,
+        (loss,) = common.cached_backward(  # D12
+            forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
         )
         optimiser.step()
 
-        # Log: the only place, with saving, where a GPU is waited for
-        recent.append((step, loss.detach(), names))
-        step += 1
-        clips_seen += len(names) * world
-        bar.update()
-        if step % cfg.log_steps == 0 or step == cfg.mae_steps:
-            common.check_finite(recent, run)
-            run.settle_skipped(unreadable)
-            unreadable.clear()
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            run.log(
-                {
-                    "stage": "mae",
-                    "step": step,
-                    "loss": loss.item(),
-                    "lr": optimiser.param_groups[0]["lr"],
-                    "clips_per_s": clips_seen / seconds,
-                    "skipped": len(run.skipped),
-                }
-            )
-            bar.set_postfix_str(f"loss {loss.item():.3f} {clips_seen / seconds:.0f} clips/s")
-            clips_seen = 0
-        if step % cfg.save_steps == 0 or step == cfg.mae_steps or run.stop:
-            common.check_finite(recent, run, model)
-            if rank == 0:
-                save("last.pt")
-            common.barrier()
-            run.end_if_told(f"step {step}")
-            clock, clips_seen = time.perf_counter(), 0
-    bar.close()
-    if rank == 0:
-        save("mae.pt")
+        run.step_done(loss)
+        run.save_if_due()
+    run.save("mae.pt")
     common.barrier()
-    return run.path / "mae.pt"
 
 
 @torch.no_grad()
 def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[dict, dict]:
-    """Retrieval with whole clips, and the losses of the rows as one batch (first captions) -> scores, what chance gives."""
-    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
-    for text in bad:
-        tqdm.write(f"validation: left out {text}")
-    rows = [rows[i] for i in kept]
+    """Retrieval with whole clips, and the losses of the rows as one batch (first captions) ->
+    scores, what chance gives.
+    """
+    rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
     texts = [row.get("captions") or row["synthetic"] for row in rows]
-    owner = np.repeat(np.arange(len(rows)), [len(of) for of in texts])
-    sim = common.similarities(model, audio_embeds, None, [c for of in texts for c in of])
-    scores, chance = (
-        common.retrieval_scores(common.retrieval_ranks(sim, owner)),
-        common.retrieval_chance(owner, len(rows)),
-    )
+    scores, chance, sim = common.caption_retrieval(model, audio_embeds, None, texts)
     first = np.concatenate([[0], np.cumsum([len(of) for of in texts])[:-1]])
     scale = model.log_scale.exp().cpu()
     scores["loss_con"] = float(contrastive_loss(torch.from_numpy(sim[:, first]), scale))
     chance["loss_con"] = 2 * math.log(len(rows))
     if model.decoder:
-        dataset = Clips(rows, cfg, model.text_encoder.tokenize)
-        device, nll = model.log_scale.device, []
-        dataset.draw_caption = lambda row, rng: (row.get("captions") or row["synthetic"])[0]
+        of_first = [{**row, "captions": [of[0]], "synthetic": []} for row, of in zip(rows, texts)]
+        dataset, nll = Clips(of_first, cfg, model.text_encoder.tokenize), []
         with common.evaluating(model):
             for i in range(0, len(rows), 32):
                 items = [dataset[0, j] for j in range(i, min(i + 32, len(rows)))]
-                batch = common.to_device(dataset.tensors(items), device)
+                batch = common.to_device(dataset.collate(items), model.log_scale.device)
                 nll += model(**batch)[2].tolist()
-        scores["loss_cap"], chance["loss_cap"] = (
-            float(np.mean(nll)),
-            math.log(model.text_encoder.model.config.vocab_size),
-        )
+        scores["loss_cap"] = float(np.mean(nll))
+        chance["loss_cap"] = math.log(model.text_encoder.model.config.vocab_size)
     return scores, chance
 
 
-def selection_score(model, val_rows, cfg, say, step) -> float:
-    """mAP@10 of both directions on the validation split (D11); without one, the last step wins."""
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows, cfg)
-    shown = [
-        k
-        for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "loss_con", "loss_cap")
-        if k in scores
-    ]
-    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
-    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
-
-
-def train_contrastive(cfg: Config, device, autocast, say) -> dict:
-    """Stage 2, contrastive captioning (Sec. III-B, Eq. 1-3; SAM: Sec. IV-B, Eq. 4-6) -> runs/NAME/last.pt, best.pt.
+def train_contrastive(cfg: Config, run: common.Run) -> dict:
+    """Stage 2, contrastive captioning (Sec. III-B, Eq. 1-3; SAM: Sec. IV-B, Eq. 4-6) ->
+    runs/NAME/last.pt, best.pt.
 
     Returns: the best checkpoint's scores on the validation split.
     """
-    rank, world = common.rank_and_world()
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     require_texts(train_rows + val_rows)
-    check(cfg)
     batch_size = min(cfg.batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
-    last = Path(cfg.runs) / cfg.name / "last.pt"
-    stored = common.read_checkpoint(last, METHOD) if cfg.name and last.exists() else None
-    after_mae = (
-        bool(stored)
-        and stored["stage"] == "mae"
-        and stored["step"] == stored["config"]["mae_steps"]
-    )
-    checkpoint = stored if cfg.resume and not after_mae else None
+    checkpoint = run.checkpoint("contrastive")
     torch.manual_seed(cfg.seed)
     if checkpoint:
-        model = Model.from_checkpoint(last)
+        model = Model.from_checkpoint(run.path / "last.pt")
     else:
         texts = [
             text
             for row in train_rows
             for text in (*row.get("captions", []), *row.get("synthetic", []))
         ]
-        model = start_model(cfg, texts, last.with_name("mae.pt"))
-    model.to(device)
+        model = start_model(cfg, texts, run.path / "mae.pt")
+    model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(
-        cfg.runs, cfg.name, METHOD, cfg.resume or after_mae, len(train_rows), cfg.max_bad
+    forward = run.begin(
+        model,
+        optimiser,
+        cfg.steps,
+        len(train_rows),
+        f"{len(train_rows)} clips, {len(val_rows)} clips for validation; batches of {batch_size}, "
+        f"2 ln B = {2 * math.log(batch_size):.2f}",
+        checkpoint,
+        stage="contrastive",
+        shape=model.shape,
+        continues=cfg.resume or mae_is_finished(run.path / "last.pt"),
     )
-    if checkpoint:
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        step, best = checkpoint["step"], checkpoint["best"]
-    run.drop_log_after(step, stage="contrastive")
-    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
-    say(
-        f"{METHOD}, stage 2: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
-        f"parameters; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; 2 ln B = {2 * math.log(batch_size):.2f}; "
-        f"writing to {run.path}"
-    )
+    clips = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
+    sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
 
-    def save(name):
-        common.save_checkpoint(
-            run.path / name,
-            {
-                "method": METHOD,
-                "stage": "contrastive",
-                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
-                "step": step,
-                "best": best,
-                "shape": model.shape,
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "text_encoder": model.text_encoder.description(),
-                "versions": common.versions(),
-            },
-        )
+    def loss_of(*outputs):
+        return training_loss(cfg, *outputs)
 
     # Loop
-    dataset = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
-    loader = common.Loader(
-        dataset,
-        batch_sampler=common.training_batches(
-            len(train_rows), batch_size, cfg.seed, step, cfg.steps
-        ),
-        num_workers=cfg.workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_signals,
-    )
-    bar = tqdm(
-        total=cfg.steps,
-        initial=step,
-        unit="step",
-        desc="stage 2",
-        disable=rank > 0,
-        dynamic_ncols=True,
-    )
-    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
-    model.train()
-    for parts, names, bad in common.batches_on(device, loader):
-        unreadable += bad
-        if not parts:
-            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+    for parts in run.batches(clips, sampler):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(cfg, cfg.lr, step, cfg.steps)
-
-        optimiser.zero_grad(set_to_none=True)
+            group["lr"] = learning_rate(cfg, cfg.lr, run.step, cfg.steps)
 
         def backward():
-            return common.cached_backward(
-                wrapped,
-                parts,
-                lambda *outputs: training_loss(cfg, *outputs),
-                lambda i: common.seed_step(cfg.seed, step, rank, i),
-                autocast,
-                cfg.micro_batch,
+            return common.cached_backward(  # D12
+                forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
             )
 
-        loss, sim, of_loss = sam_backward(parameters, backward, cfg.rho)
+        optimiser.zero_grad(set_to_none=True)
+        loss, sim, losses = sam_backward(parameters, backward, cfg.rho)
         optimiser.step()
 
-        # Log: the only place, with saving, where a GPU is waited for
-        recent.append((step, loss.detach(), names))
-        step += 1
-        pairs_seen += len(sim)
-        bar.update()
-        if step % cfg.log_steps == 0 or step == cfg.steps:
-            common.check_finite(recent, run)
-            run.settle_skipped(unreadable)
-            unreadable.clear()
-            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {
-                "stage": "contrastive",
-                "step": step,
-                "loss": loss.item(),
-                "ln_B": math.log(len(sim)),
-                **{k: v.item() for k, v in of_loss.items()},
-                "batch_R@1": r1,
-                "scale": model.log_scale.exp().item(),
-                "lr": optimiser.param_groups[0]["lr"],
-                "pairs_per_s": pairs_seen / seconds,
-                "skipped": len(run.skipped),
-            }
-            run.log(line)
-            bar.set_postfix_str(
-                f"loss {line['loss_con']:.2f} (2 ln B {2 * line['ln_B']:.2f}) + {line['loss_cap']:.2f} R@1 {r1:.2f} "
-                f"gap {line['modality_gap']:.2f} {line['pairs_per_s']:.0f} pairs/s"
-            )
-            pairs_seen = 0
-        eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
-        if eval_now or step % cfg.save_steps == 0 or run.stop:
-            common.check_finite(recent, run, model)
-            if eval_now and rank == 0:
-                score = selection_score(model, val_rows, cfg, say, step)
-                if score > best["score"]:
-                    best = {"score": score, "step": step}
-                    save("best.pt")
-                model.train()
-            if rank == 0:
-                save("last.pt")
-            common.barrier()
-            run.end_if_told(f"step {step}")
-            clock, pairs_seen = time.perf_counter(), 0
-    bar.close()
+        run.step_done(loss, sim, **losses, scale=model.log_scale.exp())
+        if run.is_due(cfg.eval_steps):
+            scores = validate(model, val_rows, cfg)[0] if val_rows and run.rank == 0 else {}
+            # mAP@10 of both directions (D11); without validation clips the last step wins
+            used = [scores[k] for k in ("t2a_mAP@10", "a2t_mAP@10") if scores]
+            run.keep_best(sum(used) / 2 if used else run.step, scores)
+        run.save_if_due()
 
     # Result: the best checkpoint on the validation split
-    common.barrier()
-    if rank > 0 or not val_rows:
+    if run.rank > 0 or not val_rows:
         return {}
-    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, cfg, quiet=False)
-    result = {
-        "best_step": best["step"],
-        "n_clips": len(val_rows),
-        "scores": scores,
-        "chance": chance,
-    }
-    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(
-        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
-    )
+    result = run.finish(scores, chance, len(val_rows))
     if model.decoder:
-        print()
-        for row in val_rows[:3]:
-            try:
-                waveform = torch.from_numpy(common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S))[
-                    None
-                ].to(device)
-            except common.AudioError:  # named by the validation
-                continue
-            print(
-                f"  heard: {model.caption(waveform)[0]}\n  truth: {(row.get('captions') or row['synthetic'])[0]}"
-            )
+        show_captions(model, val_rows[:3])
     plain = dict(
         name="",
         stage="contrastive",
@@ -1362,28 +1126,44 @@ def train_contrastive(cfg: Config, device, autocast, say) -> dict:
     print(
         "\nNext:\n"
         f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python cacophony.py {common.flags_of(cfg, PRESETS, **plain)}     "
+        f"  python cacophony.py {common.flags_of(cfg, **plain)}     "
         "(the same start, without captioner and SAM, to compare)"
     )
     return result
 
 
+def mae_is_finished(path: Path) -> bool:
+    """Is this last.pt the end of a stage 1, whose folder stage 2 goes on with?"""
+    if not path.is_file():
+        return False
+    stored = common.read_checkpoint(path, METHOD)
+    return stored["stage"] == "mae" and stored["step"] == stored["config"]["mae_steps"]
+
+
+def show_captions(model: Model, rows: list[dict]) -> None:
+    print()
+    for row in rows:
+        try:
+            waveform = common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S)
+        except common.AudioError:  # named by the validation
+            continue
+        waveform = torch.from_numpy(waveform)[None].to(model.log_scale.device)
+        print(f"  heard: {model.caption(waveform)[0]}")
+        print(f"  truth: {(row.get('captions') or row['synthetic'])[0]}")
+
+
 def main(cfg: Config) -> dict:
-    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
-    cfg = dataclasses.replace(cfg)  # its name is filled in below
-    device, autocast, say = common.start(cfg, PRESETS)
-    stage = "mae"
-    if cfg.resume:
-        checkpoint = common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
-        common.check_resume(cfg, checkpoint["config"])
-        stage = checkpoint["stage"]
-    if cfg.stage != "contrastive" and stage == "mae":
-        mae = train_mae(cfg, device, autocast, say)
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
+    split, as in eval.json; {} without one.
+    """
+    run = common.Run(cfg, METHOD)
+    if cfg.stage != "contrastive" and (not cfg.resume or run.checkpoint("mae")):
+        train_mae(cfg, run)
         if cfg.stage == "mae":
-            flags = common.flags_of(cfg, PRESETS, stage="contrastive")
-            say(f"\nNext:\n  python cacophony.py {flags}")
-            return {"mae": str(mae)}
-    return train_contrastive(cfg, device, autocast, say)
+            flags = common.flags_of(cfg, name=run.name, stage="contrastive")
+            run.say(f"\nNext:\n  python cacophony.py {flags}")
+            return {"mae": str(run.path / "mae.pt")}
+    return train_contrastive(cfg, run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1392,7 +1172,9 @@ def main(cfg: Config) -> dict:
 
 
 def port_state(weights: dict) -> dict:
-    """Names of the authors' torch port -> ours. Unknown names stay, so that strict loading lists them."""
+    """Names of the authors' torch port -> ours. Unknown names stay, so that strict loading lists
+    them.
+    """
     for wrapper in ("model_state_dict", "state_dict"):
         weights = weights.get(wrapper, weights)
     state = {}
@@ -1436,7 +1218,9 @@ def port_state(weights: dict) -> dict:
 
 
 def port_size(state: dict) -> tuple:
-    """dim, layers, mlp, joint_dim, decoder layers, read from shapes; the paper's where keys are missing."""
+    """dim, layers, mlp, joint_dim, decoder layers, read from shapes; the paper's where keys are
+    missing.
+    """
 
     def count(prefix):
         return len({m[1] for k in state if (m := re.match(rf"{prefix}\.(\d+)\.", k))})
@@ -1470,4 +1254,4 @@ def audio_start(encoder: PatchTransformer, path) -> None:
 # ------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
+    common.run_entry(main, common.cli, Config, __doc__)

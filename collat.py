@@ -87,14 +87,11 @@ Eq. (2) starts near ln B. Eq. (1) starts near what one mean token gives, as the 
 (D3), and may rise in the first 100 steps.
 """
 
-import dataclasses
-import json
 import math
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -102,7 +99,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import common
 
@@ -111,60 +107,72 @@ import common
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Config:
+@dataclass(init=False)
+class Config(common.RunConfig):
     # data
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
-    size: Literal["paper", "tiny"] = (
-        "paper"  # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
-    )
-    audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"  # AST's start, pre-trained on AudioSet as in Fig. 4b (which Sec. 5.1 calls Table 4b): transformers folder or hub id, AST's own file, or none
-    text_model: str = "openai/clip-vit-large-patch14"  # the locked text encoder: hub id or folder (D2), or none: random, from the training texts
-    max_tokens: int = 77  # number of slots, and of tokens a text is cut to: N, the longest text's (Sec. 3.1; not printed, CLIP's is 77)
+    # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
+    size: Literal["paper", "tiny"] = "paper"
+    # AST's start, pre-trained on AudioSet as in Fig. 4b (which Sec. 5.1 calls Table 4b):
+    # transformers folder or hub id, AST's own file, or none
+    audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"
+    # the locked text encoder: hub id or folder (D2), or none: random, from the training texts
+    text_model: str = "openai/clip-vit-large-patch14"
+    # number of slots, and of tokens a text is cut to: N, the longest text's (Sec. 3.1; not printed,
+    # CLIP's is 77)
+    max_tokens: common.Tokens = 77
+
     # model
-    audio_dim: int = 768  # width of AST (768: Sec. 4.1) and of the slots (D3)
-    audio_layers: int = 12  # AST's layers (AST's own)
-    audio_heads: int = 12  # heads of AST (its own) and of the blocks (D3)
-    audio_patch: int = 16  # frames and mel bins of a patch (Sec. 4.1)
-    audio_stride: int = 10  # from patch to patch; the paper's overlap of 6 (Sec. 4.1)
-    blocks: int = 8  # cross-attention blocks of the token interaction module (Sec. 5.1, Fig. 4a)
-    text_dim: int = 768  # text encoder width, read only when --text-model none
-    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    audio_dim: common.Count = 768  # width of AST (768: Sec. 4.1) and of the slots (D3)
+    audio_layers: common.Layers = 12  # AST's layers (AST's own)
+    audio_heads: common.Count = 12  # heads of AST (its own) and of the blocks (D3)
+    audio_patch: Annotated[int, "[1, 128]"] = 16  # frames and mel bins of a patch (Sec. 4.1)
+    audio_stride: common.Count = 10  # from patch to patch; the paper's overlap of 6 (Sec. 4.1)
+    # cross-attention blocks of the token interaction module (Sec. 5.1, Fig. 4a)
+    blocks: common.Layers = 8
+    text_dim: common.Count = 768  # text encoder width, read only when --text-model none
+    text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
+
     # loss
-    token_weight: float = 1.0  # lambda 1, of the cross-token loss (Sec. 4.1; D6)
-    global_weight: float = 0.1  # lambda 2, of the cross-global loss (Sec. 4.1)
-    uni_weight: float = 0.01  # lambda 3, of the uni-token loss (Sec. 4.1; D6); 0: no noisy view
-    matching: Literal["greedy", "optimal"] = (
-        "greedy"  # of slots to text tokens: greedy (Sec. 3.2), or the best assignment (D5)
-    )
-    token_layer: int = 0  # text encoder layer whose states the token losses compare; 0: its static embeddings (Sec. 5.1, Fig. 4a)
+    token_weight: common.NotNegative = 1.0  # lambda 1, of the cross-token loss (Sec. 4.1; D6)
+    global_weight: common.NotNegative = 0.1  # lambda 2, of the cross-global loss (Sec. 4.1)
+    # lambda 3, of the uni-token loss (Sec. 4.1; D6); 0: no noisy view
+    uni_weight: common.NotNegative = 0.01
+    # of slots to text tokens: greedy (Sec. 3.2), or the best assignment (D5)
+    matching: Literal["greedy", "optimal"] = "greedy"
+    # text encoder layer whose states the token losses compare; 0: its static embeddings (Sec. 5.1,
+    # Fig. 4a)
+    token_layer: common.Whole = 0
+
     # optimisation
-    steps: int = 80000  # 10 passes over AudioSet's 2,041,792 clips at this batch size (ours, D9)
-    batch_size: int = 256  # clips over all processes (ours, D9)
-    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours)
-    lr: float = 1e-4  # peak of AdamW's learning rate, all but AST (ours, D9)
-    audio_lr: float = 1e-5  # the same for AST (ours, D9)
-    warmup_steps: int = 1000  # linear warm-up, then cosine to 0 (ours, D9)
-    weight_decay: float = 0.01  # AdamW's (ours, D9)
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D11)
-    )
-    seed: int = 0  # of weights, order, crops, slots, noise
-    # run
-    name: str = ""  # folder under --runs; empty: collat-1, collat-2, ...
-    runs: str = "runs"  # where run folders go
-    resume: bool = False  # continue runs/NAME/last.pt with its stored settings
-    eval_steps: int = 1000  # steps between validations (each may write best.pt)
-    save_steps: int = 500  # steps between writes of last.pt
-    log_steps: int = 10  # steps between lines of log.jsonl
-    workers: int = 8  # processes that read audio and make features
-    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
-    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
-    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
-    device: str = "auto"  # auto, cpu or cuda
+    # 10 passes over AudioSet's 2,041,792 clips at this batch size (ours, D9)
+    steps: common.Count = 80000
+    batch_size: common.Count = 256  # clips over all processes (ours, D9)
+    lr: common.Positive = 1e-4  # peak of AdamW's learning rate, all but AST (ours, D9)
+    audio_lr: common.Positive = 1e-5  # the same for AST (ours, D9)
+    warmup_steps: common.Whole = 1000  # linear warm-up, then cosine to 0 (ours, D9)
+    weight_decay: common.NotNegative = 0.01  # AdamW's (ours, D9)
+    eval_steps: common.Count = 1000  # steps between validations (each may write best.pt)
+
+    def check(self):
+        if not (self.token_weight or self.global_weight):
+            raise ValueError(
+                "--token-weight 0 --global-weight 0: nothing ties audio to text; at least one must "
+                "be above 0"
+            )
+        if self.audio_stride > self.audio_patch:
+            raise ValueError(
+                f"--audio-patch {self.audio_patch} --audio-stride {self.audio_stride}: expected a "
+                "stride of at most the patch"
+            )
+        if self.audio_dim % self.audio_heads:
+            raise ValueError(
+                f"--audio-heads {self.audio_heads} does not divide --audio-dim {self.audio_dim}"
+            )
 
 
-# A start from nothing needs one larger learning rate; larger patches make a step affordable on a CPU
+# A start from nothing needs one larger learning rate; larger patches make a step affordable on a
+# CPU
 TINY = dict(
     audio_weights="none",
     text_model="none",
@@ -186,7 +194,7 @@ TINY = dict(
     save_steps=100,
     workers=1,
 )
-PRESETS = {("size", "tiny"): TINY}
+Config.presets = {("size", "tiny"): TINY}
 SAMPLE_RATE, N_MELS, N_FRAMES = 16000, 128, 1024  # 10 ms frames
 WINDOW_S = 10.24  # D1
 NOISE_STD = 0.1  # D8
@@ -198,7 +206,8 @@ METHOD = "collat"
 
 
 def fbank(waveform):
-    """waveform (S,) at 16 kHz, at most 10.24 s -> normalised log-mel (1024, 128), frames of 25 ms every 10 ms (D1).
+    """waveform (S,) at 16 kHz, at most 10.24 s -> normalised log-mel (1024, 128), frames of 25 ms
+    every 10 ms (D1).
 
     Source: kaldi's filterbank as AST uses it; padding is 0 before the normalisation.
     """
@@ -218,17 +227,18 @@ def fbank(waveform):
 
 
 class AST(nn.Module):
-    """Audio Spectrogram Transformer: log-mel (B, 1024, 128) -> states (B, 2 + P, dim), class tokens first.
+    """Audio Spectrogram Transformer: log-mel (B, 1024, 128) -> states (B, 2 + P, dim), class tokens
+    first.
 
-    Patches are ordered band by band. Names are those of AST's own weights. Source: Gong et al., Interspeech 2021.
+    Patches are ordered band by band. Names are those of AST's own weights. Source: Gong et al.,
+    Interspeech 2021.
     """
 
     def __init__(self, dim=768, layers=12, heads=12, patch=16, stride=10):
         super().__init__()
-        self.out_dim, self.grid = (
-            dim,
-            ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1),
-        )  # bands, times
+        # bands, times
+        self.out_dim = dim
+        self.grid = ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1)
         self.cls_token, self.dist_token = (
             nn.Parameter(torch.randn(1, 1, dim) * 0.02) for _ in range(2)
         )
@@ -260,11 +270,9 @@ class CrossBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # D3
-        self.query, self.key_value, self.proj = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, dim),
-        )
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def queries_keys_values(self, slots, audio):
@@ -313,7 +321,8 @@ class TokenInteraction(nn.Module):
 
 
 class LockedText(nn.Module):
-    """f_t: a transformers text encoder that is never trained and never in training mode, read from token embeddings on.
+    """f_t: a transformers text encoder that is never trained and never in training mode, read from
+    token embeddings on.
 
     Gradients pass through it to its input. Args: encoder: a common.TextEncoder.
     """
@@ -334,7 +343,9 @@ class LockedText(nn.Module):
         return self.encoder.model.get_input_embeddings()(input_ids)
 
     def states(self, token_embeds, attention_mask=None) -> list:
-        """Token embeddings (B, L, C) -> what enters the first layer, then what leaves each, the last normalised; (B, L, C) each."""
+        """Token embeddings (B, L, C) -> what enters the first layer, then what leaves each, the
+        last normalised; (B, L, C) each.
+        """
         if not self.is_clip:
             out = self.encoder.model(
                 inputs_embeds=token_embeds, attention_mask=attention_mask, output_hidden_states=True
@@ -370,7 +381,8 @@ class LockedText(nn.Module):
 class Model(nn.Module):
     """AST, token interaction module and the locked text encoder, which both branches end in.
 
-    Args: shape: audio (dim, layers, heads, patch, stride), blocks; text_encoder: a common.TextEncoder (kept in checkpoints).
+    Args: shape: audio (dim, layers, heads, patch, stride), blocks; text_encoder: a
+    common.TextEncoder (kept in checkpoints).
     """
 
     sample_rate, window_s = SAMPLE_RATE, WINDOW_S
@@ -397,21 +409,24 @@ class Model(nn.Module):
     def forward(
         self, log_mel, input_ids, attention_mask, matching="greedy", token_layer=0, noisy=True
     ):
-        """One training batch -> audio_embeds, text_embeds (B, D), cross-token sums (B,) and counts (B,), uni-token means (B,), scale.
+        """One training batch -> audio_embeds, text_embeds (B, D), cross-token sums (B,) and counts
+        (B,), uni-token means (B,), scale.
 
         Shapes: log_mel (B, 1024, 128), input_ids and attention_mask (B, L).
         """
         B = len(log_mel)
+        # D4
         slots = (
             torch.randn(B, *self.slots.shape[1:], device=log_mel.device)
             if self.training
             else self.slots.expand(B, -1, -1)
-        )  # D4
+        )
+        # D8
         views = (
             torch.cat([log_mel, log_mel + NOISE_STD * torch.randn_like(log_mel)])
             if noisy
             else log_mel
-        )  # D8
+        )
         predicted = self.interaction(
             slots.repeat(len(views) // B, 1, 1), self.audio_encoder(views)
         )  # (B or 2 B, N, C)
@@ -434,7 +449,9 @@ class Model(nn.Module):
         return audio_embeds, text_embeds, token_sums, token_counts, uni, self.log_scale.exp()
 
     def first_window(self, waveform, n_samples=None):
-        """waveform (B, S), n_samples (B,) -> log-mel (B, 1024, 128) of each clip's first 10.24 s."""
+        """waveform (B, S), n_samples (B,) -> log-mel (B, 1024, 128) of each clip's first
+        10.24 s.
+        """
         n_samples = [waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()
         window = round(WINDOW_S * SAMPLE_RATE)
         return torch.stack(
@@ -443,11 +460,14 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
-        """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised; never random."""
+        """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised;
+        never random.
+        """
         with common.evaluating(self):
+            # D13
             windows, owner, weight, lengths = common.cut_windows(
                 waveform, n_samples, round(WINDOW_S * SAMPLE_RATE)
-            )  # D13
+            )
             embeds = []
             for part, n in zip(windows.split(32), torch.tensor(lengths).split(32)):
                 tokens = self._tokens(self.first_window(part, n))
@@ -463,16 +483,20 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def token_embeds(self, waveform, n_samples=None):
-        """h^(a-t) of the first 10.24 s: (B, N, C), to be read where the text encoder's static token embeddings are."""
+        """h^(a-t) of the first 10.24 s: (B, N, C), to be read where the text encoder's static token
+        embeddings are.
+        """
         with common.evaluating(self):
             return self._tokens(self.first_window(waveform, n_samples)).float()
 
     @torch.no_grad()
     def prompt_embeds(self, waveform, n_samples=None):
-        """The text encoder's last states (B, N, C) for the first 10.24 s, as if it had read a prompt.
+        """The text encoder's last states (B, N, C) for the first 10.24 s, as if it had read a
+        prompt.
 
-        What `prompt_embeds` means in diffusers: pipeline(prompt_embeds=model.prompt_embeds(waveform)), for a
-        pipeline built on this text encoder (Stable Diffusion 1.x on CLIP ViT-L/14).
+        What `prompt_embeds` means in diffusers:
+        pipeline(prompt_embeds=model.prompt_embeds(waveform)), for a pipeline built on this text
+        encoder (Stable Diffusion 1.x on CLIP ViT-L/14).
         """
         with common.evaluating(self):
             return self.text.states(self._tokens(self.first_window(waveform, n_samples)))[
@@ -483,7 +507,8 @@ class Model(nn.Module):
     def token_attention(self, waveform, texts: list[str]):
         """Which audio patches the slot of each text token attends to, in the first 10.24 s.
 
-        -> tokens: of each clip its text's tokens; maps: of each (tokens, bands, times), shares of the attention to patches.
+        -> tokens: of each clip its text's tokens; maps: of each (tokens, bands, times), shares of
+        the attention to patches.
         """
         with common.evaluating(self):
             ids = common.to_device(self.text_encoder.tokenize(texts), self.slots.device)
@@ -532,7 +557,9 @@ class Model(nn.Module):
 
 
 def start_model(cfg: Config, texts: list[str]) -> Model:
-    """AST from --audio-weights, the locked text encoder from --text-model, the token interaction module from nothing."""
+    """AST from --audio-weights, the locked text encoder from --text-model, the token interaction
+    module from nothing.
+    """
     text_encoder = (
         common.start_text_encoder(cfg, texts, cfg.max_tokens)
         if cfg.text_model == "none"
@@ -549,7 +576,8 @@ def start_model(cfg: Config, texts: list[str]) -> Model:
     n_layers = text_encoder.model.config.num_hidden_layers
     if not 0 <= cfg.token_layer <= n_layers:
         raise ValueError(
-            f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 for its static embeddings"
+            f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 "
+            "for its static embeddings"
         )
     start_at_the_mean_token(model)
     if cfg.audio_weights != "none":
@@ -563,14 +591,11 @@ def start_at_the_mean_token(model: Model) -> None:
 
     The random differences are as large as the table's standard deviation in each dimension.
     """
-    table, out_proj = (
-        model.text_encoder.model.get_input_embeddings().weight,
-        model.interaction.out_proj,
-    )
+    table = model.text_encoder.model.get_input_embeddings().weight
+    out_proj = model.interaction.out_proj
     out_proj.bias.copy_(table.mean(0))
-    out_proj.weight.mul_(
-        math.sqrt(3) * table.std(0)[:, None]
-    )  # of normalised input, torch's first weights make a deviation of 1 / sqrt(3)
+    # of normalised input, torch's first weights make a deviation of 1 / sqrt(3)
+    out_proj.weight.mul_(math.sqrt(3) * table.std(0)[:, None])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -606,27 +631,25 @@ def match_greedy(distance, real):
 
 
 def match_optimal(distance, real):
-    """The assignment with the smallest sum of distances, for all texts at once: shortest augmenting paths (Jonker, Volgenant 1987).
+    """The assignment with the smallest sum of distances, for all texts at once: shortest augmenting
+    paths (Jonker, Volgenant 1987).
 
-    Same arguments and result as match_greedy. Number 0 is a root that holds the token being placed; slots count from 1.
+    Same arguments and result as match_greedy. Number 0 is a root that holds the token being placed;
+    slots count from 1.
     """
     B, L, N = distance.shape
-    cost = (
-        distance.double() * real[..., None]
-    )  # padding costs the same everywhere, so it takes what is left
+    # padding costs the same everywhere, so it takes what is left
+    cost = distance.double() * real[..., None]
     rows, device = torch.arange(B, device=distance.device), distance.device
     token_price, slot_price = cost.new_zeros(B, L + 1), cost.new_zeros(B, N + 1)
-    holder, came_from = (
-        torch.zeros(B, N + 1, dtype=torch.long, device=device) for _ in range(2)
-    )  # token of a slot, 0 = free
+    # token of a slot, 0 = free
+    holder, came_from = (torch.zeros(B, N + 1, dtype=torch.long, device=device) for _ in range(2))
     for token in range(1, L + 1):
         holder[:, 0] = token
         slot = torch.zeros(B, dtype=torch.long, device=device)
         reach = cost.new_full((B, N + 1), math.inf)  # shortest known way to each slot
-        visited, active = (
-            torch.zeros(B, N + 1, dtype=torch.bool, device=device),
-            torch.ones(B, dtype=torch.bool, device=device),
-        )
+        visited = torch.zeros(B, N + 1, dtype=torch.bool, device=device)
+        active = torch.ones(B, dtype=torch.bool, device=device)
         while active.any():
             visited[rows[active], slot[active]] = True
             held = holder[rows, slot]  # (B,)
@@ -654,19 +677,22 @@ def match_optimal(distance, real):
 
 
 def cross_token_loss(predicted, text, attention_mask, matched):
-    """L1 distance of each real text token to its slot, mean over values (D6) -> each clip's sum over tokens (B,), their number (B,).
+    """L1 distance of each real text token to its slot, mean over values (D6) -> each clip's sum
+    over tokens (B,), their number (B,).
 
-    predicted (B, N, C); text (B, L, C); attention_mask (B, L), 1 = a real token; matched (B, L) as from `match`.
+    predicted (B, N, C); text (B, L, C); attention_mask (B, L), 1 = a real token; matched (B, L) as
+    from `match`.
     """
-    reordered = predicted.gather(
-        1, matched[..., None].expand(-1, -1, predicted.shape[2])
-    )  # g(h^(a-t)), (B, L, C)
+    # g(h^(a-t)), (B, L, C)
+    reordered = predicted.gather(1, matched[..., None].expand(-1, -1, predicted.shape[2]))
     distance = (reordered.float() - text.float()).abs().mean(-1)  # Eq. (1)
     return (distance * attention_mask).sum(1), attention_mask.sum(1).float()
 
 
 def cross_global_loss(sim, scale):
-    """sim (B, B) cosine, audio in rows; mean cross-entropy of the right partner, half of it in each direction (D7)."""
+    """sim (B, B) cosine, audio in rows; mean cross-entropy of the right partner, half of it in each
+    direction (D7).
+    """
     target = torch.arange(len(sim), device=sim.device)
     return (
         F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)
@@ -674,30 +700,27 @@ def cross_global_loss(sim, scale):
 
 
 def uni_token_loss(predicted, noisy):
-    """L1 distance of a clip's tokens with and without noise, both (B, N, C), slot by slot; mean (D6) -> (B,)."""
+    """L1 distance of a clip's tokens with and without noise, both (B, N, C), slot by slot; mean
+    (D6) -> (B,).
+    """
     return (predicted.float() - noisy.float()).abs().mean((1, 2))  # Eq. (3)
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_counts, uni, scale):
-    """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all processes."""
+    """Outputs of Model.forward in this process -> loss, sim (B, B) and the parts, over all
+    processes.
+    """
     audio_embeds, text_embeds, token_sums, token_counts, uni = (
         common.gather_with_grad(x)
         for x in (audio_embeds, text_embeds, token_sums, token_counts, uni)
     )
     sim = audio_embeds @ text_embeds.T  # (B, B)
-    token, of_global, uni = (
-        token_sums.sum() / token_counts.sum(),
-        cross_global_loss(sim, scale),
-        uni.mean(),
-    )
-    loss = (
-        cfg.token_weight * token + cfg.global_weight * of_global + cfg.uni_weight * uni
-    )  # Eq. (4)
-    return (
-        loss,
-        sim.detach(),
-        {"loss_token": token.detach(), "loss_global": of_global.detach(), "loss_uni": uni.detach()},
-    )
+    token = token_sums.sum() / token_counts.sum()
+    of_global = cross_global_loss(sim, scale)
+    uni = uni.mean()
+    # Eq. (4)
+    loss = cfg.token_weight * token + cfg.global_weight * of_global + cfg.uni_weight * uni
+    return loss, sim.detach(), {"loss_token": token, "loss_global": of_global, "loss_uni": uni}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -717,7 +740,9 @@ def texts_of(row: dict) -> list[str]:
 
 
 class Clips(Dataset):
-    """One item a clip with its text. Items are asked for as (epoch, index), which seeds the crop and the choice of a caption."""
+    """One item a clip with its text. Items are asked for as (epoch, index), which seeds the crop
+    and the choice of a caption.
+    """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
         self.rows, self.cfg, self.tokenize = rows, cfg, tokenize
@@ -726,20 +751,14 @@ class Clips(Dataset):
     def __getitem__(self, key):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
-        try:
-            waveform = self.read(
-                row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
-            )  # D13
-        except common.AudioError as error:
-            return error
+        waveform = self.read(  # D13
+            row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+        )
         texts = texts_of(row)
         return fbank(common.as_float(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
 
-    def collate(self, items):
-        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
-        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
-
-    def tensors(self, items) -> dict:
+    def collate(self, items) -> dict:
+        """-> what Model.forward takes."""
         features, texts, _ = zip(*items)
         tokens = self.tokenize(list(texts))
         return {
@@ -755,47 +774,31 @@ class Clips(Dataset):
 
 
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
-    """Tagging by single-label prompts where rows have labels, retrieval where they have captions -> scores, what chance gives."""
-    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
-    for text in bad:
-        tqdm.write(f"validation: left out {text}")
-    rows, scores, chance = [rows[i] for i in kept], {}, {}
+    """Tagging by single-label prompts where rows have labels, retrieval where they have captions ->
+    scores, what chance gives.
+    """
+    rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
+    scores, chance = {}, {}
     classes = sorted({label for row in rows for label in row.get("labels", [])})
     if classes:
         targets = common.label_targets(rows, classes)
         # the prompt of training with one label (D14)
         sim = audio_embeds @ common.embed_texts(model, [label_prompt([c]) for c in classes]).T
-        scores["tagging_mAP"], chance["tagging_mAP"] = (
-            float(np.nanmean(common.class_average_precisions(sim, targets))),
-            float(targets.mean()),
-        )
-    owner = np.array([i for i, row in enumerate(rows) for _ in row.get("captions", [])])
-    if len(owner):
-        sim = common.similarities(
-            model, audio_embeds, None, [c for row in rows for c in row.get("captions", [])]
-        )
-        scores |= common.retrieval_scores(common.retrieval_ranks(sim, owner))
-        chance |= common.retrieval_chance(owner, len(rows))
+        scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
+        chance["tagging_mAP"] = float(targets.mean())
+    captions = [row.get("captions", []) for row in rows]
+    if any(captions):
+        retrieval = common.caption_retrieval(model, audio_embeds, None, captions)
+        scores |= retrieval[0]
+        chance |= retrieval[1]
     return scores, chance
 
 
-def selection_score(model, val_rows, say, step) -> float:
-    """Mean of tagging mAP and both directions' mAP@10, as far as the validation split has them (D9); without one, the last step wins."""
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows)
-    used = [scores[k] for k in ("tagging_mAP", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
-    shown = [
-        k for k in ("tagging_mAP", "t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10") if k in scores
-    ]
-    say(f"step {step}: validation " + " ".join(f"{k} {scores[k]:.3f}" for k in shown))
-    return sum(used) / len(used)
-
-
 def main(cfg: Config) -> dict:
-    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
-    device, autocast, say = common.start(cfg, PRESETS)
-    rank, world = common.rank_and_world()
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
+    split, as in eval.json; {} without one.
+    """
+    run = common.Run(cfg, METHOD)
 
     # Data
     rows = common.read_manifest(cfg.data)
@@ -803,186 +806,82 @@ def main(cfg: Config) -> dict:
     for row in train_rows + val_rows:
         if not row.get("labels"):
             common.require([row], "captions")
-    common.check_counts(cfg, "steps", "eval_steps", "save_steps", "log_steps", "blocks")
-    if (
-        min(cfg.micro_batch, cfg.token_weight, cfg.global_weight, cfg.uni_weight, cfg.warmup_steps)
-        < 0
-    ):
-        raise ValueError(
-            "--micro-batch, --warmup-steps and the weights of the losses must not be negative"
-        )
-    if not (cfg.token_weight or cfg.global_weight):
-        raise ValueError(
-            "--token-weight 0 --global-weight 0: nothing ties audio to text; at least one must be above 0"
-        )
-    if not 1 <= cfg.audio_stride <= cfg.audio_patch <= N_MELS:
-        raise ValueError(
-            f"--audio-patch {cfg.audio_patch} --audio-stride {cfg.audio_stride}: expected 1 <= stride <= patch <= {N_MELS}"
-        )
     batch_size = min(cfg.batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
 
     # Model
-    checkpoint = (
-        common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
-        if cfg.resume
-        else None
-    )
+    checkpoint = run.checkpoint()
     torch.manual_seed(cfg.seed)
     if checkpoint:
-        common.check_resume(cfg, checkpoint["config"])
-        model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
+        model = Model.from_checkpoint(run.path / "last.pt")
     else:
         classes = sorted({label for row in train_rows for label in row.get("labels", [])})
-        model = start_model(
-            cfg,
-            [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))]
-            + classes,
-        )
-    model.to(device)
-    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
+        texts = [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))]
+        model = start_model(cfg, texts + classes)
+    model.to(run.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [
-        {
-            "params": [p for n, p in trained.items() if n.startswith("audio_encoder.") == of_audio],
-            "peak": peak,
-        }
-        for of_audio, peak in ((True, cfg.audio_lr), (False, cfg.lr))
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    dataset = Clips(train_rows, cfg, model.text_encoder.tokenize)
-    step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
-    if checkpoint:
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        step, best = checkpoint["step"], checkpoint["best"]
-        run.drop_log_after(step)
-    n_locked = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained.values())
-    say(
-        f"{METHOD}: {len(train_rows)} clips, {len(val_rows)} clips for validation; {sum(p.numel() for p in trained.values()) / 1e6:.1f} M parameters "
-        f"and {n_locked / 1e6:.1f} M locked ones; {cfg.steps} steps of {batch_size} pairs on {world} x {device.type}; "
-        f"ln B = {math.log(batch_size):.2f}; writing to {run.path}"
+    of_audio = [p for name, p in trained.items() if name.startswith("audio_encoder.")]
+    others = [p for name, p in trained.items() if not name.startswith("audio_encoder.")]
+    optimiser = torch.optim.AdamW(
+        [{"params": of_audio, "peak": cfg.audio_lr}, {"params": others, "peak": cfg.lr}],
+        lr=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        fused=True,
     )
+    forward = run.begin(
+        model,
+        optimiser,
+        cfg.steps,
+        len(train_rows),
+        f"{len(train_rows)} clips, {len(val_rows)} clips for validation; batches of {batch_size}, "
+        f"ln B = {math.log(batch_size):.2f}",
+        checkpoint,
+        shape=model.shape,
+    )
+    clips = Clips(train_rows, cfg, model.text_encoder.tokenize)
+    sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
+    options = dict(matching=cfg.matching, token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
 
-    def save(name):
-        common.save_checkpoint(
-            run.path / name,
-            {
-                "method": METHOD,
-                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
-                "step": step,
-                "best": best,
-                "shape": model.shape,
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "text_encoder": model.text_encoder.description(),
-                "versions": common.versions(),
-            },
-        )
+    def loss_of(*outputs):
+        return training_loss(cfg, *outputs)
 
     # Loop
-    loader = common.Loader(
-        dataset,
-        batch_sampler=common.training_batches(
-            len(train_rows), batch_size, cfg.seed, step, cfg.steps
-        ),
-        num_workers=cfg.workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_signals,
-    )
-    options = dict(matching=cfg.matching, token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
-    model.train()
-    for parts, names, bad in common.batches_on(device, loader):
-        unreadable += bad
-        if not parts:
-            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+    for parts in run.batches(clips, sampler):
         parts = [part | options for part in parts]
         for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * common.warmup_cosine(step, cfg.warmup_steps, cfg.steps)
+            group["lr"] = group["peak"] * common.warmup_cosine(
+                run.step, cfg.warmup_steps, cfg.steps
+            )
 
         optimiser.zero_grad(set_to_none=True)
-        loss, sim, of_loss = common.cached_backward(
-            wrapped,
-            parts,
-            lambda *outputs: training_loss(cfg, *outputs),
-            lambda i: common.seed_step(cfg.seed, step, rank, i),
-            autocast,
-            cfg.micro_batch,
+        loss, sim, losses = common.cached_backward(  # D11
+            forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
         )
         nn.utils.clip_grad_norm_(trained.values(), 1.0)  # D9
         optimiser.step()
         with torch.no_grad():
             model.log_scale.clamp_(0, math.log(100))
 
-        # Log: the only place, with saving, where a GPU is waited for
-        recent.append((step, loss.detach(), names))
-        step += 1
-        pairs_seen += len(sim)
-        bar.update()
-        if step % cfg.log_steps == 0 or step == cfg.steps:
-            common.check_finite(recent, run)
-            run.settle_skipped(unreadable)
-            unreadable.clear()
-            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {
-                "step": step,
-                "loss": loss.item(),
-                "ln_B": math.log(len(sim)),
-                **{k: v.item() for k, v in of_loss.items()},
-                "batch_R@1": r1,
-                "scale": model.log_scale.exp().item(),
-                "lr": optimiser.param_groups[1]["lr"],
-                "pairs_per_s": pairs_seen / seconds,
-                "skipped": len(run.skipped),
-            }
-            run.log(line)
-            bar.set_postfix_str(
-                f"token {line['loss_token']:.4f} global {line['loss_global']:.3f} (ln B {line['ln_B']:.2f}) uni "
-                f"{line['loss_uni']:.4f} R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s"
-            )
-            pairs_seen = 0
-        eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
-        if eval_now or step % cfg.save_steps == 0 or run.stop:
-            common.check_finite(recent, run, model)
-            if eval_now and rank == 0:
-                score = selection_score(model, val_rows, say, step)
-                if score > best["score"]:
-                    best = {"score": score, "step": step}
-                    save("best.pt")
-                model.train()
-            if rank == 0:
-                save("last.pt")
-            common.barrier()
-            run.end_if_told(f"step {step}")
-            clock, pairs_seen = time.perf_counter(), 0
-    bar.close()
+        run.step_done(loss, sim, **losses, scale=model.log_scale.exp())
+        if run.is_due(cfg.eval_steps):
+            scores = validate(model, val_rows)[0] if val_rows and run.rank == 0 else {}
+            # the mean of what the validation clips allow (D9); without any the last step wins
+            used = [scores[k] for k in ("tagging_mAP", "t2a_mAP@10", "a2t_mAP@10") if k in scores]
+            run.keep_best(sum(used) / len(used) if used else run.step, scores)
+        run.save_if_due()
 
     # Result: the best checkpoint on the validation split
-    common.barrier()
-    if rank > 0 or not val_rows:
+    if run.rank > 0 or not val_rows:
         return {}
-    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, quiet=False)
-    result = {
-        "best_step": best["step"],
-        "n_clips": len(val_rows),
-        "scores": scores,
-        "chance": chance,
-    }
-    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(
-        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
-    )
+    result = run.finish(scores, chance, len(val_rows))
     baseline = dict(name="", token_weight=0.0, uni_weight=0.0, global_weight=1.0)
     print(
         "\nNext:\n"
         f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all "
         "--prompt collat\n"
-        f"  python collat.py {common.flags_of(cfg, PRESETS, **baseline)}     "
+        f"  python collat.py {common.flags_of(cfg, **baseline)}     "
         "(the global loss alone: what Fig. 5 calls CLAP, to compare)"
     )
     return result
@@ -994,7 +893,9 @@ def main(cfg: Config) -> dict:
 
 
 def ast_state(weights: dict) -> dict:
-    """transformers' ASTModel -> AST's own names, which are ours. Unknown names stay, so that strict loading lists them."""
+    """transformers' ASTModel -> AST's own names, which are ours. Unknown names stay, so that strict
+    loading lists them.
+    """
     state = {}
     for key, value in weights.items():
         key = re.sub(r"^(module\.v\.|audio_spectrogram_transformer\.)", "", key)
@@ -1017,7 +918,8 @@ def ast_state(weights: dict) -> dict:
         ]
         if all(part is not None for part in parts):
             state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-    # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is used
+    # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is
+    # used
     return {
         k: v
         for k, v in state.items()
@@ -1026,7 +928,9 @@ def ast_state(weights: dict) -> dict:
 
 
 def load_ast(encoder: AST, source: str) -> None:
-    """Start the audio encoder from a transformers folder or hub id, AST's own .pth file, or a file of this AST's state."""
+    """Start the audio encoder from a transformers folder or hub id, AST's own .pth file, or a file
+    of this AST's state.
+    """
     if Path(source).is_file():
         weights = common.read_weights(source)
     else:
@@ -1035,20 +939,24 @@ def load_ast(encoder: AST, source: str) -> None:
             weights = transformers.ASTModel.from_pretrained(source).state_dict()
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--audio-weights {source}: not a file, not a local folder and not to be had from the hub "
+                f"--audio-weights {source}: not a file, not a local folder and not to be had from "
+                "the hub "
                 f"({str(error).strip().splitlines()[0]}); give AST's weights, or none"
             ) from None
     common.load_strict(encoder, ast_state(weights), source)
 
 
 def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
-    """A pre-trained text encoder and its tokenizer: of a CLIP only the text tower and its projection."""
+    """A pre-trained text encoder and its tokenizer: of a CLIP only the text tower and its
+    projection.
+    """
     transformers = common.quiet_transformers()
     try:
         kind = transformers.AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--text-model {name}: not a local folder and not to be had from the hub ({str(error).strip().splitlines()[0]}); give a "
+            f"--text-model {name}: not a local folder and not to be had from the hub "
+            f"({str(error).strip().splitlines()[0]}); give a "
             "folder that holds config.json, weights and tokenizer, or none, or connect to a network"
         ) from None
     if not kind.startswith("clip"):
@@ -1062,4 +970,4 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
 # ------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
+    common.run_entry(main, common.cli, Config, __doc__)

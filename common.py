@@ -1,7 +1,7 @@
 """What two or more of the paper scripts share, in small pieces that can be read alone.
 
-Sections: command line . audio . manifests . scenes and the demo corpus . log-mel . transformer
-block . HTS-AT . text encoder . sparsemax . metrics . embedding files . checkpoints and
+Sections: settings and command line . audio . manifests . scenes and the demo corpus . log-mel .
+transformer block . HTS-AT . text encoder . sparsemax . metrics . embedding files . checkpoints and
 weight files . training helpers.
 
 Letters: B clips or pairs in a batch, S waveform samples, T audio steps after the encoder, T_mel
@@ -22,7 +22,6 @@ import fractions
 import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -32,10 +31,12 @@ import shutil
 import signal
 import sys
 import textwrap
-import tokenize
+import time
 import typing
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 try:
     import fcntl
@@ -52,117 +53,235 @@ import torchaudio
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
-# Command line
+# Settings and command line
 # ------------------------------------------------------------------------------------------------
 
+# Types of numeric settings with their ranges; a round bracket leaves the end out
+Count = Annotated[int, "[1, inf)"]
+Whole = Annotated[int, "[0, inf)"]
+Layers = Annotated[int, "[1, 200]"]
+Tokens = Annotated[int, "[3, 512]"]  # two are special ones; text encoders have 512 positions
+Positive = Annotated[float, "(0, inf)"]
+NotNegative = Annotated[float, "[0, inf)"]
+Share = Annotated[float, "[0, 1]"]
+Dropout = Annotated[float, "[0, 1)"]
 
-def cli(config_class, presets: dict, doc: str, argv: list[str] | None = None):
-    """Build a Config from --dash-flags; the trailing comment of each field is its help text.
+
+@dataclass(init=False)
+class RunConfig:
+    """What every training has; a script's Config adds the settings of its paper.
+
+    Config(data=["demo"], epochs=2) is what the command line makes of --data demo --epochs 2: the
+    values given, over those of the presets they choose, over the defaults, all of them checked.
+
+    Raises
+        ValueError: a field is unknown, missing, of another type or outside its range.
+    """
+
+    presets: ClassVar[dict] = {}  # {("size", "tiny"): {field: value}}
+
+    # run
+    name: str = ""  # folder under --runs; empty: METHOD-1, METHOD-2, ...
+    runs: str = "runs"  # where run folders go
+    resume: bool = False  # continue runs/NAME/last.pt with its stored settings, where it was
+    # items a process sends through the model at a time, which saves memory; the loss sees the whole
+    # batch (gradient caching); 0: all of its share
+    micro_batch: Whole = 0
+    # autocast; auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: Annotated[int, "[0, 1e18]"] = 0  # of weights, order, crops and every other draw
+    save_steps: Count = 500  # steps between writes of last.pt
+    log_steps: Count = 10  # steps between lines of log.jsonl
+    workers: Whole = 8  # processes that read audio; 0: the training itself reads
+    # folder in which the training audio is kept decoded, int16 at the model's rate, the first
+    # minute of every clip; empty: files are read
+    cache: str = ""
+    # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
+    compile: bool = False
+    max_bad: Share = 0.05  # largest share of unreadable clips before the run stops
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train
+
+    def __init__(self, **given):
+        if given.get("data") == ["demo"]:
+            given.setdefault("size", "tiny")
+        chosen = {}
+        for (name, choice), preset in self.presets.items():
+            if given.get(name) == choice:
+                chosen |= preset
+        names = [field.name for field in dataclasses.fields(self)]
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(names)}")
+        for field in dataclasses.fields(self):
+            if field.name in given or field.name in chosen:
+                value = given.get(field.name, chosen.get(field.name))
+            else:
+                value = default_of(field)
+            if value is dataclasses.MISSING:
+                raise ValueError(f"the setting {field.name} is missing")
+            setattr(self, field.name, value)
+        check_settings(self)
+        self.check()
+
+    def check(self) -> None:
+        """ValueError for settings that do not fit one another; those of a script stand there."""
+
+
+def default_of(field):
+    """A field's default, made anew where it is a list; MISSING where there is none."""
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
+
+
+def settings_of(config_class) -> dict:
+    """Field name -> its type with the range, of all fields, those of the paper first."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    return {name: hints[name] for name in sorted(fields, key=lambda name: name in shared)}
+
+
+def check_settings(cfg) -> None:
+    """ValueError for a value of another type, outside its range or not among its choices."""
+    for name, kind in settings_of(type(cfg)).items():
+        check_value("--" + name.replace("_", "-"), getattr(cfg, name), kind)
+
+
+def check_value(flag: str, value, kind) -> None:
+    if typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        if not isinstance(value, list) or (not value and inner is not str):
+            raise ValueError(f"{flag} {value!r}: expected a list")
+        for item in value:
+            check_value(flag, item, inner)
+        return
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{flag} {value}: expected {' or '.join(typing.get_args(kind))}")
+        return
+    interval = None
+    if typing.get_origin(kind) is Annotated:
+        kind, interval = typing.get_args(kind)
+    right = isinstance(value, (int, float) if kind is float else kind)
+    if not right or (isinstance(value, bool) and kind is not bool):  # True is an int to Python
+        raise ValueError(f"{flag} {value!r}: expected {kind.__name__}")
+    if interval:
+        low, high = map(float, interval[1:-1].split(","))
+        above = value > low or (value == low and interval[0] == "[")
+        below = value < high or (value == high and interval[-1] == "]")
+        if not (above and below):  # nan is neither
+            raise ValueError(f"{flag} {value}: expected a number in {interval}")
+
+
+def cli(config_class, doc: str, argv: list[str] | None = None):
+    """Build a Config from --dash-flags; the comment on each field is its help text.
 
     Args
-        presets: {("size", "tiny"): {field: value}}, see `configure`.
         doc: module docstring; its first line heads the help.
     """
-    comments = field_comments(config_class)
     parser = argparse.ArgumentParser(
         description=doc.strip().splitlines()[0],
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
-        empty = field.default is dataclasses.MISSING
-        default = (
-            "required"
-            if empty and field.default_factory is dataclasses.MISSING
-            else (field.default_factory() if empty else field.default)
-        )
+    comments = field_comments(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    groups = {}
+    for name, kind in settings_of(config_class).items():
+        flag, default = "--" + name.replace("_", "-"), default_of(fields[name])
+        if default is dataclasses.MISSING:
+            default = "required"
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        text = f"{comments[field.name]} [{shown}]".replace("%", "%%")
+        section, text = comments[name]
+        text = f"{text} [{shown}]".replace("%", "%%")
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        group = groups[section]
+        if typing.get_origin(kind) is Annotated:
+            kind = typing.get_args(kind)[0]
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(kind) is Literal:
+            group.add_argument(flag, choices=typing.get_args(kind), help=text)
         elif typing.get_origin(kind) is list:
-            parser.add_argument(
-                flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", help=text
-            )
+            inner = typing.get_args(kind)[0]
+            if typing.get_origin(inner) is Annotated:
+                inner = typing.get_args(inner)[0]
+            group.add_argument(flag, nargs="+", type=inner, metavar="X", help=text)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     given = vars(parser.parse_args(argv))
-    if "data" in hints and "data" not in given and not given.get("resume"):
+    if "data" in fields and "data" not in given and not given.get("resume"):
         parser.error(
-            "--data is missing: give a manifest, a folder that holds manifest.jsonl, or the word demo"
+            "--data is missing: give a manifest, a folder that holds manifest.jsonl, or the word "
+            "demo"
         )
     try:
-        return configure(config_class, presets, **given)
+        return configure(config_class, **given)
     except ValueError as error:
         parser.error(str(error))
 
 
-def field_comments(config_class) -> dict[str, str]:
-    """Field name -> the comment on the statement that defines it, on whichever of its lines."""
-    source = textwrap.dedent(inspect.getsource(config_class))
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return {
-        node.target.id: comments[line]
-        for node in ast.parse(source).body[0].body
-        if isinstance(node, ast.AnnAssign)
-        for line in range(node.lineno, node.end_lineno + 1)
-        if line in comments
-    }
+def field_comments(config_class) -> dict[str, tuple[str, str]]:
+    """Field name -> the heading it stands under, and its comment, above it or behind it.
 
-
-def configure(config_class, presets: dict, **given):
-    """Config from explicitly given fields, over the presets they select, over the defaults.
-
-    `data=["demo"]` selects size "tiny"; `resume=True` starts from the settings stored in
-    runs/<name>/last.pt instead of the defaults.
+    A heading is the first comment line after an empty one.
     """
-    if given.get("resume"):
-        if not given.get("name"):
-            raise ValueError("--resume needs --name, the folder under runs/ to continue")
-        path = Path(given.get("runs", "runs")) / given["name"] / "last.pt"
-        stored = read_checkpoint(path)
-        method, differing = (
-            stored["method"],
-            set(stored["config"]) ^ {field.name for field in dataclasses.fields(config_class)},
+    comments = {}
+    for owner in reversed(config_class.__mro__[:-1]):
+        source, section = textwrap.dedent(inspect.getsource(owner)), ""
+        lines = source.split("\n")
+        for node in ast.parse(source).body[0].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            above, at = [], node.lineno - 2  # the line before, counted from 0
+            while lines[at].strip().startswith("#"):
+                above.insert(0, lines[at].strip().lstrip("# "))
+                at -= 1
+            if above and (not lines[at].strip() or lines[at].startswith("class ")):
+                section = above.pop(0)
+            behind = lines[node.end_lineno - 1].partition("  # ")[2]
+            comments[node.target.id] = section, " ".join([*above, behind]).strip()
+    return comments
+
+
+def configure(config_class, **given):
+    """A script's Config from some of its fields, as its command line makes it.
+
+    With resume=True the other fields are those stored in runs/<name>/last.pt.
+    """
+    if not given.get("resume"):
+        return config_class(**given)
+    if not given.get("name"):
+        raise ValueError("--resume needs --name, the folder under runs/ to continue")
+    path = Path(given.get("runs", "runs")) / given["name"] / "last.pt"
+    stored = read_checkpoint(path)
+    method = stored["method"]
+    differing = set(stored["config"]) ^ {field.name for field in dataclasses.fields(config_class)}
+    if differing and method != Path(inspect.getfile(config_class)).stem:
+        raise ValueError(f"--resume: {path} holds a run of {method}; continue it with {method}.py")
+    if differing:
+        raise ValueError(
+            f"--resume: {path} was written by another version of {method}.py, with other settings "
+            f"({', '.join(sorted(differing))}); continue it with that version or start a new --name"
         )
-        if differing and method != Path(inspect.getfile(config_class)).stem:
-            raise ValueError(
-                f"--resume: {path} holds a run of {method}; continue it with {method}.py"
-            )
-        if differing:
-            raise ValueError(
-                f"--resume: {path} was written by another version of {method}.py, with other settings ("
-                f"{', '.join(sorted(differing))}); continue it with that version or start a new --name"
-            )
-        return config_class(**{**stored["config"], "runs": given.get("runs", "runs"), **given})
-    if given.get("data") == ["demo"]:
-        given.setdefault("size", "tiny")
-    values = {}
-    for (field, choice), overrides in presets.items():
-        if given.get(field) == choice:
-            values.update(overrides)
-    return config_class(**{**values, **given})
+    return config_class(**{**stored["config"], "runs": given.get("runs", "runs"), **given})
 
 
-def flags_of(cfg, presets: dict, **changed) -> str:
-    """The flags that give `cfg` with some fields changed: --data, and what no default or preset gives."""
+def flags_of(cfg, **changed) -> str:
+    """The flags that give `cfg` with some fields changed: --data, and what is neither a default nor
+    a preset's value.
+    """
     cfg = dataclasses.replace(cfg, **changed)
-    # presets are chosen by --size and the like, and --data demo chooses a size
-    usual = configure(type(cfg), {}, data=cfg.data)
-    chosen = {field: getattr(cfg, field) for field, _ in presets}
-    preset = configure(type(cfg), presets, data=cfg.data, **chosen)
+    choosers = {name for name, _ in cfg.presets}  # --size and the like
+    chosen = {name: getattr(cfg, name) for name in choosers}
+    usual = type(cfg)(data=cfg.data)  # --data demo chooses a size
+    preset = type(cfg)(data=cfg.data, **chosen)
     words = ["--data", *cfg.data]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        default = getattr(usual if field.name in chosen else preset, field.name)
+        default = getattr(usual if field.name in choosers else preset, field.name)
         if field.name not in ("data", "resume") and value != default:
             flag = field.name.replace("_", "-")
             if isinstance(value, bool):
@@ -176,7 +295,9 @@ TOLD_BY = []  # signals that asked a training, started as a script, to save and 
 
 
 def ask_for_the_end(number, _frame) -> None:
-    """First SIGTERM or Ctrl-C: the loop saves and ends (`RunFolder.end_if_told`). A second one ends it at once."""
+    """First SIGTERM or Ctrl-C: the loop saves and ends (`Run.end_if_told`). A second one ends it at
+    once.
+    """
     TOLD_BY.append(number)
     # a batch system and torchrun both send one to the processes of a torchrun
     signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL)
@@ -184,11 +305,13 @@ def ask_for_the_end(number, _frame) -> None:
         os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
 
 
-def run_entry(main, parse):
-    """`main(parse())` as a script: an error the user can mend is one line on stderr, exit code 1; SIGTERM and Ctrl-C let a training save first."""
+def run_entry(main, parse, *given):
+    """`main(parse(*given))` as a script: an error the user can mend is one line on stderr, exit
+    code 1; SIGTERM and Ctrl-C let a training save first.
+    """
     settings, before = None, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        settings = parse()
+        settings = parse(*given)
         if hasattr(settings, "resume"):
             TOLD_BY.clear()
             for number in before:
@@ -217,15 +340,18 @@ def run_entry(main, parse):
                 else ""
             )
             raise SystemExit(
-                f"error: out of memory{size}; try {smaller}a smaller --batch-size, or --precision bf16 "
+                f"error: out of memory{size}; try {smaller}a smaller --batch-size, or --precision "
+                "bf16 "
                 f"({text.splitlines()[0]})"
             ) from None
+        # before torchrun's SIGTERM is let through
         print(
-            f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another one ended or cannot be reached; look above "
+            f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another "
+            "one ended or cannot be reached; look above "
             f"for the first error, then continue with --resume ({text.splitlines()[0]})",
             file=sys.stderr,
             flush=True,
-        )  # before torchrun's SIGTERM is let through
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         kept = "; the same call continues" if getattr(settings, "cache", "") else ""
@@ -246,7 +372,8 @@ class AudioError(ValueError):
 
 @functools.lru_cache(maxsize=16)
 def _resampler(from_hz: int, to_hz: int):
-    # a ratio like 44101 : 32000 would need a filter of gigabytes; within 1e-6, no standard rate is affected
+    # a ratio like 44101 : 32000 would need a filter of gigabytes; within 1e-6, no standard rate is
+    # affected
     ratio = fractions.Fraction(to_hz, from_hz).limit_denominator(1000)
     return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
@@ -272,7 +399,9 @@ def _ogg_is_cut(path) -> bool:
 
 
 def _pieces(f, wanted: int):
-    """At most `wanted` samples as mono float32, a few seconds at a time: memory follows what a file holds, not what its header claims."""
+    """At most `wanted` samples as mono float32, a few seconds at a time: memory follows what a file
+    holds, not what its header claims.
+    """
     while wanted > 0:
         piece = f.read(
             min(wanted, max(1, 2**21 // f.channels)), dtype="float32", always_2d=True
@@ -346,7 +475,9 @@ def read_audio(
 
 
 def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
-    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type, n_samples (B)."""
+    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type,
+    n_samples (B).
+    """
     n_samples = torch.tensor([len(w) for w in waveforms])
     length = length or int(n_samples.max())
     padded = [
@@ -362,15 +493,17 @@ CACHE_S, CACHE_FILES = 60.0, 512  # seconds kept of a file, files of one part
 
 
 class AudioCache:
-    """Decoded audio for training: int16 at the model's rate, memory-mapped, so that a crop costs a copy.
+    """Decoded audio for training: int16 at the model's rate, memory-mapped, so that a crop costs a
+    copy.
 
-    Of every file the first 60 s are kept. A part is two files, RATE_HASH.i16 and RATE_HASH.json (where
-    each source starts, its length, size and time of change; or why it cannot be read), written under other
-    names and renamed, so an interrupted call continues. A source that changed is decoded again into a new
-    part; one that is gone is served from the cache.
+    Of every file the first 60 s are kept. A part is two files, RATE_HASH.i16 and RATE_HASH.json
+    (where each source starts, its length, size and time of change; or why it cannot be read),
+    written under other names and renamed, so an interrupted call continues. A source that changed
+    is decoded again into a new part; one that is gone is served from the cache.
 
     Args
-        rows: manifest rows; those not in the folder yet are decoded, by `workers` processes, and by all
+        rows: manifest rows; those not in the folder yet are decoded, by `workers` processes, and by
+        all
             processes of a torchrun together.
     Raises: ValueError where the disk is too small, PermissionError where it cannot be written.
     """
@@ -397,15 +530,16 @@ class AudioCache:
             free = shutil.disk_usage(self.folder).free
             if rank == 0:
                 tqdm.write(
-                    f"--cache {folder}: decoding {len(missing):,} of {len(sources):,} files, about {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
+                    f"--cache {folder}: decoding {len(missing):,} of {len(sources):,} files, about "
+                    f"{size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
                 )
             if size > free:
                 raise ValueError(
-                    f"--cache {folder}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+                    f"--cache {folder}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB "
+                    "are free"
                 )
-            begin = (
-                len(parts) * rank // world
-            )  # every process starts elsewhere and leaves out what others have finished
+            # every process starts elsewhere and leaves out what others have finished
+            begin = len(parts) * rank // world
             loader = Loader(
                 _CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]),
                 batch_size=None,
@@ -444,7 +578,9 @@ class AudioCache:
     def read(
         self, path, length_s: float | None = None, crop_rng=None, expected_s=None
     ) -> np.ndarray:
-        """As `read_audio`, but int16, a view of the file; a sample of 1 is 32768 (`to_device` divides)."""
+        """As `read_audio`, but int16, a view of the file; a sample of 1 is 32768 (`to_device`
+        divides).
+        """
         part, start, n = self.entries[path]
         if isinstance(n, str):
             raise AudioError(n)
@@ -454,7 +590,9 @@ class AudioCache:
 
 
 def _stamp(row: dict) -> list:
-    """Size and time of change of a row's file (None, None without one), and its declared duration."""
+    """Size and time of change of a row's file (None, None without one), and its declared
+    duration.
+    """
     try:
         stat = os.stat(row["audio"])
     except OSError:
@@ -464,13 +602,14 @@ def _stamp(row: dict) -> list:
 
 @functools.lru_cache(maxsize=256)
 def _mapped(path: Path) -> np.ndarray:
-    return np.asarray(
-        np.memmap(path, np.int16, "c")
-    )  # "c": as good as read-only, but torch does not warn
+    # "c": as good as read-only, but torch does not warn
+    return np.asarray(np.memmap(path, np.int16, "c"))
 
 
 class _CacheParts(torch.utils.data.Dataset):
-    """Item i decodes part i of a cache, [(path, stamp)], unless it is there -> number of its files."""
+    """Item i decodes part i of a cache, [(path, stamp)], unless it is there -> number of
+    its files.
+    """
 
     def __init__(self, folder: Path, sample_rate: int, parts: list):
         self.folder, self.rate, self.parts = folder, sample_rate, parts
@@ -501,7 +640,9 @@ class _CacheParts(torch.utils.data.Dataset):
 
 
 def audio_reader(cache: str, rows: list[dict], sample_rate: int, workers: int = 0):
-    """-> read(path, length_s=, crop_rng=, expected_s=): float32 from the files (`read_audio`), or int16 from --cache."""
+    """-> read(path, length_s=, crop_rng=, expected_s=): float32 from the files (`read_audio`), or
+    int16 from --cache.
+    """
     return (
         AudioCache(cache, rows, sample_rate, workers).read
         if cache
@@ -519,7 +660,8 @@ def as_float(waveform: np.ndarray) -> torch.Tensor:
 def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
     """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule).
 
-    Args: waveform (B, S); n_samples (B,) valid samples, None: all; what lies behind them is ignored.
+    Args: waveform (B, S); n_samples (B,) valid samples, None: all; what lies behind them is
+    ignored.
     Returns: windows (W, window); owner (W,) clip of each window; seconds-weight (W,), which sums
         to 1 over a clip's windows, so that a 10.02 s clip is not half decided by its last 0.02 s;
         a list of W valid samples.
@@ -545,7 +687,8 @@ def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: 
 
 
 def join_windows(embeds, owner, weight):
-    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> of clips (B, D), normalised: their mean by seconds.
+    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> of clips (B, D),
+    normalised: their mean by seconds.
 
     Summed clip by clip: on a GPU, index_add would add in another order at every call.
     """
@@ -625,7 +768,8 @@ def require(rows: list[dict], *keys: str) -> None:
             if row.get(key) in (None, []):
                 raise ValueError(
                     f"{row['where']}: has no '{key}', which this run needs "
-                    f"(keys there: {' '.join(', '.join(k for k in row if k != 'where').split())[:200]})"
+                    "(keys there: "
+                    f"{' '.join(', '.join(k for k in row if k != 'where').split())[:200]})"
                 )
 
 
@@ -648,7 +792,8 @@ def _parse_row(line: bytes, where: str) -> dict:
     except json.JSONDecodeError as error:
         if where.endswith((".csv:1", ".tsv:1")):
             raise ValueError(
-                f"{where}: a table, not a manifest; make one first: python -m tools.datasets csv {where[:-2]} --audio COLUMN "
+                f"{where}: a table, not a manifest; make one first: python -m tools.datasets csv "
+                f"{where[:-2]} --audio COLUMN "
                 "--caption COLUMN --out FOLDER"
             ) from None
         raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
@@ -671,7 +816,8 @@ def _parse_row(line: bytes, where: str) -> dict:
         raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
     if not row.get("audio"):
         raise ValueError(
-            f"{where}: no key 'audio' (keys there: {' '.join(', '.join(row).split())[:200] or 'none'}); "
+            f"{where}: no key 'audio' (keys there: "
+            f"{' '.join(', '.join(row).split())[:200] or 'none'}); "
             "it must name the sound file"
         )
     for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
@@ -724,7 +870,8 @@ def _parse_row(line: bytes, where: str) -> dict:
         for segment in phrase["segments"]:
             if not isinstance(segment, list) or len(segment) != 2:
                 raise ValueError(
-                    f"{where}: segment {segment!r} of {phrase['phrase']!r}; expected [onset, offset] in seconds"
+                    f"{where}: segment {segment!r} of {phrase['phrase']!r}; expected [onset, "
+                    "offset] in seconds"
                 )
             if segment != [0, 0]:  # AudioGrounding's mark for "not in the clip"
                 _check_times(*segment, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
@@ -746,7 +893,8 @@ def _check_times(onset, offset, duration, where: str) -> None:
         duration and onset > 10 * duration
     ):  # annotations may run past a shortened file, but not that far
         raise ValueError(
-            f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected seconds"
+            f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected "
+            "seconds"
         )
 
 
@@ -795,7 +943,9 @@ def split_train_val(
         train = [row for row in train if row["audio"] not in held]
     if not train:
         raise ValueError(
-            f"no row of the manifest is for training (first: {rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at all"
+            "no row of the manifest is for training (first: "
+            f"{rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at "
+            "all"
         )
     return train, val
 
@@ -915,12 +1065,14 @@ def write_lines(path: Path, lines) -> None:
 
 
 def this_process() -> str:
-    return f"{os.environ.get('RANK', '')}_{os.getpid()}"  # two nodes on one disk may give out the same number
+    # two nodes on one disk may give out the same number
+    return f"{os.environ.get('RANK', '')}_{os.getpid()}"
 
 
 @contextlib.contextmanager
 def written_whole(path: Path, who: str = ""):
-    """Open for writing bytes under a temporary name, rename at the end: a kill or a full disk leaves the file before it whole.
+    """Open for writing bytes under a temporary name, rename at the end: a kill or a full disk
+    leaves the file before it whole.
 
     who: part of the temporary name, where several processes may write the same file.
     """
@@ -1047,9 +1199,8 @@ class LogMel(nn.Module):
 
     def power(self, waveform):
         spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, bins, T_mel, 2)
-        return (
-            spectrum[..., 0].square() + spectrum[..., 1].square()
-        )  # torchaudio's abs() first takes a slow root
+        # torchaudio's abs() first takes a slow root
+        return spectrum[..., 0].square() + spectrum[..., 1].square()
 
 
 def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
@@ -1127,9 +1278,8 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         N, L, C = x.shape
         qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)  # MGA-CLAP Eq. (4)
-        bias = (
-            None if bias is None else bias.to(qkv.dtype)
-        )  # under autocast qkv is bf16, a bias table fp32
+        # under autocast qkv is bf16, a bias table fp32
+        bias = None if bias is None else bias.to(qkv.dtype)
         if bias is not None and not x.is_cuda and not torch.compiler.is_compiling():
             x = BiasedAttention.apply(qkv, bias)  # (N, heads, L, C / heads)
         else:
@@ -1138,9 +1288,10 @@ class Attention(nn.Module):
                 if bias is None
                 else bias.expand(N // len(bias), *bias.shape).reshape(N, *bias.shape[1:])
             )
+            # MGA-CLAP Eq. (6): the weighted sum
             x = F.scaled_dot_product_attention(  # MGA-CLAP Eq. (5): the softmax
                 *qkv.permute(2, 0, 3, 1, 4), attn_mask=bias
-            )  # MGA-CLAP Eq. (6): the weighted sum
+            )
         return self.proj(x.transpose(1, 2).reshape(N, L, C))
 
     def values(self, x):
@@ -1301,7 +1452,8 @@ class SwinStage(nn.Module):
             edge = torch.zeros(grid, dtype=torch.long)
             edge[-self.window :], edge[-self.shift :] = 1, 2
             region = windows(3 * edge[:, None] + edge)  # (nW, L)
-            # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products fivefold
+            # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products
+            # fivefold
             mask = (region[:, :, None] != region[:, None, :]) * -1e4  # (nW, L, L)
             self.register_buffer("shift_mask", mask, persistent=False)
 
@@ -1398,7 +1550,9 @@ class HTSAT(nn.Module):
         init_linear_layers(self)
 
     def forward(self, log_mel):
-        """log_mel (B, T_mel, M) in dB, T_mel <= spec_size * chunks -> frame_feats (B, T, out_dim)."""
+        """log_mel (B, T_mel, M) in dB, T_mel <= spec_size * chunks -> frame_feats (B, T,
+        out_dim).
+        """
         B, T_mel, M = log_mel.shape
         x = self.bn0(log_mel.transpose(1, 2)).transpose(1, 2)
         if self.training:  # after bn0, so that 0 is each bin's mean
@@ -1407,9 +1561,8 @@ class HTSAT(nn.Module):
         if T_mel > length:
             raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {length}")
         x = F.interpolate(x[:, None], (length, M), mode="bicubic", align_corners=True)
-        x = x.view(B, self.chunks, self.spec_size, M).transpose(
-            2, 3
-        )  # row = chunk * M + mel, column = time
+        # row = chunk * M + mel, column = time
+        x = x.view(B, self.chunks, self.spec_size, M).transpose(2, 3)
         x = self.patch_embed["proj"](x.reshape(B, 1, self.spec_size, self.spec_size))
         x = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, G, G, C)
         for layer in self.layers:
@@ -1420,15 +1573,40 @@ class HTSAT(nn.Module):
         return x.reshape(B, self.n_frames, C)
 
 
+def check_htsat(cfg) -> None:
+    """ValueError for settings of which no HTS-AT with an image of 256 x 256 can be made."""
+    stages = len(cfg.audio_depths)
+    if len(cfg.audio_heads) != stages:
+        raise ValueError(
+            f"--audio-depths has {stages} numbers, --audio-heads {len(cfg.audio_heads)}: expected "
+            "one a stage in both"
+        )
+    for i, heads in enumerate(cfg.audio_heads):
+        if cfg.audio_dim * 2**i % heads:
+            raise ValueError(
+                f"--audio-heads: {heads} heads do not divide the {cfg.audio_dim * 2**i} channels "
+                f"of stage {i + 1} (--audio-dim {cfg.audio_dim}, doubled every stage)"
+            )
+    # the last grid holds four pieces of the spectrogram, one below the other
+    least = 4 * cfg.audio_patch * 2 ** (stages - 1)
+    if 256 % least:
+        raise ValueError(
+            f"--audio-patch {cfg.audio_patch} with {stages} stages: 4 * patch * 2^(stages - 1) = "
+            f"{least} must divide 256"
+        )
+
+
 def htsat_state(weights: dict) -> dict:
-    """Rename HTS-AT weights of any published file to ours; keys that are none of ours are dropped by name.
+    """Rename HTS-AT weights of any published file to ours; keys that are none of ours are dropped
+    by name.
 
     Takes the state dict of the authors' AudioSet file (prefix "sed_model."), of MGA-CLAP and LAION
     files with their prefix already removed, and of transformers' ClapModel or ClapAudioModel.
     """
     state, qkv = {}, {}
     unused = re.compile(
-        r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|^(spectrogram|logmel)_extractor\.|"
+        r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|"
+        r"^(spectrogram|logmel)_extractor\.|"
         r"^(audio_feats_extractor|mel_trans)\.|position_ids$|patch_embed\.mel_conv2d\."
     )
     for key, value in weights.items():
@@ -1460,7 +1638,9 @@ def htsat_state(weights: dict) -> dict:
 
 
 def load_htsat(encoder: HTSAT, path: str) -> None:
-    """Start an HTS-AT from HTSAT_AudioSet*.ckpt, a transformers CLAP folder, or a saved state dict."""
+    """Start an HTS-AT from HTSAT_AudioSet*.ckpt, a transformers CLAP folder, or a saved
+    state dict.
+    """
     folder = Path(path)
     if folder.is_dir() or not folder.suffix:  # a folder, or a hub id
         weights = transformers_weights(path)
@@ -1487,22 +1667,21 @@ class TextEncoder(nn.Module):
 
     Args
         model: transformers encoder; tokenizer: its fast tokenizer; max_tokens: captions are cut
-        there, special tokens included; pooler: keep the encoder's pooling layer, for a caller that uses it.
+        there, special tokens included; pooler: keep the encoder's pooling layer, for a caller that
+        uses it.
     """
 
     def __init__(self, model, tokenizer, max_tokens: int, pooler: bool = False):
         super().__init__()
-        if max_tokens < 3:
-            raise ValueError(
-                f"--max-tokens {max_tokens}: at least 3 are needed, two of them special ones"
-            )
         if getattr(model, "pooler", None) is not None and not pooler:
             model.pooler = None  # an unused layer would stop DDP
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
         self.out_dim = model.config.hidden_size
 
     def tokenize(self, texts: list[str]) -> dict:
-        """-> input_ids (B, L), attention_mask (B, L), word_mask (B, L) bool, True = a real word piece."""
+        """-> input_ids (B, L), attention_mask (B, L), word_mask (B, L) bool, True = a real word
+        piece.
+        """
         tokens = self.tokenizer(
             texts,
             padding="longest",
@@ -1571,8 +1750,8 @@ def text_encoder_from_scratch(
 ) -> TextEncoder:
     """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
 
-    The most frequent words, plus single characters for all others. tokenizers' own WordPiece trainer
-    breaks ties at random, so two runs of one seed would differ.
+    The most frequent words, plus single characters for all others. tokenizers' own WordPiece
+    trainer breaks ties at random, so two runs of one seed would differ.
     """
     transformers = quiet_transformers()
     backend = transformers.BertTokenizer().backend_tokenizer
@@ -1613,7 +1792,9 @@ def text_encoder_from_scratch(
 
 
 def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = False) -> TextEncoder:
-    """The text encoder of a new model: --text-model's, or, where that is none, one from nothing with the vocabulary of `texts`."""
+    """The text encoder of a new model: --text-model's, or, where that is none, one from nothing
+    with the vocabulary of `texts`.
+    """
     if cfg.text_model != "none":
         return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
     return text_encoder_from_scratch(
@@ -1624,7 +1805,9 @@ def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = Fa
 def text_encoder_from_description(
     description: dict, max_tokens: int, pooler: bool = False
 ) -> TextEncoder:
-    """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a network."""
+    """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a
+    network.
+    """
     transformers = quiet_transformers()
     from tokenizers import Tokenizer
 
@@ -1652,9 +1835,8 @@ class _Sparsemax(torch.autograd.Function):
         z_sorted = z.sort(-1, descending=True).values
         rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
         excess = z_sorted.cumsum(-1) - 1
-        size = (
-            (rank * z_sorted > excess).sum(-1, keepdim=True).clamp(min=1)
-        )  # of the support; 0 only with NaN
+        # of the support; 0 only with NaN
+        size = (rank * z_sorted > excess).sum(-1, keepdim=True).clamp(min=1)
         p = (z - excess.gather(-1, size - 1) / size).clamp(min=0)
         ctx.save_for_backward(p)
         return p
@@ -1688,10 +1870,10 @@ def retrieval_ranks(
     """Ranks (0 = best) in both directions; a tie counts against the right answer.
 
     Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (then
-        with n_clips; called twice for every block, so only a block is ever held); owner (Q,) the clip
-        each caption belongs to, any number of captions a clip, in any order; text (Q,): captions of
-        one number are equal in text, and every clip that has such a caption counts as theirs. None:
-        a caption belongs to its own clip alone.
+        with n_clips; called twice for every block, so only a block is ever held); owner (Q,) the
+        clip each caption belongs to, any number of captions a clip, in any order; text (Q,):
+        captions of one number are equal in text, and every clip that has such a caption counts as
+        theirs. None: a caption belongs to its own clip alone.
     Returns
         t2a (Q,): rank of the best of the caption's clips among N, one query a caption.
         a2t (N,): rank of the best of the clip's captions among all Q.
@@ -1743,7 +1925,9 @@ def retrieval_ranks(
 
 
 def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]:
-    """Of each clip the numbers of its captions; with `text` also of all captions equal to one of them."""
+    """Of each clip the numbers of its captions; with `text` also of all captions equal to one of
+    them.
+    """
 
     def groups(number, n):
         ends = np.cumsum(np.bincount(number, minlength=n))[:-1]
@@ -1760,7 +1944,9 @@ def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]
 
 
 def retrieval_scores(ranks: dict) -> dict:
-    """R@1, R@5, R@10, mAP@10, MRR and median rank (from 1) of `retrieval_ranks`, both directions."""
+    """R@1, R@5, R@10, mAP@10, MRR and median rank (from 1) of `retrieval_ranks`, both
+    directions.
+    """
     scores = {}
     for way in ("t2a", "a2t"):
         r = ranks[way]
@@ -1773,7 +1959,9 @@ def retrieval_scores(ranks: dict) -> dict:
 
 
 def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
-    """What random scores would get, for the metrics of `retrieval_scores`; args as `retrieval_ranks`."""
+    """What random scores would get, for the metrics of `retrieval_scores`; args as
+    `retrieval_ranks`.
+    """
     captions_of = own_captions(owner, n_clips, text)
     clips_of = np.bincount(np.concatenate(captions_of), minlength=len(owner))
     per_clip = [len(mine) for mine in captions_of if len(mine)]
@@ -1811,9 +1999,8 @@ def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
     scores, hits = scores[order], np.cumsum(targets[order])
     if not len(hits) or hits[-1] == 0:
         return float("nan")
-    ends = np.append(
-        np.flatnonzero(np.diff(scores)), len(scores) - 1
-    )  # last index of each threshold
+    # last index of each threshold
+    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
     gained = np.diff(hits[ends], prepend=0)
     return float((gained / hits[-1] * hits[ends] / (ends + 1)).sum())
 
@@ -1824,7 +2011,9 @@ def class_average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndar
 
 
 def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
-    """(N, C) bool: is the class among a row's labels or events? Labels outside `classes` do not count."""
+    """(N, C) bool: is the class among a row's labels or events? Labels outside `classes` do not
+    count.
+    """
     index = {c: i for i, c in enumerate(classes)}
     targets = np.zeros((len(rows), len(classes)), bool)
     for n, row in enumerate(rows):
@@ -1832,7 +2021,8 @@ def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
         targets[n, [index[label] for label in found if label in index]] = True
     if not targets.any():
         raise ValueError(
-            f"none of the manifest's labels is among the {len(classes)} classes ({', '.join(classes[:3])}, ...); "
+            f"none of the manifest's labels is among the {len(classes)} classes "
+            f"({', '.join(classes[:3])}, ...); "
             "is classes.txt beside the manifest the right list?"
         )
     return targets
@@ -1884,7 +2074,9 @@ def print_scores(title: str, scores: dict, chance: dict) -> None:
 
 
 class AudioFiles(torch.utils.data.Dataset):
-    """Whole files (or their first `length_s`) for evaluation; an unusable one comes back as its error."""
+    """Whole files (or their first `length_s`) for evaluation; an unusable one comes back as its
+    error.
+    """
 
     def __init__(self, rows, sample_rate, length_s=None):
         self.rows, self.sample_rate, self.length_s = rows, sample_rate, length_s
@@ -1903,7 +2095,9 @@ class AudioFiles(torch.utils.data.Dataset):
 
 
 def collate_audio(items):
-    """[(index, waveform or AudioError)] -> indices, waveform (B, S), n_samples (B), [(index, error text)]."""
+    """[(index, waveform or AudioError)] -> indices, waveform (B, S), n_samples (B), [(index, error
+    text)].
+    """
     good = [(i, w) for i, w in items if not isinstance(w, AudioError)]
     bad = [(i, str(w)) for i, w in items if isinstance(w, AudioError)]
     waveform, n_samples = pad_batch([w for _, w in good]) if good else (None, None)
@@ -1911,7 +2105,8 @@ def collate_audio(items):
 
 
 def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", done=()):
-    """Loader of all files but those at the indices `done`, in batches of similar length, as `collate_audio` returns them.
+    """Loader of all files but those at the indices `done`, in batches of similar length, as
+    `collate_audio` returns them.
 
     crop "all": whole files; "first": at most the model's first window.
     """
@@ -1951,8 +2146,10 @@ def embed_files(
 ):
     """Embed every readable file of `rows`.
 
-    Args: crop "all": every consecutive window; "first": the first window only; frames: the name of the model's
-        method that gives them (True: embed_frames), or False; cache: a folder of this model and crop,
+    Args: crop "all": every consecutive window; "first": the first window only; frames: the name of
+    the model's
+        method that gives them (True: embed_frames), or False; cache: a folder of this model and
+        crop,
         where finished batches are kept: an interrupted call continues.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
@@ -2015,7 +2212,8 @@ def embed_files(
                 np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
     if not found:
         raise ValueError(
-            f"none of {len(rows)} audio files could be read; first: {bad[min(bad)] if bad else 'no rows'}"
+            f"none of {len(rows)} audio files could be read; first: "
+            f"{bad[min(bad)] if bad else 'no rows'}"
         )
     kept = sorted(found)
     return (
@@ -2026,11 +2224,34 @@ def embed_files(
     )
 
 
+def embed_validation(model, rows: list[dict], frames=False, quiet=True):
+    """embed_files; clips that cannot be read are named -> the others' rows, audio_embeds (N, D),
+    frame_embeds or None.
+    """
+    kept, audio_embeds, frame_embeds, bad = embed_files(
+        model, rows, frames=frames, desc="validation", quiet=quiet
+    )
+    for text in bad:
+        tqdm.write(f"validation: left out {text}")
+    return [rows[i] for i in kept], audio_embeds, frame_embeds
+
+
+def caption_retrieval(model, audio_embeds, frame_embeds, captions: list[list[str]]):
+    """Retrieval among N clips with their captions, a list for each -> scores, what chance gives,
+    sim (N, Q) with the captions in order.
+    """
+    owner = np.repeat(np.arange(len(captions)), [len(of_clip) for of_clip in captions])
+    texts = [text for of_clip in captions for text in of_clip]
+    sim = similarities(model, audio_embeds, frame_embeds, texts)
+    scores = retrieval_scores(retrieval_ranks(sim, owner))
+    return scores, retrieval_chance(owner, len(captions)), sim
+
+
 def frames_in(model, n_samples: int) -> int:
     """Frames of a clip: they cover its sound, but a last window of less than one frame adds none.
 
-    Such a window holds a few milliseconds and its frame would be scored as if it were whole: a file of
-    10.02 s has the 32 frames of its first 10 s.
+    Such a window holds a few milliseconds and its frame would be scored as if it were whole: a file
+    of 10.02 s has the 32 frames of its first 10 s.
     """
     frames = n_samples / model.sample_rate / model.frame_s
     rest = frames % (getattr(model, "frame_window_s", model.window_s) / model.frame_s)
@@ -2040,7 +2261,9 @@ def frames_in(model, n_samples: int) -> int:
 
 
 def file_key(row: dict) -> str:
-    """Changes when a row's file does (path, size, time of the last change) or its declared duration; "" without a file."""
+    """Changes when a row's file does (path, size, time of the last change) or its declared
+    duration; "" without a file.
+    """
     try:
         stat = os.stat(row["audio"])
     except OSError:
@@ -2061,7 +2284,9 @@ def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
 
 
 def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndarray:
-    """(N, Q) similarity of clips and texts: cosines, or what a model that compares every pair says."""
+    """(N, Q) similarity of clips and texts: cosines, or what a model that compares every
+    pair says.
+    """
     if getattr(model, "pairwise", False):
         return model.pair_scores(frame_embeds, texts)
     return audio_embeds @ embed_texts(model, texts).T
@@ -2073,7 +2298,9 @@ def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndar
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
-    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of the bytes."""
+    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of
+    the bytes.
+    """
     if path.name != "last.pt":
         payload = {key: value for key, value in payload.items() if key != "optimiser"}
     with written_whole(path) as file:
@@ -2095,7 +2322,9 @@ def versions() -> dict:
 
 
 def allowed_globals() -> list:
-    """What published checkpoints carry beside their weights; nothing else in a file is ever built."""
+    """What published checkpoints carry beside their weights; nothing else in a file is
+    ever built.
+    """
     from numpy._core.multiarray import scalar
 
     allowed = [
@@ -2134,11 +2363,13 @@ def read_checkpoint(path, method: str | None = None) -> dict:
     content = read_weights(path)
     if "method" not in content or "config" not in content:
         raise ValueError(
-            f"{path}: not a checkpoint of this project (keys: {', '.join(repr(key)[:40] for key in list(content)[:5])})"
+            f"{path}: not a checkpoint of this project (keys: "
+            f"{', '.join(repr(key)[:40] for key in list(content)[:5])})"
         )
     if method and content["method"] != method:
         raise ValueError(
-            f"{path}: a checkpoint of {content['method']}, not of {method}; load it with {content['method']}.py"
+            f"{path}: a checkpoint of {content['method']}, not of {method}; load it with "
+            f"{content['method']}.py"
         )
     if "model" not in content:
         raise ValueError(
@@ -2208,7 +2439,8 @@ def start_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if "RANK" in os.environ and not dist.is_initialized():
-        # the others wait while the first process validates and embeds captions; nccl's own limit is ten minutes
+        # the others wait while the first process validates and embeds captions; nccl's own limit is
+        # ten minutes
         dist.init_process_group(
             "nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2)
         )
@@ -2218,29 +2450,13 @@ def start_device(name: str) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
-def start(cfg, presets: dict):
-    """What every training begins with -> device, autocast, say (prints, in the first process only); says which presets are in use."""
-    if not 0 <= cfg.max_bad <= 1:  # nan would switch the limit off
-        raise ValueError(f"--max-bad {cfg.max_bad}: expected a share of the clips, 0 to 1")
-    device = start_device(cfg.device)
-    say = tqdm.write if rank_and_world()[0] == 0 else (lambda text: None)
-    autocast = torch.autocast(
-        device.type,
-        torch.bfloat16,
-        enabled=cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda"),
-    )
-    for (name, choice), preset in presets.items():
-        if getattr(cfg, name) == choice:
-            say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
-    return device, autocast, say
-
-
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def seed_step(seed: int, step: int, rank: int = 0, part: int = 0) -> None:
-    """Make every draw of a step (dropout, masks) a function of (seed, step, rank, part of the batch).
+    """Make every draw of a step (dropout, masks) a function of (seed, step, rank, part of the
+    batch).
 
     So a resumed run needs no stored generator state to repeat the uninterrupted one.
     """
@@ -2279,7 +2495,9 @@ def gather_with_grad(x):
 
 
 def to_device(x, device):
-    """Tensors of nested lists and dicts on the device; int16 samples (of --cache) become float32 in [-1, 1) there."""
+    """Tensors of nested lists and dicts on the device; int16 samples (of --cache) become float32 in
+    [-1, 1) there.
+    """
     if isinstance(x, torch.Tensor):
         x = x.to(device, non_blocking=True)
         return x.float() / 32768 if x.dtype == torch.int16 else x
@@ -2289,15 +2507,16 @@ def to_device(x, device):
 
 
 def batches_on(device, loader):
-    """Batches of a loader with their tensors on the device; on a GPU the next one is copied while this one is computed with."""
+    """Batches of a loader with their tensors on the device; on a GPU the next one is copied while
+    this one is computed with.
+    """
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in loader)
         return
     stream, ready = torch.cuda.Stream(device), None
     for batch in loader:
-        stream.wait_stream(
-            torch.cuda.current_stream(device)
-        )  # memory given back by a batch is not taken while it is computed with
+        # memory given back by a batch is not taken while it is computed with
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             coming = to_device(batch, device)
         if ready is not None:
@@ -2308,22 +2527,12 @@ def batches_on(device, loader):
         yield ready
 
 
-def collate_parts(items: list, micro_batch: int, tensors):
-    """Items of a dataset, of which some may be errors -> [tensors(items) of each micro-batch], file names (last in an item), error texts."""
-    bad = [str(item) for item in items if isinstance(item, AudioError)]
-    good = [item for item in items if not isinstance(item, AudioError)]
-    size = micro_batch or max(1, len(good))
-    return (
-        [tensors(good[i : i + size]) for i in range(0, len(good), size)],
-        [item[-1] for item in good],
-        bad,
-    )
-
-
 def compile_training(model) -> None:
-    """--compile: torch.compile of the training pass; embedding stays eager. Names in checkpoints do not change.
+    """--compile: torch.compile of the training pass; embedding stays eager. Names in checkpoints do
+    not change.
 
-    Masks are drawn as without it: a run can be compared, and gradient caching passes twice with the same ones.
+    Masks are drawn as without it: a run can be compared, and gradient caching passes twice with the
+    same ones.
     """
     import torch._inductor.config
 
@@ -2332,15 +2541,17 @@ def compile_training(model) -> None:
 
 
 def outlive_signals(_worker: int) -> None:
-    """A loader's `worker_init_fn`: a signal to the whole group, as torchrun, batch systems and Ctrl-C
-    send it, must leave its workers alive until the training has saved; they end with it."""
+    """A loader's `worker_init_fn`: a signal to the whole group, as torchrun, batch systems and
+    Ctrl-C send it, must leave its workers alive until the training has saved; they end with it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Loader(torch.utils.data.DataLoader):
-    """A DataLoader whose workers start with both signals blocked: before `outlive_signals` has run in
-    it, a new worker could be killed, and the training would end with an error and save nothing."""
+    """A DataLoader whose workers start with both signals blocked: before `outlive_signals` has run
+    in it, a new worker could be killed, and the training would end with an error and save nothing.
+    """
 
     def __iter__(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows
@@ -2353,10 +2564,12 @@ class Loader(torch.utils.data.DataLoader):
 
 
 def wrap(model, device, compiled: bool, micro_batch: int = 0):
-    """What training calls: the model itself, compiled where asked for; one of several processes, as DistributedDataParallel wants it.
+    """What training calls: the model itself, compiled where asked for; one of several processes, as
+    DistributedDataParallel wants it.
 
-    Of several GPUs batch norm sees the whole batch; on a CPU, where torch cannot, each process's share. With gradient
-    caching it sees parts, of one process, for the processes may have different numbers of them.
+    Of several GPUs batch norm sees the whole batch; on a CPU, where torch cannot, each process's
+    share. With gradient caching it sees parts, of one process, for the processes may have different
+    numbers of them.
     """
     if compiled:
         compile_training(model)
@@ -2377,19 +2590,25 @@ def cached_backward(
     autocast=contextlib.nullcontext(),
     micro_batch: int = 0,
 ):
-    """Backward pass of a loss over a batch given in parts, with the graph of one part in memory at a time.
+    """Backward pass of a loss over a batch given in parts, with the graph of one part in memory at
+    a time.
 
-    Gradient caching (Gao et al., RepL4NLP 2021): every part is embedded without a graph; the loss of the
-    joint outputs gives the gradient of each output; then every part is embedded again and takes its own
-    on to the weights. Equals one pass over the whole batch, but for batch norm, which sees parts.
+    Gradient caching (Gao et al., RepL4NLP 2021): every part is embedded without a graph; the loss
+    of the joint outputs gives the gradient of each output; then every part is embedded again and
+    takes its own on to the weights. Equals one pass over the whole batch, but for batch norm, which
+    sees parts.
 
     Args
-        model: called as model(**part) under `autocast` -> tuple of tensors (B, ...), or 0-dim and equal
+        model: called as model(**part) under `autocast` -> tuple of tensors (B, ...), or 0-dim and
+        equal
             in every part; may be wrapped for several processes. A single part is an ordinary pass.
         loss_of: joint outputs -> (loss, anything else ...), which is returned.
-        reseed: called with the number of a part before each of its passes, so that both draw the same masks.
-        micro_batch: not 0 where another process may have several parts: all must then go the same way, since
-            DistributedDataParallel talks to the others in every pass, and a process that skips one waits forever.
+        reseed: called with the number of a part before each of its passes, so that both draw the
+        same masks.
+        micro_batch: not 0 where another process may have several parts: all must then go the same
+        way, since
+            DistributedDataParallel talks to the others in every pass, and a process that skips one
+            waits forever.
     """
 
     def outputs(i):
@@ -2403,19 +2622,24 @@ def cached_backward(
         return result
     with torch.no_grad():
         held = [[x.detach().requires_grad_() for x in outputs(i)] for i in range(len(parts))]
-    result = loss_of(
-        *(
-            torch.cat(column) if column[0].dim() else torch.stack(column).mean()
-            for column in zip(*held)
-        )
-    )
+    joint = []
+    for column in zip(*held):
+        if column[0].dim():
+            joint.append(torch.cat(column))
+        else:  # a scale or a mean, not one row a clip
+            joint.append(torch.stack(column).mean())
+    result = loss_of(*joint)
     result[0].backward()
-    for i in range(len(parts)):
-        quiet = i < len(parts) - 1 and hasattr(
-            model, "no_sync"
-        )  # the processes add up their gradients once
-        with model.no_sync() if quiet else contextlib.nullcontext():
-            sum((x * cached.grad).sum() for x, cached in zip(outputs(i), held[i])).backward()
+    for i, of_part in enumerate(held):
+        # the processes add up their gradients once, in the last part's pass
+        waits = hasattr(model, "no_sync") and i < len(held) - 1
+        with model.no_sync() if waits else contextlib.nullcontext():
+            products = [
+                (x * cached.grad).sum()
+                for x, cached in zip(outputs(i), of_part)
+                if cached.grad is not None  # the loss may not use an output
+            ]
+            sum(products).backward()
     return result
 
 
@@ -2424,10 +2648,11 @@ def bucketed_batches(
 ):
     """Indices of one epoch as batches of clips of similar length, in random order.
 
-    First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a batch
+    First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a
+    batch
     of its bucket forms mixed batches: always floor(N / batch_size) batches (one, if N is smaller).
-    Inside a bucket the order is random: sorted by length, the negatives of a clip would come from its
-    own source, and MGA-CLAP's official variant would stretch the shortest clips most.
+    Inside a bucket the order is random: sorted by length, the negatives of a clip would come from
+    its own source, and MGA-CLAP's official variant would stretch the shortest clips most.
     Source: the seven buckets of MGA-CLAP's code, which drops every bucket's remainder.
     """
     rng, durations = np.random.default_rng((seed, epoch)), np.asarray(durations)
@@ -2448,7 +2673,8 @@ def bucketed_batches(
 def training_batches(
     n_clips: int, batch_size: int, seed: int, start_step: int, total_steps: int, durations=None
 ):
-    """Yield [(epoch, index), ...] for every step from start_step on: this process's share of the batch.
+    """Yield [(epoch, index), ...] for every step from start_step on: this process's share of the
+    batch.
 
     Batches are drawn at random, with durations (n_clips,) in seconds among clips of similar length.
     """
@@ -2478,25 +2704,23 @@ def barrier() -> None:
         )
 
 
-def check_counts(cfg, *names: str) -> None:
-    """ValueError for a setting that must be at least 1."""
-    for name in names:
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-
-
 def check_batch(cfg, size: int, n: int, what: str, flag: str = "batch_size") -> None:
-    """ValueError if a batch of `size` of the n clips or pairs of a training leaves a process less than two."""
+    """ValueError if a batch of `size` of the n clips or pairs of a training leaves a process less
+    than two.
+    """
     world = rank_and_world()[1]
     if size < 2 * world:
         raise ValueError(
-            f"--{flag.replace('_', '-')} {getattr(cfg, flag)} with {n} training {what}(s) on {world} process(es): at least 2 {what}s "
+            f"--{flag.replace('_', '-')} {getattr(cfg, flag)} with {n} training {what}(s) on "
+            f"{world} process(es): at least 2 {what}s "
             "are needed in each (a contrastive loss of 1 is 0)"
         )
 
 
 def check_resume(cfg, stored: dict) -> None:
-    """A flag given beside --resume that contradicts the stored settings is an error, not ignored."""
+    """A flag given beside --resume that contradicts the stored settings is an error, not
+    ignored.
+    """
     free = {
         "resume",
         "name",
@@ -2516,31 +2740,34 @@ def check_resume(cfg, stored: dict) -> None:
     for key, value in stored.items():
         if key not in free and getattr(cfg, key) != value:
             raise ValueError(
-                f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was started with {value}; "
+                f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was "
+                f"started with {value}; "
                 "leave the flag out or start a new --name"
             )
 
 
 def check_finite(recent: list, run, model=None) -> None:
-    """Stop on a non-finite loss among `recent` [(step, loss, file names)], or on broken weights; empties `recent`.
+    """Stop on a non-finite loss among `recent` [(step, loss, file names)], or on broken weights;
+    empties `recent`.
 
     Called at log and save steps only, so that a GPU is not made to wait in between.
     """
     for step, loss, names in recent:
         if not torch.isfinite(loss):
             rank, world = rank_and_world()
-            path = (
-                run.path / f"nonfinite_batch{f'_{rank}' if world > 1 else ''}.txt"
-            )  # each process lists its share
+            # each process lists its share
+            path = run.path / f"nonfinite_batch{f'_{rank}' if world > 1 else ''}.txt"
             write_lines(path, names)
             raise FloatingPointError(
-                f"the loss of step {step} is {loss.item()}; the batch's files are listed in {path}, the "
+                f"the loss of step {step} is {loss.item()}; the batch's files are listed in "
+                f"{path}, the "
                 "last checkpoint is from before; try a smaller --lr or --precision fp32"
             )
     recent.clear()
     if model is not None and not all(torch.isfinite(p).all() for p in model.parameters()):
         raise FloatingPointError(
-            "a weight became NaN or infinite though the loss did not; nothing was saved, the last checkpoint "
+            "a weight became NaN or infinite though the loss did not; nothing was saved, the last "
+            "checkpoint "
             "is from before; try a smaller --lr or --precision fp32"
         )
 
@@ -2556,111 +2783,360 @@ def evaluating(model):
         model.train(was_training)
 
 
-class RunFolder:
-    """runs/<name>: log.jsonl, skipped.txt, checkpoints. Only the first process writes; a second run in it is refused.
+class Readable(torch.utils.data.Dataset):
+    """A training set whose clips may be unusable: what a batch loses is told, not raised.
 
-    At `stop` the loop saves and ends (`end_if_told`); several processes agree on it at the next log step.
     Args
-        resume: continue what is there; otherwise an existing run is an error, never overwritten.
-        max_bad: largest share of `n_clips` that may be unreadable before the run stops.
+        dataset: its items are tuples whose last entry is the file's name, and `collate` makes the
+            model's keyword arguments of a list of them.
     """
 
-    locks = {}
+    def __init__(self, dataset, micro_batch: int):
+        self.dataset, self.micro_batch = dataset, micro_batch
 
-    def __init__(
-        self, runs: str, name: str, method: str, resume: bool, n_clips: int, max_bad: float
-    ):
-        number = 1
-        while not name and (Path(runs) / f"{method}-{number}").exists():
-            number += 1
-        shared = [name or f"{method}-{number}"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(
-                shared
-            )  # processes that look later would see the first one's folder
-        self.path, self.name = Path(runs) / shared[0], shared[0]
-        self.n_clips, self.max_bad, self.writes, self.all_told = (
-            n_clips,
-            max_bad,
-            rank_and_world()[0] == 0,
-            False,
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except AudioError as error:
+            return error  # raised in a worker process it would arrive as a traceback
+
+    def collate(self, items):
+        """-> [dataset.collate(items) of each micro-batch], file names, error texts."""
+        bad = [str(item) for item in items if isinstance(item, AudioError)]
+        good = [item for item in items if not isinstance(item, AudioError)]
+        size = self.micro_batch or max(1, len(good))
+        parts = [self.dataset.collate(good[i : i + size]) for i in range(0, len(good), size)]
+        return parts, [item[-1] for item in good], bad
+
+
+class Run:
+    """One training's bookkeeping, the same whatever the method: device and processes, the folder
+    runs/NAME, what --resume continues, unreadable clips, log.jsonl, checkpoints, signals.
+
+        forward = run.begin(model, optimiser, total_steps, ...)
+        for parts in run.batches(dataset, batch_sampler):
+            ...                                      # the method: forward, loss, backward, step
+            run.step_done(loss, sim, scale=scale)
+            if run.is_due(cfg.eval_steps):
+                run.keep_best(score, scores)
+            run.save_if_due()
+
+    Only the first of several processes writes. A method with several stages calls `begin` for each.
+    """
+
+    locks = {}  # of this process's folders
+
+    def __init__(self, cfg: RunConfig, method: str):
+        self.cfg, self.method, self.stage = cfg, method, ""
+        self.device = start_device(cfg.device)
+        self.rank, self.world = rank_and_world()
+        self.autocast = torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=cfg.precision == "bf16"
+            or (cfg.precision == "auto" and self.device.type == "cuda"),
         )
-        if not resume and (self.path / "last.pt").exists():
+        # without a name the folder is numbered in `open_folder`
+        self.name, self.path = cfg.name, Path(cfg.runs) / cfg.name
+        self.opened = self.all_told = False
+        for (name, choice), preset in cfg.presets.items():
+            if getattr(cfg, name) == choice:
+                self.say("preset: " + " ".join(f"{k}={getattr(cfg, k)}" for k in preset))
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def checkpoint(self, stage: str = "") -> dict | None:
+        """last.pt of the run that --resume continues, if it was written in this stage."""
+        if not self.cfg.resume:
+            return None
+        stored = read_checkpoint(self.path / "last.pt", self.method)
+        check_resume(self.cfg, stored["config"])
+        return stored if stored.get("stage", "") == stage else None
+
+    def open_folder(self, n_clips: int, continues: bool) -> None:
+        """Make the folder, or take up what is there.
+
+        Args
+            n_clips: of which --max-bad may be unreadable.
+            continues: an existing run goes on; otherwise it is an error, never overwritten.
+        """
+        number = 1
+        while not self.name and (self.path / f"{self.method}-{number}").exists():
+            number += 1
+        shared = [self.name or f"{self.method}-{number}"]
+        if dist.is_initialized():
+            # processes that look later would see the first one's folder
+            dist.broadcast_object_list(shared)
+        self.name, self.path = shared[0], Path(self.cfg.runs) / shared[0]
+        continues = continues or self.opened
+        if not continues and (self.path / "last.pt").exists():
             raise FileExistsError(
-                f"{self.path} already holds a run; continue it with --resume or choose another --name"
+                f"{self.path} already holds a run; continue it with --resume or choose another "
+                "--name"
             )
-        if self.writes:
+        if self.rank == 0:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                if fcntl and self.path not in RunFolder.locks:  # a second stage has it already
-                    RunFolder.locks.clear()  # earlier runs of this process are over
-                    RunFolder.locks[self.path] = open(self.path / "lock", "w")
-                    fcntl.lockf(
-                        RunFolder.locks[self.path], fcntl.LOCK_EX | fcntl.LOCK_NB
-                    )  # the system takes it back from a killed process
-                for name in () if resume else ("log.jsonl", "skipped.txt"):
-                    (self.path / name).write_text("")
+                if fcntl and self.path not in Run.locks:  # a second stage has it already
+                    Run.locks.clear()  # earlier runs of this process are over
+                    Run.locks[self.path] = open(self.path / "lock", "w")
+                    # the system takes it back from a killed process
+                    fcntl.lockf(Run.locks[self.path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not continues:
+                    (self.path / "log.jsonl").write_text("")
+                    (self.path / "skipped.txt").write_text("")
             except BlockingIOError:
                 raise FileExistsError(
                     f"{self.path} is being written by another process; choose another --name"
                 ) from None
             except OSError as error:
                 raise PermissionError(
-                    f"--runs {runs}: cannot write to {self.path} ({error.strerror})"
+                    f"--runs {self.cfg.runs}: cannot write to {self.path} ({error.strerror})"
                 ) from None
         barrier()  # no process goes on before the folder is there
-        # listed: in skipped.txt, by earlier parts of the run too. skipped: met since the start or the
-        # last --resume, so that a run goes on when its files are back
-        self.listed, self.skipped, skipped = set(), set(), self.path / "skipped.txt"
-        if resume and skipped.exists():
-            self.listed.update(skipped.read_text(encoding="utf-8").splitlines())
+        # listed: in skipped.txt, by earlier parts of the run too. skipped: met since the start or
+        # the last --resume, so that a run goes on when its files are back
+        self.n_clips, self.listed, self.skipped, self.opened = n_clips, set(), set(), True
+        if continues and (self.path / "skipped.txt").exists():
+            listed = (self.path / "skipped.txt").read_text(encoding="utf-8").splitlines()
+            self.listed.update(listed)
+
+    def begin(
+        self,
+        model,
+        optimiser,
+        total_steps: int,
+        n_clips: int,
+        told: str,
+        checkpoint: dict | None = None,
+        stage: str = "",
+        shape: dict | None = None,
+        scheduler=None,
+        continues: bool = False,
+    ):
+        """Open the folder and take up the checkpoint -> what the loop calls in place of `model`.
+
+        Args
+            told: the data in words, for the line that opens a training.
+            checkpoint: from `self.checkpoint`; its weights are in the model already.
+            shape: what rebuilds the model beside the settings, stored in checkpoints.
+            scheduler: anything with a state_dict, stored beside the optimiser's.
+        """
+        continues = continues or checkpoint is not None
+        self.open_folder(n_clips, continues)
+        self.model, self.optimiser, self.scheduler, self.shape = model, optimiser, scheduler, shape
+        self.stage, self.total_steps = stage, total_steps
+        self.step, self.best, self.validated = 0, {"score": -math.inf, "step": 0}, 0
+        if checkpoint:
+            optimiser.load_state_dict(checkpoint["optimiser"])
+            if scheduler:
+                scheduler.load_state_dict(checkpoint["scheduler"])
+            self.step, self.best = checkpoint["step"], checkpoint["best"]
+        self.drop_log_after(self.step)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        locked = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
+        self.say(
+            f"{self.method}{stage and ', ' + stage}: {told}; {trained:.1f} M parameters"
+            + (f" and {locked:.1f} M locked ones" if locked >= 0.05 else "")
+            + f"; {total_steps} steps on {self.world} x {self.device.type}; writing to {self.path}"
+        )
+        return wrap(model, self.device, self.cfg.compile, self.cfg.micro_batch)
+
+    def batches(self, dataset, batch_sampler):
+        """Every batch from the current step on, as a list of its parts (see `Readable`): keyword
+        arguments of the model, on the device. A bar shows how far the training is.
+        """
+        readable = Readable(dataset, self.cfg.micro_batch)
+        loader = Loader(
+            readable,
+            batch_sampler=batch_sampler,
+            num_workers=self.cfg.workers,
+            collate_fn=readable.collate,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=outlive_signals,
+        )
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            desc=self.stage or None,
+            disable=self.rank > 0,
+            dynamic_ncols=True,
+        )
+        self.recent, self.unreadable = [], []
+        self.clock, self.seen = time.perf_counter(), 0
+        self.model.train()
+        for parts, self.names, bad in batches_on(self.device, loader):
+            self.unreadable += bad
+            if not parts:
+                raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+            yield parts
+        self.bar.close()
+        barrier()
+
+    def reseed(self, part: int) -> None:
+        """Before the forward pass of a part of this step's batch, see `seed_step`."""
+        seed_step(self.cfg.seed, self.step, self.rank, part)
+
+    def step_done(self, loss, sim=None, **values) -> None:
+        """Count a step; every --log-steps write its line to log.jsonl, with `values`.
+
+        Only here, and where it is saved, a GPU is waited for.
+        """
+        self.recent.append((self.step, loss.detach(), self.names))
+        self.step += 1
+        self.seen += len(self.names) * self.world if sim is None else len(sim)
+        self.bar.update()
+        if self.step % self.cfg.log_steps and self.step < self.total_steps:
+            return
+        check_finite(self.recent, self)
+        self.settle_skipped(self.unreadable)
+        self.unreadable.clear()
+        line = {"stage": self.stage} if self.stage else {}
+        line |= {"step": self.step, "loss": loss.item()}
+        if sim is not None:
+            right = sim.argmax(1) == torch.arange(len(sim), device=sim.device)
+            line |= {"ln_B": math.log(len(sim)), "batch_R@1": right.float().mean().item()}
+        for name, value in values.items():
+            line[name] = value.item() if torch.is_tensor(value) else value
+        shown = f"loss {line['loss']:.3f}"
+        if sim is not None:
+            shown += f" (ln B {line['ln_B']:.2f}) R@1 {line['batch_R@1']:.2f}"
+        shown += "".join(f" {name} {line[name]:.3g}" for name in values if name != "epoch")
+        per_s = self.seen / (time.perf_counter() - self.clock)
+        unit = "clips" if sim is None else "pairs"
+        line |= {"lr": self.optimiser.param_groups[-1]["lr"], f"{unit}_per_s": per_s}
+        self.log(line | {"skipped": len(self.skipped)})
+        self.bar.set_postfix_str(f"{shown} {per_s:.0f} {unit}/s")
+        self.clock, self.seen = time.perf_counter(), 0
+
+    def is_due(self, every: int) -> bool:
+        """Is this a step after which to validate? Then the losses and weights are checked first."""
+        if self.step % every and self.step < self.total_steps:
+            return False
+        check_finite(self.recent, self, self.model)
+        self.validated = self.step
+        return True
+
+    def log_scores(self, scores: dict) -> None:
+        """A validation's scores, in log.jsonl and on the screen."""
+        if scores:
+            line = {"stage": self.stage} if self.stage else {}
+            self.log(line | {"step": self.step, "validation": scores})
+            hidden = ("R@10", "MRR", "median_rank")
+            words = " ".join(f"{k} {v:.3f}" for k, v in scores.items() if not k.endswith(hidden))
+            when = f"step {self.step}" if self.step else "before the first step"
+            self.say(f"{when}: validation {words}")
+
+    def keep_best(self, score: float, scores: dict, name: str = "best.pt") -> None:
+        """Log a validation and write best.pt if no earlier `score` was as large."""
+        self.log_scores(scores)
+        if self.rank == 0 and score > self.best["score"]:
+            self.best = {"score": score, "step": self.step}
+            self.save(name)
+        self.model.train()
+
+    def save_if_due(self) -> None:
+        """last.pt every --save-steps, after a validation and at the end; also when a signal asks
+        for an end, and then leave.
+        """
+        now = self.step % self.cfg.save_steps == 0 or self.step in (
+            self.validated,
+            self.total_steps,
+        )
+        if not (now or self.stop):
+            return
+        check_finite(self.recent, self, self.model)
+        self.save("last.pt")
+        barrier()
+        self.end_if_told(f"step {self.step}")
+        self.clock, self.seen = time.perf_counter(), 0
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint, in the first process."""
+        if self.rank > 0:
+            return
+        payload = {
+            "method": self.method,
+            "config": dataclasses.asdict(self.cfg) | {"name": self.name, "resume": False},
+            "step": self.step,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "versions": versions(),
+        }
+        if self.stage:
+            payload["stage"] = self.stage
+        if self.shape:
+            payload["shape"] = self.shape
+        if self.scheduler:
+            payload["scheduler"] = self.scheduler.state_dict()
+        if hasattr(self.model, "text_encoder"):
+            payload["text_encoder"] = self.model.text_encoder.description()
+        save_checkpoint(self.path / name, payload)
+
+    def finish(self, scores: dict, chance: dict, n_clips: int) -> dict:
+        """Write and print the best checkpoint's scores -> what `main` returns."""
+        result = {"stage": self.stage} if self.stage else {}
+        result |= {"best_step": self.best["step"], "n_clips": n_clips}
+        result |= {"scores": scores, "chance": chance}
+        write_lines(self.path / "eval.json", [json.dumps(result, indent=1)])
+        name = f"{self.method}{self.stage and ', ' + self.stage}"
+        print_scores(
+            f"{name} on {n_clips} validation clips (step {self.best['step']})", scores, chance
+        )
+        return result
 
     @property
     def stop(self) -> bool:
         """A signal asked for an end: at once, or on several processes when all of them know."""
-        return self.all_told or (rank_and_world()[1] == 1 and bool(TOLD_BY))
+        return self.all_told or (self.world == 1 and bool(TOLD_BY))
 
     def end_if_told(self, saved: str) -> None:
         """After something was saved: leave, if a signal asked for it."""
         if self.stop:
             number = TOLD_BY[0] if TOLD_BY else signal.SIGTERM  # or another process was told
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            if self.writes:
-                tqdm.write(f"{name}: saved {saved}; continue with --resume --name {self.name}")
+            self.say(f"{name}: saved {saved}; continue with --resume --name {self.name}")
             raise SystemExit(128 + number)
 
-    def drop_log_after(self, step: int, stage: str | None = None) -> None:
-        """Forget log lines written after the checkpoint that a killed run resumes from; those of other stages stay."""
-        if self.writes:
-            lines = [
-                (x, json.loads(x))
-                for x in (self.path / "log.jsonl").read_text().splitlines()
-                if x.endswith("}")
-            ]
-            write_lines(
-                self.path / "log.jsonl",
-                [x for x, line in lines if line.get("stage") != stage or line["step"] <= step],
-            )
+    def drop_log_after(self, step: int) -> None:
+        """Forget this stage's log lines of after the checkpoint that a killed run resumes from."""
+        if self.rank > 0:
+            return
+        lines = []
+        for text in (self.path / "log.jsonl").read_text().splitlines():
+            if text.endswith("}"):  # a killed run may leave half a line
+                line = json.loads(text)
+                if line.get("stage", "") != self.stage or line["step"] <= step:
+                    lines.append(text)
+        write_lines(self.path / "log.jsonl", lines)
 
     def log(self, line: dict) -> None:
-        if self.writes:
+        if self.rank == 0:
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
 
     def settle_skipped(self, errors: list[str]) -> None:
-        """Count and list the unreadable clips of all processes; stop past max_bad. A collective call, which also agrees on `stop`."""
-        everyone = [(errors, bool(TOLD_BY))] * rank_and_world()[1]
+        """Count and list the unreadable clips of all processes; stop past --max-bad.
+
+        A collective call, in which the processes also agree on `stop`.
+        """
+        everyone = [(errors, bool(TOLD_BY))] * self.world
         if dist.is_initialized():
             dist.all_gather_object(everyone, (errors, bool(TOLD_BY)))
         self.all_told = any(told for _, told in everyone)
         self.skipped.update(text for part, _ in everyone for text in part)
         new = sorted(self.skipped - self.listed)
         self.listed.update(new)
-        if new and self.writes:
+        if new and self.rank == 0:
             with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
                 f.writelines(text + "\n" for text in new)
-        if len(self.skipped) > self.max_bad * self.n_clips:
+        if len(self.skipped) > self.cfg.max_bad * self.n_clips:
             raise ValueError(
-                f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than --max-bad "
-                f"{self.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in {self.path / 'skipped.txt'})"
+                f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than "
+                f"--max-bad {self.cfg.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in "
+                f"{self.path / 'skipped.txt'})"
             )

@@ -90,26 +90,24 @@ Deviations from the paper, what it leaves open, and --variant official
 
 Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
       python curation_clap.py --stage teacher --data fsd50k_told clotho audiocaps macs --name full
-      python curation_clap.py --stage curate --dry-run --name full --data ... --pool ... --labels ...
-      python curation_clap.py --stage curate --name full --data ... --pool ... --labels ...
-      torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ...
-      python eval.py runs/full/best.pt --data esc50 --protocol classification --prompt curation_clap
+      python curation_clap.py --stage curate --dry-run --name full --data ... --pool ... --labels
+      ... python curation_clap.py --stage curate --name full --data ... --pool ... --labels ...
+      torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ... python
+      eval.py runs/full/best.pt --data esc50 --protocol classification --prompt curation_clap
 DS and ADS need one curation and one student for each data set of an evaluation (--labels).
 Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. The smallest value of Eq. (5) is not
 0 and differs from batch to batch, as the targets are not normalised (D6).
 """
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -126,90 +124,90 @@ import common
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Config:
+@dataclass(init=False)
+class Config(common.RunConfig):
     # data
     data: list[str]  # annotated manifests, folders that hold manifest.jsonl, or the word demo
-    size: Literal["paper", "tiny"] = (
-        "paper"  # paper: CNN14 + BERT; tiny: same family, small, from nothing
-    )
-    variant: Literal["paper", "official"] = (
-        "paper"  # official: details as in the released code (D2, D3)
-    )
-    stage: Literal["all", "teacher", "curate", "student"] = (
-        "all"  # one of the three, or all in order
-    )
-    pool: list[str] = field(
-        default_factory=list
-    )  # unlabelled audio: manifests (captions and labels are not read; D22), or files of eval.py embed
-    pool_share: float = 0.0  # without --pool: share of the training clips whose captions are forgotten (ours; the demo has no other pool)
-    captions: list[str] = field(
-        default_factory=list
-    )  # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3.1)
-    labels: list[str] = field(
-        default_factory=list
-    )  # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
-    teacher: str = ""  # of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty: runs/NAME/teacher.pt
-    teacher_fraction: float = 1.0  # share of the annotated clips that is used (0.1 in Table 3; D11)
+    # paper: CNN14 + BERT; tiny: same family, small, from nothing
+    size: Literal["paper", "tiny"] = "paper"
+    # official: details as in the released code (D2, D3)
+    variant: Literal["paper", "official"] = "paper"
+    # one of the three, or all in order
+    stage: Literal["all", "teacher", "curate", "student"] = "all"
+    # unlabelled audio: manifests (captions and labels are not read; D22), or files of eval.py embed
+    pool: list[str] = field(default_factory=list)
+    # without --pool: share of the training clips whose captions are forgotten (ours; the demo has
+    # no other pool)
+    pool_share: Annotated[float, "[0, 1)"] = 0.0
+    # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3.1)
+    captions: list[str] = field(default_factory=list)
+    # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
+    labels: list[str] = field(default_factory=list)
+    # of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty:
+    # runs/NAME/teacher.pt
+    teacher: str = ""
+    # share of the annotated clips that is used (0.1 in Table 3; D11)
+    teacher_fraction: Annotated[float, "(0, 1]"] = 1.0
+
     # curation
-    curation: Literal["ads", "du", "ds", "none"] = (
-        "ads"  # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
-    )
-    threshold: float = 0.7  # sigma, least cosine of clip and caption (Sec. 3.1: DU 0.7, DS and ADS 0.6 to 0.75; D17)
-    ds_threshold: float = 0.7  # least cosine of caption and class prompt (code: 0.7, 0.6, 0.675 for ESC-50, US8K, TUT17; D17)
-    top_k: int = 0  # DU, ADS: instead of a threshold so many best captions a clip (5: code)
-    ds_top_k: int = 0  # DS, ADS: instead of ds_threshold so many nearest captions a class (ours)
-    dry_run: bool = False  # stop at curation with similarities, yields and examples of a sample, to choose sigma
-    block: int = 8192  # clips curated between two points of resumption; never changes the result
+    # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
+    curation: Literal["ads", "du", "ds", "none"] = "ads"
+    # sigma, least cosine of clip and caption (Sec. 3.1: DU 0.7, DS and ADS 0.6 to 0.75; D17)
+    threshold: Annotated[float, "[-1, 1]"] = 0.7
+    # least cosine of caption and class prompt (code: 0.7, 0.6, 0.675 for ESC-50, US8K, TUT17; D17)
+    ds_threshold: Annotated[float, "[-1, 1]"] = 0.7
+    # DU, ADS: instead of a threshold so many best captions a clip (5: code)
+    top_k: common.Whole = 0
+    # DS, ADS: instead of ds_threshold so many nearest captions a class (ours)
+    ds_top_k: common.Whole = 0
+    # stop at curation with similarities, yields and examples of a sample, to choose sigma
+    dry_run: bool = False
+    # clips curated between two points of resumption; never changes the result
+    block: common.Count = 8192
+
     # model
-    audio_channels: list[int] = field(
+    # of CNN14's blocks
+    audio_channels: list[common.Count] = field(
         default_factory=lambda: [64, 128, 256, 512, 1024, 2048]
-    )  # of CNN14's blocks
-    hop: int = 320  # samples between spectrogram frames (code; D21)
-    window_s: float = 5.0  # seconds heard at once (Sec. 3.1)
-    joint_dim: int = 1024  # dimension shared by audio and text (Sec. 3.2)
-    block_dropout: float = 0.2  # after each of CNN14's blocks (PANNs)
-    dropout: float = 0.5  # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
-    audio_weights: str = "Cnn14_mAP=0.431.pth"  # the teacher's audio encoder: PANNs' file, MS-CLAP 2022's (then all of it), or none
-    text_model: str = "bert-base-uncased"  # the teacher's text encoder: hub id or folder (Sec. 3.2: BERT; D21), or none
-    text_dim: int = 768  # text encoder width, read only when --text-model none
-    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    )
+    hop: common.Count = 320  # samples between spectrogram frames (code; D21)
+    window_s: common.Positive = 5.0  # seconds heard at once (Sec. 3.1)
+    joint_dim: common.Count = 1024  # dimension shared by audio and text (Sec. 3.2)
+    block_dropout: common.Dropout = 0.2  # after each of CNN14's blocks (PANNs)
+    # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
+    dropout: common.Dropout = 0.5
+    # the teacher's audio encoder: PANNs' file, MS-CLAP 2022's (then all of it), or none
+    audio_weights: str = "Cnn14_mAP=0.431.pth"
+    # the teacher's text encoder: hub id or folder (Sec. 3.2: BERT; D21), or none
+    text_model: str = "bert-base-uncased"
+    text_dim: common.Count = 768  # text encoder width, read only when --text-model none
+    text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
+
     # loss
-    temperature: float = 0.007  # start of tau (Sec. 3.2; D2)
-    soft_labels: bool = (
-        True  # SL: the student's targets are softened by the teacher (Sec. 2.3, Eq. 2-5)
-    )
-    beta: float = 0.3  # the teacher's share of the targets (Sec. 3.2)
+    temperature: common.Positive = 0.007  # start of tau (Sec. 3.2; D2)
+    # SL: the student's targets are softened by the teacher (Sec. 2.3, Eq. 2-5)
+    soft_labels: bool = True
+    beta: common.Share = 0.3  # the teacher's share of the targets (Sec. 3.2)
+
     # optimisation
-    teacher_epochs: int = 20  # code (D7)
-    student_epochs: int = 20  # code (D7)
-    epoch_steps: int = 0  # steps an epoch; 0: one pass over the pairs, of the student over those of the replay where there is one (D7)
-    batch_size: int = 128  # pairs over all processes (Sec. 3.2: 64 on each of 2 GPUs; D7)
-    micro_batch: int = 0  # pairs a process holds the graph of at a time (gradient caching); 0: all of its share (ours; D13)
-    lr: float = 1e-4  # Adam's learning rate (code; D7)
-    patience: int = 10  # epochs without a smaller validation loss before a tenth of the learning rate; none before this epoch (code; D7)
-    clip: float = 5.0  # largest norm of the gradient (code; D7)
+    teacher_epochs: common.Count = 20  # code (D7)
+    student_epochs: common.Count = 20  # code (D7)
+    # steps an epoch; 0: one pass over the pairs, of the student over those of the replay where
+    # there is one (D7)
+    epoch_steps: common.Whole = 0
+    batch_size: common.Count = 128  # pairs over all processes (Sec. 3.2: 64 on each of 2 GPUs; D7)
+    lr: common.Positive = 1e-4  # Adam's learning rate (code; D7)
+    # epochs without a smaller validation loss before a tenth of the learning rate; none before this
+    # epoch (code; D7)
+    patience: common.Whole = 10
+    clip: common.Positive = 5.0  # largest norm of the gradient (code; D7)
     replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.2; D9)
-    replay_prob: float = 0.5  # share of them (code; D9)
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D12)
-    )
-    seed: int = 0  # of weights, order, crops, dropout, choice of clips
-    # run
-    name: str = ""  # folder under --runs; empty: curation_clap-1, curation_clap-2, ...
-    runs: str = "runs"  # where run folders go, and runs/embeds/, the embeddings of pools
-    resume: bool = False  # continue runs/NAME with its stored settings, in the stage it was in
-    save_steps: int = 500  # steps between writes of last.pt
-    log_steps: int = 10  # steps between lines of log.jsonl
-    workers: int = 8  # processes that read audio
-    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
-    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
-    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
-    device: str = "auto"  # auto, cpu or cuda
+    replay_prob: Annotated[float, "[0, 1)"] = 0.5  # share of them (code; D9)
 
 
-# A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a step affordable on a CPU. The cosines of
-# a small teacher lie anywhere (0.3 was a good one), so it curates by rank.
+# A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a
+# step affordable on a CPU. The cosines of a small teacher lie anywhere (0.3 was a good one), so it
+# curates by rank.
 TINY = dict(
     audio_weights="none",
     text_model="none",
@@ -234,7 +232,7 @@ TINY = dict(
     workers=1,
 )
 OFFICIAL = dict(temperature=0.07)  # D2
-PRESETS = {("size", "tiny"): TINY, ("variant", "official"): OFFICIAL}
+Config.presets = {("size", "tiny"): TINY, ("variant", "official"): OFFICIAL}
 SAMPLE_RATE, N_FFT, N_MELS, FMIN_HZ, FMAX_HZ = 44100, 1024, 64, 50, 14000  # rate: Sec. 3.1; D21
 MAX_TOKENS = 100  # code (D21)
 PROMPT = "this is a sound of {}"  # Sec. 3.3; in curation D19
@@ -249,7 +247,9 @@ METHOD = "curation_clap"
 
 
 class ConvBlock(nn.Module):
-    """Two 3 x 3 convolutions, each with batch norm and ReLU, then the mean over squares of `pool`."""
+    """Two 3 x 3 convolutions, each with batch norm and ReLU, then the mean over squares
+    of `pool`.
+    """
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
@@ -264,10 +264,11 @@ class ConvBlock(nn.Module):
 
 
 class CNN14(nn.Module):
-    """PANNs' CNN14 with its own log-mel: waveform (B, S) -> clip features (B, channels of the last block).
+    """PANNs' CNN14 with its own log-mel: waveform (B, S) -> clip features (B, channels of the last
+    block).
 
-    Source: Kong et al., TASLP 2020. Names as in its files; the head of 527 AudioSet classes is kept,
-    unused, so that they load. The mel matrix is stored with the weights (D5).
+    Source: Kong et al., TASLP 2020. Names as in its files; the head of 527 AudioSet classes is
+    kept, unused, so that they load. The mel matrix is stored with the weights (D5).
     """
 
     def __init__(
@@ -279,18 +280,15 @@ class CNN14(nn.Module):
     ):
         super().__init__()
         self.log_mel = common.LogMel(SAMPLE_RATE, N_FFT, hop, N_MELS, FMIN_HZ, FMAX_HZ)
-        self.log_mel.mel_scale.register_buffer(
-            "fb", self.log_mel.mel_scale.fb, persistent=True
-        )  # D5
+        # D5
+        self.log_mel.mel_scale.register_buffer("fb", self.log_mel.mel_scale.fb, persistent=True)
         self.block_dropout, self.dropout, self.out_dim = block_dropout, dropout, channels[-1]
         self.bn0 = nn.BatchNorm2d(N_MELS)
         self.blocks = [f"conv_block{i}" for i in range(1, len(channels) + 1)]
         for name, channels_in, out in zip(self.blocks, (1, *channels), channels):
             self.add_module(name, ConvBlock(channels_in, out))
-        self.fc1, self.fc_audioset = (
-            nn.Linear(self.out_dim, self.out_dim),
-            nn.Linear(self.out_dim, 527),
-        )
+        self.fc1 = nn.Linear(self.out_dim, self.out_dim)
+        self.fc_audioset = nn.Linear(self.out_dim, 527)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -322,10 +320,8 @@ class Projection(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, dropout: float):
         super().__init__()
-        self.linear1, self.linear2 = (
-            nn.Linear(dim_in, dim, bias=False),
-            nn.Linear(dim, dim, bias=False),
-        )
+        self.linear1 = nn.Linear(dim_in, dim, bias=False)
+        self.linear2 = nn.Linear(dim, dim, bias=False)
         self.layer_norm, self.dropout = nn.LayerNorm(dim), dropout
 
     def forward(self, x):
@@ -348,7 +344,8 @@ def clean_caption(text: str) -> str:
 class Model(nn.Module):
     """CNN14 and BERT's first token, each through a projection; one vector a clip and a caption.
 
-    Args: text_encoder: a common.TextEncoder; audio: keyword arguments of CNN14; temperature: start of tau.
+    Args: text_encoder: a common.TextEncoder; audio: keyword arguments of CNN14; temperature: start
+    of tau.
     """
 
     clean_caption = staticmethod(clean_caption)
@@ -370,13 +367,15 @@ class Model(nn.Module):
             "window_s": window_s,
         }  # rebuilds the model, with the text encoder
         self.window_s = window_s
-        self.crop_rule = f"repeated to {window_s:g} s; all consecutive windows, the last one repeated too, averaged by their seconds"
+        self.crop_rule = (
+            f"repeated to {window_s:g} s; all consecutive windows, the last one repeated too, "
+            "averaged by their seconds"
+        )
         self.audio_encoder, self.text_encoder = CNN14(**audio), text_encoder
         self.audio_projection = Projection(self.audio_encoder.out_dim, joint_dim, audio["dropout"])
         self.text_projection = Projection(text_encoder.out_dim, joint_dim, audio["dropout"])
-        self.log_scale = nn.Parameter(
-            torch.tensor(1 / temperature).log()
-        )  # log(1 / tau), the factor on cosines
+        # log(1 / tau), the factor on cosines
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
     def clip_embeds(self, waveform):
         """waveform (B, S) of one window -> (B, D), normalised."""
@@ -398,7 +397,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
-        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D), normalised; never random (D4)."""
+        """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D),
+        normalised; never random (D4).
+        """
         with common.evaluating(self):
             window = round(self.window_s * self.sample_rate)
             windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
@@ -442,8 +443,10 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     if cfg.audio_weights != "none":
         if not Path(cfg.audio_weights).is_file():
             raise FileNotFoundError(
-                f"--audio-weights {cfg.audio_weights}: no such file; PANNs' Cnn14_mAP=0.431.pth is in its authors' Zenodo "
-                "record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in record 7312125 (or give none)"
+                f"--audio-weights {cfg.audio_weights}: no such file; PANNs' Cnn14_mAP=0.431.pth is "
+                "in its authors' Zenodo "
+                "record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in record 7312125 (or give "
+                "none)"
             )
         weights = common.read_weights(cfg.audio_weights)
         weights = weights.get("model", weights)
@@ -471,13 +474,13 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     return model
 
 
-def load_teacher(cfg: Config) -> tuple[Model, Path]:
-    """--teacher, or the run's own."""
-    path = Path(cfg.teacher) if cfg.teacher else Path(cfg.runs) / cfg.name / "teacher.pt"
+def load_teacher(cfg: Config, folder: Path) -> tuple[Model, Path]:
+    """--teacher, or the teacher.pt of the run in `folder`."""
+    path = Path(cfg.teacher) if cfg.teacher else folder / "teacher.pt"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such teacher; run --stage teacher --name {cfg.name or 'NAME'} first, or give --teacher (a run's "
-            "teacher.pt, or MS-CLAP 2022's file)"
+            f"{path}: no such teacher; run --stage teacher --name {cfg.name or 'NAME'} first, or "
+            "give --teacher (a run's teacher.pt, or MS-CLAP 2022's file)"
         )
     own = "method" in common.read_weights(path)
     return Model.from_checkpoint(path) if own else Model.from_published(path, cfg.text_model), path
@@ -501,10 +504,11 @@ def contrastive_loss(logits):
 
 
 def soft_targets(teacher_audio, teacher_text, beta: float):
-    """The teacher's embeds of the same batch -> targets of the rows (a2t) and of the columns (t2a), each (B, B), >= 0.
+    """The teacher's embeds of the same batch -> targets of the rows (a2t) and of the columns (t2a),
+    each (B, B), >= 0.
 
-    For clip i, caption j is right to the degree that the teacher finds clips i and j similar; for caption
-    i, clip j is right to the degree that it finds captions i and j similar.
+    For clip i, caption j is right to the degree that the teacher finds clips i and j similar; for
+    caption i, clip j is right to the degree that it finds captions i and j similar.
     """
     hard = torch.eye(len(teacher_audio), device=teacher_audio.device)
     # Eq. (2): C_a and C_t, cosines (D16)
@@ -515,7 +519,8 @@ def soft_targets(teacher_audio, teacher_text, beta: float):
 
 
 def soft_divergence(logits, target):
-    """logits, target (B, B), queries in rows: mean over them of sum target * (log target - log softmax), 0 log 0 = 0.
+    """logits, target (B, B), queries in rows: mean over them of sum target * (log target - log
+    softmax), 0 log 0 = 0.
 
     Source: L_t with clips in rows and their targets a2t, L_a with captions in rows and theirs t2a.
     """
@@ -523,7 +528,8 @@ def soft_divergence(logits, target):
 
 
 def soft_labelled_loss(logits, target_a2t, target_t2a):
-    """Rows of logits are clips and meet clip targets, columns are captions and meet caption targets.
+    """Rows of logits are clips and meet clip targets, columns are captions and meet caption
+    targets.
 
     Source: Sec. 2.3, the unnumbered mean of L_t and L_a.
     """
@@ -531,11 +537,11 @@ def soft_labelled_loss(logits, target_a2t, target_t2a):
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
-    """Outputs of Model.forward in this process, and the teacher's embeds of all (or None) -> loss, sim (B, B)."""
-    audio_embeds, text_embeds = (
-        common.gather_with_grad(audio_embeds),
-        common.gather_with_grad(text_embeds),
-    )
+    """Outputs of Model.forward in this process, and the teacher's embeds of all (or None) -> loss,
+    sim (B, B).
+    """
+    audio_embeds = common.gather_with_grad(audio_embeds)
+    text_embeds = common.gather_with_grad(text_embeds)
     sim = audio_embeds @ text_embeds.T  # (B, B); of embeds of length 1 (D16)
     logits = scaled(sim, scale, cfg.variant == "official")
     if taught is None:
@@ -552,28 +558,6 @@ def read_corpus(cfg: Config) -> dict:
     """-> annotated rows (train, val), the pool's items, and how many clips the stages can meet."""
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
     n_clips = len(train_rows)
-    if (
-        not 0 < cfg.teacher_fraction <= 1
-        or not 0 <= cfg.pool_share < 1
-        or not 0 <= cfg.replay_prob < 1
-        or not 0 <= cfg.beta <= 1
-    ):
-        raise ValueError(
-            f"--teacher-fraction {cfg.teacher_fraction}, --pool-share {cfg.pool_share}, --replay-prob {cfg.replay_prob}, --beta "
-            f"{cfg.beta}: expected above 0 to 1, 0 to below 1 (twice), 0 to 1"
-        )
-    common.check_counts(
-        cfg, "teacher_epochs", "student_epochs", "save_steps", "log_steps", "block", "hop"
-    )
-    if (
-        min(cfg.micro_batch, cfg.top_k, cfg.ds_top_k, cfg.epoch_steps, cfg.patience) < 0
-        or cfg.temperature <= 0
-        or cfg.window_s <= 0
-    ):
-        raise ValueError(
-            "--micro-batch, --top-k, --ds-top-k, --epoch-steps and --patience must not be negative, --temperature and --window-s "
-            "lie above 0"
-        )
     pool = [
         item if str(item).endswith(".npz") else str(common.manifest_path(item)) for item in cfg.pool
     ]
@@ -591,7 +575,9 @@ def read_corpus(cfg: Config) -> dict:
 
 
 def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict], list[dict]]:
-    """Rows of a random share of the clips, and the others; the rows of a clip stay together, order is kept (D11)."""
+    """Rows of a random share of the clips, and the others; the rows of a clip stay together, order
+    is kept (D11).
+    """
     audio = list(dict.fromkeys(row["audio"] for row in rows))
     chosen = np.random.default_rng(seed).permutation(len(audio))[
         : max(1, round(share * len(audio)))
@@ -609,7 +595,9 @@ class Centre:
 
 
 class Pairs(Dataset):
-    """One item a (clip, caption) pair of one of several sets. Items are asked for as (set, epoch, index), which seeds the crop."""
+    """One item a (clip, caption) pair of one of several sets. Items are asked for as (set, epoch,
+    index), which seeds the crop.
+    """
 
     def __init__(
         self, sets: list[list[dict]], cfg: Config, tokenize, window_s: float, centre: bool = False
@@ -629,29 +617,20 @@ class Pairs(Dataset):
         group, epoch, index = key
         row, k = self.sets[group][index]
         rng = np.random.default_rng((self.cfg.seed, *key))
-        try:
-            waveform = self.read(
-                row["audio"],
-                length_s=self.window_s,
-                crop_rng=Centre if self.centre else rng,
-                expected_s=row.get("duration"),
-            )
-        except common.AudioError as error:
-            return error
+        waveform = self.read(
+            row["audio"],
+            length_s=self.window_s,
+            crop_rng=Centre if self.centre else rng,
+            expected_s=row.get("duration"),
+        )
         free = round(self.window_s * SAMPLE_RATE) - len(waveform)
         before = Centre.integers(0, free + 1) if self.centre else int(rng.integers(free + 1))
         before = before if self.cfg.variant == "official" else 0  # D3
-        return (
-            np.pad(waveform, (before, free - before)),
-            clean_caption(row["captions"][k]),
-            row["audio"],
-        )
+        waveform = np.pad(waveform, (before, free - before))
+        return waveform, clean_caption(row["captions"][k]), row["audio"]
 
-    def collate(self, items):
-        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error texts."""
-        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
-
-    def tensors(self, items) -> dict:
+    def collate(self, items) -> dict:
+        """-> what Model.forward takes."""
         waveforms, captions, _ = zip(*items)
         tokens = self.tokenize(list(captions))
         return {
@@ -669,10 +648,11 @@ def mixed_batches(
     start_step: int,
     total_steps: int,
 ):
-    """Yield this process's share of every batch as [(set, epoch, index), ...]; a batch comes whole from one set (D9).
+    """Yield this process's share of every batch as [(set, epoch, index), ...]; a batch comes whole
+    from one set (D9).
 
-    With two sets, the first with probability replay_prob. Each set is gone through in a new random order every
-    epoch; what does not fill a batch is left out of that epoch.
+    With two sets, the first with probability replay_prob. Each set is gone through in a new random
+    order every epoch; what does not fill a batch is left out of that epoch.
     """
     rank, world = common.rank_and_world()
     chosen = (
@@ -701,10 +681,12 @@ def mixed_batches(
 
 
 def exact_cosines(audio, text, clip, caption) -> np.ndarray:
-    """Inner products of chosen rows of two fp16 matrices, |row| near 1, without any rounding: (P,) float64.
+    """Inner products of chosen rows of two fp16 matrices, |row| near 1, without any rounding: (P,)
+    float64.
 
-    A product of two fp16 numbers is a multiple of 2^-48, and so is every partial sum, which stays below 2:
-    all of them fit into the 53 bits of a double. So the order of adding, hence block and device, cannot matter (D10).
+    A product of two fp16 numbers is a multiple of 2^-48, and so is every partial sum, which stays
+    below 2: all of them fit into the 53 bits of a double. So the order of adding, hence block and
+    device, cannot matter (D10).
     """
     parts = [slice(i, i + 8192) for i in range(0, len(clip), 8192)]
     cosines = [
@@ -715,11 +697,13 @@ def exact_cosines(audio, text, clip, caption) -> np.ndarray:
 
 
 class Search:
-    """All pairs of clips and captions with cosine >= threshold, or every clip's top_k captions, streamed over clips.
+    """All pairs of clips and captions with cosine >= threshold, or every clip's top_k captions,
+    streamed over clips.
 
     Args: text_embeds (Q, D) fp16, normalised; held on `device`, as fp16 on a GPU.
-    A rough product finds candidates, a little below what is asked for; `exact_cosines` decides. Of the
-    product only a block exists at a time, and only groups of captions whose best is a candidate are looked into.
+    A rough product finds candidates, a little below what is asked for; `exact_cosines` decides. Of
+    the product only a block exists at a time, and only groups of captions whose best is a candidate
+    are looked into.
     """
 
     def __init__(
@@ -731,29 +715,29 @@ class Search:
         group: int = 256,
         n_products: int = 0,
     ):
-        self.text, self.threshold, self.top_k, self.group = (
-            text_embeds,
-            threshold,
-            min(top_k, len(text_embeds)),
-            group,
-        )
+        self.text = text_embeds
+        self.threshold = threshold
+        self.top_k = min(top_k, len(text_embeds))
+        self.group = group
         self.device = torch.device(device)
         Q, D = text_embeds.shape
         on_gpu = self.device.type == "cuda"
         columns = torch.from_numpy(text_embeds).to(self.device)
         columns = F.pad(columns if on_gpu else columns.float(), (0, 0, 0, -Q % group))
-        self.columns, self.dtype = (
-            columns.T.contiguous(),
-            columns.dtype,
-        )  # (D, Q padded to whole groups)
-        # what the rough product may be off: its result rounded to fp16 and parts of its sums, or D roundings to fp32
+        # (D, Q padded to whole groups)
+        self.columns = columns.T.contiguous()
+        self.dtype = columns.dtype
+        # what the rough product may be off: its result rounded to fp16 and parts of its sums, or D
+        # roundings to fp32
         self.margin = 4e-3 if on_gpu else (D + 8) * 2.0**-23
         # products at a time: on a CPU few enough for its caches
         self.rows = max(1, (n_products or (2**28 if on_gpu else 2_621_440)) // columns.shape[0])
         self.held = torch.empty(self.rows, columns.shape[0], dtype=self.dtype, device=self.device)
 
     def __call__(self, audio_embeds: np.ndarray):
-        """audio_embeds (N, D) fp16 -> yields clip, caption (P,) int, cosine (P,) float64; by clip, best first, ties by caption."""
+        """audio_embeds (N, D) fp16 -> yields clip, caption (P,) int, cosine (P,) float64; by clip,
+        best first, ties by caption.
+        """
         for start in range(0, len(audio_embeds), self.rows):
             audio = audio_embeds[start : start + self.rows]
             clip, caption = self.candidates(
@@ -762,9 +746,8 @@ class Search:
             cosine = exact_cosines(audio, self.text, clip, caption)
             order = np.lexsort((caption, -cosine, clip))
             if self.top_k:
-                first = np.searchsorted(
-                    clip[order], clip[order]
-                )  # where the clip's candidates begin
+                # where the clip's candidates begin
+                first = np.searchsorted(clip[order], clip[order])
                 order = order[np.arange(len(order)) - first < self.top_k]
             else:
                 order = order[cosine[order] >= self.threshold]
@@ -820,7 +803,9 @@ def stored_array(path: Path, name: str) -> np.ndarray:
 
 
 def pool_rows(item):
-    """Rows (audio, duration) of one item of the pool that is no file of embeddings: its training rows, one a clip."""
+    """Rows (audio, duration) of one item of the pool that is no file of embeddings: its training
+    rows, one a clip.
+    """
     last = None
     for row in common.iter_manifest([item]) if not isinstance(item, list) else item:
         if row.get("split", "train") == "train" and row["audio"] != last:
@@ -832,7 +817,9 @@ def pool_rows(item):
 
 
 def pool_blocks(pool: list, size: int):
-    """Yield the pool in blocks: rows, and their stored embeddings (n, D) or None. Rounded up to whole batches of embedding."""
+    """Yield the pool in blocks: rows, and their stored embeddings (n, D) or None. Rounded up to
+    whole batches of embedding.
+    """
     size = -(-size // EMBED_BATCH) * EMBED_BATCH
     for item in pool:
         if not isinstance(item, list) and str(item).endswith(".npz"):
@@ -875,7 +862,9 @@ def array_digest(array: np.ndarray) -> str:
 
 
 def pool_digest(pool: list) -> str:
-    """Changes when the pool does: the content of manifests, size and date of files of embeddings."""
+    """Changes when the pool does: the content of manifests, size and date of files of
+    embeddings.
+    """
     return digest(
         *(
             item
@@ -896,7 +885,8 @@ def half(embeds) -> np.ndarray:
     embeds = np.asarray(embeds, np.float32)
     if not np.isfinite(embeds).all():
         raise FloatingPointError(
-            "some embeddings are NaN or infinite; the teacher's weights, or the file of embeddings, are broken"
+            "some embeddings are NaN or infinite; the teacher's weights, or the file of "
+            "embeddings, are broken"
         )
     return (embeds / np.maximum(np.linalg.norm(embeds, axis=1, keepdims=True), 1e-12)).astype(
         np.float16
@@ -905,7 +895,9 @@ def half(embeds) -> np.ndarray:
 
 @torch.no_grad()
 def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str):
-    """-> kept (n,) indices into rows, embeds (n, D) fp16, error texts. Batches of neighbours, so that they do not depend on the block."""
+    """-> kept (n,) indices into rows, embeds (n, D) fp16, error texts. Batches of neighbours, so
+    that they do not depend on the block.
+    """
     loader = common.Loader(
         common.AudioFiles(rows, SAMPLE_RATE, CURATION_S),
         EMBED_BATCH,
@@ -937,7 +929,9 @@ def save_arrays(path: Path, **arrays) -> None:
 
 
 def read_captions(cfg: Config, train_rows: list[dict]):
-    """Texts to curate from -> unique captions, for each the rows (audio, duration) it describes, embeds (Q, D) or None."""
+    """Texts to curate from -> unique captions, for each the rows (audio, duration) it describes,
+    embeds (Q, D) or None.
+    """
     if any(str(item).endswith(".npz") for item in cfg.captions):
         if len(cfg.captions) > 1:
             raise ValueError(
@@ -991,14 +985,17 @@ def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
     classes = list(dict.fromkeys(classes if cfg.labels else common.read_classes(cfg.data, rows)))
     if not classes:
         raise ValueError(
-            f"--curation {cfg.curation} looks for captions near the domain's classes, and there are none; give --labels "
+            f"--curation {cfg.curation} looks for captions near the domain's classes, and there "
+            "are none; give --labels "
             "(a classes.txt or a manifest with labels), or --curation du"
         )
     return [re.sub(r"[_/]", " ", name).lower() for name in classes]
 
 
 def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
-    """DS: captions near the domain -> their numbers, in order, and each one's best cosine to a prompt (Sec. 2.2.2)."""
+    """DS: captions near the domain -> their numbers, in order, and each one's best cosine to a
+    prompt (Sec. 2.2.2).
+    """
     found = {}
     search = Search(text_embeds, threshold, top_k)
     for _, caption, cosine in search(prompt_embeds):
@@ -1009,7 +1006,9 @@ def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
 
 
 def pair_lines(rows: list[dict], found, captions: list[str]):
-    """What `Search` yields -> manifest lines: one a clip, `captions` with the `similarity` of each."""
+    """What `Search` yields -> manifest lines: one a clip, `captions` with the
+    `similarity` of each.
+    """
     clip, caption, cosine = found
     starts = np.flatnonzero(np.diff(clip, prepend=-1))
     caption, cosine = caption.tolist(), cosine.round(4).tolist()
@@ -1063,7 +1062,8 @@ def pool_sizes(cfg: Config, corpus: dict) -> list[int]:
         return []
     if not corpus["pool"]:
         raise ValueError(
-            f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool (manifests, or files of eval.py embed)"
+            f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool "
+            "(manifests, or files of eval.py embed)"
         )
     sizes = [len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block)]
     if not sizes:
@@ -1083,22 +1083,21 @@ def domain_prompts(cfg: Config, corpus: dict) -> list[str]:
 
 
 def curate(
-    cfg: Config, corpus: dict, sizes: list[int], prompts: list[str], device, autocast, say
+    cfg: Config, run: common.Run, corpus: dict, sizes: list[int], prompts: list[str]
 ) -> dict:
-    """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry run's report.
+    """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry
+    run's report.
 
     sizes, prompts: as from pool_sizes and domain_prompts.
     """
-    rank, world = common.rank_and_world()
-    model, teacher_path = load_teacher(cfg)
-    model.to(device)
-    begun = bool(cfg.name) and (Path(cfg.runs) / cfg.name / "log.jsonl").exists()
-    run = common.RunFolder(
-        cfg.runs, cfg.name, METHOD, begun, corpus["n_clips"] + sum(sizes), cfg.max_bad
-    )
-    cfg.name, folder = run.name, run.path
+    model, teacher_path = load_teacher(cfg, run.path)
+    model.to(run.device)
+    run.open_folder(corpus["n_clips"] + sum(sizes), (run.path / "log.jsonl").exists())
+    folder, rank, world = run.path, run.rank, run.world
+    device, autocast, say = run.device, run.autocast, run.say
     say(
-        f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix {model.audio_encoder.mel_rate()}"
+        f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix "
+        f"{model.audio_encoder.mel_rate()}"
     )
     embeds_folder = (
         Path(cfg.runs)
@@ -1119,7 +1118,8 @@ def curate(
     text_embeds = embed_captions(model, captions, stored, embeds_folder)
     if text_embeds.shape[1] != model.shape["joint_dim"]:
         raise ValueError(
-            f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have {model.shape['joint_dim']}; "
+            f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have "
+            f"{model.shape['joint_dim']}; "
             "embed them with the same teacher"
         )
     if prompts:
@@ -1132,7 +1132,8 @@ def curate(
                 (prompt_embeds.astype(np.float32) @ text_embeds.astype(np.float32).T).max()
             )
             raise ValueError(
-                f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt (the nearest: {best:.3f}); "
+                f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt "
+                f"(the nearest: {best:.3f}); "
                 "choose a lower one with --dry-run"
             )
         of_domain = [captions[q] for q in chosen]
@@ -1166,7 +1167,8 @@ def curate(
             folder / name, [json.dumps(row, ensure_ascii=False) for row in own.values()]
         )
         say(
-            f"DS: {sum(len(row['captions']) for row in own.values()):,} pairs of {len(own):,} clips in {folder / name}"
+            f"DS: {sum(len(row['captions']) for row in own.values()):,} pairs of {len(own):,} "
+            f"clips in {folder / name}"
         )
     if cfg.curation == "ds":
         common.barrier()
@@ -1215,7 +1217,8 @@ def curate(
                     embeds = half(embeds)
                     if embeds.shape[1] != text_embeds.shape[1]:
                         raise ValueError(
-                            f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' have {text_embeds.shape[1]}; embed both "
+                            f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' "
+                            f"have {text_embeds.shape[1]}; embed both "
                             "with the same teacher"
                         )
                 if not paths[number].exists():
@@ -1230,7 +1233,8 @@ def curate(
             if not pairs:
                 (folder / "curated.jsonl").unlink()
                 raise ValueError(
-                    f"--threshold {cfg.threshold}: no clip of the pool is that close to any of {len(captions)} captions; choose a lower "
+                    f"--threshold {cfg.threshold}: no clip of the pool is that close to any of "
+                    f"{len(captions)} captions; choose a lower "
                     "one with --dry-run, or give --top-k"
                 )
             for path in paths:
@@ -1247,14 +1251,17 @@ def curate(
                 }
             )
             say(
-                f"{cfg.curation.upper()}: {pairs:,} pairs of {clips:,} of {sum(sizes):,} clips in {folder / 'curated.jsonl'}"
+                f"{cfg.curation.upper()}: {pairs:,} pairs of {clips:,} of {sum(sizes):,} clips in "
+                f"{folder / 'curated.jsonl'}"
             )
     common.barrier()
     return {"curated": str(folder / "curated.jsonl")}
 
 
 def rounds(blocks, rank: int, world: int):
-    """Deal numbered blocks to the processes -> for every round the number of its first block, and this process's (number, block) or None."""
+    """Deal numbered blocks to the processes -> for every round the number of its first block, and
+    this process's (number, block) or None.
+    """
     mine, number = None, -1
     for number, block in enumerate(blocks):
         if number % world == rank:
@@ -1267,7 +1274,9 @@ def rounds(blocks, rank: int, world: int):
 
 
 def block_embeds(model: Model, rows, path: Path, cfg: Config, autocast):
-    """The block's readable rows, their embeds (n, D) fp16 and error texts: stored ones, or made and stored."""
+    """The block's readable rows, their embeds (n, D) fp16 and error texts: stored ones, or made and
+    stored.
+    """
     if not path.exists():
         kept, embeds, bad = embed_rows(
             model, rows, cfg.workers, autocast, f"embedding block {path.stem[-6:]}"
@@ -1292,7 +1301,9 @@ def report_domain(prompts, captions, prompt_embeds, text_embeds, cfg: Config) ->
 
 
 def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, autocast) -> None:
-    """Dry run: similarities of a sample of clips with all captions, what every threshold would give, and examples."""
+    """Dry run: similarities of a sample of clips with all captions, what every threshold would
+    give, and examples.
+    """
     wanted = set(np.random.default_rng(cfg.seed).permutation(n_pool)[:SAMPLE_CLIPS].tolist())
     rows, embeds, number = [], [], 0
     for block, stored in pool_blocks(pool, cfg.block):
@@ -1307,11 +1318,9 @@ def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, au
             found = half(stored[chosen])
         rows += [block[i] for i in chosen]
         embeds.append(found)
-    embeds, levels, edges = (
-        np.concatenate(embeds),
-        np.round(np.arange(-0.2, 1.0, 0.05), 2),
-        np.linspace(-1, 1, 41),
-    )
+    embeds = np.concatenate(embeds)
+    levels = np.round(np.arange(-0.2, 1.0, 0.05), 2)
+    edges = np.linspace(-1, 1, 41)
     counts, examples = np.zeros(40, int), {level: [] for level in levels}
     pairs, clips = np.zeros(len(levels), int), np.zeros(len(levels), int)
     columns = text_embeds.astype(np.float32).T
@@ -1334,17 +1343,20 @@ def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, au
                         f"{Path(rows[i]['audio']).name}: {captions[q]!r} ({sim[q]:.2f})"
                     )
     print(
-        f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} captions:"
+        f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} "
+        "captions:"
     )
     histogram(counts=counts, edges=edges)
     share = n_pool / max(1, len(embeds))
     print(
-        f"\n  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}   (of the whole pool{'' if share == 1 else ', estimated'})"
+        f"\n  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}   (of the whole "
+        f"pool{'' if share == 1 else ', estimated'})"
     )
     for level, p, c in zip(levels, pairs, clips):
         if p:
             print(
-                f"  {level:>9.2f} {round(p * share):>14,} {round(c * share):>12,} {p / max(1, c):>16.1f}   {'   '.join(examples[level])}"
+                f"  {level:>9.2f} {round(p * share):>14,} {round(c * share):>12,} "
+                f"{p / max(1, c):>16.1f}   {'   '.join(examples[level])}"
             )
 
 
@@ -1365,46 +1377,46 @@ def histogram(values=None, counts=None, edges=None) -> None:
 
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     """Retrieval among whole validation clips -> scores, what chance gives."""
-    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
-    for text in bad:
-        tqdm.write(f"validation: left out {text}")
-    rows = [rows[i] for i in kept]
-    captions = [(i, clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
-    owner = np.array([i for i, _ in captions])
-    sim = common.similarities(model, audio_embeds, None, [c for _, c in captions])
-    return common.retrieval_scores(common.retrieval_ranks(sim, owner)), common.retrieval_chance(
-        owner, len(rows)
-    )
+    rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
+    captions = [[clean_caption(text) for text in row["captions"]] for row in rows]
+    return common.caption_retrieval(model, audio_embeds, None, captions)[:2]
+
+
+def embeds_of(model, parts: list[dict], autocast) -> list:
+    """Audio and text embeds (B, D) of a batch in parts, in this process, without a graph."""
+    with torch.no_grad(), autocast:
+        embeds = [model(**part)[:2] for part in parts]
+    return [torch.cat(column) for column in zip(*embeds)]
 
 
 def teach(teacher, parts: list[dict], autocast):
-    """The teacher's embeds of the whole batch, over all processes, without dropout: audio, text (B, D); None without a teacher."""
+    """The teacher's embeds of the whole batch, over all processes, without dropout; None without a
+    teacher.
+    """
     if teacher is None:
         return None
-    with torch.no_grad(), autocast:
-        embeds = [teacher(**part)[:2] for part in parts]
-        return [common.gather_with_grad(torch.cat(column)) for column in zip(*embeds)]
+    return [common.gather_with_grad(embeds) for embeds in embeds_of(teacher, parts, autocast)]
 
 
 @torch.no_grad()
-def validation_loss(
-    cfg: Config, model: Model, teacher, dataset: Pairs, device, autocast
-) -> tuple[float, float]:
-    """Mean of the stage's loss over full batches of validation pairs (D8), and of what equal cosines would give.
+def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> tuple[float, float]:
+    """Mean of the stage's loss over full batches of validation pairs (D8), and of what equal
+    cosines would give.
 
-    Computed by one process alone, whatever their number. Against hard targets equal cosines give ln B, against
-    soft ones another value, which depends on the teacher's cosines (D6).
+    Computed by one process alone, whatever their number. Against hard targets equal cosines give ln
+    B, against soft ones another value, which depends on the teacher's cosines (D6).
     """
     n = len(dataset.sets[0])
     size = min(cfg.batch_size, n)
+    readable = common.Readable(dataset, cfg.micro_batch)
     loader = common.Loader(
-        dataset,
+        readable,
         batch_sampler=[
             [(0, 0, i) for i in range(start, start + size)]
             for start in range(0, n - size + 1, size)
         ],
         num_workers=cfg.workers,
-        collate_fn=dataset.collate,
+        collate_fn=readable.collate,
         worker_init_fn=common.outlive_signals,
     )
     total, chance, count = 0.0, 0.0, 0
@@ -1412,319 +1424,185 @@ def validation_loss(
         for parts, names, _ in loader:
             if len(names) < 2:
                 continue
-            parts = common.to_device(parts, device)
-            with autocast:
-                audio, text = (
-                    torch.cat(column) for column in zip(*(model(**part)[:2] for part in parts))
-                )
-                taught = (
-                    None
-                    if teacher is None
-                    else [
-                        torch.cat(column)
-                        for column in zip(*(teacher(**part)[:2] for part in parts))
-                    ]
-                )
-            logits = scaled(audio @ text.T, model.log_scale.exp(), cfg.variant == "official")
-            loss_of = (
-                contrastive_loss
-                if taught is None
-                else lambda x: soft_labelled_loss(x, *soft_targets(*taught, cfg.beta))
-            )
-            total, count = total + loss_of(logits).item() * len(names), count + len(names)
-            chance += loss_of(torch.zeros_like(logits)).item() * len(names)
+            parts = common.to_device(parts, run.device)
+            audio_embeds, text_embeds = embeds_of(model, parts, run.autocast)
+            sim, scale = audio_embeds @ text_embeds.T, model.log_scale.exp()
+            logits = scaled(sim, scale, cfg.variant == "official")
+            if teacher is None:
+                loss = contrastive_loss(logits)
+                of_equal = contrastive_loss(torch.zeros_like(logits))
+            else:
+                targets = soft_targets(*embeds_of(teacher, parts, run.autocast), cfg.beta)
+                loss = soft_labelled_loss(logits, *targets)
+                of_equal = soft_labelled_loss(torch.zeros_like(logits), *targets)
+            total += loss.item() * len(names)
+            chance += of_equal.item() * len(names)
+            count += len(names)
     return (total / count, chance / count) if count else (math.inf, math.inf)
 
 
 def train(
-    cfg: Config,
-    stage: str,
-    model: Model,
-    teacher,
-    sets: list[list[dict]],
-    corpus: dict,
-    device,
-    autocast,
-    say,
-    checkpoint,
+    cfg: Config, run, stage: str, model: Model, teacher, sets: list[list[dict]], corpus: dict
 ) -> dict:
-    """Stages 1 and 3 -> runs/NAME/last.pt and the best by validation loss: teacher.pt, or best.pt; its scores on the validation split.
+    """Stages 1 and 3 -> runs/NAME/last.pt and the best by validation loss: teacher.pt, or best.pt;
+    its scores on the validation split.
 
     sets: rows of the pairs to learn from; where there are two, the first is the replay.
     """
-    rank, world = common.rank_and_world()
     sizes = [sum(len(row["captions"]) for row in rows) for rows in sets]
     common.check_batch(cfg, min(cfg.batch_size, *sizes), min(sizes), "pair")
-    model.to(device)
-    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
-    dataset = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
+    model.to(run.device)
+    pairs = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
     held_out = Pairs([corpus["val"]], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
+    # the smaller of two sets may not fill a batch
+    of_batch = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
-    of_batch = list(
-        dict.fromkeys(min(cfg.batch_size, size) for size in sizes)
-    )  # pairs; the smaller of two sets may not fill one
     epoch_steps = cfg.epoch_steps or sizes[0] // of_batch[0]
     steps = epochs * epoch_steps
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # D7
         optimiser, factor=0.1, patience=cfg.patience, min_lr=1e-8
-    )  # D7
-    step, best = 0, {"loss": math.inf, "step": 0}
-    resumed = (
-        checkpoint is not None
-        or (Path(cfg.runs) / cfg.name / "log.jsonl").exists()
-        and bool(cfg.name)
-        and stage == "student"
     )
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, resumed, corpus["n_clips"], cfg.max_bad)
-    cfg.name = run.name
+    forward = run.begin(
+        model,
+        optimiser,
+        steps,
+        corpus["n_clips"],
+        f"{' + '.join(f'{n:,}' for n in sizes)} "
+        f"pairs{' (replay + curated)' if len(sizes) > 1 else ''}, "
+        f"{len(corpus['val'])} clips for validation; mel matrix {model.audio_encoder.mel_rate()}; "
+        f"{epochs} epochs of {epoch_steps} steps; batches of {' or '.join(map(str, of_batch))}, "
+        f"ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}",
+        run.checkpoint(stage),
+        stage=stage,
+        shape=model.shape,
+        scheduler=scheduler,
+        continues=stage == "student" and (run.path / "log.jsonl").exists(),
+    )
     best_file = "teacher.pt" if stage == "teacher" else "best.pt"
-    if checkpoint:
-        (
-            optimiser.load_state_dict(checkpoint["optimiser"]),
-            scheduler.load_state_dict(checkpoint["scheduler"]),
-        )
-        step, best = checkpoint["step"], checkpoint["best"]
-    if resumed:
-        run.drop_log_after(step, stage=stage)
-    say(
-        f"{METHOD}, {stage}: {' + '.join(f'{n:,}' for n in sizes)} pairs{' (replay + curated)' if len(sizes) > 1 else ''}, "
-        f"{len(corpus['val'])} clips for validation; {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; "
-        f"mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of {epoch_steps} steps of "
-        f"{' or '.join(map(str, of_batch))} pairs on {world} x {device.type}; ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}; writing to {run.path}"
-    )
+    sampler = mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, run.step, steps)
 
-    def save(name):
-        common.save_checkpoint(
-            run.path / name,
-            {
-                "method": METHOD,
-                "stage": stage,
-                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
-                "step": step,
-                "best": best,
-                "shape": model.shape,
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "text_encoder": model.text_encoder.description(),
-                "versions": common.versions(),
-            },
-        )
+    def loss_of(*embeds):
+        return training_loss(cfg, *embeds, taught)
 
     # Loop
-    loader = common.Loader(
-        dataset,
-        batch_sampler=mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, step, steps),
-        num_workers=cfg.workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_signals,
-    )
-    bar = tqdm(
-        total=steps, initial=step, unit="step", desc=stage, disable=rank > 0, dynamic_ncols=True
-    )
-    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
-    model.train()
-    for parts, names, bad in common.batches_on(device, loader):
-        unreadable += bad
-        if not parts:
-            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
-        taught = teach(teacher, parts, autocast)
+    for parts in run.batches(pairs, sampler):
+        taught = teach(teacher, parts, run.autocast)
 
         optimiser.zero_grad(set_to_none=True)
-        loss, sim = common.cached_backward(
-            wrapped,
-            parts,
-            lambda *embeds: training_loss(cfg, *embeds, taught),
-            lambda i: common.seed_step(cfg.seed, step, rank, i),
-            autocast,
-            cfg.micro_batch,
+        loss, sim = common.cached_backward(  # D12, D13
+            forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
         )
         nn.utils.clip_grad_norm_(parameters, cfg.clip)
         optimiser.step()
 
-        # Log: the only place, with validating and saving, where a GPU is waited for
-        recent.append((step, loss.detach(), names))
-        step += 1
-        pairs_seen += len(sim)
-        bar.update()
-        if step % cfg.log_steps == 0 or step == steps:
-            common.check_finite(recent, run)
-            run.settle_skipped(unreadable)
-            unreadable.clear()
-            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {
-                "stage": stage,
-                "step": step,
-                "loss": loss.item(),
-                "ln_B": math.log(len(sim)),
-                "batch_R@1": r1,
-                "scale": model.log_scale.exp().item(),
-                "lr": optimiser.param_groups[0]["lr"],
-                "pairs_per_s": pairs_seen / seconds,
-                "skipped": len(run.skipped),
-            }
-            run.log(line)
-            bar.set_postfix_str(
-                f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} {line['pairs_per_s']:.0f} pairs/s"
-            )
-            pairs_seen = 0
-        eval_now = step % epoch_steps == 0
-        if eval_now or step % cfg.save_steps == 0 or run.stop:
-            common.check_finite(recent, run, model)
-            if eval_now:
-                value = [
-                    validation_loss(cfg, model, teacher, held_out, device, autocast)[0]
-                    if rank == 0 and corpus["val"]
-                    else 0.0
-                ]
-                if dist.is_initialized():
-                    dist.broadcast_object_list(value)  # the learning rate is that of all processes
-                if corpus["val"]:
-                    say(f"{stage}, epoch {step // epoch_steps}: validation loss {value[0]:.4f}")
-                    if step >= cfg.patience * epoch_steps:
-                        scheduler.step(value[0])
-                if rank == 0 and (value[0] < best["loss"] or not corpus["val"]):
-                    best = {"loss": value[0], "step": step}
-                    save(best_file)
-                model.train()
-            if rank == 0:
-                save("last.pt")
-            common.barrier()
-            run.end_if_told(f"step {step}")
-            clock, pairs_seen = time.perf_counter(), 0
-    bar.close()
+        run.step_done(loss, sim, scale=model.log_scale.exp())
+        if run.is_due(epoch_steps):
+            value = [0.0]
+            if run.rank == 0 and corpus["val"]:
+                value = [validation_loss(cfg, run, model, teacher, held_out)[0]]
+            if dist.is_initialized():
+                dist.broadcast_object_list(value)  # the learning rate is that of all processes
+            if corpus["val"] and run.step >= cfg.patience * epoch_steps:
+                scheduler.step(value[0])
+            # without validation clips the last epoch wins
+            score = -value[0] if corpus["val"] else run.step
+            run.keep_best(score, {"val_loss": value[0]} if corpus["val"] else {}, best_file)
+        run.save_if_due()
 
     # Result: the best checkpoint on the validation split
-    common.barrier()
-    if rank > 0 or not corpus["val"]:
+    if run.rank > 0 or not corpus["val"]:
         return {}
     if not (run.path / best_file).exists():
         raise ValueError(
-            f"no validation loss was finite, so there is no {best_file}; are the validation clips readable "
+            f"no validation loss was finite, so there is no {best_file}; are the validation clips "
+            "readable "
             f"({run.path / 'skipped.txt'})?"
         )
-    model = Model.from_checkpoint(run.path / best_file).to(device)
+    model = Model.from_checkpoint(run.path / best_file).to(run.device)
     scores, chance = validate(model, corpus["val"], quiet=False)
-    scores["val_loss"], chance["val_loss"] = (
-        best["loss"],
-        validation_loss(cfg, model, teacher, held_out, device, autocast)[1],
-    )
-    result = {
-        "stage": stage,
-        "best_step": best["step"],
-        "n_clips": len(corpus["val"]),
-        "scores": scores,
-        "chance": chance,
-    }
-    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(
-        f"{METHOD}, {stage}, on {len(corpus['val'])} validation clips (step {best['step']})",
-        scores,
-        chance,
-    )
-    return result
+    scores["val_loss"] = -run.best["score"]
+    chance["val_loss"] = validation_loss(cfg, run, model, teacher, held_out)[1]
+    return run.finish(scores, chance, len(corpus["val"]))
 
 
-def student_sets(cfg: Config, corpus: dict) -> list[list[dict]]:
+def student_sets(cfg: Config, folder: Path, corpus: dict) -> list[list[dict]]:
     """What the student learns from: the replay first, where there is one (D9)."""
     if cfg.curation == "none":
         return [corpus["train"]]
-    folder = Path(cfg.runs) / cfg.name
-    needed = [folder / "curated.jsonl"] + [folder / "replay.jsonl"] * (
-        cfg.curation == "ads" and cfg.replay
-    )
-    for path in needed:
-        if not path.is_file():
+    names = ["curated.jsonl"]
+    if cfg.curation == "ads" and cfg.replay:
+        names.append("replay.jsonl")
+    for name in names:
+        if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{path}: no such manifest; run --stage curate --curation {cfg.curation} --name {cfg.name or 'NAME'} first"
+                f"{folder / name}: no such manifest; run --stage curate --curation {cfg.curation} "
+                f"--name {cfg.name or 'NAME'} first"
             )
-    curated = common.read_manifest([str(needed[0])], ("captions",))
-    if not cfg.replay or cfg.curation == "ds":
-        return [curated]
-    return [
-        common.read_manifest([str(needed[1])], ("captions",))
-        if cfg.curation == "ads"
-        else corpus["train"],
-        curated,
-    ]
+    curated, *replay = [common.read_manifest([str(folder / name)], ("captions",)) for name in names]
+    if cfg.curation == "du" and cfg.replay:
+        replay = [corpus["train"]]
+    return [*replay, curated]
 
 
 def main(cfg: Config) -> dict:
-    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation split, as in eval.json; {} without one."""
-    cfg = dataclasses.replace(cfg)  # its name is filled in below
-    device, autocast, say = common.start(cfg, PRESETS)
-    last = Path(cfg.runs) / cfg.name / "last.pt"
-    stored = common.read_checkpoint(last, METHOD) if cfg.name and last.exists() else None
-    if cfg.resume:
-        stored = stored or common.read_checkpoint(last, METHOD)
-        common.check_resume(cfg, stored["config"])
-    elif stored and stored["stage"] == "student" and cfg.stage in ("all", "student"):
-        raise FileExistsError(
-            f"{last.parent} already holds a run; continue it with --resume or choose another --name"
-        )
+    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
+    split, as in eval.json; {} without one.
+    """
+    run = common.Run(cfg, METHOD)
+    in_student = run.checkpoint("student") is not None
+    if not cfg.resume and cfg.name and cfg.stage in ("all", "student"):
+        last = run.path / "last.pt"
+        if last.exists() and common.read_checkpoint(last, METHOD)["stage"] == "student":
+            raise FileExistsError(
+                f"{run.path} already holds a run; continue it with --resume or choose another "
+                "--name"
+            )
     corpus, result = read_corpus(cfg), {}
-    in_student = cfg.resume and stored["stage"] == "student"
     curates = cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student
     if curates:  # what is missing there is said now, not after the teacher's training
         sizes, prompts = pool_sizes(cfg, corpus), domain_prompts(cfg, corpus)
 
     if cfg.stage in ("all", "teacher") and not cfg.teacher and not in_student:
         torch.manual_seed(cfg.seed)
-        captions = [
-            clean_caption(caption) for row in corpus["train"] for caption in row["captions"]
-        ]
-        model = Model.from_checkpoint(last) if cfg.resume else start_model(cfg, captions)
-        result = train(
-            cfg,
-            "teacher",
-            model,
-            None,
-            [corpus["train"]],
-            corpus,
-            device,
-            autocast,
-            say,
-            stored if cfg.resume else None,
-        )
+        if cfg.resume:
+            model = Model.from_checkpoint(run.path / "last.pt")
+        else:
+            captions = [clean_caption(text) for row in corpus["train"] for text in row["captions"]]
+            model = start_model(cfg, captions)
+        result = train(cfg, run, "teacher", model, None, [corpus["train"]], corpus)
     if curates:
-        result = curate(cfg, corpus, sizes, prompts, device, autocast, say) or result
+        result = curate(cfg, run, corpus, sizes, prompts) or result
         if cfg.dry_run:
             return {}
     if cfg.stage in ("all", "student"):
-        teacher = load_teacher(cfg)[0].to(device).requires_grad_(False) if cfg.soft_labels else None
-        model = Model.from_checkpoint(last) if in_student else load_teacher(cfg)[0]  # D20
-        result = train(
-            cfg,
-            "student",
-            model,
-            teacher,
-            student_sets(cfg, corpus),
-            corpus,
-            device,
-            autocast,
-            say,
-            stored if in_student else None,
-        )
-    if common.rank_and_world()[0] == 0:
-        folder = Path(cfg.runs) / cfg.name
-        if cfg.stage == "teacher":
-            shown = common.flags_of(cfg, PRESETS, stage="curate", dry_run=True)
-            shown = [f"python curation_clap.py {shown}     (to choose --threshold)"]
-        elif cfg.stage == "curate":
-            shown = [f"python curation_clap.py {common.flags_of(cfg, PRESETS, stage='student')}"]
+        teacher = None
+        if cfg.soft_labels:
+            teacher = load_teacher(cfg, run.path)[0].to(run.device).requires_grad_(False)
+        if in_student:
+            model = Model.from_checkpoint(run.path / "last.pt")
         else:
-            other = dict(name="", teacher=cfg.teacher or str(folder / "teacher.pt"), replay=False)
-            shown = [
-                f"python eval.py {folder}/best.pt --data {' '.join(cfg.data)} --protocol all "
-                "--prompt curation_clap",
-                f"python curation_clap.py {common.flags_of(cfg, PRESETS, stage='all', **other)}"
-                "     (another student, to compare)",
-            ]
-        print("\nNext:\n  " + "\n  ".join(shown))
+            model = load_teacher(cfg, run.path)[0]  # D20
+        result = train(
+            cfg, run, "student", model, teacher, student_sets(cfg, run.path, corpus), corpus
+        )
+    if cfg.stage == "teacher":
+        flags = common.flags_of(cfg, name=run.name, stage="curate", dry_run=True)
+        run.say(f"\nNext:\n  python curation_clap.py {flags}     (to choose --threshold)")
+    elif cfg.stage == "curate":
+        flags = common.flags_of(cfg, name=run.name, stage="student")
+        run.say(f"\nNext:\n  python curation_clap.py {flags}")
+    else:
+        teacher_file = cfg.teacher or str(run.path / "teacher.pt")
+        other = dict(name="", stage="all", teacher=teacher_file, replay=False)
+        run.say(
+            "\nNext:\n"
+            f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all "
+            "--prompt curation_clap\n"
+            f"  python curation_clap.py {common.flags_of(cfg, **other)}     "
+            "(another student, to compare)"
+        )
     return result
 
 
@@ -1734,7 +1612,9 @@ def main(cfg: Config) -> dict:
 
 
 def panns_state(weights: dict, source) -> dict:
-    """PANNs' names -> CNN14's. The Fourier matrices are computed here; a file with other ones is refused."""
+    """PANNs' names -> CNN14's. The Fourier matrices are computed here; a file with other ones is
+    refused.
+    """
     state = {}
     window = torch.hann_window(N_FFT, dtype=torch.float64)
     angle = (
@@ -1756,7 +1636,8 @@ def panns_state(weights: dict, source) -> dict:
             or (value[:, 0].double() - fourier[part[1]]).abs().max() > 1e-4
         ):
             raise ValueError(
-                f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, which this encoder computes"
+                f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, "
+                "which this encoder computes"
             )
     return state
 
@@ -1789,4 +1670,4 @@ def ms_clap_state(weights: dict, source) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
+    common.run_entry(main, common.cli, Config, __doc__)

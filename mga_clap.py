@@ -89,6 +89,8 @@ Deviations from the paper (and what --variant official does)
       output is "decoupled to produce the final frame-wise features" is the code's: the mean over
       frequency. Fig. 5 goes beyond the last stage's two blocks; which blocks these are is not
       stated, we count from the last one backwards.
+  D24 --micro-batch (ours): batch norm sees the parts of a batch, not the whole
+      (common.cached_backward).
 
 Run:  python mga_clap.py --data demo                              (two CPU cores, under 4 minutes)
       python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl    (needs HTSAT.ckpt)
@@ -99,10 +101,8 @@ normal?".
 """
 
 import dataclasses
-import json
 import math
 import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -113,7 +113,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import common
 
@@ -122,80 +121,69 @@ import common
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Config:
+@dataclass(init=False)
+class Config(common.RunConfig):
     # data
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
-    size: Literal["paper", "tiny"] = (
-        "paper"  # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
-    )
-    variant: Literal["paper", "official"] = (
-        "paper"  # official: do as the released code where it differs (D3 to D9)
-    )
-    encoder: Literal["htsat", "atst"] = (
-        "htsat"  # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
-    )
-    audio_weights: str = "HTSAT.ckpt"  # its start: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers CLAP folder, or none
-    text_model: str = "bert-base-uncased"  # start of the text encoder: hub id or folder, or none (Sec. 4.1: BERT base; uncased: code)
-    max_tokens: int = (
-        30  # captions are cut there, [CLS] and [SEP] included (code; Sec. 4.1: 30 words, D12)
-    )
+    # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
+    size: Literal["paper", "tiny"] = "paper"
+    # official: do as the released code where it differs (D3 to D9)
+    variant: Literal["paper", "official"] = "paper"
+    # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
+    encoder: Literal["htsat", "atst"] = "htsat"
+    # its start: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers CLAP
+    # folder, or none
+    audio_weights: str = "HTSAT.ckpt"
+    # start of the text encoder: hub id or folder, or none (Sec. 4.1: BERT base; uncased: code)
+    text_model: str = "bert-base-uncased"
+    # captions are cut there, [CLS] and [SEP] included (code; Sec. 4.1: 30 words, D12)
+    max_tokens: common.Tokens = 30
+
     # model
-    aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = (
-        "codebook"  # codebook: MGA-CLAP; mean: plain CLAP (Tables 2 to 4); the others: Table 4 (D21)
-    )
-    affinity: Literal["max", "mean"] = (
-        "max"  # how frames or words vote for a codeword (Sec. 3.2.2, Table 6)
-    )
-    sparsity: Literal["sparsemax", "softmax"] = (
-        "sparsemax"  # affinities to weights (Sec. 3.2.2, Table 6)
-    )
-    codewords: int = 4096  # size of the shared codebook (Sec. 4.1, Fig. 4)
-    affinity_scale: float = 1000.0  # affinity divisor eta, divided by sqrt(joint_dim) (code, D2)
-    locality_blocks: int = (
-        1  # last blocks that are locality-aware (Sec. 3.3, Fig. 5, D23); plain CLAP: 0
-    )
-    joint_dim: int = 1024  # dimension shared by audio and text (Sec. 4.1)
-    audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
-    audio_depths: list[int] = field(
-        default_factory=lambda: [2, 2, 6, 2]
-    )  # blocks a stage (atst: 12)
-    audio_heads: list[int] = field(
-        default_factory=lambda: [4, 8, 16, 32]
-    )  # heads a stage (atst: 12)
-    audio_patch: int = 4  # HTS-AT patch, in mel bins and frames
-    text_dim: int = 768  # text encoder width, read only when --text-model none
-    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    # codebook: MGA-CLAP; mean: plain CLAP (Tables 2 to 4); the others: Table 4 (D21)
+    aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = "codebook"
+    # how frames or words vote for a codeword (Sec. 3.2.2, Table 6)
+    affinity: Literal["max", "mean"] = "max"
+    # affinities to weights (Sec. 3.2.2, Table 6)
+    sparsity: Literal["sparsemax", "softmax"] = "sparsemax"
+    codewords: common.Count = 4096  # size of the shared codebook (Sec. 4.1, Fig. 4)
+    # affinity divisor eta, divided by sqrt(joint_dim) (code, D2)
+    affinity_scale: common.Positive = 1000.0
+    # last blocks that are locality-aware (Sec. 3.3, Fig. 5, D23); plain CLAP: 0
+    locality_blocks: common.Whole = 1
+    joint_dim: common.Count = 1024  # dimension shared by audio and text (Sec. 4.1)
+    # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
+    audio_dim: common.Count = 96
+    # blocks a stage (atst: 12)
+    audio_depths: list[common.Layers] = field(default_factory=lambda: [2, 2, 6, 2])
+    # heads a stage (atst: 12)
+    audio_heads: list[common.Count] = field(default_factory=lambda: [4, 8, 16, 32])
+    audio_patch: common.Count = 4  # HTS-AT patch, in mel bins and frames
+    text_dim: common.Count = 768  # text encoder width, read only when --text-model none
+    text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
+
     # loss
-    hard_negatives: bool = (
-        True  # weigh negatives by how close they are (Table 5); off: plain contrastive loss
-    )
-    gamma: float = 0.15  # sharpness of the hard-negative weights (Sec. 4.1, Fig. 6)
-    init_temperature: float = 0.07  # start of the learnt divisor tau (Sec. 4.1)
+    # weigh negatives by how close they are (Table 5); off: plain contrastive loss
+    hard_negatives: bool = True
+    gamma: common.NotNegative = 0.15  # sharpness of the hard-negative weights (Sec. 4.1, Fig. 6)
+    init_temperature: common.Positive = 0.07  # start of the learnt divisor tau (Sec. 4.1)
+
     # optimisation
-    epochs: int = 15  # passes over the pairs (Sec. 4.1; code: 10, D9)
-    batch_size: int = 128  # pairs over all processes (Sec. 4.1)
-    lr: float = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
-    warmup_epochs: float = 2.0  # linear warm-up, then cosine to 0 (code, D9)
-    drop_path: float = (
-        0.1  # stochastic depth, 0 to this over the audio blocks (code, D17; atst: D13)
-    )
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D10)
-    )
-    seed: int = 0  # of weights, order, crops, masks
-    # run
-    name: str = ""  # folder under --runs; empty: mga_clap-1, mga_clap-2, ...
-    runs: str = "runs"  # where run folders go
-    resume: bool = False  # continue runs/NAME/last.pt with its stored settings
-    eval_epochs: int = 1  # epochs between validations (each may write best.pt)
-    save_steps: int = 500  # steps between writes of last.pt
-    log_steps: int = 10  # steps between lines of log.jsonl
-    workers: int = 4  # processes that read audio
-    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
-    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
-    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
-    device: str = "auto"  # auto, cpu or cuda
+    epochs: common.Count = 15  # passes over the pairs (Sec. 4.1; code: 10, D9)
+    batch_size: common.Count = 128  # pairs over all processes (Sec. 4.1)
+    lr: common.Positive = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
+    warmup_epochs: common.NotNegative = 2.0  # linear warm-up, then cosine to 0 (code, D9)
+    # stochastic depth, 0 to this over the audio blocks (code, D17; atst: D13)
+    drop_path: common.Dropout = 0.1
+    eval_epochs: common.Count = 1  # epochs between validations (each may write best.pt)
+
+    def check(self):
+        if self.encoder == "htsat":
+            common.check_htsat(self)
+        elif self.audio_dim % self.audio_heads[-1]:
+            raise ValueError(
+                f"--audio-heads {self.audio_heads[-1]} does not divide --audio-dim {self.audio_dim}"
+            )
 
 
 # A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
@@ -221,7 +209,11 @@ TINY = dict(
 )
 OFFICIAL = dict(epochs=10)  # D9
 ATST = dict(audio_weights="atstframe_base.ckpt", audio_dim=768, audio_depths=[12], audio_heads=[12])
-PRESETS = {("variant", "official"): OFFICIAL, ("encoder", "atst"): ATST, ("size", "tiny"): TINY}
+Config.presets = {
+    ("variant", "official"): OFFICIAL,
+    ("encoder", "atst"): ATST,
+    ("size", "tiny"): TINY,
+}
 WINDOW_S = 10.0  # training crop (Sec. 4.1); evaluation windows (D20)
 SAMPLE_RATE = {"htsat": 32000, "atst": 16000}
 METHOD = "mga_clap"
@@ -344,12 +336,10 @@ class ATSTFrame(nn.Module):
             raise ValueError(
                 f"spectrogram of {T_mel} frames; this encoder takes at most {4 * self.n_frames + 3}"
             )
-        patches = (
-            log_mel[:, :, : 4 * T].reshape(B, M, T, 4).transpose(1, 2).reshape(B, T, 4 * M)
-        )  # mel-major, time-minor
-        x = (
-            self.patch_embed(patches) + self.pos_embed[:, 1 : T + 1]
-        )  # slot 0 belongs to a clip token that it has not
+        # mel-major, time-minor
+        patches = log_mel[:, :, : 4 * T].reshape(B, M, T, 4).transpose(1, 2).reshape(B, T, 4 * M)
+        # position 0 is for the published model's clip token, which is not used here
+        x = self.patch_embed(patches) + self.pos_embed[:, 1 : T + 1]
         for block in self.blocks:
             x = block(x)
         return self.norm_frame(x)
@@ -371,7 +361,7 @@ class Model(nn.Module):
         if cfg.encoder == "atst":
             self.log_mel = ATSTMel()
             self.audio_encoder = ATSTFrame(  # D13
-                cfg.audio_dim << len(cfg.audio_depths) - 1,
+                cfg.audio_dim * 2 ** (len(cfg.audio_depths) - 1),
                 sum(cfg.audio_depths),
                 cfg.audio_heads[-1],
                 drop_path=cfg.drop_path,
@@ -453,21 +443,15 @@ class Model(nn.Module):
         frames, words = self.frame_feats(waveform), self.word_feats(input_ids, attention_mask)
         if self.pairwise:
             words = masked_words(words, word_mask[:, 1:])
-            words = F.pad(
-                words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1])
-            )  # one shape on all processes
-            frames = F.pad(
-                frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1])
-            )  # official batches are as long as their longest clip
+            # one shape on all processes
+            words = F.pad(words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1]))
+            # official batches are as long as their longest clip
+            frames = F.pad(frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1]))
             return F.normalize(frames.float(), dim=-1), words, self.temperature, words.new_zeros(())
         audio_embeds, audio_active = self.aggregate(frames)  # no mask: padding votes (D3)
         text_embeds, text_active = self.aggregate(words, word_mask[:, 1:])
-        return (
-            audio_embeds,
-            text_embeds,
-            self.temperature,
-            (audio_active + text_active).detach() / 2,
-        )
+        active = (audio_active + text_active).detach() / 2
+        return audio_embeds, text_embeds, self.temperature, active
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
@@ -502,11 +486,9 @@ class Model(nn.Module):
         windows, owner, weight, _ = common.cut_windows(  # D20
             waveform, n_samples, int(WINDOW_S * self.sample_rate)
         )
-        return (
-            torch.cat([self.frame_feats(part) for part in windows.split(32)]),
-            owner,
-            weight,
-        )  # bounded memory
+        # at most 32 windows at a time: bounded memory
+        feats = torch.cat([self.frame_feats(part) for part in windows.split(32)])
+        return feats, owner, weight
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
@@ -626,9 +608,10 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
     def one_way(logits, twin):
         hardness = (gamma * logits).masked_fill(twin, float("-inf"))
         candidates = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
+        # Eq. (8), D22
         log_alpha = (
             candidates.to(logits.dtype).log() + hardness - hardness.logsumexp(1, keepdim=True)
-        )  # Eq. (8), D22
+        )
         log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive counts once
         return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
 
@@ -643,9 +626,8 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
     def one_way(logits, targets):
         logits = logits - logits.amax(1, keepdim=True).detach()
         hard = torch.exp(gamma * logits)
-        others = (hard.sum(1) - hard).clamp(
-            min=1e-30
-        )  # no keepdim: column j gets row j's sum; 0 for a single pair
+        # no keepdim: column j gets row j's sum; 0 for a single pair
+        others = (hard.sum(1) - hard).clamp(min=1e-30)
         weight = (len(sim) - 1) * hard / others  # D5
         weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
         log_prob = logits - torch.log((weight * logits.exp()).sum(1, keepdim=True) + 1e-7)
@@ -699,33 +681,27 @@ class Pairs(Dataset):
         epoch, index = key
         clip, row, caption = self.pairs[index]
         rng = np.random.default_rng((self.cfg.seed, epoch, index))
-        try:
-            waveform = self.read(  # D18
-                row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
-            )
-        except common.AudioError as error:
-            return error
+        waveform = self.read(  # D18
+            row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+        )
         return waveform, clean_caption(caption), clip, row["audio"]
 
-    def collate(self, items):
-        """-> dict of tensors for Model.forward, clip ids (B,), file names, error texts."""
-        bad = [str(item) for item in items if isinstance(item, common.AudioError)]
-        good = [item for item in items if not isinstance(item, common.AudioError)]
-        if not good:
-            return (
-                None,
-                None,
-                (),
-                bad,
-            )  # raised by the loop: an error in a worker process reaches it as a traceback
-        waveforms, captions, clips, names = zip(*good)
+    def collate(self, items) -> dict:
+        """-> what Model.forward takes, and the clips' numbers."""
+        waveforms, captions, clips, _ = zip(*items)
         longest = max(1024, *(len(w) for w in waveforms))  # at least one frame of the spectrogram
         padded = longest if self.cfg.variant == "official" else int(WINDOW_S * self.rate)  # D8
-        batch = {
+        return {
             "waveform": common.pad_batch(waveforms, padded)[0],
             **self.tokenize(list(captions)),
+            "clip_ids": torch.tensor(clips),
         }
-        return batch, torch.tensor(clips), names, bad
+
+
+def same_length(waveforms: list) -> list:
+    """Parts of a batch (B_i, S_i), zero-padded to its longest clip (D8)."""
+    longest = max(waveform.shape[1] for waveform in waveforms)
+    return [F.pad(waveform, (0, longest - waveform.shape[1])) for waveform in waveforms]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -738,23 +714,15 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     labels.
     """
     frames = bool(classes) and any(row.get("events") for row in rows)
-    kept, audio_embeds, frame_embeds, bad = common.embed_files(
-        model, rows, frames=frames or model.pairwise, desc="validation", quiet=quiet
+    rows, audio_embeds, frame_embeds = common.embed_validation(
+        model, rows, frames or model.pairwise, quiet
     )
-    for text in bad:
-        tqdm.write(f"validation: left out {text}")
-    rows = [rows[i] for i in kept]
-    captions = [(i, clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
-    owner = np.array([i for i, _ in captions])
-    sim = common.similarities(model, audio_embeds, frame_embeds, [c for _, c in captions])
-    scores = common.retrieval_scores(common.retrieval_ranks(sim, owner))
-    chance = common.retrieval_chance(owner, len(rows))
+    captions = [[clean_caption(text) for text in row["captions"]] for row in rows]
+    scores, chance, _ = common.caption_retrieval(model, audio_embeds, frame_embeds, captions)
     if classes and any(row.get("labels") or row.get("events") for row in rows):
         names = [c.replace("_", " ") for c in classes]
-        targets, sim = (
-            common.label_targets(rows, classes),
-            common.similarities(model, audio_embeds, frame_embeds, names),
-        )
+        targets = common.label_targets(rows, classes)
+        sim = common.similarities(model, audio_embeds, frame_embeds, names)
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
         chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
         if frames:
@@ -767,26 +735,11 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     return scores, chance
 
 
-def selection_score(model, val_rows, say, step) -> float:
-    """R@1 + R@5, both directions, on the validation split (D11); without one, the last step
-    wins.
-    """
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows, [])
-    say(
-        f"step {step}: validation "
-        + " ".join(f"{k} {scores[k]:.3f}" for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))
-    )
-    return sum(scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5"))  # D11
-
-
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
     split, as in eval.json; {} without one.
     """
-    device, autocast, say = common.start(cfg, PRESETS)
-    rank, world = common.rank_and_world()
+    run = common.Run(cfg, METHOD)
 
     # Data
     rows = common.read_manifest(cfg.data)
@@ -794,164 +747,91 @@ def main(cfg: Config) -> dict:
     common.require(train_rows + val_rows, "captions")
     classes = common.read_classes(cfg.data, val_rows)
     if classes and any(row.get("labels") or row.get("events") for row in val_rows):
-        common.label_targets(
-            val_rows, classes
-        )  # a wrong class list is said now, not after the training
-    common.check_counts(cfg, "epochs", "eval_epochs", "save_steps", "log_steps")
-    n_pairs = sum(len(row["captions"]) for row in train_rows)
-    batch_size = min(cfg.batch_size, n_pairs)
-    common.check_batch(cfg, batch_size, n_pairs, "pair")
+        # a wrong class list is said now, not after the training
+        common.label_targets(val_rows, classes)
+    captions = [clean_caption(text) for row in train_rows for text in row["captions"]]
+    batch_size = min(cfg.batch_size, len(captions))
+    common.check_batch(cfg, batch_size, len(captions), "pair")
 
     # Model
-    checkpoint = (
-        common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
-        if cfg.resume
-        else None
-    )
+    checkpoint = run.checkpoint()
     torch.manual_seed(cfg.seed)
     if checkpoint:
-        common.check_resume(cfg, checkpoint["config"])
-        model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
+        model = Model.from_checkpoint(run.path / "last.pt")
     else:
-        model = start_model(cfg, [clean_caption(c) for row in train_rows for c in row["captions"]])
-    model.to(device)
-    wrapped = common.wrap(model, device, cfg.compile)
+        model = start_model(cfg, captions)
+    model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
 
-    # Steps: an epoch is floor(pairs / batch) steps, the learning rate a pure function of the step
-    dataset = Pairs(train_rows, cfg, model.text_encoder.tokenize)
-    steps_per_epoch = n_pairs // batch_size
-    total_steps, warmup_steps = (
-        cfg.epochs * steps_per_epoch,
-        int(cfg.warmup_epochs * steps_per_epoch),
+    # Steps: an epoch is floor(pairs / batch) of them
+    pairs = Pairs(train_rows, cfg, model.text_encoder.tokenize)
+    steps_per_epoch = len(captions) // batch_size
+    total_steps = cfg.epochs * steps_per_epoch
+    warmup_steps = int(cfg.warmup_epochs * steps_per_epoch)
+    forward = run.begin(
+        model,
+        optimiser,
+        total_steps,
+        len(train_rows),
+        f"{len(train_rows)} clips, {len(captions)} pairs for training, {len(val_rows)} clips for "
+        f"validation; batches of {batch_size}, ln B = {math.log(batch_size):.2f}",
+        checkpoint,
     )
-    step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
-    if checkpoint:
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        step, best = checkpoint["step"], checkpoint["best"]
-        run.drop_log_after(step)
-    say(
-        f"{METHOD}: {len(train_rows)} clips, {n_pairs} pairs for training, {len(val_rows)} clips "
-        f"for validation; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"{total_steps} steps of {batch_size} pairs on {world} x {device.type}; ln B = "
-        f"{math.log(batch_size):.2f}; writing to {run.path}"
+    sampler = common.training_batches(  # D10
+        len(captions), batch_size, cfg.seed, run.step, total_steps, pairs.durations
     )
 
-    def save(name):
-        common.save_checkpoint(
-            run.path / name,
-            {
-                "method": METHOD,
-                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
-                "step": step,
-                "best": best,
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "text_encoder": model.text_encoder.description(),
-                "versions": common.versions(),
-            },
+    def loss_of(audio_embeds, text_embeds, temperature, active):
+        """Outputs of all parts of a batch -> loss, sim (B, B), active codewords."""
+        loss, sim = training_loss(
+            cfg,
+            common.gather_with_grad(audio_embeds.float()),
+            common.gather_with_grad(text_embeds.float()),
+            temperature.float(),
+            clip_ids,
         )
+        return loss, sim.detach(), active
 
     # Loop
-    loader = common.Loader(
-        dataset,
-        batch_sampler=common.training_batches(  # D10
-            n_pairs, batch_size, cfg.seed, step, total_steps, dataset.durations
-        ),
-        num_workers=cfg.workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_signals,
-    )
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
-    model.train()
-    for batch, clip_ids, names, bad in common.batches_on(device, loader):
-        common.seed_step(cfg.seed, step, rank)
-        unreadable += bad
-        if batch is None:
-            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+    for parts in run.batches(pairs, sampler):
         for group in optimiser.param_groups:
-            group["lr"] = cfg.lr * common.warmup_cosine(step, warmup_steps, total_steps)
+            group["lr"] = cfg.lr * common.warmup_cosine(run.step, warmup_steps, total_steps)
+        clip_ids = common.gather_with_grad(torch.cat([part.pop("clip_ids") for part in parts]))
+        for part, waveform in zip(parts, same_length([part["waveform"] for part in parts])):
+            part["waveform"] = waveform  # D8
 
-        with autocast:
-            audio_embeds, text_embeds, temperature, active = wrapped(**batch)
-        audio_embeds = common.gather_with_grad(audio_embeds.float())
-        text_embeds = common.gather_with_grad(text_embeds.float())
-        clip_ids = common.gather_with_grad(clip_ids)
-        loss, sim = training_loss(cfg, audio_embeds, text_embeds, temperature.float(), clip_ids)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, sim, active = common.cached_backward(  # D24
+            forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
+        )
         optimiser.step()
 
-        # Log: the only place, with saving, where a GPU is waited for
-        recent.append((step, loss.detach(), names))
-        step += 1
-        pairs_seen += len(sim)
-        bar.update()
-        if step % cfg.log_steps == 0 or step == total_steps:
-            common.check_finite(recent, run)
-            run.settle_skipped(unreadable)
-            unreadable.clear()
-            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {
-                "step": step,
-                "epoch": step / steps_per_epoch,
-                "loss": loss.item(),
-                "ln_B": math.log(len(sim)),
-                "batch_R@1": r1,
-                "temperature": temperature.item(),
-                "active_codewords": active.item(),
-                "lr": optimiser.param_groups[0]["lr"],
-                "pairs_per_s": pairs_seen / seconds,
-                "skipped": len(run.skipped),
-            }
-            run.log(line)
-            bar.set_postfix_str(
-                f"loss {line['loss']:.3f} (ln B {line['ln_B']:.2f}) R@1 {r1:.2f} active "
-                f"{line['active_codewords']:.0f} {line['pairs_per_s']:.0f} pairs/s"
-            )
-            pairs_seen = 0
-        eval_now = step % (cfg.eval_epochs * steps_per_epoch) == 0 or step == total_steps
-        if eval_now or step % cfg.save_steps == 0 or run.stop:
-            common.check_finite(recent, run, model)
-            if eval_now and rank == 0:
-                score = selection_score(model, val_rows, say, step)
-                if score > best["score"]:
-                    best = {"score": score, "step": step}
-                    save("best.pt")
-                model.train()
-            if rank == 0:
-                save("last.pt")
-            common.barrier()
-            run.end_if_told(f"step {step}")
-            clock, pairs_seen = time.perf_counter(), 0
-    bar.close()
+        run.step_done(
+            loss,
+            sim,
+            epoch=(run.step + 1) / steps_per_epoch,
+            temperature=model.temperature,
+            active_codewords=active,
+        )
+        if run.is_due(cfg.eval_epochs * steps_per_epoch):
+            scores = validate(model, val_rows, [])[0] if val_rows and run.rank == 0 else {}
+            # R@1 + R@5 of both directions (D11); without validation clips the last step wins
+            used = [scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5") if scores]
+            run.keep_best(sum(used) if used else run.step, scores)
+        run.save_if_due()
 
     # Result: the best checkpoint on the validation split
-    common.barrier()
-    if rank > 0 or not val_rows:
+    if run.rank > 0 or not val_rows:
         return {}
-    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, classes, quiet=False)
-    result = {
-        "best_step": best["step"],
-        "n_clips": len(val_rows),
-        "scores": scores,
-        "chance": chance,
-    }
-    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(
-        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
-    )
+    result = run.finish(scores, chance, len(val_rows))
     plain = dict(name="", aggregator="mean", locality_blocks=0, hard_negatives=False)
     print(
         "\nNext:\n"
         f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python mga_clap.py {common.flags_of(cfg, PRESETS, **plain)}     (plain CLAP, to compare)"
+        f"  python mga_clap.py {common.flags_of(cfg, **plain)}     (plain CLAP, to compare)"
     )
     return result
 
@@ -1038,4 +918,4 @@ PAIRWISE = {"uaca": uaca_similarity, "wstag": wstag_similarity, "pacl": pacl_sim
 # ------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
+    common.run_entry(main, common.cli, Config, __doc__)

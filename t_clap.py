@@ -81,11 +81,8 @@ Run:  python t_clap.py --data demo                              (two CPU cores, 
 L_c starts near ln B from nothing, far below it from LAION's weights; L_t starts near ln 2 = 0.69.
 """
 
-import dataclasses
-import json
 import math
 import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -95,7 +92,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Dataset, default_collate
-from tqdm import tqdm
 
 import common
 
@@ -104,54 +100,54 @@ import common
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Config:
+@dataclass(init=False)
+class Config(common.RunConfig):
     # data
-    data: list[  # manifests, folders that hold manifest.jsonl, or the word demo; manifests with negatives and those without form the two parts of a batch (D6, D14, D15, D18)
-        str
-    ]
-    size: Literal["paper", "tiny"] = (
-        "paper"  # paper: HTS-AT + RoBERTa (Sec. 2.2; sizes: LAION, D17); tiny: same family, small, from nothing (D10)
-    )
-    weights: str = "630k-best.pt"  # start: a LAION-CLAP file (D16), a transformers CLAP folder or hub id, a T-CLAP checkpoint, or none
-    text_model: str = "roberta-base"  # tokenizer of a LAION-CLAP file; with --weights none the text encoder's start, or none
+    # manifests, folders that hold manifest.jsonl, or the word demo; manifests with negatives and
+    # those without form the two parts of a batch (D6, D14, D15, D18)
+    data: list[str]
+    # paper: HTS-AT + RoBERTa (Sec. 2.2; sizes: LAION, D17); tiny: same family, small, from nothing
+    # (D10)
+    size: Literal["paper", "tiny"] = "paper"
+    # start: a LAION-CLAP file (D16), a transformers CLAP folder or hub id, a T-CLAP checkpoint, or
+    # none
+    weights: str = "630k-best.pt"
+    # tokenizer of a LAION-CLAP file; with --weights none the text encoder's start, or none
+    text_model: str = "roberta-base"
+
     # model, read only when --weights none
-    joint_dim: int = 512  # dimension shared by audio and text (LAION, D17)
-    audio_dim: int = 96  # channels in stage 1 of HTS-AT; each later stage has twice as many
-    audio_depths: list[int] = field(default_factory=lambda: [2, 2, 6, 2])  # blocks a stage
-    audio_heads: list[int] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage
-    audio_patch: int = 4  # HTS-AT patch, in mel bins and frames
-    text_dim: int = 768  # text encoder width, read only when --text-model none
-    text_layers: int = 12  # text encoder layers, read only when --text-model none
+    joint_dim: common.Count = 512  # dimension shared by audio and text (LAION, D17)
+    # channels in stage 1 of HTS-AT; each later stage has twice as many
+    audio_dim: common.Count = 96
+    # blocks a stage
+    audio_depths: list[common.Layers] = field(default_factory=lambda: [2, 2, 6, 2])
+    audio_heads: list[common.Count] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage
+    audio_patch: common.Count = 4  # HTS-AT patch, in mel bins and frames
+    text_dim: common.Count = 768  # text encoder width, read only when --text-model none
+    text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
+
     # loss
-    lt_weight: float = 0.5  # weight lambda of the temporal loss (Eq. 2; 0.5: Sec. 3.2); 0: fine-tuning without it, our control (the paper has none)
-    lt_scale: float = 1.0  # factor on the cosines in the temporal loss (Eq. 3 has none, D10)
+    # weight lambda of the temporal loss (Eq. 2; 0.5: Sec. 3.2); 0: fine-tuning without it, our
+    # control (the paper has none)
+    lt_weight: common.NotNegative = 0.5
+    # factor on the cosines in the temporal loss (Eq. 3 has none, D10)
+    lt_scale: common.Positive = 1.0
+
     # optimisation
-    steps: int = 30000  # Sec. 3.2
-    batch_size: int = 512  # clips over all processes (Sec. 3.2)
-    micro_batch: int = 0  # clips a process holds the graph of at a time (gradient caching); 0: all of its share (ours, D9)
-    mix: float = (
-        4.0  # clips of sets without negatives for each clip of sets with them (Sec. 3.2, D6)
-    )
-    lr: float = 1e-4  # peak learning rate (Sec. 3.2), of Adam (D5)
-    warmup_steps: int = 10000  # linear warm-up (Sec. 3.2), then cosine to 0 (D5)
-    drop_path: float = 0.1  # stochastic depth in HTS-AT, 0 to this over its blocks (LAION, D17); a T-CLAP checkpoint keeps its own
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # autocast; auto: bf16 on a GPU, fp32 on a CPU (D8)
-    )
-    seed: int = 0  # of weights, order, crops, captions, masks (Sec. 4: means of three runs)
-    # run
-    name: str = ""  # folder under --runs; empty: t_clap-1, t_clap-2, ...
-    runs: str = "runs"  # where run folders go
-    resume: bool = False  # continue runs/NAME/last.pt with its stored settings
-    eval_steps: int = 1000  # steps between validations (each may write best.pt)
-    save_steps: int = 500  # steps between writes of last.pt
-    log_steps: int = 10  # steps between lines of log.jsonl
-    workers: int = 4  # processes that read audio
-    cache: str = ""  # folder in which the training audio is kept decoded, int16 at the model's rate, the first minute of every clip; empty: files are read
-    compile: bool = False  # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
-    max_bad: float = 0.05  # largest share of unreadable clips before the run stops
-    device: str = "auto"  # auto, cpu or cuda
+    steps: common.Count = 30000  # Sec. 3.2
+    batch_size: common.Count = 512  # clips over all processes (Sec. 3.2)
+    # clips of sets without negatives for each clip of sets with them (Sec. 3.2, D6)
+    mix: common.NotNegative = 4.0
+    lr: common.Positive = 1e-4  # peak learning rate (Sec. 3.2), of Adam (D5)
+    warmup_steps: common.Whole = 10000  # linear warm-up (Sec. 3.2), then cosine to 0 (D5)
+    # stochastic depth in HTS-AT, 0 to this over its blocks (LAION, D17); a T-CLAP checkpoint keeps
+    # its own
+    drop_path: common.Dropout = 0.1
+    eval_steps: common.Count = 1000  # steps between validations (each may write best.pt)
+
+    def check(self):
+        if self.weights == "none":
+            common.check_htsat(self)
 
 
 TINY = dict(
@@ -177,7 +173,7 @@ TINY = dict(
     eval_steps=500,
     workers=1,
 )
-PRESETS = {("size", "tiny"): TINY}
+Config.presets = {("size", "tiny"): TINY}
 WINDOW_S = 10.0  # LAION's training crop (D2)
 MAX_TOKENS = 77  # LAION's padding and truncation length
 METHOD = "t_clap"
@@ -188,7 +184,9 @@ METHOD = "t_clap"
 
 
 def tile(waveform, window: int):
-    """waveform (S,), S <= window -> (window,): repeated as often as it fits whole, then zeros (D2)."""
+    """waveform (S,), S <= window -> (window,): repeated as often as it fits whole, then
+    zeros (D2).
+    """
     waveform = waveform.repeat(window // len(waveform))
     return F.pad(waveform, (0, window - len(waveform)))
 
@@ -203,10 +201,12 @@ class Model(nn.Module):
 
     window_s = WINDOW_S
     # D2
-    crop_rule = f"all consecutive windows of {WINDOW_S:g} s, the last one tiled as often as it fits whole, then zero-padded; averaged by their seconds"
-    clean_caption = staticmethod(
-        lambda text: text
-    )  # LAION's basic path tokenises captions as they are
+    crop_rule = (
+        f"all consecutive windows of {WINDOW_S:g} s, the last one tiled as often as it fits whole, "
+        "then zero-padded; averaged by their seconds"
+    )
+    # LAION's basic path tokenises captions as they are
+    clean_caption = staticmethod(lambda text: text)
 
     def __init__(
         self,
@@ -239,16 +239,12 @@ class Model(nn.Module):
                 nn.Linear(dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim)
             )
 
-        self.audio_projection, self.text_projection = (
-            head(self.audio_encoder.out_dim),
-            head(text_encoder.out_dim),
-        )
-        self.logit_scale_a = nn.Parameter(
-            torch.tensor(1 / 0.07).log()
-        )  # logs of the factors on cosines;
-        self.logit_scale_t = nn.Parameter(
-            torch.tensor(1 / 0.07).log(), requires_grad=False
-        )  # LAION's plain loss uses the first
+        self.audio_projection = head(self.audio_encoder.out_dim)
+        self.text_projection = head(text_encoder.out_dim)
+        # logs of the factors on cosines;
+        self.logit_scale_a = nn.Parameter(torch.tensor(1 / 0.07).log())
+        # LAION's plain loss uses the first
+        self.logit_scale_t = nn.Parameter(torch.tensor(1 / 0.07).log(), requires_grad=False)
 
     def clip_feats(self, waveform):
         """waveform (B, S) of one window, tiled, not cut to int16 (D1) -> projected clips (B, D)."""
@@ -303,11 +299,9 @@ class Model(nn.Module):
         window = int(WINDOW_S * self.sample_rate)
         windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
         windows = torch.stack([tile(piece[:n], window) for piece, n in zip(windows, lengths)])
-        return (
-            torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)]),
-            owner,
-            weight,
-        )
+        # at most 32 windows at a time: bounded memory
+        feats = torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)])
+        return feats, owner, weight
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
@@ -432,9 +426,9 @@ def contrastive_loss(sim, scale):
     sim (B, B) cosine, audio in rows. Source: LAION's loss; the paper prints none (D11).
     """
     target = torch.arange(len(sim), device=sim.device)
-    return (
-        F.cross_entropy(sim * scale, target) + F.cross_entropy(sim.T * scale, target)
-    ) / 2  # L_c (D11)
+    a2t = F.cross_entropy(sim * scale, target)
+    t2a = F.cross_entropy(sim.T * scale, target)
+    return (a2t + t2a) / 2  # L_c (D11)
 
 
 def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 1.0):
@@ -456,18 +450,15 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale
 
     Source: Eq. (1), whose division by the norms is in Model.forward, and Eq. (2).
     """
-    audio_embeds, text_embeds, negative_embeds = (
-        common.gather_with_grad(x) for x in (audio_embeds, text_embeds, negative_embeds)
-    )
+    audio_embeds = common.gather_with_grad(audio_embeds)
+    text_embeds = common.gather_with_grad(text_embeds)
+    negative_embeds = common.gather_with_grad(negative_embeds)
     sim = audio_embeds @ text_embeds.T  # (B, B), cosines of unit vectors: Eq. (1)
     contrastive = contrastive_loss(sim, scale)  # positives only, of all sets (D13)
     temporal, order = temporal_loss(audio_embeds, text_embeds, negative_embeds, cfg.lt_scale)
     loss = contrastive + cfg.lt_weight * temporal  # Eq. (2)
-    return (
-        loss,
-        sim.detach(),
-        {"loss_c": contrastive.detach(), "loss_t": temporal.detach(), "order_accuracy": order},
-    )
+    parts = {"loss_c": contrastive, "loss_t": temporal, "order_accuracy": order}
+    return loss, sim.detach(), parts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -477,6 +468,14 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale
 
 def has_negatives(row: dict) -> bool:
     return any(row.get("negatives", []))
+
+
+def texts_of(rows: list[dict]) -> list[str]:
+    """Captions and negatives, for a vocabulary."""
+    texts = []
+    for row in rows:
+        texts += row["captions"] + [text for text in row.get("negatives", []) if text]
+    return texts
 
 
 def split_sets(rows: list[dict]) -> list[list[dict]]:
@@ -543,21 +542,13 @@ class Clips(Dataset):
         chosen = int(rng.integers(len(row["captions"])))  # D7
         negatives = row.get("negatives", []) if self.cfg.lt_weight else []
         negative = negatives[chosen] if chosen < len(negatives) else None  # D14
-        try:
-            waveform = self.read(
-                row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
-            )
-        except common.AudioError as error:
-            return error
+        waveform = self.read(
+            row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+        )
         return waveform, row["captions"][chosen], negative, row["audio"]
 
-    def collate(self, items):
-        """-> list of dicts of tensors for Model.forward (one a micro-batch), file names, error
-        texts.
-        """
-        return common.collate_parts(items, self.cfg.micro_batch, self.tensors)
-
-    def tensors(self, items) -> dict:
+    def collate(self, items) -> dict:
+        """-> what Model.forward takes."""
         waveforms, captions, negatives, _ = zip(*items)
         window = int(WINDOW_S * self.rate)
         ordered = [i for i, negative in enumerate(negatives) if negative]
@@ -579,57 +570,29 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     """Retrieval and, where rows have negatives, T-Classify (text to audio) -> scores, what chance
     gives.
     """
-    kept, audio_embeds, _, bad = common.embed_files(model, rows, desc="validation", quiet=quiet)
-    for text in bad:
-        tqdm.write(f"validation: left out {text}")
-    rows = [rows[i] for i in kept]
-    captions = [(i, c) for i, row in enumerate(rows) for c in row["captions"]]
-    owner = np.array([i for i, _ in captions])
-    sim = common.similarities(model, audio_embeds, None, [c for _, c in captions])
-    scores, chance = (
-        common.retrieval_scores(common.retrieval_ranks(sim, owner)),
-        common.retrieval_chance(owner, len(rows)),
-    )
+    rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
+    captions = [row["captions"] for row in rows]
+    scores, chance, _ = common.caption_retrieval(model, audio_embeds, None, captions)
     pairs = [
-        (i, c, n)
+        (i, caption, negative)
         for i, row in enumerate(rows)
-        for c, n in zip(row["captions"], row.get("negatives", []))
-        if n
+        for caption, negative in zip(row["captions"], row.get("negatives", []))
+        if negative
     ]
     if pairs:
-        right, wrong = (common.embed_texts(model, [pair[k] for pair in pairs]) for k in (1, 2))
         clips = audio_embeds[[i for i, _, _ in pairs]]
-        scores["t_classify_t2a"], chance["t_classify_t2a"] = (
-            float(((clips * (right - wrong)).sum(1) > 0).mean()),
-            0.5,
-        )
+        right = common.embed_texts(model, [caption for _, caption, _ in pairs])
+        wrong = common.embed_texts(model, [negative for _, _, negative in pairs])
+        margin = (clips * (right - wrong)).sum(1)
+        scores["t_classify_t2a"], chance["t_classify_t2a"] = float((margin > 0).mean()), 0.5
     return scores, chance
-
-
-def selection_score(model, val_rows, say, step) -> float:
-    """mAP@10 of both directions on the validation split (D5); without one, the last step wins."""
-    if not val_rows:
-        return float(step)
-    scores, _ = validate(model, val_rows)
-    shown = [
-        k
-        for k in ("t2a_R@1", "a2t_R@1", "t2a_mAP@10", "a2t_mAP@10", "t_classify_t2a")
-        if k in scores
-    ]
-    say(
-        (f"step {step}" if step else "before the first step")
-        + ": validation "
-        + " ".join(f"{k} {scores[k]:.3f}" for k in shown)
-    )
-    return (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2
 
 
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
     split, as in eval.json; {} without one.
     """
-    device, autocast, say = common.start(cfg, PRESETS)
-    rank, world = common.rank_and_world()
+    run = common.Run(cfg, METHOD)
 
     # Data
     rows = common.read_manifest(cfg.data)
@@ -637,9 +600,6 @@ def main(cfg: Config) -> dict:
     common.require(train_rows + val_rows, "captions")
     groups = split_sets(train_rows)
     sizes = [len(group) for group in groups]
-    common.check_counts(cfg, "steps", "eval_steps", "save_steps", "log_steps")
-    if cfg.mix < 0 or cfg.micro_batch < 0:
-        raise ValueError(f"--mix {cfg.mix}, --micro-batch {cfg.micro_batch}: must not be negative")
     if cfg.lt_weight and not sizes[0]:
         raise ValueError(
             "no training row has a negative, so the temporal loss has nothing to learn from; make "
@@ -647,159 +607,67 @@ def main(cfg: Config) -> dict:
             "for plain contrastive training"
         )
     counts = shares(sizes, cfg.batch_size, cfg.mix)
-    batch_size = sum(counts)
-    common.check_batch(cfg, batch_size, len(train_rows), "clip")
+    common.check_batch(cfg, sum(counts), len(train_rows), "clip")
 
     # Model
-    checkpoint = (
-        common.read_checkpoint(Path(cfg.runs) / cfg.name / "last.pt", METHOD)
-        if cfg.resume
-        else None
-    )
+    checkpoint = run.checkpoint()
     torch.manual_seed(cfg.seed)
     if checkpoint:
-        common.check_resume(cfg, checkpoint["config"])
-        model = Model.from_checkpoint(Path(cfg.runs) / cfg.name / "last.pt")
+        model = Model.from_checkpoint(run.path / "last.pt")
     else:
-        model = start_model(
-            cfg,
-            [
-                text
-                for row in train_rows
-                for text in (*row["captions"], *filter(None, row.get("negatives", [])))
-            ],
-        )
-    model.to(device)
-    wrapped = common.wrap(model, device, cfg.compile, cfg.micro_batch)
+        model = start_model(cfg, texts_of(train_rows))
+    model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
-    dataset = Clips(groups, cfg, model.text_encoder.tokenize, model.sample_rate)
-    step, best = 0, {"score": -1.0, "step": 0}
-    run = common.RunFolder(cfg.runs, cfg.name, METHOD, cfg.resume, len(train_rows), cfg.max_bad)
-    if checkpoint:
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        step, best = checkpoint["step"], checkpoint["best"]
-        run.drop_log_after(step)
-    with_negative = sum(map(has_negatives, groups[0]))
-    say(
-        f"{METHOD}: {sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} "
-        f"of sets without, {len(val_rows)} clips for validation; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {cfg.steps} steps "
-        f"of {counts[0]} + {counts[1]} clips on {world} x {device.type}; ln B = "
-        f"{math.log(batch_size):.2f}; writing to {run.path}"
-    )
 
-    def save(name):
-        common.save_checkpoint(
-            run.path / name,
-            {
-                "method": METHOD,
-                "config": dataclasses.asdict(cfg) | {"name": run.name, "resume": False},
-                "step": step,
-                "best": best,
-                "shape": model.shape,
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "text_encoder": model.text_encoder.description(),
-                "versions": common.versions(),
-            },
-        )
+    clips = Clips(groups, cfg, model.text_encoder.tokenize, model.sample_rate)
+    with_negative = sum(map(has_negatives, groups[0]))
+    forward = run.begin(
+        model,
+        optimiser,
+        cfg.steps,
+        len(train_rows),
+        f"{sizes[0]} clips of sets with negatives ({with_negative} have one), {sizes[1]} of sets "
+        f"without, {len(val_rows)} clips for validation; batches of {counts[0]} + {counts[1]} "
+        f"clips, ln B = {math.log(sum(counts)):.2f}",
+        checkpoint,
+        shape=model.shape,
+    )
+    if val_rows and run.rank == 0 and run.step == 0 and cfg.weights != "none":
+        run.log_scores(validate(model, val_rows)[0])  # of the model that is fine-tuned
+    sampler = mixed_batches(sizes, counts, cfg.seed, run.step, cfg.steps)
+
+    def loss_of(*embeds):
+        return training_loss(cfg, *embeds)
 
     # Loop
-    if not checkpoint and cfg.weights != "none" and rank == 0:
-        selection_score(model, val_rows, say, step)
-    loader = common.Loader(
-        dataset,
-        batch_sampler=mixed_batches(sizes, counts, cfg.seed, step, cfg.steps),
-        num_workers=cfg.workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=common.outlive_signals,
-    )
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    recent, unreadable, clock, pairs_seen = [], [], time.perf_counter(), 0
-    model.train()
-    for parts, names, bad in common.batches_on(device, loader):
-        unreadable += bad
-        if not parts:
-            raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
+    for parts in run.batches(clips, sampler):
         for group in optimiser.param_groups:
-            group["lr"] = cfg.lr * common.warmup_cosine(step, cfg.warmup_steps, cfg.steps)
+            group["lr"] = cfg.lr * common.warmup_cosine(run.step, cfg.warmup_steps, cfg.steps)
 
         optimiser.zero_grad(set_to_none=True)
-        loss, sim, of_loss = common.cached_backward(
-            wrapped,
-            parts,
-            lambda *embeds: training_loss(cfg, *embeds),
-            lambda i: common.seed_step(cfg.seed, step, rank, i),
-            autocast,
-            cfg.micro_batch,
+        loss, sim, losses = common.cached_backward(  # D8, D9
+            forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
         )
         optimiser.step()
         with torch.no_grad():
             model.logit_scale_a.clamp_(0, math.log(100))
 
-        # Log: the only place, with saving, where a GPU is waited for
-        recent.append((step, loss.detach(), names))
-        step += 1
-        pairs_seen += len(sim)
-        bar.update()
-        if step % cfg.log_steps == 0 or step == cfg.steps:
-            common.check_finite(recent, run)
-            run.settle_skipped(unreadable)
-            unreadable.clear()
-            r1 = (sim.argmax(1) == torch.arange(len(sim), device=device)).float().mean().item()
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            line = {
-                "step": step,
-                "loss": loss.item(),
-                "ln_B": math.log(len(sim)),
-                **{k: v.item() for k, v in of_loss.items()},
-                "batch_R@1": r1,
-                "scale": model.logit_scale_a.exp().item(),
-                "lr": optimiser.param_groups[0]["lr"],
-                "pairs_per_s": pairs_seen / seconds,
-                "skipped": len(run.skipped),
-            }
-            run.log(line)
-            bar.set_postfix_str(
-                f"loss {line['loss_c']:.3f} (ln B {line['ln_B']:.2f}) + {line['loss_t']:.3f} R@1 "
-                f"{r1:.2f} order {line['order_accuracy']:.2f} {line['pairs_per_s']:.0f} pairs/s"
-            )
-            pairs_seen = 0
-        eval_now = step % cfg.eval_steps == 0 or step == cfg.steps
-        if eval_now or step % cfg.save_steps == 0 or run.stop:
-            common.check_finite(recent, run, model)
-            if eval_now and rank == 0:
-                score = selection_score(model, val_rows, say, step)
-                if score > best["score"]:
-                    best = {"score": score, "step": step}
-                    save("best.pt")
-                model.train()
-            if rank == 0:
-                save("last.pt")
-            common.barrier()
-            run.end_if_told(f"step {step}")
-            clock, pairs_seen = time.perf_counter(), 0
-    bar.close()
+        run.step_done(loss, sim, **losses, scale=model.logit_scale_a.exp())
+        if run.is_due(cfg.eval_steps):
+            scores = validate(model, val_rows)[0] if val_rows and run.rank == 0 else {}
+            # mAP@10 of both directions (D5); without validation clips the last step wins
+            used = [scores[k] for k in ("t2a_mAP@10", "a2t_mAP@10") if scores]
+            run.keep_best(sum(used) / 2 if used else run.step, scores)
+        run.save_if_due()
 
     # Result: the best checkpoint on the validation split
-    common.barrier()
-    if rank > 0 or not val_rows:
+    if run.rank > 0 or not val_rows:
         return {}
-    model = Model.from_checkpoint(run.path / "best.pt").to(device)
+    model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, quiet=False)
-    result = {
-        "best_step": best["step"],
-        "n_clips": len(val_rows),
-        "scores": scores,
-        "chance": chance,
-    }
-    common.write_lines(run.path / "eval.json", [json.dumps(result, indent=1)])
-    common.print_scores(
-        f"{METHOD} on {len(val_rows)} validation clips (step {best['step']})", scores, chance
-    )
-    control = common.flags_of(cfg, PRESETS, name="", lt_weight=0.0)
+    result = run.finish(scores, chance, len(val_rows))
+    control = common.flags_of(cfg, name="", lt_weight=0.0)
     print(
         "\nNext:\n"
         f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
@@ -832,10 +700,8 @@ def htsat_size(weights: dict, prefix: str) -> dict:
         )
         if found:
             layer = int(found[1])
-            depths[layer], heads[layer] = (
-                max(depths.get(layer, 0), int(found[2]) + 1),
-                value.shape[1],
-            )
+            depths[layer] = max(depths.get(layer, 0), int(found[2]) + 1)
+            heads[layer] = value.shape[1]
     if sorted(depths) != [0, 1, 2, 3]:
         depths, heads = dict(enumerate((2, 2, 6, 2))), dict(enumerate((4, 8, 16, 32)))
     return dict(
@@ -858,7 +724,8 @@ def laion_state(weights: dict) -> dict:
     for key, value in weights.items():
         # LAION's MLP heads are in the file, but unused without its mlp_loss
         if not re.match(
-            r"audio_branch\.|(audio|text)_transform\.|text_branch\.embeddings\.(position|token_type)_ids$",
+            r"audio_branch\.|(audio|text)_transform\.|"
+            r"text_branch\.embeddings\.(position|token_type)_ids$",
             key,
         ):
             state[key.replace("text_branch.", "text_encoder.model.")] = value
@@ -935,4 +802,4 @@ def _transformers_clap(name):
 # ------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    common.run_entry(main, lambda: common.cli(Config, PRESETS, __doc__))
+    common.run_entry(main, common.cli, Config, __doc__)

@@ -521,7 +521,6 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
     sizes = conftest.SMALL_OF[method] if tiny else {}
     cfg = common.configure(
         script.Config,
-        script.PRESETS,
         data=["none"],
         **{k: v for k, v in sizes.items() if k not in ("steps", "batch_size")},
     )

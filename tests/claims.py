@@ -435,7 +435,7 @@ def tagging_start(
     AudioSet training, which the papers start from. The validation and test recordings are not
     heard.
     """
-    cfg = common.configure(SCRIPTS[method].Config, SCRIPTS[method].PRESETS, data=data, **flags)
+    cfg = common.configure(SCRIPTS[method].Config, data=data, **flags)
     if method == "curation_clap":
         shape = dict(channels=cfg.audio_channels, hop=cfg.hop)
     else:
@@ -520,7 +520,7 @@ def described(method: str, flags: dict, seed: int, args) -> tuple:
     flags = {**BUDGETS[method], **json.loads(args.budget), **flags}
     if method == "curation_clap":
         flags = {**({"pool": args.pool} if args.pool else {}), **flags}
-    cfg = common.configure(script.Config, script.PRESETS, data=args.data, seed=seed, **flags)
+    cfg = common.configure(script.Config, data=args.data, seed=seed, **flags)
     if flags.get("text_model") == MINILM:
         flags = {**flags, "text_model": minilm()}
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in UNTOLD}
@@ -587,7 +587,6 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
             script.main(
                 common.configure(
                     script.Config,
-                    script.PRESETS,
                     data=args.data,
                     runs=args.runs,
                     seed=seed,
@@ -599,7 +598,8 @@ def run_method(method: str, flags: dict, seed: int, args) -> dict:
             seconds = time.perf_counter() - begin
             common.write_lines(folder / "seconds.json", [json.dumps(seconds)])
         seconds = json.loads((folder / "seconds.json").read_text())
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        log = [line for line in map(json.loads, lines) if "validation" not in line]
         scores, chance, n_clips, said = test_scores(
             folder / best, args.data, "curation_clap" if method == "curation_clap" else "bare"
         )
@@ -679,9 +679,7 @@ def mae_folder(cfg, args) -> Path:
 
 def mae_start(flags: dict, seed: int, args) -> str:
     """Stage 1 of a seed, once for all of its runs -> its mae.pt."""
-    cfg = common.configure(
-        cacophony.Config, cacophony.PRESETS, data=args.data, seed=seed, **{**flags, "stage": "mae"}
-    )
+    cfg = common.configure(cacophony.Config, data=args.data, seed=seed, **{**flags, "stage": "mae"})
     folder = mae_folder(cfg, args)
     if not (folder / "mae.pt").exists():
         begin = time.perf_counter()
@@ -731,7 +729,6 @@ def teacher_start(flags: dict, seed: int, args) -> str:
     flags = {k: v for k, v in flags.items() if k not in OF_STUDENTS}
     cfg = common.configure(
         curation_clap.Config,
-        curation_clap.PRESETS,
         data=args.data,
         seed=seed,
         **{**flags, "stage": "teacher"},
@@ -853,9 +850,7 @@ def one_ground(args) -> list[dict]:
             if method == "curation_clap"
             else {}
         )
-        cfg = dataclasses.asdict(
-            common.configure(script.Config, script.PRESETS, data=args.data, seed=0, **flags)
-        )
+        cfg = dataclasses.asdict(common.configure(script.Config, data=args.data, seed=0, **flags))
         settings = {
             "ground": row,
             "start": args.start,
@@ -879,7 +874,7 @@ def one_ground(args) -> list[dict]:
                 code = (
                     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, torch, "
                     f"{method} as script; torch.set_num_threads({torch.get_num_threads()}); "
-                    "script.main(common.configure(script.Config, script.PRESETS, "
+                    "script.main(common.configure(script.Config, "
                     f"resume={(folder / 'last.pt').exists()}, **{given!r}))"
                 )
                 child = subprocess.Popen([sys.executable, "-c", code])

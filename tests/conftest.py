@@ -141,11 +141,16 @@ def config(method, data, runs, **overrides):
     script = importlib.import_module(method)
     return common.configure(
         script.Config,
-        script.PRESETS,
         data=[str(data)],
         runs=str(runs),
         **{**SMALL_OF[method], **overrides},
     )
+
+
+def log_of(folder):
+    """The lines of a run's log.jsonl but those of validations."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if "validation" not in line]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import soundfile as sf
 import torch
 
 import common
-from conftest import ROOT, write_corpus
+from conftest import ROOT, log_of, write_corpus
 from conftest import config as config_of
 from test_scripts import SCRIPTS, every_script
 
@@ -242,9 +242,7 @@ def test_training_from_the_cache_is_training_from_the_files_bit_for_bit(tmp_path
     for cache in ("", str(tmp_path / "cache")):
         folder = tmp_path / f"runs{bool(cache)}"
         SCRIPTS[method].main(config_of(method, data, folder, name="a", cache=cache))
-        losses.append(
-            [json.loads(x).get("loss") for x in (folder / "a/log.jsonl").read_text().splitlines()]
-        )
+        losses.append([line.get("loss") for line in log_of(folder / "a")])
     assert losses[0] == losses[1] and list((tmp_path / "cache").glob("*.i16"))
 
 

@@ -32,9 +32,7 @@ def config_of(method, data, **settings):
     """The script's own sizes; both encoders from nothing, as no published file is at hand."""
     script = importlib.import_module(method)
     start = {"weights": "none"} if method == "t_clap" else {"audio_weights": "none"}
-    return common.configure(
-        script.Config, script.PRESETS, data=[str(data)], text_model="none", **start, **settings
-    )
+    return common.configure(script.Config, data=[str(data)], text_model="none", **start, **settings)
 
 
 def first_batch(method, cfg, model, rows):
@@ -43,9 +41,7 @@ def first_batch(method, cfg, model, rows):
     keys = [(0, i) for i in range(3)]
     if method == "mga_clap":
         dataset = script.Pairs(rows, cfg, tokenize)
-        batch, clip_ids, *_ = dataset.collate([dataset[key] for key in keys])
-        return batch, clip_ids
-    if method == "t_clap":
+    elif method == "t_clap":
         dataset = script.Clips(script.split_sets(rows), cfg, tokenize, model.sample_rate)
         keys = [(0, *key) for key in keys]
     elif method == "curation_clap":
@@ -53,8 +49,8 @@ def first_batch(method, cfg, model, rows):
         keys = [(0, *key) for key in keys]
     else:
         dataset = script.Clips(rows, cfg, tokenize)
-    parts, *_ = dataset.collate([dataset[key] for key in keys])
-    return parts[0], None
+    batch = dataset.collate([dataset[key] for key in keys])
+    return batch, batch.pop("clip_ids", None)
 
 
 def to_fake_gpu(x):
@@ -127,7 +123,7 @@ def test_the_masked_autoencoder_s_loss_too(data, pretend_gpu):
     eps = cacophony.VARIANTS[cfg.variant]["eps"]
     model = cacophony.MAE(cacophony.audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, eps).train()
     dataset = cacophony.Clips(rows, cfg)
-    (part, *_), *_ = dataset.collate([dataset[0, i] for i in range(3)])
+    part = dataset.collate([dataset[0, i] for i in range(3)])
     with FakeTensorMode():
         move_to_fake_gpu(model)
         with torch.autocast("cuda", torch.bfloat16):

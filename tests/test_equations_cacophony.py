@@ -16,7 +16,7 @@ import transformers
 import cacophony
 import common
 import eval as evaluation
-from conftest import config
+from conftest import config, log_of
 
 AUDIO = dict(dim=32, layers=2, heads=2, mlp=64)
 CAPTIONS = ["a dog barks then rain falls", "wind", "a bell rings while a man speaks"]
@@ -733,7 +733,7 @@ def test_patches_of_long_clips_are_drawn_sorted_and_anew_each_epoch(tmp_path):
     assert torch.equal(patches, whole[number])
     assert torch.equal(number, clips[0, 0][1]) and not torch.equal(number, clips[1, 0][1])
     assert torch.equal(clips[0, 1][1], torch.arange(18 * 8))
-    batch = clips.tensors([clips[0, 0], clips[0, 1]])
+    batch = clips.collate([clips[0, 0], clips[0, 1]])
     assert batch["valid_mask"].sum(1).tolist() == [512, 144] and batch["patches"].shape == (
         2,
         512,
@@ -784,13 +784,7 @@ def test_stages_alone_equal_both_in_order_and_the_encoder_is_handed_over(corpus,
     )
 
     def read(name, stage):
-        return [
-            x
-            for x in map(
-                __import__("json").loads, (tmp_path / name / "log.jsonl").read_text().splitlines()
-            )
-            if x["stage"] == stage
-        ]
+        return [line for line in log_of(tmp_path / name) if line["stage"] == stage]
 
     losses = {
         name: [x["loss"] for x in read(name, "contrastive")] for name in ("both", "alone", "other")

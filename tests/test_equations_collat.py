@@ -2,7 +2,6 @@
 transformers.
 """
 
-import json
 import math
 
 import numpy as np
@@ -15,7 +14,7 @@ import transformers
 
 import collat
 import common
-from conftest import SMALL_OF, config
+from conftest import SMALL_OF, config, log_of
 
 AUDIO = dict(dim=32, layers=1, heads=2, patch=64, stride=48)
 TEXTS = [
@@ -552,7 +551,7 @@ def test_label_prompts_by_the_paper_s_template():
 # The trained model
 def test_a_run_logs_its_losses_locks_the_text_and_embeds_alike_from_call_to_call(runs_of, corpus):
     folder, result = runs_of("collat")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = log_of(folder)
     assert [x["step"] for x in lines] == list(range(1, 9)) and lines[0]["ln_B"] == pytest.approx(
         math.log(6)
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import common
 import curation_clap
 import eval as evaluator
-from conftest import config
+from conftest import config, log_of
 from curation_clap import (
     CNN14,
     Search,
@@ -357,7 +357,6 @@ def test_ms_clap_file_is_recognised_by_its_keys_and_loads_strictly(tmp_path, mon
     # and it starts a teacher
     cfg = common.configure(
         curation_clap.Config,
-        curation_clap.PRESETS,
         data=["x"],
         audio_weights=str(tmp_path / "CLAP_weights_2022.pth"),
         text_model=str(tmp_path / "bert"),
@@ -726,8 +725,11 @@ def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
     "overrides, message",
     [
         (dict(teacher=""), "run --stage teacher --name x first, or give --teacher"),
-        (dict(threshold=1.5), "--threshold 1.5: no clip of the pool is that close to any of"),
-        (dict(ds_threshold=1.5), "--ds-threshold 1.5: no caption is that near to a class prompt"),
+        (dict(threshold=0.9999), "--threshold 0.9999: no clip of the pool is that close to any of"),
+        (
+            dict(ds_threshold=0.9999),
+            "--ds-threshold 0.9999: no caption is that near to a class prompt",
+        ),
         (dict(pool=["NARROW"]), "--pool: embeddings of 8 dimensions, the captions' have 16"),
         (
             dict(captions=["NARROW"]),
@@ -800,13 +802,12 @@ def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_o
         [rows], cfg, model.text_encoder.tokenize, model.window_s, centre=True
     )
     n = min(cfg.batch_size, len(held_out.sets[0]))
-    hard = curation_clap.validation_loss(
-        cfg, model, None, held_out, torch.device("cpu"), contextlib.nullcontext()
-    )[1]
+    run = common.Run(cfg, "curation_clap")
+    hard = curation_clap.validation_loss(cfg, run, model, None, held_out)[1]
     assert hard == pytest.approx(math.log(n), abs=1e-6)
     teacher = curation_clap.Model.from_checkpoint(folder / "teacher.pt")
     with torch.no_grad():
-        (part,), _, _ = held_out.collate([held_out[0, 0, i] for i in range(n)])
+        part = held_out.collate([held_out[0, 0, i] for i in range(n)])
         targets = curation_clap.soft_targets(*teacher(**part)[:2], cfg.beta)
     assert len(held_out.sets[0]) < 2 * n  # one batch
     divergence = (
@@ -847,7 +848,7 @@ def test_stored_arrays_are_mapped_not_read(tmp_path):
 # Stages
 def test_a_run_writes_teacher_manifests_student_and_a_log_of_all_stages(runs_of):
     folder, result = runs_of("curation_clap")
-    lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+    lines = log_of(folder)
     assert [x["stage"] for x in lines] == ["teacher"] * 4 + ["curate"] + ["student"] * 4
     assert {"loss", "ln_B", "batch_R@1", "scale", "lr", "pairs_per_s"} <= set(lines[0]) and result[
         "stage"

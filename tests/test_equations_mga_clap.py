@@ -285,7 +285,6 @@ def tiny_model(**overrides):
     torch.manual_seed(0)
     cfg = common.configure(
         mga_clap.Config,
-        mga_clap.PRESETS,
         **{
             **dict(
                 data=["x"],

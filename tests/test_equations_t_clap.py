@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import common
 import eval as evaluator
 import t_clap
-from conftest import SMALL_OF, config
+from conftest import SMALL_OF, config, log_of
 
 # L_c, which has no number
 
@@ -113,9 +113,8 @@ def small_model(seed=0):
 def small_batch(model, captions, negatives):
     waveforms = torch.randn(len(captions), 480000, generator=torch.Generator().manual_seed(1)) * 0.1
     items = [(w.numpy(), c, n, "x.wav") for w, c, n in zip(waveforms, captions, negatives)]
-    return lambda part: t_clap.Clips(
-        [], t_clap.Config(data=[], micro_batch=part), model.text_encoder.tokenize, 48000
-    ).collate(items)[0]
+    clips = t_clap.Clips([], t_clap.Config(data=[]), model.text_encoder.tokenize, 48000)
+    return lambda part: common.Readable(clips, part).collate(items)[0]
 
 
 CAPTIONS = [
@@ -275,7 +274,8 @@ def test_an_item_is_a_caption_with_its_own_negative_tiled_to_ten_seconds(tmp_pat
         }
 
     clips.tokenize = tokenize
-    ((batch,), names, bad) = clips.collate([(x, "c", None, "1"), (x, "a then b", "b then a", "2")])
+    items = [(x, "c", None, "1"), (x, "a then b", "b then a", "2")]
+    ((batch,), names, bad) = common.Readable(clips, 0).collate(items)
     assert batch["waveform"].shape == (2, 480000) and torch.equal(
         batch["waveform"][0, :192000], batch["waveform"][0, 192000:384000]
     )
@@ -290,10 +290,8 @@ def test_an_item_is_a_caption_with_its_own_negative_tiled_to_ten_seconds(tmp_pat
     assert {plain[0, epoch, 0][2] for epoch in range(30)} == {
         None
     }  # without the temporal loss no negative is read
-    assert isinstance(
-        t_clap.Clips([[row("no.wav")]], t_clap.Config(data=[]), None, 48000)[0, 0, 0],
-        common.AudioError,
-    )
+    missing = t_clap.Clips([[row("no.wav")]], t_clap.Config(data=[]), None, 48000)
+    assert isinstance(common.Readable(missing, 0)[0, 0, 0], common.AudioError)
 
 
 # Training
@@ -301,7 +299,7 @@ def test_an_item_is_a_caption_with_its_own_negative_tiled_to_ten_seconds(tmp_pat
 
 def test_a_run_logs_both_losses_and_its_checkpoint_reloads_and_scores(runs_of, corpus):
     folder, result = runs_of("t_clap")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = log_of(folder)
     assert [x["step"] for x in lines] == list(range(1, 9)) and lines[0]["ln_B"] == pytest.approx(
         math.log(6)
     )
@@ -428,8 +426,8 @@ def test_fine_tuning_starts_at_the_scores_of_the_published_model(
             "--weights 630k-best.pt: no such file; 630k-best.pt is in the hub repository",
         ),
         (dict(batch_size=1), "at least 2 clips are needed in each"),
-        (dict(mix=-1.0), "--mix -1.0, --micro-batch 0: must not be negative"),
-        (dict(steps=0), "--steps 0: must be at least 1"),
+        (dict(mix=-1.0), r"--mix -1.0: expected a number in \[0, inf\)"),
+        (dict(steps=0), r"--steps 0: expected a number in \[1, inf\)"),
     ],
 )
 def test_bad_settings_are_one_clear_sentence(corpus, tmp_path, overrides, message):

@@ -502,9 +502,7 @@ def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(
         runs=str(tmp_path),
         **{**SMALL, "epochs": 1, "save_steps": 1, **local},
     )
-    cfg = common.configure(
-        mga_clap.Config, mga_clap.PRESETS, encoder=encoder, aggregator=aggregator, **given
-    )
+    cfg = common.configure(mga_clap.Config, encoder=encoder, aggregator=aggregator, **given)
     result = mga_clap.main(cfg)
     model = evaluate.load_model(tmp_path / "a" / "best.pt")
     assert model.sample_rate == (16000 if encoder == "atst" else 32000)

@@ -2,6 +2,7 @@
 processes, changed flags.
 """
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, SMALL_OF
+from conftest import ROOT, SMALL_OF, log_of
 from conftest import config as config_of
 from test_scripts import SCRIPTS, every_script, strip
 
@@ -29,7 +30,7 @@ from conftest import common, config
 import SCRIPT
 def parse():
     if (Path("RUNS") / "a/last.pt").exists() and not FRESH:
-        return common.configure(SCRIPT.Config, SCRIPT.PRESETS, resume=True, name="a", runs="RUNS")
+        return common.configure(SCRIPT.Config, resume=True, name="a", runs="RUNS")
     return config("SCRIPT", "DATA", "RUNS", name="a", **FLAGS)
 common.run_entry(SCRIPT.main, parse)
 """
@@ -84,9 +85,7 @@ def check_end_by_signal(corpus, tmp_path, monkeypatch, runs_of, method, capsys, 
     assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
     assert signal.getsignal(number) == before
     common.TOLD_BY.clear()
-    script.main(
-        common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
-    )
+    script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))
     same_weights(tmp_path / "a", runs_of(method)[0])
 
 
@@ -173,6 +172,34 @@ def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_
         )  # of Cacophony, in stage 2
 
 
+def test_a_signal_to_a_worker_that_has_just_started_does_not_kill_it(tmp_path):
+    """The worker is slow to reach `outlive_signals`, and the signal comes meanwhile."""
+    source = f"""
+import subprocess, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch, common
+import torch.utils.data._utils.worker as worker
+set_num_threads = torch.set_num_threads
+def slow(n):
+    time.sleep(1)
+    set_num_threads(n)
+worker.torch.set_num_threads = slow  # called before a worker's `worker_init_fn`
+batches = iter(common.Loader(range(8), 2, num_workers=2, worker_init_fn=common.outlive_signals))
+time.sleep(0.4)
+subprocess.run(["kill", "-TERM", *[str(process.pid) for process in batches._workers]])
+print([batch.tolist() for batch in batches])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == "[[0, 1], [2, 3], [4, 5], [6, 7]]\n", done.stderr[-2000:]
+    plain = source.replace("common.Loader", "torch.utils.data.DataLoader")
+    killed = subprocess.run(
+        [sys.executable, "-c", plain], capture_output=True, text=True, timeout=100
+    )
+    assert "exited unexpectedly" in killed.stderr  # that the test can fail
+
+
 def test_sigterm_in_a_curation_keeps_the_finished_blocks(
     corpus, tmp_path, monkeypatch, capsys, runs_of
 ):
@@ -196,9 +223,7 @@ def test_sigterm_in_a_curation_keeps_the_finished_blocks(
         stopped.value.code == 143 and "SIGTERM: saved the pairs of 2 of " in capsys.readouterr().out
     )
     common.TOLD_BY.clear()
-    script.main(
-        common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
-    )
+    script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))
     assert len(mined) == len(set(mined)) > 2  # none twice
 
     def of(path):
@@ -241,9 +266,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "a").glob("*.tmp"))
-    script.main(
-        common.configure(script.Config, script.PRESETS, resume=True, name="a", runs=str(tmp_path))
-    )
+    script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))
     same_weights(tmp_path / "a", runs_of(method)[0])
 
 
@@ -325,11 +348,18 @@ def test_kill_9_at_twenty_random_moments(corpus, tmp_path, runs_of, method):
     )  # a finished run leaves nothing half-written
 
 
+def opened(tmp_path, name="a", continues=False):
+    """A run that has its folder."""
+    run = common.Run(common.RunConfig(runs=str(tmp_path), name=name), "x")
+    run.open_folder(1, continues)
+    return run
+
+
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_frees_it(tmp_path):
     hold = f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import common
-common.RunFolder({str(tmp_path)!r}, 'a', 'x', False, 1, 0.5)
+common.Run(common.RunConfig(runs={str(tmp_path)!r}, name='a'), 'x').open_folder(1, False)
 print('held', flush=True)
 time.sleep(600)"""
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
@@ -339,13 +369,13 @@ time.sleep(600)"""
             FileExistsError,
             match=f"{tmp_path}/a is being written by another process; choose another --name",
         ):
-            common.RunFolder(str(tmp_path), "a", "x", True, 1, 0.5)
-        common.RunFolder(str(tmp_path), "b", "x", False, 1, 0.5)
+            opened(tmp_path, continues=True)
+        opened(tmp_path, "b")
     finally:
         process.kill()
         process.wait()
-    common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
-    common.RunFolder(str(tmp_path), "a", "x", True, 1, 0.5)  # a second stage of the same process
+    opened(tmp_path)
+    opened(tmp_path, continues=True)  # a second stage of the same process
 
 
 @pytest.mark.parametrize(
@@ -366,7 +396,7 @@ def test_out_of_memory_names_the_batch_and_the_flags(error):
     ):
         common.run_entry(main, lambda: SCRIPTS["t_clap"].Config(data=["x"]))
     with pytest.raises(SystemExit, match="try a smaller --batch-size"):
-        common.run_entry(main, lambda: SCRIPTS["mga_clap"].Config(data=["x"]))
+        common.run_entry(main, lambda: argparse.Namespace(batch_size=32))  # as eval.py's
     with pytest.raises(RuntimeError, match="a fault of ours"):  # anything else keeps its traceback
         common.run_entry(
             lambda cfg: (_ for _ in ()).throw(RuntimeError("a fault of ours")), lambda: None
@@ -374,7 +404,7 @@ def test_out_of_memory_names_the_batch_and_the_flags(error):
 
 
 def test_every_process_lists_its_share_of_a_batch_without_a_finite_loss(tmp_path, monkeypatch):
-    run = common.RunFolder(str(tmp_path), "a", "x", False, 1, 0.5)
+    run = opened(tmp_path)
     for rank in (0, 1):
         monkeypatch.setattr(common, "rank_and_world", lambda: (rank, 2))
         with pytest.raises(
@@ -476,7 +506,7 @@ def test_compiled_training_takes_the_same_steps(
     )
     SCRIPTS[method].main(config_of(method, corpus, tmp_path, name="c", compile=True))
     losses = [
-        [json.loads(x).get("loss", 0) for x in (folder / "log.jsonl").read_text().splitlines()]
+        [line.get("loss", 0) for line in log_of(folder)]
         for folder in (runs_of(method)[0], tmp_path / "c")
     ]
     assert losses[1][:4] == pytest.approx(losses[0][:4], abs=2e-3)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -143,7 +144,7 @@ def test_deviations_are_numbered_without_gaps_and_config_fields_have_help(name):
         )
     }
     assert used == set(numbers)  # each is marked where it happens
-    for preset in getattr(module, "PRESETS", {}).values():
+    for preset in module.Config.presets.values():
         assert set(preset) <= {f.name for f in dataclasses.fields(module.Config)}
 
 
@@ -160,6 +161,35 @@ def test_sections_stand_in_the_house_order(name):
         "Published",
         "Entry",
     ]
+
+
+def code_of(name):
+    """Lines of code of a script, without comments, docstrings, imports and its Config."""
+    source = (ROOT / f"{name}.py").read_text()
+    left_out = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", "") == "Config":
+            left_out.update(range(node.lineno, node.end_lineno + 1))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            left_out.update(range(node.lineno, node.end_lineno + 1))
+    lines = [line.partition("  #")[0].strip() for line in source.splitlines()]
+    lines = [line for i, line in enumerate(lines, 1) if i not in left_out]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def longest_common_run(first, second):
+    longest, ends = 0, {}  # ends: index in `second` -> equal lines up to there
+    for line in first:
+        ends = {j: ends.get(j - 1, 0) + 1 for j, other in enumerate(second) if other == line}
+        longest = max(longest, *ends.values(), 0)
+    return longest
+
+
+def test_no_two_scripts_share_more_than_eight_lines_in_a_row():
+    assert longest_common_run(list("abcdef"), list("xbcdyef")) == 3
+    code = {name: code_of(name) for name in SCRIPTS}
+    for first, second in itertools.combinations(SCRIPTS, 2):
+        assert longest_common_run(code[first], code[second]) <= 8, (first, second)
 
 
 def readme_commands():
@@ -199,7 +229,7 @@ def test_every_readme_command_of_ours_parses():
         module = importlib.import_module(name)
         if name in SCRIPTS:
             if "--resume" not in argv:
-                common.cli(module.Config, module.PRESETS, module.__doc__, argv)
+                common.cli(module.Config, module.__doc__, argv)
         else:
             module.parse(argv)
     assert seen == {"eval", *SCRIPTS, *(f"tools.{name}" for name in TOOLS)}  # each is shown

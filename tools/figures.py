@@ -321,6 +321,7 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
     if not lines:
         return []
     lines = [line for line in lines if line.get("stage") == lines[-1].get("stage")]
+    lines = [line for line in lines if "validation" not in line]
     keys = [
         k
         for k in lines[0]
@@ -466,17 +467,15 @@ def plot_reconstructions(
     normalised (the target), and painted.
     """
     plt = pyplot()
-    items = [
-        item
-        for item in (dataset[0, i] for i in range(min(20, len(dataset.rows))))
-        if not isinstance(item, common.AudioError)
-    ][:clips]
+    readable = common.Readable(dataset, 0)
+    items = [readable[0, i] for i in range(min(20, len(dataset.rows)))]
+    items = [item for item in items if not isinstance(item, common.AudioError)][:clips]
     figure, axes = plt.subplots(
         4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained"
     )
     device = model.mask_token.device
     for column, item in zip(axes.T, items):
-        batch = common.to_device(dataset.tensors([item]), device)
+        batch = common.to_device(dataset.collate([item]), device)
         torch.manual_seed(0)
         painted, visible_mask = model.paint(**batch)
         whole, target = batch["patches"], cacophony.normalised(batch["patches"])
@@ -579,9 +578,7 @@ def order(args) -> Path:
 def reconstructions(args) -> Path:
     """Cacophony's stage 1: test scenes it never heard, painted from a fifth of their patches."""
     _, flags, told = run_folder("claims_cacophony", args)
-    cfg = common.configure(
-        cacophony.Config, cacophony.PRESETS, data=told.data, seed=0, **{**flags, "stage": "mae"}
-    )
+    cfg = common.configure(cacophony.Config, data=told.data, seed=0, **{**flags, "stage": "mae"})
     folder = present(stored_runs().mae_folder(cfg, told), "claims_cacophony")
     rows = [row for row in common.read_manifest(told.data) if row["split"] == "test"]
     rows = [
@@ -610,7 +607,6 @@ def curation(args) -> Path:
     _, flags, told = run_folder("claims_curation_clap", args)
     cfg = common.configure(
         curation_clap.Config,
-        curation_clap.PRESETS,
         data=told.data,
         seed=0,
         **{**flags, "stage": "teacher"},

@@ -400,9 +400,7 @@ def model(request, clap_folder, tmp_path):
     """Untrained models of both kinds this far, by load_model: HEAR calls it with a path alone."""
     if request.param == "clap":
         return benchmark.load_model(str(clap_folder[0]))
-    cfg = common.configure(
-        mga_clap.Config, mga_clap.PRESETS, data=["x"], **{**SMALL, "encoder": request.param}
-    )
+    cfg = common.configure(mga_clap.Config, data=["x"], **{**SMALL, "encoder": request.param})
     torch.manual_seed(0)
     text_encoder = common.text_encoder_from_scratch(["a dog barks"], 64, 1, 1, cfg.max_tokens)
     torch.manual_seed(0)
