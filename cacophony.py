@@ -1,5 +1,4 @@
-"""Cacophony: an audio encoder first trained to fill in masked spectrograms, then CLAP with a
-captioner.
+"""Cacophony: an audio encoder first trained on masked spectrograms, then CLAP with a captioner.
 
 Zhu, Darefsky, Duan: "Cacophony: An Improved Contrastive Audio-Text Model", IEEE/ACM TASLP 32, 2024,
 arXiv:2402.06986. Official code, inference only: github.com/gzhu06/Cacophony (JAX and a torch port).
@@ -94,9 +93,9 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
 
 Run:  python cacophony.py --data demo                                 (two CPU cores, both stages)
       python cacophony.py --stage mae --data audioset acav --name full
-      python cacophony.py --stage contrastive --data audiocaps clotho freesound --name full
-      --micro-batch 256 torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8
-      GPUs) python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
+      python cacophony.py --stage contrastive --name full --micro-batch 256 --data audiocaps clotho
+      torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8 GPUs)
+      python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
 Stage 1 starts near 1 (patches are normalised) and falls fast, then slowly; Eq. (1) starts near
 2 ln B, Eq. (2) near the logarithm of the vocabulary's size.
 """

@@ -90,10 +90,10 @@ Deviations from the paper, what it leaves open, and --variant official
 
 Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
       python curation_clap.py --stage teacher --data fsd50k_told clotho audiocaps macs --name full
-      python curation_clap.py --stage curate --dry-run --name full --data ... --pool ... --labels
-      ... python curation_clap.py --stage curate --name full --data ... --pool ... --labels ...
-      torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ... python
-      eval.py runs/full/best.pt --data esc50 --protocol classification --prompt curation_clap
+      python curation_clap.py --stage curate --dry-run --name full --data ... --pool ...
+      python curation_clap.py --stage curate --name full --data ... --pool ... --labels ...
+      torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ...
+      python eval.py runs/full/best.pt --data esc50 --protocol classification --prompt curation_clap
 DS and ADS need one curation and one student for each data set of an evaluation (--labels).
 Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. The smallest value of Eq. (5) is not
 0 and differs from batch to batch, as the targets are not normalised (D6).
