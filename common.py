@@ -57,8 +57,8 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 
 # Types of numeric settings with their ranges; a round bracket leaves the end out
-Count = Annotated[int, "[1, inf)"]
-Whole = Annotated[int, "[0, inf)"]
+Count = Annotated[int, "[1, 1e9]"]
+Whole = Annotated[int, "[0, 1e9]"]
 Layers = Annotated[int, "[1, 200]"]
 Tokens = Annotated[int, "[3, 512]"]  # two are special ones; text encoders have 512 positions
 Positive = Annotated[float, "(0, inf)"]
@@ -1226,42 +1226,6 @@ def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
 # ------------------------------------------------------------------------------------------------
 
 
-class BiasedAttention(torch.autograd.Function):
-    """`F.scaled_dot_product_attention` for a CPU and a bias that learns.
-
-    torch's fused CPU kernel takes no bias that needs a gradient; its fallback costs an HTS-AT
-    training step 10 % more. qkv (N, L, 3, heads, D), bias (P, heads, L, L), see `Attention`;
-    returns (N, heads, L, D). Also what MGA-CLAP prints as Eq. (5) and (6), plus the bias.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv, bias):
-        N, L, _, heads, D = qkv.shape
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, N * heads, L, D)
-        q = q * D**-0.5
-        logits = torch.bmm(q, k.transpose(1, 2)).view(-1, *bias.shape)  # (N / P, P, heads, L, L)
-        p = logits.add_(bias).softmax(-1).to(v.dtype).view(-1, L, L)  # autocast's softmax is fp32
-        out = torch.bmm(p, v)
-        ctx.save_for_backward(q, k, v, p, out)
-        ctx.bias_shape = bias.shape
-        return out.view(N, heads, L, D)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, p, out = ctx.saved_tensors
-        N, heads, L, D = grad.shape
-        grad = grad.reshape(out.shape)
-        grad_logits = (
-            torch.bmm(grad, v.transpose(1, 2)).sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
-        )
-        grad_qkv = q.new_empty(3, *q.shape)
-        torch.bmm(grad_logits, k, out=grad_qkv[0]).mul_(D**-0.5)
-        torch.bmm(grad_logits.transpose(1, 2), q, out=grad_qkv[1])
-        torch.bmm(p.transpose(1, 2), grad, out=grad_qkv[2])
-        grad_qkv = grad_qkv.view(3, N, heads, L, D).permute(1, 3, 0, 2, 4)
-        return grad_qkv, grad_logits.view(-1, *ctx.bias_shape).sum(0)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection. x (N, L, C) -> (N, L, C).
 
@@ -1278,21 +1242,16 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         N, L, C = x.shape
         qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)  # MGA-CLAP Eq. (4)
-        # under autocast qkv is bf16, a bias table fp32
-        bias = None if bias is None else bias.to(qkv.dtype)
-        if bias is not None and not x.is_cuda and not torch.compiler.is_compiling():
-            x = BiasedAttention.apply(qkv, bias)  # (N, heads, L, C / heads)
-        else:
-            bias = (
-                None
-                if bias is None
-                else bias.expand(N // len(bias), *bias.shape).reshape(N, *bias.shape[1:])
-            )
-            # MGA-CLAP Eq. (6): the weighted sum
-            x = F.scaled_dot_product_attention(  # MGA-CLAP Eq. (5): the softmax
-                *qkv.permute(2, 0, 3, 1, 4), attn_mask=bias
-            )
-        return self.proj(x.transpose(1, 2).reshape(N, L, C))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, C / heads) each
+        if bias is not None:
+            # P rows of x side by side on the axis of heads, so that one bias fits all of them
+            P = len(bias)
+            q, k, v = (x.reshape(N // P, P * self.heads, L, -1) for x in (q, k, v))
+            bias = bias.to(q.dtype).flatten(0, 1)  # (P * heads, L, L); fp32 under autocast
+        # MGA-CLAP Eq. (5): the softmax over positions, of the logits plus the bias
+        # MGA-CLAP Eq. (6): the sum of the values with these weights
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.reshape(N, self.heads, L, -1).transpose(1, 2).reshape(N, L, C))
 
     def values(self, x):
         """proj(V(x)): every position keeps its own value, nothing is mixed over positions.
@@ -1371,32 +1330,16 @@ class Block(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-class Reorder(torch.autograd.Function):
-    """x (N, C)[index], for an index that names every row once; the gradient is a gather too."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        inverse = torch.empty_like(index).scatter_(
-            0, index, torch.arange(len(index), device=index.device)
-        )
-        return grad.index_select(0, inverse), None
-
-
 class SwinStage(nn.Module):
-    """Blocks on one grid size, then a 2 x 2 patch merging (absent in the last stage).
+    """Blocks on one grid of G x G cells, then a 2 x 2 patch merging (absent in the last stage).
 
-    The cells of the grid are rows of a matrix; between blocks they are only put in another order.
+    Every block sees windows of `window` x `window` cells; every second one sees them moved by half
+    a window. Source: Liu et al., Swin Transformer, ICCV 2021.
     """
 
     def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
         super().__init__()
-        self.grid, self.window = grid, min(window, grid)
+        self.window = min(window, grid)
         self.shift = self.window // 2 if grid > self.window else 0  # one window: nothing to shift
         self.blocks = nn.ModuleList(
             Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities)
@@ -1409,83 +1352,64 @@ class SwinStage(nn.Module):
         )
         for block, table in zip(self.blocks, self.bias_tables):
             table.requires_grad_(not block.locality)
-        self.downsample = (
-            nn.ModuleDict(
+        self.downsample = None
+        if merge:
+            self.downsample = nn.ModuleDict(
                 {
                     "norm": nn.LayerNorm(4 * dim),
                     "reduction": nn.Linear(4 * dim, 2 * dim, bias=False),
                 }
             )
-            if merge
-            else None
-        )
 
         side = torch.arange(self.window)
-        row, column = torch.cartesian_prod(side, side).T  # (L,) each
-
-        def offset(i):
-            return i[:, None] - i[None, :] + self.window - 1
-
-        index = offset(row) * (2 * self.window - 1) + offset(column)
+        row, column = torch.cartesian_prod(side, side).T  # (L,) each, L cells in a window
+        row_offset = row[:, None] - row[None, :] + self.window - 1
+        column_offset = column[:, None] - column[None, :] + self.window - 1
+        index = row_offset * (2 * self.window - 1) + column_offset
         self.register_buffer("bias_index", index.flatten(), persistent=False)  # (L * L,)
-
-        n, w = grid // self.window, self.window
-
-        def windows(cells):
-            return cells.view(n, w, n, w).transpose(1, 2).reshape(n * n, w * w)
-
-        cells = torch.arange(grid * grid).view(grid, grid)
-        rolled = torch.roll(cells, (-self.shift, -self.shift), (0, 1))
-        four = torch.stack(
-            [cells[0::2, 0::2], cells[1::2, 0::2], cells[0::2, 1::2], cells[1::2, 1::2]], -1
-        )
-        orders = torch.stack(
-            [cells.flatten(), windows(cells).flatten(), windows(rolled).flatten(), four.flatten()]
-        )
-        self.register_buffer(
-            "orders", orders, persistent=False
-        )  # (4, G * G): the cell that each row holds
-        self.register_buffer(
-            "positions", orders.argsort(1), persistent=False
-        )  # (4, G * G): the row of each cell
         if self.shift:  # cells that the roll brought together from opposite edges must not attend
             edge = torch.zeros(grid, dtype=torch.long)
             edge[-self.window :], edge[-self.shift :] = 1, 2
-            region = windows(3 * edge[:, None] + edge)  # (nW, L)
+            region = 3 * edge[:, None] + edge  # (G, G)
+            region = self.windows(region[None, :, :, None]).squeeze(-1)  # (windows, L)
             # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products
             # fivefold
-            mask = (region[:, :, None] != region[:, None, :]) * -1e4  # (nW, L, L)
-            self.register_buffer("shift_mask", mask, persistent=False)
+            mask = (region[:, :, None] != region[:, None, :]) * -1e4
+            self.register_buffer("shift_mask", mask, persistent=False)  # (windows, L, L)
 
-    def attention_bias(self, i: int):
+    def windows(self, x):
+        """x (B, G, G, C) -> (B * windows, L, C)."""
+        B, G, _, C = x.shape
+        n, w = G // self.window, self.window
+        return x.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w * w, C)
+
+    def grid(self, x, G: int):
+        """The inverse of `windows`."""
+        n, w, C = G // self.window, self.window, x.shape[-1]
+        return x.view(-1, n, n, w, w, C).transpose(2, 3).reshape(-1, G, G, C)
+
+    def attention_bias(self, i: int, shift: int):
+        """What block i adds to its logits: (1 or windows, heads, L, L)."""
         L = self.window**2
-        bias = (
-            F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1).permute(0, 3, 1, 2)
-        )
-        if i % 2 and self.shift:
-            bias = bias + self.shift_mask[:, None]  # (nW, heads, L, L)
-        return bias
-
-    def reorder(self, x, before: int, after: int):
-        """Rows of x (B * G * G, C) from one of `orders` to another."""
-        if self.grid == self.window and after < 3:  # a single window is the grid itself
-            return x
-        clips = torch.arange(len(x) // self.grid**2, device=x.device) * self.grid**2
-        return Reorder.apply(
-            x, (clips[:, None] + self.positions[before, self.orders[after]]).flatten()
-        )
+        bias = F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1)
+        bias = bias.permute(0, 3, 1, 2)
+        return bias + self.shift_mask[:, None] if shift else bias
 
     def forward(self, x):
         """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
-        B, G, _, C = x.shape
-        x, order = x.reshape(-1, C), 0
+        B, G, _, _ = x.shape
         for i, block in enumerate(self.blocks):
-            x, order = self.reorder(x, order, 1 + i % 2), 1 + i % 2
-            bias = None if block.locality else self.attention_bias(i)
-            x = block(x.view(-1, self.window**2, C), bias, (G // self.window) ** 2).reshape(-1, C)
+            shift = self.shift if i % 2 else 0
+            if shift:
+                x = torch.roll(x, (-shift, -shift), (1, 2))
+            bias = None if block.locality else self.attention_bias(i, shift)
+            x = self.windows(x)
+            x = self.grid(block(x, bias, parts=len(x) // B), G)
+            if shift:
+                x = torch.roll(x, (shift, shift), (1, 2))
         if self.downsample is None:
-            return self.reorder(x, order, 0).view(B, G, G, C)
-        x = self.reorder(x, order, 3).view(B, G // 2, G // 2, 4 * C)
+            return x
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
         return self.downsample["reduction"](self.downsample["norm"](x))
 
 
@@ -1525,7 +1449,7 @@ class HTSAT(nn.Module):
             )
         self.spec_size, self.chunks = spec_size, spec_size // n_mels
         self.out_dim = dim * 2 ** (len(depths) - 1)
-        self.n_frames = self.chunks * (spec_size // patch >> (len(depths) - 1))
+        self.n_frames = self.chunks * (spec_size // (patch * 2 ** (len(depths) - 1)))
         self.bn0 = nn.BatchNorm1d(n_mels)
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(1, dim, patch, patch), "norm": nn.LayerNorm(dim)}
@@ -1537,8 +1461,8 @@ class HTSAT(nn.Module):
             kinds = [locality if behind - j <= locality_blocks else "" for j in range(depth)]
             self.layers.append(
                 SwinStage(
-                    dim << i,
-                    spec_size // patch >> i,
+                    dim * 2**i,
+                    spec_size // (patch * 2**i),
                     heads[i],
                     window,
                     [drops.pop(0) for _ in range(depth)],
@@ -1829,34 +1753,21 @@ def text_encoder_from_description(
 # ------------------------------------------------------------------------------------------------
 
 
-class _Sparsemax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        z_sorted = z.sort(-1, descending=True).values
-        rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-        excess = z_sorted.cumsum(-1) - 1
-        # of the support; 0 only with NaN
-        size = (rank * z_sorted > excess).sum(-1, keepdim=True).clamp(min=1)
-        p = (z - excess.gather(-1, size - 1) / size).clamp(min=0)
-        ctx.save_for_backward(p)
-        return p
-
-    @staticmethod
-    def backward(ctx, grad):
-        (p,) = ctx.saved_tensors
-        support = p > 0
-        grad = grad * support
-        return (grad - grad.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)) * support
-
-
 def sparsemax(z):
     """Euclidean projection of z (..., K) onto the simplex, in fp32 (or fp64): many exact zeros.
 
-    Source: Martins & Astudillo, ICML 2016. Exact, by sorting.
+    Source: Martins & Astudillo, ICML 2016: what exceeds a threshold, so that the sum is 1; the
+    threshold is found by sorting.
     """
-    return _Sparsemax.apply(
-        (z if z.dtype == torch.float64 else z.float()) - z.detach().amax(-1, keepdim=True)
-    )
+    z = z if z.dtype == torch.float64 else z.float()
+    z = z - z.detach().amax(-1, keepdim=True)  # the projection does not change, its rounding does
+    ranked = z.sort(-1, descending=True).values
+    rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    excess = ranked.cumsum(-1) - 1
+    # how many are not 0; at least 1, but with NaN
+    size = (rank * ranked > excess).sum(-1, keepdim=True).clamp(min=1)
+    threshold = excess.gather(-1, size - 1) / size
+    return (z - threshold).clamp(min=0)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -291,48 +291,49 @@ def test_htsat_equals_transformers_forward_and_gradient(size):
     assert (ours.layers[0].bias_tables[1].grad - table).abs().max() < 1e-3 * table.abs().max()
 
 
-def test_reordering_is_exact_and_the_shift_masks_edges():
+def test_windows_and_their_inverse_and_the_shift_masks_edges():
     torch.manual_seed(0)
     stage = common.SwinStage(8, 16, 2, 8, [0.0, 0.0], ["", ""], merge=False).eval()
-    grid = torch.randn(2, 16, 16, 3, dtype=torch.float64, requires_grad=True)
-    rows = grid.view(-1, 3)
-    windows = stage.reorder(rows, 0, 1).view(2, 4, 8, 8, 3)
-    assert torch.equal(windows[1, 1], grid[1, :8, 8:]) and torch.equal(
-        windows[0, 2], grid[0, 8:, :8]
-    )
-    shifted = stage.reorder(windows.view(-1, 3), 1, 2)
-    assert torch.equal(shifted.view(2, 4, 8, 8, 3)[0, 0], grid[0, 4:12, 4:12])
-    assert torch.equal(shifted.view(2, 4, 8, 8, 3)[1, 3, :4, :4], grid[1, 12:, 12:])
-    assert torch.equal(stage.reorder(shifted, 2, 0), rows)
-    merged = stage.reorder(shifted, 2, 3).view(2, 8, 8, 12)
-    assert torch.equal(
-        merged[1, 2, 3], torch.cat([grid[1, 4, 6], grid[1, 5, 6], grid[1, 4, 7], grid[1, 5, 7]])
-    )
-    weight = torch.randn_like(merged)
-    (merged * weight).sum().backward()
-    assert torch.equal(grid.grad[1, 5, 6], weight[1, 2, 3, 3:6])
+    grid = torch.randn(2, 16, 16, 3)
+    windows = stage.windows(grid).view(2, 4, 8, 8, 3)
+    assert torch.equal(windows[1, 1], grid[1, :8, 8:])
+    assert torch.equal(windows[0, 2], grid[0, 8:, :8])
+    assert torch.equal(stage.grid(windows.view(8, 64, 3), 16), grid)
     y = torch.zeros(1, 16, 16, 8)
     base = stage(y)
-    y[0, 0, 0] = (
-        1.0  # corner: unshifted window (0..7), shifted window holds rows 12-15 and 0-3 but masked
-    )
+    # a corner: its first window holds rows 0 to 7, its second, shifted one rows 12 to 15 and 0 to
+    # 3, but those from the other edge are masked
+    y[0, 0, 0] = 1.0
     changed = (stage(y) - base).abs().sum(-1)[0] > 1e-6
     assert changed[:12, :12].any() and not changed[12:].any() and not changed[:, 12:].any()
 
 
-def test_biased_attention_equals_sdpa_in_value_and_gradient():
+def test_patch_merging_takes_the_four_cells_in_swin_s_order():
+    stage = common.SwinStage(2, 4, 1, 4, [], [], merge=True)
+    x = torch.randn(1, 4, 4, 2)
+    stage.downsample["norm"] = stage.downsample["reduction"] = torch.nn.Identity()
+    four = torch.cat([x[0, 2, 0], x[0, 3, 0], x[0, 2, 1], x[0, 3, 1]])
+    assert torch.equal(stage(x)[0, 1, 0], four)
+
+
+def test_attention_with_a_bias_equals_a_loop_over_rows_in_value_and_gradient():
     torch.manual_seed(0)
-    qkv = torch.randn(6, 5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    attention = common.Attention(8, 2).double()
+    x = torch.randn(6, 5, 8, dtype=torch.float64, requires_grad=True)
     for periods in (1, 3):
         bias = torch.randn(periods, 2, 5, 5, dtype=torch.float64, requires_grad=True)
-        ours = common.BiasedAttention.apply(qkv, bias)
-        rows = torch.stack([bias[n % periods] for n in range(6)])
-        slow = torch.nn.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), rows)
+        rows = []
+        for n in range(6):  # row n takes bias[n % periods]
+            q, k, v = attention.qkv(x[n]).view(5, 3, 2, 4).permute(1, 2, 0, 3)  # (2, 5, 4) each
+            logits = q @ k.transpose(1, 2) / 2 + bias[n % periods]  # sqrt(4) = 2
+            rows.append((logits.softmax(-1) @ v).transpose(0, 1).reshape(5, 8))
+        slow = attention.proj(torch.stack(rows))
+        ours = attention(x, bias)
         assert (ours - slow).abs().max() < 1e-12
         weight = torch.randn_like(slow)
         for a, b in zip(
-            torch.autograd.grad(ours, (qkv, bias), weight),
-            torch.autograd.grad(slow, (qkv, bias), weight),
+            torch.autograd.grad(ours, (x, bias), weight),
+            torch.autograd.grad(slow, (x, bias), weight),
         ):
             assert (a - b).abs().max() < 1e-12
 

@@ -427,7 +427,7 @@ def test_fine_tuning_starts_at_the_scores_of_the_published_model(
         ),
         (dict(batch_size=1), "at least 2 clips are needed in each"),
         (dict(mix=-1.0), r"--mix -1.0: expected a number in \[0, inf\)"),
-        (dict(steps=0), r"--steps 0: expected a number in \[1, inf\)"),
+        (dict(steps=0), r"--steps 0: expected a number in \[1, 1e9\]"),
     ],
 )
 def test_bad_settings_are_one_clear_sentence(corpus, tmp_path, overrides, message):

@@ -851,7 +851,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(
         ),
         (
             ["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"],
-            "--log-steps 0: expected a number in [1, inf)",
+            "--log-steps 0: expected a number in [1, 1e9]",
         ),
         (
             ["--data", "CORPUS", "--size", "tiny", "--max-tokens", "2"],

@@ -71,7 +71,7 @@ def refused(words, capsys):
         (["--max-bad", "nan"], "--max-bad nan: expected a number in [0, 1]"),
         (["--max-bad", "-0.1"], "--max-bad -0.1: expected a number in [0, 1]"),
         (["--max-bad", "5"], "--max-bad 5.0: expected a number in [0, 1]"),
-        (["--epochs", "-1"], "--epochs -1: expected a number in [1, inf)"),
+        (["--epochs", "-1"], "--epochs -1: expected a number in [1, 1e9]"),
         (["--drop-path", "1"], "--drop-path 1.0: expected a number in [0, 1)"),
         (["--audio-depths", "2", "0"], "--audio-depths 0: expected a number in [1, 200]"),
         (["--audio-depths", "2"], "--audio-depths has 1 numbers, --audio-heads 4"),
