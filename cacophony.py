@@ -57,7 +57,7 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D8  "We exclude clips that are under one second or exceed five minutes", of Freesound (Sec. II-B).
       tools.captions leaves both out; training does not: it keeps short clips, and stage 2 takes a
       random 5 minutes of longer ones, then 512 patches of these (the paper: "from the full
-      sequence", Sec. IV-A). With --cache both stages hear the first minute only.
+      sequence", Sec. IV-A).
   D9  "[We] process the full audio sequence if it fits in the memory", else "randomly sample a
       subset of spectrogram patches" (Sec. IV-A). Ours never samples: clips over 60 s are encoded in
       pieces of 60 s, each with positions from 0, whose patches are pooled together. The code
@@ -891,32 +891,26 @@ class Clips(Dataset):
     there.
     """
 
-    def __init__(self, rows: list[dict], cfg: Config, tokenize=None, cache: str = ""):
+    def __init__(self, rows: list[dict], cfg: Config, tokenize=None):
         self.rows = rows
         self.cfg = cfg
         self.tokenize = tokenize
         self.log_mel = MagnitudeMel(VARIANTS[cfg.variant]["window"])
-        self.read = common.audio_reader(cache, rows, SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
         length_s = LONGEST_S if self.tokenize else self.cfg.mae_crop_s
-        waveform = self.read(
-            row["audio"], length_s=length_s, crop_rng=rng, expected_s=row.get("duration")
+        waveform = common.read_audio(
+            row["audio"], SAMPLE_RATE, length_s, rng, expected_s=row.get("duration")
         )
-        patches = to_patches(self.log_mel(common.as_float(waveform)[None]))[0]  # (N, 256)
+        patches = to_patches(self.log_mel(torch.from_numpy(waveform)[None]))[0]  # (N, 256)
         number = torch.arange(len(patches))
         if self.tokenize and len(patches) > self.cfg.patches:
-            number = torch.from_numpy(
-                np.sort(rng.choice(len(patches), self.cfg.patches, replace=False))
-            )
-        return (
-            patches[number],
-            number,
-            self.draw_caption(row, rng) if self.tokenize else None,
-            row["audio"],
-        )
+            drawn = rng.choice(len(patches), self.cfg.patches, replace=False)
+            number = torch.from_numpy(np.sort(drawn))
+        caption = self.draw_caption(row, rng) if self.tokenize else None
+        return patches[number], number, caption, row["audio"]
 
     def draw_caption(self, row: dict, rng) -> str:
         """One of the synthetic captions, where there are any, in the set share of the draws (D16).
@@ -1001,7 +995,7 @@ def train_mae(cfg: Config, run: common.Run) -> None:
         return (common.gather_with_grad(of_clips).mean(),)
 
     # Loop
-    for parts in run.batches(Clips(train_rows, cfg, cache=cfg.cache), sampler):
+    for parts in run.batches(Clips(train_rows, cfg), sampler):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(cfg, cfg.mae_lr, run.step, cfg.mae_steps)
 
@@ -1079,7 +1073,7 @@ def train_contrastive(cfg: Config, run: common.Run) -> dict:
         shape=model.shape,
         continues=cfg.resume or mae_is_finished(run.path / "last.pt"),
     )
-    clips = Clips(train_rows, cfg, model.text_encoder.tokenize, cfg.cache)
+    clips = Clips(train_rows, cfg, model.text_encoder.tokenize)
     sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
 
     def loss_of(*outputs):

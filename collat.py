@@ -746,16 +746,15 @@ class Clips(Dataset):
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
         self.rows, self.cfg, self.tokenize = rows, cfg, tokenize
-        self.read = common.audio_reader(cfg.cache, rows, SAMPLE_RATE, cfg.workers)
 
     def __getitem__(self, key):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
-        waveform = self.read(  # D13
-            row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+        waveform = common.read_audio(  # D13
+            row["audio"], SAMPLE_RATE, WINDOW_S, rng, expected_s=row.get("duration")
         )
         texts = texts_of(row)
-        return fbank(common.as_float(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
+        return fbank(torch.from_numpy(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
 
     def collate(self, items) -> dict:
         """-> what Model.forward takes."""

@@ -27,7 +27,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -93,9 +92,6 @@ class RunConfig:
     save_steps: Count = 500  # steps between writes of last.pt
     log_steps: Count = 10  # steps between lines of log.jsonl
     workers: Whole = 8  # processes that read audio; 0: the training itself reads
-    # folder in which the training audio is kept decoded, int16 at the model's rate, the first
-    # minute of every clip; empty: files are read
-    cache: str = ""
     # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     compile: bool = False
     max_bad: Share = 0.05  # largest share of unreadable clips before the run stops
@@ -484,177 +480,8 @@ def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
         torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w))))
         for w in waveforms
     ]
-    return torch.utils.data.default_collate(
-        padded
-    ), n_samples  # in a loader's process, straight into memory shared with the main one
-
-
-CACHE_S, CACHE_FILES = 60.0, 512  # seconds kept of a file, files of one part
-
-
-class AudioCache:
-    """Decoded audio for training: int16 at the model's rate, memory-mapped, so that a crop costs a
-    copy.
-
-    Of every file the first 60 s are kept. A part is two files, RATE_HASH.i16 and RATE_HASH.json
-    (where each source starts, its length, size and time of change; or why it cannot be read),
-    written under other names and renamed, so an interrupted call continues. A source that changed
-    is decoded again into a new part; one that is gone is served from the cache.
-
-    Args
-        rows: manifest rows; those not in the folder yet are decoded, by `workers` processes, and by
-        all
-            processes of a torchrun together.
-    Raises: ValueError where the disk is too small, PermissionError where it cannot be written.
-    """
-
-    def __init__(self, folder: str, rows: list[dict], sample_rate: int, workers: int = 0):
-        self.folder, self.rate, self.entries = Path(folder), sample_rate, {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PermissionError(
-                f"--cache {folder}: this folder cannot be made ({error.strerror})"
-            ) from None
-        sources = {row["audio"]: _stamp(row) for row in rows}
-        barrier()
-        missing = self.find(sources)
-        barrier()  # all processes have seen the same before the first of them writes
-        parts = [
-            [(path, sources[path]) for path in missing[i : i + CACHE_FILES]]
-            for i in range(0, len(missing), CACHE_FILES)
-        ]
-        rank, world = rank_and_world()
-        if missing:
-            size = sum(min(sources[path][2] or 10.0, CACHE_S) for path in missing) * sample_rate * 2
-            free = shutil.disk_usage(self.folder).free
-            if rank == 0:
-                tqdm.write(
-                    f"--cache {folder}: decoding {len(missing):,} of {len(sources):,} files, about "
-                    f"{size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
-                )
-            if size > free:
-                raise ValueError(
-                    f"--cache {folder}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB "
-                    "are free"
-                )
-            # every process starts elsewhere and leaves out what others have finished
-            begin = len(parts) * rank // world
-            loader = Loader(
-                _CacheParts(self.folder, sample_rate, parts[begin:] + parts[:begin]),
-                batch_size=None,
-                num_workers=min(workers, len(parts)),
-                worker_init_fn=outlive_signals,
-            )
-            with tqdm(total=len(missing), desc="audio cache", unit="file", disable=rank > 0) as bar:
-                for done in loader:
-                    bar.update(done)
-        barrier()
-        self.find(sources)
-
-    def find(self, sources: dict) -> list[str]:
-        """Read the parts' indices; -> the sources that none of them holds as they are now."""
-
-        def age(index):
-            try:
-                return index.stat().st_mtime
-            except OSError:  # another process has found it damaged
-                return 0.0
-
-        for index in sorted(self.folder.glob(f"{self.rate}_{'[0-9a-f]' * 16}.json"), key=age):
-            try:
-                held = json.loads(index.read_text(encoding="utf-8"))
-                if index.with_suffix(".i16").stat().st_size != 2 * held["samples"]:
-                    raise ValueError
-            except (OSError, ValueError, KeyError):
-                tqdm.write(f"{index}: a damaged part of the cache, decoded again")
-                index.unlink(missing_ok=True)
-                continue
-            for path, (start, n, stamp) in held["files"].items():
-                if path in sources and (stamp == sources[path] or sources[path][0] is None):
-                    self.entries[path] = index.with_suffix(".i16"), start, n
-        return [path for path in sources if path not in self.entries]
-
-    def read(
-        self, path, length_s: float | None = None, crop_rng=None, expected_s=None
-    ) -> np.ndarray:
-        """As `read_audio`, but int16, a view of the file; a sample of 1 is 32768 (`to_device`
-        divides).
-        """
-        part, start, n = self.entries[path]
-        if isinstance(n, str):
-            raise AudioError(n)
-        wanted = n if length_s is None else min(n, round(length_s * self.rate))
-        start += int(crop_rng.integers(0, n - wanted + 1)) if crop_rng is not None else 0
-        return _mapped(part)[start : start + wanted]
-
-
-def _stamp(row: dict) -> list:
-    """Size and time of change of a row's file (None, None without one), and its declared
-    duration.
-    """
-    try:
-        stat = os.stat(row["audio"])
-    except OSError:
-        return [None, None, row.get("duration")]
-    return [stat.st_size, stat.st_mtime_ns, row.get("duration")]
-
-
-@functools.lru_cache(maxsize=256)
-def _mapped(path: Path) -> np.ndarray:
-    # "c": as good as read-only, but torch does not warn
-    return np.asarray(np.memmap(path, np.int16, "c"))
-
-
-class _CacheParts(torch.utils.data.Dataset):
-    """Item i decodes part i of a cache, [(path, stamp)], unless it is there -> number of
-    its files.
-    """
-
-    def __init__(self, folder: Path, sample_rate: int, parts: list):
-        self.folder, self.rate, self.parts = folder, sample_rate, parts
-
-    def __len__(self):
-        return len(self.parts)
-
-    def __getitem__(self, i):
-        name = f"{self.rate}_{hashlib.sha256(json.dumps(self.parts[i]).encode()).hexdigest()[:16]}"
-        index, files, samples = self.folder / f"{name}.json", {}, 0
-        if index.exists():
-            return len(self.parts[i])
-        with written_whole(self.folder / f"{name}.i16", this_process()) as out:
-            for path, stamp in self.parts[i]:
-                try:
-                    waveform = read_audio(path, self.rate, CACHE_S, None, stamp[2])
-                except AudioError as error:
-                    files[path] = 0, str(error), stamp
-                    continue
-                out.write(
-                    np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16).tobytes()
-                )
-                files[path] = samples, len(waveform), stamp
-                samples += len(waveform)
-        with written_whole(index, this_process()) as out:
-            out.write(json.dumps({"samples": samples, "files": files}).encode())
-        return len(self.parts[i])
-
-
-def audio_reader(cache: str, rows: list[dict], sample_rate: int, workers: int = 0):
-    """-> read(path, length_s=, crop_rng=, expected_s=): float32 from the files (`read_audio`), or
-    int16 from --cache.
-    """
-    return (
-        AudioCache(cache, rows, sample_rate, workers).read
-        if cache
-        else functools.partial(read_audio, sample_rate=sample_rate)
-    )
-
-
-def as_float(waveform: np.ndarray) -> torch.Tensor:
-    """int16 samples of a cache, or float32 -> float32 in [-1, 1)."""
-    return torch.from_numpy(
-        waveform.astype(np.float32) / 32768 if waveform.dtype == np.int16 else waveform
-    )
+    # in a loader's process default_collate writes straight into memory shared with the main one
+    return torch.utils.data.default_collate(padded), n_samples
 
 
 def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
@@ -2406,15 +2233,14 @@ def gather_with_grad(x):
 
 
 def to_device(x, device):
-    """Tensors of nested lists and dicts on the device; int16 samples (of --cache) become float32 in
-    [-1, 1) there.
-    """
+    """Tensors of nested lists and dicts on the device."""
     if isinstance(x, torch.Tensor):
-        x = x.to(device, non_blocking=True)
-        return x.float() / 32768 if x.dtype == torch.int16 else x
+        return x.to(device, non_blocking=True)
     if isinstance(x, dict):
         return {key: to_device(value, device) for key, value in x.items()}
-    return type(x)(to_device(value, device) for value in x) if isinstance(x, (list, tuple)) else x
+    if isinstance(x, (list, tuple)):
+        return type(x)(to_device(value, device) for value in x)
+    return x
 
 
 def batches_on(device, loader):
@@ -2644,7 +2470,6 @@ def check_resume(cfg, stored: dict) -> None:
         "eval_steps",
         "max_bad",
         "data",
-        "cache",
         "compile",
         "micro_batch",
     }

@@ -606,22 +606,14 @@ class Pairs(Dataset):
             [(row, k) for row in rows for k in range(len(row["captions"]))] for rows in sets
         ]
         self.cfg, self.tokenize, self.window_s, self.centre = cfg, tokenize, window_s, centre
-        self.read = common.audio_reader(
-            "" if centre else cfg.cache,
-            [row for rows in sets for row in rows],
-            SAMPLE_RATE,
-            cfg.workers,
-        )
 
     def __getitem__(self, key):
         group, epoch, index = key
         row, k = self.sets[group][index]
         rng = np.random.default_rng((self.cfg.seed, *key))
-        waveform = self.read(
-            row["audio"],
-            length_s=self.window_s,
-            crop_rng=Centre if self.centre else rng,
-            expected_s=row.get("duration"),
+        crop_rng = Centre if self.centre else rng
+        waveform = common.read_audio(
+            row["audio"], SAMPLE_RATE, self.window_s, crop_rng, expected_s=row.get("duration")
         )
         free = round(self.window_s * SAMPLE_RATE) - len(waveform)
         before = Centre.integers(0, free + 1) if self.centre else int(rng.integers(free + 1))

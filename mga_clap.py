@@ -73,8 +73,7 @@ Deviations from the paper (and what --variant official does)
       in the code.
   D17 HTS-AT trains with SpecAugment (2 stripes below 64 frames, 2 below 8 mel bins) and stochastic
       depth, as in the code; the paper names neither.
-  D18 A clip is "randomly cropped" from the whole file (--cache: from its first 60 s); code: from
-      its first 300 s.
+  D18 A clip is "randomly cropped" from the whole file; code: from its first 300 s.
   D19 Where no row has split val, 5 % of the clips (2 to 1,000) are held out for validation and not
       trained on. The paper says "validation sets" and no more.
   D20 The paper crops or pads "all the audio clips" at random to 10 s and has no rule of its own for
@@ -675,14 +674,13 @@ class Pairs(Dataset):
         ]
         self.durations = [row.get("duration", WINDOW_S) for _, row, _ in self.pairs]
         self.cfg, self.tokenize, self.rate = cfg, tokenize, SAMPLE_RATE[cfg.encoder]
-        self.read = common.audio_reader(cfg.cache, rows, self.rate, cfg.workers)
 
     def __getitem__(self, key):
         epoch, index = key
         clip, row, caption = self.pairs[index]
         rng = np.random.default_rng((self.cfg.seed, epoch, index))
-        waveform = self.read(  # D18
-            row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+        waveform = common.read_audio(  # D18
+            row["audio"], self.rate, WINDOW_S, rng, expected_s=row.get("duration")
         )
         return waveform, clean_caption(caption), clip, row["audio"]
 

@@ -29,7 +29,7 @@ D joint dimension 512.
 Deviations from the paper, and what it leaves open
   D1  LAION clips each waveform to [-1, 1] and cuts it to int16 and back, in its training loader and
       in its Python API. That moves a sample within [-1, 1] by less than 1 / 32,767, so it is left
-      out here; --cache does clip and round training audio.
+      out here.
   D2  Evaluated audio over 10 s is cut into consecutive windows, whose vectors are averaged by their
       seconds; LAION crops at random. Training crops at random as LAION does, so a crop of a longer
       clip (Clotho) may lack an event of its caption. A window or crop that is not full is tiled as
@@ -531,9 +531,6 @@ class Clips(Dataset):
 
     def __init__(self, groups: list[list[dict]], cfg: Config, tokenize, sample_rate: int):
         self.groups, self.cfg, self.tokenize, self.rate = groups, cfg, tokenize, sample_rate
-        self.read = common.audio_reader(
-            cfg.cache, [row for group in groups for row in group], sample_rate, cfg.workers
-        )
 
     def __getitem__(self, key):
         group, epoch, index = key
@@ -542,8 +539,8 @@ class Clips(Dataset):
         chosen = int(rng.integers(len(row["captions"])))  # D7
         negatives = row.get("negatives", []) if self.cfg.lt_weight else []
         negative = negatives[chosen] if chosen < len(negatives) else None  # D14
-        waveform = self.read(
-            row["audio"], length_s=WINDOW_S, crop_rng=rng, expected_s=row.get("duration")
+        waveform = common.read_audio(
+            row["audio"], self.rate, WINDOW_S, rng, expected_s=row.get("duration")
         )
         return waveform, row["captions"][chosen], negative, row["audio"]
 

@@ -43,6 +43,7 @@ import curation_clap  # noqa: E402
 import eval as evaluation  # noqa: E402
 import mga_clap  # noqa: E402
 import t_clap  # noqa: E402
+from tools import datasets  # noqa: E402
 
 SCRIPTS = {
     "mga_clap": mga_clap,
@@ -848,29 +849,9 @@ def scaling(tiny: bool) -> list[dict]:
 # ---------------------------------------------------------------------------------------
 
 
-class CachedCrops(torch.utils.data.Dataset):
-    """Random crops of 10 s from a cache, as a script's dataset takes them."""
-
-    def __init__(self, rows, folder):
-        self.rows, self.read = rows, common.audio_reader(str(folder), rows, 32000)
-
-    def __len__(self):
-        return 10**9
-
-    def __getitem__(self, i):
-        return self.read(
-            self.rows[i % len(self.rows)]["audio"],
-            length_s=10.0,
-            crop_rng=np.random.default_rng((0, i)),
-        )
-
-    def collate(self, items):
-        return common.pad_batch(items, 320_000)[0]
-
-
 def feed(tiny: bool) -> list[dict]:
     """Crops of 10 s from files of 30 s (44.1 kHz, for a model at 32 kHz), against reading and
-    resampling whole files; the cache.
+    resampling whole files; and crops from files that were resampled before.
     """
     n, rows = (3, []) if tiny else (16, [])
     rng, settings = (
@@ -911,34 +892,37 @@ def feed(tiny: bool) -> list[dict]:
                     "settings": settings,
                 }
             )
-        for path, x in zip(paths, noise):
-            sf.write(path.with_suffix(".wav"), x[: 32000 * 30], 32000)
-        data = CachedCrops(
-            [{"audio": str(path.with_suffix(".wav")), "duration": 30.0} for path in paths],
-            folder / "cache",
-        )
-        batch_size, batches = (8, 3) if tiny else (128, 100)
-        loader = iter(
-            torch.utils.data.DataLoader(data, batch_size, num_workers=2, collate_fn=data.collate)
-        )
-        next(loader)
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(loader)
-        rate = batches * batch_size / (time.perf_counter() - start)
-        del loader
-        rows.append(
-            {
-                "name": "feed_cache",
-                "ours": rate,
-                "peer": 2 * rows[0]["ours"],
-                "peer_name": "crops from wav, two cores",
-                "unit": "clips per second, two processes",
-                "ratio": rate / (2 * rows[0]["ours"]),
-                "machine": machine(),
-                "settings": {"clip_s": 10, "hz": 32000, "batch": batch_size, "batches": batches},
-            }
-        )
+        # 16-bit wav at the model's rate, as `tools.datasets resample` writes it
+        names = [{"audio": f"{i}.flac"} for i in range(n)]
+        common.write_lines(folder / "manifest.jsonl", map(json.dumps, names))
+        words = ["resample", str(folder), "--rate", "32000", "--out", str(folder / "out")]
+        datasets.resample(datasets.parse([*words, "--workers", "1"]))
+        ready = [row["audio"] for row in common.read_manifest([str(folder / "out")])]
+        torch.set_num_threads(1)
+        crops = np.random.default_rng(1)
+        for suffix in ("wav", "flac", "ogg"):
+            paths = [folder / f"{i}.{suffix}" for i in range(n)]
+            medians = alternate(
+                {
+                    "ours": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in ready],
+                    "peer": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in paths],
+                },
+                1 if tiny else 5,
+                torch.device("cpu"),
+            )
+            rows.append(
+                {
+                    "name": f"feed_resampled_{suffix}",
+                    "ours": n / medians["ours"],
+                    "peer": n / medians["peer"],
+                    "peer_name": f"crops from the {suffix} files of 44.1 kHz",
+                    "unit": "clips per second and core",
+                    "ratio": medians["peer"] / medians["ours"],
+                    "machine": machine(),
+                    "settings": settings,
+                }
+            )
+        torch.set_num_threads(threads)
     return rows
 
 

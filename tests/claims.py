@@ -360,7 +360,6 @@ UNTOLD = (
     "log_steps",
     "workers",
     "device",
-    "cache",
     "compile",
 )
 
@@ -714,7 +713,6 @@ def teacher_folder(cfg, args) -> Path:
             "teacher",
             "dry_run",
             "block",
-            "cache",
             "compile",
         )
     }

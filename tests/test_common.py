@@ -750,3 +750,18 @@ def test_clips_not_rows_are_held_out_for_validation():
     assert len(train) == len(val) == 4 and not {r["audio"] for r in train} & {
         r["audio"] for r in val
     }
+
+
+def test_every_batch_comes_once_and_in_order():
+    batches = [(torch.full((2,), i), f"{i}.wav") for i in range(4)]
+    got = list(common.batches_on(torch.device("cpu"), batches))
+    assert [(x.tolist(), name) for x, name in got] == [(x.tolist(), name) for x, name in batches]
+
+
+def test_nested_batches_reach_the_device_and_keep_their_types():
+    moved = common.to_device(
+        [{"waveform": torch.ones(2), "ids": torch.tensor([3])}, ("a.wav",), None],
+        torch.device("meta"),
+    )
+    assert moved[0]["waveform"].device.type == moved[0]["ids"].device.type == "meta"
+    assert moved[0]["ids"].dtype == torch.int64 and moved[1:] == [("a.wav",), None]

@@ -440,7 +440,6 @@ def test_resume_may_change_what_the_weights_do_not_depend_on(corpus, tmp_path, r
     for flags in (
         dict(micro_batch=2),
         dict(compile=True),
-        dict(cache="x"),
         dict(workers=3),
         dict(eval_steps=7),
     ):

@@ -241,6 +241,7 @@ def test_every_readme_command_of_ours_parses():
         "datasets",
         "datasets csv",
         "datasets check",
+        "datasets resample",
         "scenes",
         "captions",
         "captions rewrite",

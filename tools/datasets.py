@@ -1,8 +1,9 @@
-"""Public data sets as they ship, one's own tables and folders -> manifests; check looks them over.
+"""Public data sets as they ship, one's own tables and folders -> manifests, and checks of them.
 
   python -m tools.datasets audiocaps audiocaps --audio audiocaps_wavs --out data/audiocaps
   python -m tools.datasets csv mine.csv --audio file --caption text --out data/mine
   python -m tools.datasets check data/audiocaps data/mine
+  python -m tools.datasets resample data/audiocaps --rate 32000 --out data/audiocaps_32k
 
 The manifest format is described in README.md; training and evaluation read nothing else.
 """
@@ -23,6 +24,8 @@ import multiprocessing
 import multiprocessing.pool
 import os
 import re
+import shutil
+import signal
 import unicodedata
 from pathlib import Path
 
@@ -2018,6 +2021,79 @@ def check(args) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
+# Resample: audio at a model's rate, which training reads faster
+# ------------------------------------------------------------------------------------------------
+
+
+def resampled_name(row: dict, rate: int) -> str:
+    """A file name that changes with the source file (path, size, time of change) and the rate."""
+    made_from = f"{common.file_key(row)}|{rate}"
+    return f"{Path(row['audio']).stem}_{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.wav"
+
+
+def _resample_file(job):
+    """-> error text or None. A file that is there already was written whole by an earlier call."""
+    row, rate, path = job
+    if path.exists():
+        return None
+    try:
+        waveform = common.read_audio(row["audio"], rate, expected_s=row.get("duration"))
+    except common.AudioError as error:
+        return str(error)
+    common.write_audio(path, np.clip(waveform, -1.0, 1.0), rate)
+    return None
+
+
+def resample(args) -> dict:
+    """Write the audio of manifests as 16-bit wav files of one rate, mono, and their manifest."""
+    if not 1000 <= args.rate <= 1_000_000:
+        raise ValueError(f"--rate {args.rate}: expected 1000 to 1000000 Hz")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected at least 1 process")
+    out, rows = Path(args.out), common.read_manifest(args.data)
+    classes = common.read_classes(args.data, rows)
+    check_output(out / "manifest.jsonl")  # written last, so an interrupted call has none
+    try:
+        (out / "audio").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(
+            f"--out {out}: this folder cannot be made ({error.strerror})"
+        ) from None
+    jobs = {
+        row["audio"]: (row, args.rate, out / "audio" / resampled_name(row, args.rate))
+        for row in rows
+    }
+    todo = [job for job in jobs.values() if not job[2].exists()]
+    size = sum(2 * args.rate * (row.get("duration") or 10.0) for row, _, _ in todo)
+    free = shutil.disk_usage(out).free
+    print(
+        f"{len(todo):,} of {len(jobs):,} files to write, about {size / 1e9:.2f} GB "
+        f"({free / 1e9:.0f} GB free)"
+    )
+    if size > free:
+        raise ValueError(
+            f"--out {out}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+        )
+    # Ctrl-C is for the main process, which ends the others
+    on_start = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("fork").Pool(args.workers, *on_start) as pool:
+        errors = pool.imap(_resample_file, todo, chunksize=8)
+        bad = [
+            error
+            for error in tqdm(errors, total=len(todo), desc="resampling", unit="file")
+            if error
+        ]
+    for error in bad:
+        print(f"kept at its place: {error}")
+    for row in rows:
+        path = jobs[row["audio"]][2]
+        if path.exists():  # one that cannot be read stays, and training reports it
+            row["audio"] = str(path)
+    write_manifest(out / "manifest.jsonl", rows, classes)
+    return {"files": len(jobs), "written": len(todo) - len(bad), "unreadable": len(bad)}
+
+
+# ------------------------------------------------------------------------------------------------
 # Entry point
 # ------------------------------------------------------------------------------------------------
 
@@ -2142,6 +2218,24 @@ def parse(argv=None):
     p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     p.set_defaults(run=check)
+    p = commands.add_parser(
+        "resample",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="write a manifest's audio at a model's rate, which training reads faster; an "
+        "interrupted call continues",
+    )
+    p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
+    p.add_argument(
+        "--rate",
+        type=int,
+        required=True,
+        help="Hz: 32000 for MGA-CLAP, 48000 for T-CLAP, 16000 for Cacophony and CoLLAT, 44100 for "
+        "curation-CLAP",
+    )
+    p.add_argument("--out", required=True, help="folder for audio/, manifest.jsonl, classes.txt")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    p.set_defaults(run=resample)
     return parser.parse_args(argv)
 
 

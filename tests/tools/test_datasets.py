@@ -1612,6 +1612,99 @@ def test_only_files_that_may_be_equal_are_hashed(tmp_path, monkeypatch):
     )
 
 
+def resample(data, out, rate=16000, **flags):
+    words = ["resample", *map(str, data), "--out", str(out), "--rate", str(rate), "--workers", "2"]
+    return datasets.resample(datasets.parse(words))
+
+
+def test_resample_writes_audio_of_one_rate_and_a_manifest_that_differs_in_nothing_else(
+    tmp_path, capsys
+):
+    source, rows = tmp_path / "source", []
+    for n, (rate, channels) in enumerate([(16000, 1), (44100, 2), (48000, 1)]):
+        noise = np.random.default_rng(n).uniform(-0.9, 0.9, (rate * (n + 1), channels))
+        (source / f"d{n}").mkdir(parents=True)
+        sf.write(source / f"d{n}" / "same.wav", noise, rate)
+        row = {
+            "audio": f"d{n}/same.wav",
+            "duration": n + 1.0,
+            "captions": [f"c{n}"],
+            "split": "val",
+        }
+        rows += [row, {**row, "captions": ["another"]}]  # a clip in two rows
+    rows.append({"audio": "lost.wav", "captions": ["x"]})
+    common.write_lines(source / "manifest.jsonl", [json.dumps(row) for row in rows])
+    common.write_lines(source / "classes.txt", ["dog", "cat"])
+    report = resample([source], tmp_path / "out")
+    assert report == {"files": 4, "written": 3, "unreadable": 1}
+    said = capsys.readouterr().out
+    assert "4 of 4 files to write, about 0.00 GB" in said and "lost.wav: file not found" in said
+    before, after = (common.read_manifest([str(f)]) for f in (source, tmp_path / "out"))
+    hidden = ("audio", "where")
+    for old, new in zip(before, after, strict=True):
+        assert {k: v for k, v in old.items() if k not in hidden} == {
+            k: v for k, v in new.items() if k not in hidden
+        }
+        if "lost" in old["audio"]:  # stays where it was, so that a training reports it
+            assert Path(new["audio"]).resolve() == Path(old["audio"]).resolve()
+            continue
+        assert sf.info(new["audio"]).samplerate == 16000 and sf.info(new["audio"]).channels == 1
+        whole = common.read_audio(old["audio"], 16000)
+        assert np.abs(common.read_audio(new["audio"], 16000) - whole.clip(-1, 1)).max() < 1e-4
+    assert (tmp_path / "out/classes.txt").read_text() == "dog\ncat\n"
+    with pytest.raises(FileExistsError, match="manifest.jsonl: already there"):
+        resample([source], tmp_path / "out")
+
+
+def test_resample_continues_after_a_kill_and_notices_a_changed_file(tmp_path, monkeypatch):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for n in range(6):
+        wav(folder / f"{n}.wav", seed=n)
+    lines = [json.dumps({"audio": f"{n}.wav"}) for n in range(6)]
+    common.write_lines(folder / "manifest.jsonl", lines)
+    source = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import os, signal, common
+from tools import datasets
+write = common.write_audio
+def dies(path, *args):
+    write(path, *args)
+    if len(list(path.parent.glob("*.wav"))) == 3:
+        os.killpg(0, signal.SIGKILL)
+common.write_audio = dies
+words = ["resample", {str(folder)!r}, "--out", {str(tmp_path / "out")!r}, "--rate", "8000"]
+datasets.resample(datasets.parse([*words, "--workers", "1"]))
+"""
+    killed = subprocess.run([sys.executable, "-c", source], start_new_session=True)
+    assert killed.returncode == -9 and not (tmp_path / "out/manifest.jsonl").exists()
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/audio").glob("*.wav")}
+    wav(folder / "0.wav", seconds=2.0, seed=9)
+    report = resample([folder], tmp_path / "out", 8000)
+    assert report["files"] == 6 and report["written"] == 6 - 3 + ("0" in [n[0] for n in first])
+    for path in (tmp_path / "out/audio").glob("*.wav"):
+        assert path.stat().st_mtime_ns == first.get(path.name, path.stat().st_mtime_ns)
+    rows = common.read_manifest([str(tmp_path / "out")])
+    assert len(common.read_audio(rows[0]["audio"], 8000)) == 16000  # the new file, not the old one
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--rate", "-1"], "--rate -1: expected 1000 to 1000000 Hz"),
+        (["--rate", "8000", "--workers", "0"], "--workers 0: expected at least 1 process"),
+        (["--rate", "8000", "--out", "FILE/x"], "cannot be written|cannot be made"),
+    ],
+)
+def test_resample_says_what_is_wrong(tmp_path, flags, sentence):
+    wav(tmp_path / "a.wav")
+    common.write_lines(tmp_path / "manifest.jsonl", ['{"audio": "a.wav"}'])
+    flags = [flag.replace("FILE", str(tmp_path / "a.wav")) for flag in flags]
+    words = ["resample", str(tmp_path), "--out", str(tmp_path / "out"), *flags]
+    with pytest.raises((ValueError, OSError), match=sentence):
+        datasets.resample(datasets.parse(words))
+
+
 def test_check_of_many_rows(tmp_path):
     common.write_lines(
         tmp_path / "manifest.jsonl",
