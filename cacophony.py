@@ -17,40 +17,42 @@ Equations (paper) -> code
   Eq. (3)  sum of the two losses, the second one times lambda                  training_loss
   Eq. (4)  SAM: the loss to minimise is the worst case within distance rho     sam_backward
   Eq. (5)  the step to it, rho g / norm(g) to first order                      sam_backward
-  Eq. (6)  the gradient there, which then updates the unmoved weights          sam_backward
+  Eq. (6)  the gradient there, left for the step of the unmoved weights        sam_backward
 
-Letters: B clips in a batch (the paper's N), S samples, T time steps of 0.16 s, F 8 patches of 16
-mel bins in each, N = T F patches of 256 values, V visible patches, L text tokens (the paper's T), D
-joint dimension 768. rho 0.075, lambda (caption_weight) 1, scale is 1 / tau.
+Letters: B clips in a batch (the paper's N), S samples, T time steps of 0.16 s, N = 8 T patches of
+256 values (16 frames of 16 mel bins, 8 bands in a time step), V visible patches, L text tokens (the
+paper's T), D joint dimension 768. rho 0.075, lambda (caption_weight) 1, scale is 1 / tau.
 
 Deviations from the paper, what it leaves open, and the variants ("code": the authors' repository)
   D1  The paper gives 16 kHz, 25 ms windows, 10 ms hop, FFT size 512, 128 mel bands (Sec. IV-A). The
-      rest is the JAX code's: magnitudes, 0.2 ln(mel + 1e-5) + 0.9, 0 to 8000 Hz, frames padded at
-      their end, triangles linear in mel. --variant official, the torch port: window centred in 512
-      samples, triangles linear in Hz.
-  D2  Pooling heads: "we choose to use n_head = 8" (Sec. IV-A), here for both modalities. The text
-      pooler of jax and official has 1, the audio pooler of official 2 (a slip of the port).
+      rest is the JAX code's: magnitudes, 0.2 ln(mel + 1e-5) + 0.9, 0 to 8000 Hz, each frame of 400
+      samples followed by 112 zeros before the FFT, triangles linear in mel. --variant official, the
+      torch port: window centred in 512 samples, triangles linear in Hz.
+  D2  Pooling heads: "we choose to use n_head = 8" (Sec. IV-A), here for both modalities, but never
+      more than the audio encoder has. The text pooler of jax and official has 1, the audio pooler
+      of official 2 (a slip of the port).
   D3  Not stated: LayerNorm eps, 1e-6 in the audio encoder (jax). official: 1e-5.
-  D4  The MAE decoder "predicts both the masked and unmasked regions" (Sec. III-A). So does ours,
-      but the loss counts masked patches only. The paper does not say what the loss counts; it
-      follows "[24], [25]", MAE and AudioMAE, which count masked patches only, and calls the task
-      "reconstructing these masked portions". "Between the per-patch normalized values of the
-      reconstructed and the original input spectrogram patches" reads as if both were normalised; as
-      in MAE, only the target is. Padding is neither seen nor counted. The "patch sequence length of
-      750" (15 s, Sec. IV-A) is 744 here: 15 s are 93.75 time steps, of which 93 are whole.
+  D4  The decoder predicts all patches; the loss counts the masked ones only, and only the target is
+      normalised. The paper's decoder "predicts both the masked and unmasked regions" (Sec. III-A);
+      what the loss counts is not said, but the paper follows MAE and AudioMAE, which count masked
+      patches, and calls the task "reconstructing these masked portions". "Between the per-patch
+      normalized values of the reconstructed and the original input spectrogram patches" reads as if
+      both were normalised; in MAE only the target is. Padding is neither seen nor counted. 15 s
+      give 744 patches, not 750 (Sec. IV-A): they are 93.75 time steps, of which 93 are whole.
   D5  Eq. (2) is for one caption: the mean over its tokens after the start token, the end token
       included. Not stated: the mean over captions. jax, official: a caption's sum is divided by the
       padded length, max_tokens - 1, not by its own number of tokens, so that short captions weigh
       less. No released file holds this loss today, as the released code is inference only; it
       stands in an earlier commit of the JAX code (d89652f, src/caco/caco.py). The torch port never
       had a loss, so official takes the same.
-  D6  Not stated: 4 text decoder layers, the distribution of their first weights ("initialized
-      randomly", Sec. III-B; 0.02, the head 0.01), joint dimension 768, RoBERTa's base size, dropout
-      0.1 on text and 0 on audio, positions added again in the MAE decoder (all: code); no dropout
-      on the text decoder's attention weights (code: 0.1); a logit scale that starts at 1 / 0.07
-      (torch port) and is never clamped; a linear warm-up, AdamW betas 0.9 and 0.999, weight decay
-      on all weights, no gradient clipping (ours). --size ablation: the paper gives two widths and
-      keeps the rest "the same" (Sec. VI); so do we, its number of heads (8) included.
+  D6  Not stated. From the code: 4 text decoder layers, the deviation of their first weights
+      ("initialized randomly", Sec. III-B; 0.02, the head's 0.01), joint dimension 768, RoBERTa's
+      base size, dropout 0.1 on text and 0 on audio, positions added again in the MAE decoder. From
+      the torch port: a logit scale that starts at 1 / 0.07 and is never clamped. Ours: a linear
+      warm-up, AdamW betas 0.9 and 0.999, weight decay on all weights, no gradient clipping, no
+      dropout on the text decoder's attention weights (code: 0.1), 0.02 for the first MAE and query
+      weights. --size ablation: the paper gives two widths and keeps the rest "the same" (Sec. VI);
+      so do we, its number of heads (8) included.
   D7  Eq. (4) to (6) are written for the whole training set. Here they are for a step's batch, over
       all processes. Not stated: both passes take the same patches, captions and dropout masks; the
       norm is one over all "trainable parameters" (Sec. IV-B), and 1e-12 is added to it.
@@ -60,14 +62,16 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
       sequence", Sec. IV-A).
   D9  "[We] process the full audio sequence if it fits in the memory", else "randomly sample a
       subset of spectrogram patches" (Sec. IV-A). Ours never samples: clips over 60 s are encoded in
-      pieces of 60 s, each with positions from 0, whose patches are pooled together. The code
-      samples (jax) or takes the first patches (port).
-  D10 Zero-shot detection is ours: the frame of a time step is what the pooling layer and the
-      projection would give for each of its 8 patches alone, averaged over the 8. For HEAR the
-      encoder is "frozen and used as the input feature vector" (Sec. V-E). Scene tasks get the
-      pooled and projected vector, event tasks the encoder's states, mean over F (both: code). The
-      encoder's "50 Hz output" (Sec. III-A) counts patches; there are 6.25 time steps a second.
+      pieces of 60 s, each with positions from 0, whose patches are pooled together; in training a
+      clip's positions go on to its end. The code samples (jax) or takes the first patches (port).
+  D10 Zero-shot detection is ours: the pooling layer's value and output projections of each of a
+      time step's 8 patches, averaged over the 8, are its frame. For HEAR the encoder is "frozen and
+      used as the input feature vector" (Sec. V-E). Scene tasks get the pooled and projected vector,
+      event tasks the encoder's states, mean over F (both: code). The encoder's "50 Hz output" (Sec.
+      III-A) counts patches; there are 6.25 time steps a second.
   D11 Not stated: the checkpoint with the best mAP@10 of both directions on the validation split.
+      Stage 1 is not validated, mae.pt is its last step; the paper's HEAR scores of it (Fig. 5) are
+      those of its encoder in stage 2 here.
   D12 Not stated: bf16 autocast on a GPU; the losses are always in fp32.
   D13 The text encoder "follows RoBERTa's architecture" and starts from "the RoBERTa pretrained
       weights" (Sec. III-B). Its positions are counted from 0 (code), RoBERTa's from 2, so a token
@@ -77,8 +81,8 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D14 Cleaned descriptions: the paper prompts GPT-3 "with 10 human annotated pairs" on 7,000
       descriptions "to fine-tune T5-XXL" (Sec. II-B). tools.captions rewrite --task clean fine-tunes
       nothing: it prompts any language model with ten pairs of ours, as the paper's are not
-      published, and rejects answers by rules, translations among them (the paper's T5 translates,
-      Table I). Five versions a clip, as in the paper.
+      published, and rejects answers by rules. The rules also reject translations of a description
+      (the paper's T5 translates, Table I). Five versions a clip, as in the paper.
   D15 Machine captions: the paper's are by "HTSAT-BART pretrained on WavCaps and fine-tuned on
       AudioCaps" (Sec. II-C). tools.captions recaption takes a captioner of ours, a stage 2
       checkpoint.
@@ -138,7 +142,7 @@ class Config(common.RunConfig):
     # start of the text encoder: hub id or folder (RoBERTa: Sec. III-B; base: code, D6), or none
     text_model: str = "roberta-base"
     max_tokens: common.Tokens = 77  # captions are cut there (Sec. IV-A)
-    # of the draws from clips that have synthetic captions, how many take one (code, D16)
+    # where a clip has synthetic captions, the probability of taking one of them (code, D16)
     synthetic_share: common.Share = 0.8
 
     # model
@@ -164,7 +168,7 @@ class Config(common.RunConfig):
     steps: common.Count = 300000  # optimiser steps of stage 2 (Sec. IV-A)
     batch_size: common.Count = 4096  # pairs over all processes (Sec. IV-A)
     lr: common.Positive = 1e-5  # peak of AdamW's learning rate (Sec. IV-A)
-    # most patches of a clip; of longer clips as many are drawn (Sec. IV-A: those of 10.24 s)
+    # at most so many patches of a clip; a longer clip gives as many at random (Sec. IV-A: 10.24 s)
     patches: common.Count = 512
     # lambda, weight of the captioning loss (Eq. 3, Sec. IV-A); 0: no decoder
     caption_weight: common.NotNegative = 1.0
@@ -177,9 +181,30 @@ class Config(common.RunConfig):
     weight_decay: common.NotNegative = 0.01  # AdamW's (Sec. IV-A)
     eval_steps: common.Count = 1000  # steps of stage 2 between validations (each may write best.pt)
 
+    def check(self):
+        if self.stage == "all" and self.audio_weights:
+            raise ValueError(
+                f"--audio-weights {self.audio_weights} with --stage all: stage 2 would not use "
+                "what stage 1 has learnt; give --stage contrastive"
+            )
+        if self.audio_dim % self.audio_heads or self.audio_dim % 2:
+            raise ValueError(
+                f"--audio-dim {self.audio_dim}: expected an even number that --audio-heads "
+                f"{self.audio_heads} divides"
+            )
+        if self.text_model == "none" and self.text_dim % 8:
+            raise ValueError(
+                f"--text-dim {self.text_dim}: expected a multiple of 8, the pooler's heads"
+            )
+        if self.min_lr > min(self.lr, self.mae_lr):
+            raise ValueError(
+                f"--min-lr {self.min_lr}: expected at most --lr {self.lr} and --mae-lr "
+                f"{self.mae_lr}"
+            )
+
 
 ABLATION = dict(audio_dim=512, audio_mlp=1024)
-# A start from nothing needs larger steps; fewer patches of every clip make a step affordable on a
+# Random weights need higher learning rates; fewer patches of every clip make a step affordable on a
 # CPU.
 TINY = dict(
     text_model="none",
@@ -214,7 +239,7 @@ STEP_SAMPLES = PATCH * HOP  # 0.16 s
 LONGEST_S = 300.0  # D8
 PIECE_S = 60.0  # D9
 METHOD = "cacophony"
-# Three sources, one set of weights. heads: (audio, text) of the pooling layers
+# Three ways to compute with the same weights. heads: (audio, text) of the pooling layers
 VARIANTS = {
     "paper": dict(heads=(8, 8), eps=1e-6, window="start"),
     "jax": dict(heads=(8, 1), eps=1e-6, window="start"),
@@ -227,8 +252,8 @@ VARIANTS = {
 
 
 def tf_mel_filters():
-    """(257, 128) triangles over 0 to 8000 Hz, linear in mel, as TensorFlow makes them; nothing
-    passes 0 Hz (D1).
+    """(257, 128) triangles over 0 to 8000 Hz, linear in mel, as TensorFlow makes them; the bin at 0
+    Hz has weight 0 (D1).
     """
 
     def mel(hz):
@@ -347,8 +372,8 @@ class PatchTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def positions(self, number):
-        """Patch numbers (B, N) -> (B, N, dim): sines and cosines of the time step, plus what is
-        learnt for the band.
+        """Patch numbers (B, N) -> (B, N, dim): sines and cosines of the time step, plus a learnt
+        embedding of the band.
         """
         dim = self.freq_embedding.shape[1]
         rate = 10000 ** (-torch.arange(dim // 2, device=number.device) * 2 / dim)
@@ -385,9 +410,9 @@ class MAE(nn.Module):
         """-> painted (B, N, 256), normalised values of every patch; visible_mask (B, N) bool."""
         B, N, _ = patches.shape
         n_visible = (valid_mask.sum(1) * (1 - self.mask_ratio)).round().long().clamp(min=1)  # (B,)
-        # of any clip, known without waiting for a GPU
+        # of any clip; not n_visible.max(), for which a GPU would be waited for
         most = max(1, round(N * (1 - self.mask_ratio)))
-        # real patches first
+        # a random order with the real patches first
         order = torch.rand(B, N, device=patches.device).masked_fill(~valid_mask, 2.0).argsort(1)
         chosen = order[:, :most]  # (B, V)
         seen = torch.arange(most, device=patches.device) < n_visible[:, None]  # (B, V)
@@ -395,7 +420,7 @@ class MAE(nn.Module):
         def take(x):
             return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
 
-        # masked patches never get here
+        # the encoder never sees a masked patch
         encoded = self.audio_encoder(take(patches), number.gather(1, chosen), seen)
         encoded = self.decoder.input_proj(encoded)  # (B, V, dim)
 
@@ -444,10 +469,8 @@ class AttentionPool(nn.Module):
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_mask[:, None, None])
         return self.out_proj(pooled.reshape(B, C))
 
-    def each(self, x):
-        """What every position would give if the query attended to it alone. (B, N, C) -> (B, N,
-        out_dim).
-        """
+    def pool_each_alone(self, x):
+        """What every position gives if the query attends to it alone. (B, N, C) -> (B, N, D)."""
         return self.out_proj(self.kv_proj(x)[..., x.shape[2] :])
 
 
@@ -523,13 +546,14 @@ class Model(nn.Module):
         text_encoder: a common.TextEncoder (kept in checkpoints with its tokenizer).
     """
 
-    sample_rate, window_s, frame_s = SAMPLE_RATE, 10.24, STEP_SAMPLES / SAMPLE_RATE
-    frame_window_s, variants = PIECE_S, ("paper", "jax", "official")  # seconds heard in one piece
+    sample_rate, variants = SAMPLE_RATE, ("paper", "jax", "official")
+    window_s = 10.24  # of eval.py's --crop first; any length is heard
+    frame_s = STEP_SAMPLES / SAMPLE_RATE
+    frame_window_s = PIECE_S  # heard in one piece
     crop_rule = (
         f"any length as one sequence of patches; over {PIECE_S:g} s in pieces that are pooled "
         "together"
     )
-    clean_caption = staticmethod(lambda text: text)  # the code tokenises captions as they are
 
     def __init__(self, shape: dict, text_encoder: common.TextEncoder):
         super().__init__()
@@ -559,6 +583,11 @@ class Model(nn.Module):
                     nn.init.normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D6
+
+    @staticmethod
+    def clean_caption(text: str) -> str:
+        """The code tokenises captions as they are."""
+        return text
 
     def text_states(self, input_ids, attention_mask):
         """Token ids (B, L) -> (B, L, C)."""
@@ -611,6 +640,7 @@ class Model(nn.Module):
         piece = min(int(PIECE_S * SAMPLE_RATE) // STEP_SAMPLES * STEP_SAMPLES, waveform.shape[1])
         pieces, owner, _, lengths = common.cut_windows(waveform, n_samples, piece)
         steps = n_steps(torch.tensor(lengths))
+        # a few pieces at a time: bounded memory
         patches = torch.cat([to_patches(self.log_mel(part)) for part in pieces.split(8)])
         number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(
             len(patches), -1
@@ -649,7 +679,9 @@ class Model(nn.Module):
         """
         with common.evaluating(self):
             states, valid_mask = self.audio_states(waveform, n_samples)
-            frames = self._steps(self.audio_pool.each(states), valid_mask, waveform, n_samples)
+            frames = self._steps(
+                self.audio_pool.pool_each_alone(states), valid_mask, waveform, n_samples
+            )
             return nn.utils.rnn.pad_sequence([F.normalize(x.float(), dim=-1) for x in frames], True)
 
     @torch.no_grad()
@@ -697,8 +729,8 @@ class Model(nn.Module):
 
         temperature: 0 takes the likeliest token, else tokens are drawn (Sec. V-F: 0.1; D18); what a
         clip draws depends on `seed` alone, not on the other clips. Each step reads the whole
-        caption
-        so far again: captions are short, and transformers changes how it keeps keys and values.
+        caption so far again: captions are short, and transformers changes how it keeps keys and
+        values.
         """
         if not self.decoder:
             raise ValueError("this model was trained without a captioner (--caption-weight 0)")
@@ -795,7 +827,7 @@ def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
                 "--audio-weights (a run's "
                 "mae.pt, the authors' torch file, or none)"
             )
-        audio_start(model.audio_encoder, cfg.audio_weights or mae)
+        audio_start(model.audio_encoder, cfg.audio_weights or mae, cfg)
     return model
 
 
@@ -841,7 +873,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
 
 
 def modality_gap(audio_embeds, text_embeds):
-    """Distance between the mean clip and the mean caption.
+    """Distance between the mean clip and the mean caption, here of a training batch.
 
     Source: Sec. V-G, after Liang et al., NeurIPS 2022.
     """
@@ -856,20 +888,21 @@ def sam_backward(parameters: list, backward, rho: float):
     Eq. (5). A second pass, on the same batch with the same random draws (D7), gives the gradient
     there, Eq. (6). Source: Sec. IV-B; Foret et al., ICLR 2021.
 
-    Args: backward: computes the loss and adds its gradient to the parameters; called twice -> its
-    first result.
+    Args: backward: computes the loss and adds its gradient to the parameters; called twice.
+    Returns: what its first call gives.
     """
     result = backward()
     if rho == 0:
         return result
     held = [p for p in parameters if p.grad is not None]
     with torch.no_grad():
+        # copied, as adding and subtracting a step would not give the same bits again
         kept = [p.clone() for p in held]
         norm = torch.stack([p.grad.float().norm() for p in held]).norm()
         scale = rho / (norm + 1e-12)  # D7
         for p in held:
             p.add_(p.grad * scale)  # Eq. (5): the weights are now moved by the step
-            p.grad = None
+            p.grad = None  # the second pass would add to it
     # Eq. (4): what backward() computes now is the loss at the worst case, to first order
     backward()  # Eq. (6): its gradient
     with torch.no_grad():
@@ -894,15 +927,15 @@ class Clips(Dataset):
     def __init__(self, rows: list[dict], cfg: Config, tokenize=None):
         self.rows = rows
         self.cfg = cfg
-        self.tokenize = tokenize
+        self.tokenize = tokenize  # None: stage 1, which needs no captions
+        self.crop_s = LONGEST_S if tokenize else cfg.mae_crop_s
         self.log_mel = MagnitudeMel(VARIANTS[cfg.variant]["window"])
 
     def __getitem__(self, key):
         row = self.rows[key[1]]
         rng = np.random.default_rng((self.cfg.seed, *key))
-        length_s = LONGEST_S if self.tokenize else self.cfg.mae_crop_s
         waveform = common.read_audio(
-            row["audio"], SAMPLE_RATE, length_s, rng, expected_s=row.get("duration")
+            row["audio"], SAMPLE_RATE, self.crop_s, rng, expected_s=row.get("duration")
         )
         patches = to_patches(self.log_mel(torch.from_numpy(waveform)[None]))[0]  # (N, 256)
         number = torch.arange(len(patches))
@@ -959,7 +992,7 @@ def require_texts(rows: list[dict]) -> None:
             common.require([row], "captions")
 
 
-def train_mae(cfg: Config, run: common.Run) -> None:
+def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
     """Stage 1, masked autoencoding (Sec. III-A) -> runs/NAME/mae.pt; needs sound only."""
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
@@ -967,7 +1000,6 @@ def train_mae(cfg: Config, run: common.Run) -> None:
         require_texts(train_rows + val_rows)  # said now, not after stage 1
     batch_size = min(cfg.mae_batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
-    checkpoint = run.checkpoint("mae")
     torch.manual_seed(cfg.seed)
     eps = VARIANTS[cfg.variant]["eps"]
     model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, eps)
@@ -1000,8 +1032,13 @@ def train_mae(cfg: Config, run: common.Run) -> None:
             group["lr"] = learning_rate(cfg, cfg.mae_lr, run.step, cfg.mae_steps)
 
         optimiser.zero_grad(set_to_none=True)
-        (loss,) = common.cached_backward(  # D12
-            forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
+        (loss,) = common.cached_backward(
+            forward,
+            parts,
+            loss_of,
+            run.reseed,
+            run.autocast,
+            cfg.micro_batch,  # D12
         )
         optimiser.step()
 
@@ -1013,8 +1050,8 @@ def train_mae(cfg: Config, run: common.Run) -> None:
 
 @torch.no_grad()
 def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[dict, dict]:
-    """Retrieval with whole clips, and the losses of the rows as one batch (first captions) ->
-    scores, what chance gives.
+    """Retrieval and loss_con with whole clips; loss_cap with patches drawn as in training, the same
+    ones each time; both losses with first captions -> scores, what chance gives.
     """
     rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
     texts = [row.get("captions") or row["synthetic"] for row in rows]
@@ -1036,7 +1073,7 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
     return scores, chance
 
 
-def train_contrastive(cfg: Config, run: common.Run) -> dict:
+def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> dict:
     """Stage 2, contrastive captioning (Sec. III-B, Eq. 1-3; SAM: Sec. IV-B, Eq. 4-6) ->
     runs/NAME/last.pt, best.pt.
 
@@ -1047,7 +1084,6 @@ def train_contrastive(cfg: Config, run: common.Run) -> dict:
     require_texts(train_rows + val_rows)
     batch_size = min(cfg.batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
-    checkpoint = run.checkpoint("contrastive")
     torch.manual_seed(cfg.seed)
     if checkpoint:
         model = Model.from_checkpoint(run.path / "last.pt")
@@ -1071,8 +1107,10 @@ def train_contrastive(cfg: Config, run: common.Run) -> dict:
         checkpoint,
         stage="contrastive",
         shape=model.shape,
-        continues=cfg.resume or mae_is_finished(run.path / "last.pt"),
+        continues=not run.opened and mae_is_finished(run.path / "last.pt"),
     )
+    if not checkpoint:
+        run.save("last.pt")  # from here on --resume continues in this stage
     clips = Clips(train_rows, cfg, model.text_encoder.tokenize)
     sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
 
@@ -1085,8 +1123,13 @@ def train_contrastive(cfg: Config, run: common.Run) -> dict:
             group["lr"] = learning_rate(cfg, cfg.lr, run.step, cfg.steps)
 
         def backward():
-            return common.cached_backward(  # D12
-                forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
+            return common.cached_backward(
+                forward,
+                parts,
+                loss_of,
+                run.reseed,
+                run.autocast,
+                cfg.micro_batch,  # D12
             )
 
         optimiser.zero_grad(set_to_none=True)
@@ -1095,10 +1138,11 @@ def train_contrastive(cfg: Config, run: common.Run) -> dict:
 
         run.step_done(loss, sim, **losses, scale=model.log_scale.exp())
         if run.is_due(cfg.eval_steps):
-            scores = validate(model, val_rows, cfg)[0] if val_rows and run.rank == 0 else {}
-            # mAP@10 of both directions (D11); without validation clips the last step wins
-            used = [scores[k] for k in ("t2a_mAP@10", "a2t_mAP@10") if scores]
-            run.keep_best(sum(used) / 2 if used else run.step, scores)
+            score, scores = run.step, {}  # without validation clips the last step wins
+            if val_rows and run.rank == 0:
+                scores, _ = validate(model, val_rows, cfg)
+                score = (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2  # D11
+            run.keep_best(score, scores)
         run.save_if_due()
 
     # Result: the best checkpoint on the validation split
@@ -1126,7 +1170,7 @@ def train_contrastive(cfg: Config, run: common.Run) -> dict:
 
 
 def mae_is_finished(path: Path) -> bool:
-    """Is this last.pt the end of a stage 1, whose folder stage 2 goes on with?"""
+    """True if this last.pt is a finished stage 1: stage 2 may continue in its folder."""
     if not path.is_file():
         return False
     stored = common.read_checkpoint(path, METHOD)
@@ -1134,11 +1178,12 @@ def mae_is_finished(path: Path) -> bool:
 
 
 def show_captions(model: Model, rows: list[dict]) -> None:
+    """Print what the model says of these clips, and their first captions."""
     print()
     for row in rows:
         try:
             waveform = common.read_audio(row["audio"], SAMPLE_RATE, PIECE_S)
-        except common.AudioError:  # named by the validation
+        except common.AudioError:  # validate() has reported this file
             continue
         waveform = torch.from_numpy(waveform)[None].to(model.log_scale.device)
         print(f"  heard: {model.caption(waveform)[0]}")
@@ -1146,17 +1191,19 @@ def show_captions(model: Model, rows: list[dict]) -> None:
 
 
 def main(cfg: Config) -> dict:
-    """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
-    split, as in eval.json; {} without one.
+    """Train -> stage, best_step, n_clips, scores and chance of the best checkpoint on the
+    validation split, as in eval.json; {} without one; of --stage mae the path of mae.pt.
     """
     run = common.Run(cfg, METHOD)
-    if cfg.stage != "contrastive" and (not cfg.resume or run.checkpoint("mae")):
-        train_mae(cfg, run)
+    checkpoint = run.checkpoint()
+    in_stage_2 = checkpoint is not None and checkpoint["stage"] == "contrastive"
+    if cfg.stage != "contrastive" and not in_stage_2:
+        train_mae(cfg, run, checkpoint)
         if cfg.stage == "mae":
             flags = common.flags_of(cfg, name=run.name, stage="contrastive")
             run.say(f"\nNext:\n  python cacophony.py {flags}")
             return {"mae": str(run.path / "mae.pt")}
-    return train_contrastive(cfg, run)
+    return train_contrastive(cfg, run, checkpoint if in_stage_2 else None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1230,10 +1277,21 @@ def port_size(state: dict) -> tuple:
     )
 
 
-def audio_start(encoder: PatchTransformer, path) -> None:
+def audio_start(encoder: PatchTransformer, path, cfg: Config) -> None:
     """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
     content = common.read_weights(path)
-    state = content["model"] if content.get("method") == METHOD else port_state(content)
+    if content.get("method") == METHOD:
+        # heads and the variant's details change no shape, so that loading would not notice them
+        stored = {**content["config"], **content["shape"].get("audio", content["shape"])}
+        for name, now in (*audio_shape(cfg).items(), ("variant", cfg.variant)):
+            if stored[name] != now:
+                raise ValueError(
+                    f"{path}: trained with {name} = {stored[name]}, and this run has {now}; repeat "
+                    "stage 1's flags"
+                )
+        state = content["model"]
+    else:
+        state = port_state(content)
     state = {
         k.removeprefix("audio_encoder."): v
         for k, v in state.items()

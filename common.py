@@ -20,7 +20,6 @@ import difflib
 import errno
 import fractions
 import functools
-import hashlib
 import inspect
 import json
 import math
@@ -32,7 +31,6 @@ import sys
 import textwrap
 import time
 import typing
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -71,7 +69,7 @@ class RunConfig:
     """What every training has; a script's Config adds the settings of its paper.
 
     Config(data=["demo"], epochs=2) is what the command line makes of --data demo --epochs 2: the
-    values given, over those of the presets they choose, over the defaults, all of them checked.
+    a value that is given wins over a preset, a preset over the default; then all are checked.
 
     Raises
         ValueError: a field is unknown, missing, of another type or outside its range.
@@ -82,7 +80,7 @@ class RunConfig:
     # run
     name: str = ""  # folder under --runs; empty: METHOD-1, METHOD-2, ...
     runs: str = "runs"  # where run folders go
-    resume: bool = False  # continue runs/NAME/last.pt with its stored settings, where it was
+    resume: bool = False  # continue runs/NAME/last.pt with its stored settings
     # items a process sends through the model at a time, which saves memory; the loss sees the whole
     # batch (gradient caching); 0: all of its share
     micro_batch: Whole = 0
@@ -91,7 +89,9 @@ class RunConfig:
     seed: Annotated[int, "[0, 1e18]"] = 0  # of weights, order, crops and every other draw
     save_steps: Count = 500  # steps between writes of last.pt
     log_steps: Count = 10  # steps between lines of log.jsonl
-    workers: Whole = 8  # processes that read audio; 0: the training itself reads
+    workers: Annotated[int, "[0, 256]"] = (
+        8  # processes that read audio; 0: the training itself reads
+    )
     # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     compile: bool = False
     max_bad: Share = 0.05  # largest share of unreadable clips before the run stops
@@ -120,7 +120,7 @@ class RunConfig:
         self.check()
 
     def check(self) -> None:
-        """ValueError for settings that do not fit one another; those of a script stand there."""
+        """ValueError for settings that do not fit one another; each script overrides it."""
 
 
 def default_of(field):
@@ -287,14 +287,14 @@ def flags_of(cfg, **changed) -> str:
     return shlex.join(words)
 
 
-TOLD_BY = []  # signals that asked a training, started as a script, to save and end
+END_SIGNALS = []  # signals that asked a training, started as a script, to save and end
 
 
 def ask_for_the_end(number, _frame) -> None:
     """First SIGTERM or Ctrl-C: the loop saves and ends (`Run.end_if_told`). A second one ends it at
     once.
     """
-    TOLD_BY.append(number)
+    END_SIGNALS.append(number)
     # a batch system and torchrun both send one to the processes of a torchrun
     signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL)
     if number == signal.SIGINT:  # print() could be what the signal interrupts
@@ -309,7 +309,7 @@ def run_entry(main, parse, *given):
     try:
         settings = parse(*given)
         if hasattr(settings, "resume"):
-            TOLD_BY.clear()
+            END_SIGNALS.clear()
             for number in before:
                 signal.signal(number, ask_for_the_end)
         main(settings)
@@ -350,8 +350,7 @@ def run_entry(main, parse, *given):
         )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        kept = "; the same call continues" if getattr(settings, "cache", "") else ""
-        raise SystemExit(f"interrupted{kept}") from None
+        raise SystemExit("interrupted") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
@@ -1270,10 +1269,6 @@ class HTSAT(nn.Module):
         locality="paper",
     ):
         super().__init__()
-        if not 0 <= locality_blocks <= sum(depths):
-            raise ValueError(
-                f"locality_blocks = {locality_blocks}: the encoder has {sum(depths)} blocks"
-            )
         self.spec_size, self.chunks = spec_size, spec_size // n_mels
         self.out_dim = dim * 2 ** (len(depths) - 1)
         self.n_frames = self.chunks * (spec_size // (patch * 2 ** (len(depths) - 1)))
@@ -1418,8 +1413,8 @@ class TextEncoder(nn.Module):
 
     Args
         model: transformers encoder; tokenizer: its fast tokenizer; max_tokens: captions are cut
-        there, special tokens included; pooler: keep the encoder's pooling layer, for a caller that
-        uses it.
+            there, special tokens included; pooler: keep the encoder's pooling layer, for a caller
+            that uses it.
     """
 
     def __init__(self, model, tokenizer, max_tokens: int, pooler: bool = False):
@@ -1842,23 +1837,20 @@ def collate_audio(items):
     return [i for i, _ in good], waveform, n_samples, bad
 
 
-def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all", done=()):
-    """Loader of all files but those at the indices `done`, in batches of similar length, as
-    `collate_audio` returns them.
+def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
+    """Loader of all files in batches of similar length, as `collate_audio` returns them.
 
     crop "all": whole files; "first": at most the model's first window.
     """
-    length_s = model.window_s if crop == "first" and math.isfinite(model.window_s) else None
+    length_s = None
+    if crop == "first" and math.isfinite(model.window_s):
+        length_s = model.window_s
     seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     batches = [[]]
-    for i in np.argsort(
-        seconds, kind="stable"
-    ).tolist():  # short with short: little padding, and bounded memory
-        if i in done:
-            continue
-        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > max(
-            seconds[i], 30.0 * batch_size
-        ):
+    # short with short: little padding, and bounded memory
+    for i in np.argsort(seconds, kind="stable").tolist():
+        most_s = max(seconds[i], 30.0 * batch_size)  # of a batch
+        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > most_s:
             batches.append([])
         batches[-1].append(i)
     return Loader(
@@ -1880,44 +1872,20 @@ def embed_files(
     frames=False,
     desc="embedding audio",
     quiet=False,
-    cache: Path | None = None,
 ):
     """Embed every readable file of `rows`.
 
-    Args: crop "all": every consecutive window; "first": the first window only; frames: the name of
-    the model's
-        method that gives them (True: embed_frames), or False; cache: a folder of this model and
-        crop,
-        where finished batches are kept: an interrupted call continues.
+    Args
+        crop: "all": every consecutive window; "first": the first window only.
+        frames: the name of the model's method that gives them (True: embed_frames), or False.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
-        frames cut off, or None; bad: error texts of the files left out.
+            frames cut off, or None; bad: error texts of the files left out.
     """
-    found, bad, stored = {}, {}, {}
+    found, bad = {}, {}
     frames = "embed_frames" if frames is True else frames
-    if cache is not None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PermissionError(
-                f"--cache {cache}: this folder cannot be made ({error.strerror})"
-            ) from None
-        for part in sorted(cache.glob("*.npz")):
-            try:
-                with np.load(part) as held:
-                    for k, key in enumerate(held["keys"].tolist()):
-                        if not frames or f"{frames}{k}" in held:
-                            stored[key] = (
-                                held["embeds"][k],
-                                held[f"{frames}{k}"] if frames else None,
-                            )
-            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-                tqdm.write(f"{part}: a damaged part of the cache, embedded again")
-        for i, row in enumerate(rows):
-            if file_key(row) in stored:
-                found[i] = stored[file_key(row)]
-    loader = file_batches(model, rows, batch_size, workers, crop, done=found)
     device = next(model.parameters()).device
+    loader = file_batches(model, rows, batch_size, workers, crop)
     for indices, waveform, n_samples, errors in tqdm(
         loader, desc=desc, unit="batch", leave=False, disable=quiet
     ):
@@ -1930,29 +1898,18 @@ def embed_files(
             raise FloatingPointError(
                 "some embeddings are NaN or infinite; the model's weights are broken"
             )
-        clips = (
-            getattr(model, frames)(waveform, n_samples).cpu().numpy()
-            if frames
-            else [None] * len(indices)
-        )
+        clips = [None] * len(indices)
+        if frames:
+            clips = getattr(model, frames)(waveform, n_samples).cpu().numpy()
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
-            timed = frames and frames != "token_embeds"  # those tokens are as many for every clip
-            if getattr(model, "repeats_short_clips", False):
-                n = max(n, round(model.window_s * model.sample_rate))
-            found[i] = embed, clip[: frames_in(model, n)] if timed else clip
-        if cache is not None:
-            held = {f"{frames}{k}": found[i][1] for k, i in enumerate(indices) if frames}
-            keys = [file_key(rows[i]) for i in indices]
-            name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16] + (
-                f"_{frames}" if frames else ""
-            )
-            with written_whole(cache / f"{name}.npz", this_process()) as file:
-                np.savez(file, keys=keys, embeds=np.stack([found[i][0] for i in indices]), **held)
+            if frames and frames != "token_embeds":  # those tokens are as many for every clip
+                if getattr(model, "repeats_short_clips", False):
+                    n = max(n, round(model.window_s * model.sample_rate))
+                clip = clip[: frames_in(model, n)]
+            found[i] = embed, clip
     if not found:
-        raise ValueError(
-            f"none of {len(rows)} audio files could be read; first: "
-            f"{bad[min(bad)] if bad else 'no rows'}"
-        )
+        first = bad[min(bad)] if bad else "no rows"
+        raise ValueError(f"none of {len(rows)} audio files could be read; first: {first}")
     kept = sorted(found)
     return (
         kept,
@@ -2330,22 +2287,21 @@ def cached_backward(
     """Backward pass of a loss over a batch given in parts, with the graph of one part in memory at
     a time.
 
-    Gradient caching (Gao et al., RepL4NLP 2021): every part is embedded without a graph; the loss
-    of the joint outputs gives the gradient of each output; then every part is embedded again and
-    takes its own on to the weights. Equals one pass over the whole batch, but for batch norm, which
-    sees parts.
+    Gradient caching (Gao et al., RepL4NLP 2021): every part is run without a graph; the loss of the
+    joint outputs gives the gradient of each output; then each part is run again with its graph, and
+    its outputs' gradients are taken on to the weights. Equals one pass over the whole batch, but
+    for batch norm, which sees parts, and each of them twice.
 
     Args
         model: called as model(**part) under `autocast` -> tuple of tensors (B, ...), or 0-dim and
-        equal
-            in every part; may be wrapped for several processes. A single part is an ordinary pass.
+            equal in every part; may be wrapped for several processes. A single part is an ordinary
+            pass.
         loss_of: joint outputs -> (loss, anything else ...), which is returned.
         reseed: called with the number of a part before each of its passes, so that both draw the
-        same masks.
-        micro_batch: not 0 where another process may have several parts: all must then go the same
-        way, since
-            DistributedDataParallel talks to the others in every pass, and a process that skips one
-            waits forever.
+            same masks.
+        micro_batch: not 0 where processes may have different numbers of parts; then every process
+            runs its parts twice, even a single one: DistributedDataParallel talks to the others in
+            every pass, and would wait forever for a process that skips one.
     """
 
     def outputs(i):
@@ -2358,25 +2314,26 @@ def cached_backward(
         result[0].backward()
         return result
     with torch.no_grad():
-        held = [[x.detach().requires_grad_() for x in outputs(i)] for i in range(len(parts))]
+        cached = [[x.detach().requires_grad_() for x in outputs(i)] for i in range(len(parts))]
     joint = []
-    for column in zip(*held):
-        if column[0].dim():
-            joint.append(torch.cat(column))
-        else:  # a scale or a mean, not one row a clip
-            joint.append(torch.stack(column).mean())
+    for same_output in zip(*cached):
+        if same_output[0].dim():
+            joint.append(torch.cat(same_output))
+        else:  # a scale or a mean, not one row per clip
+            joint.append(torch.stack(same_output).mean())
     result = loss_of(*joint)
     result[0].backward()
-    for i, of_part in enumerate(held):
+    for i, of_part in enumerate(cached):
         # the processes add up their gradients once, in the last part's pass
-        waits = hasattr(model, "no_sync") and i < len(held) - 1
+        waits = hasattr(model, "no_sync") and i < len(cached) - 1
         with model.no_sync() if waits else contextlib.nullcontext():
-            products = [
-                (x * cached.grad).sum()
-                for x, cached in zip(outputs(i), of_part)
-                if cached.grad is not None  # the loss may not use an output
+            # scalars whose gradient with respect to an output is the cached one: the chain rule
+            terms = [
+                (x * held.grad).sum()
+                for x, held in zip(outputs(i), of_part)
+                if held.grad is not None  # the loss may not use an output
             ]
-            sum(products).backward()
+            sum(terms).backward()
     return result
 
 
@@ -2426,7 +2383,7 @@ def training_batches(
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor of the peak learning rate: linear from 0, then half a cosine to 0."""
+    """Factor of the peak learning rate: up to 1 in equal steps, then half a cosine towards 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (
@@ -2443,14 +2400,13 @@ def barrier() -> None:
 
 def check_batch(cfg, size: int, n: int, what: str, flag: str = "batch_size") -> None:
     """ValueError if a batch of `size` of the n clips or pairs of a training leaves a process less
-    than two.
+    than two: the contrastive loss of one is 0.
     """
     world = rank_and_world()[1]
     if size < 2 * world:
         raise ValueError(
             f"--{flag.replace('_', '-')} {getattr(cfg, flag)} with {n} training {what}(s) on "
-            f"{world} process(es): at least 2 {what}s "
-            "are needed in each (a contrastive loss of 1 is 0)"
+            f"{world} process(es): at least 2 {what}s are needed in each"
         )
 
 
@@ -2520,7 +2476,9 @@ def evaluating(model):
 
 
 class Readable(torch.utils.data.Dataset):
-    """A training set whose clips may be unusable: what a batch loses is told, not raised.
+    """A training set whose unusable clips are left out of their batch and reported, not raised.
+
+    Also cuts a batch into micro-batches.
 
     Args
         dataset: its items are tuples whose last entry is the file's name, and `collate` makes the
@@ -2583,13 +2541,13 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
-    def checkpoint(self, stage: str = "") -> dict | None:
-        """last.pt of the run that --resume continues, if it was written in this stage."""
+    def checkpoint(self) -> dict | None:
+        """last.pt of the run that --resume continues."""
         if not self.cfg.resume:
             return None
         stored = read_checkpoint(self.path / "last.pt", self.method)
         check_resume(self.cfg, stored["config"])
-        return stored if stored.get("stage", "") == stage else None
+        return stored
 
     def open_folder(self, n_clips: int, continues: bool) -> None:
         """Make the folder, or take up what is there.
@@ -2606,7 +2564,7 @@ class Run:
             # processes that look later would see the first one's folder
             dist.broadcast_object_list(shared)
         self.name, self.path = shared[0], Path(self.cfg.runs) / shared[0]
-        continues = continues or self.opened
+        continues = continues or self.opened  # by an earlier stage of this call
         if not continues and (self.path / "last.pt").exists():
             raise FileExistsError(
                 f"{self.path} already holds a run; continue it with --resume or choose another "
@@ -2645,7 +2603,7 @@ class Run:
         optimiser,
         total_steps: int,
         n_clips: int,
-        told: str,
+        summary: str,
         checkpoint: dict | None = None,
         stage: str = "",
         shape: dict | None = None,
@@ -2655,10 +2613,13 @@ class Run:
         """Open the folder and take up the checkpoint -> what the loop calls in place of `model`.
 
         Args
-            told: the data in words, for the line that opens a training.
+            n_clips: of which --max-bad may be unreadable.
+            summary: the data in words, for the line that opens a training.
             checkpoint: from `self.checkpoint`; its weights are in the model already.
+            stage: its name, where the method has several; in the log and in checkpoints.
             shape: what rebuilds the model beside the settings, stored in checkpoints.
             scheduler: anything with a state_dict, stored beside the optimiser's.
+            continues: the folder may hold a run, of an earlier stage.
         """
         continues = continues or checkpoint is not None
         self.open_folder(n_clips, continues)
@@ -2674,7 +2635,7 @@ class Run:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         locked = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
         self.say(
-            f"{self.method}{stage and ', ' + stage}: {told}; {trained:.1f} M parameters"
+            f"{self.method}{stage and ', ' + stage}: {summary}; {trained:.1f} M parameters"
             + (f" and {locked:.1f} M locked ones" if locked >= 0.05 else "")
             + f"; {total_steps} steps on {self.world} x {self.device.type}; writing to {self.path}"
         )
@@ -2704,7 +2665,8 @@ class Run:
         self.recent, self.unreadable = [], []
         self.clock, self.seen = time.perf_counter(), 0
         self.model.train()
-        for parts, self.names, bad in batches_on(self.device, loader):
+        for parts, names, bad in batches_on(self.device, loader):
+            self.names = names  # of this batch's files, should its loss not be finite
             self.unreadable += bad
             if not parts:
                 raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
@@ -2749,7 +2711,10 @@ class Run:
         self.clock, self.seen = time.perf_counter(), 0
 
     def is_due(self, every: int) -> bool:
-        """Is this a step after which to validate? Then the losses and weights are checked first."""
+        """True after every so many steps and after the last one: time to validate.
+
+        Raises: FloatingPointError where a loss or a weight is not finite, before it is scored.
+        """
         if self.step % every and self.step < self.total_steps:
             return False
         check_finite(self.recent, self, self.model)
@@ -2775,14 +2740,11 @@ class Run:
         self.model.train()
 
     def save_if_due(self) -> None:
-        """last.pt every --save-steps, after a validation and at the end; also when a signal asks
-        for an end, and then leave.
+        """Write last.pt every --save-steps, after a validation and at the end; if a signal asked
+        for an end, write it now and leave the program.
         """
-        now = self.step % self.cfg.save_steps == 0 or self.step in (
-            self.validated,
-            self.total_steps,
-        )
-        if not (now or self.stop):
+        regular = self.step % self.cfg.save_steps == 0
+        if not (regular or self.step in (self.validated, self.total_steps) or self.stop):
             return
         check_finite(self.recent, self, self.model)
         self.save("last.pt")
@@ -2828,12 +2790,14 @@ class Run:
     @property
     def stop(self) -> bool:
         """A signal asked for an end: at once, or on several processes when all of them know."""
-        return self.all_told or (self.world == 1 and bool(TOLD_BY))
+        return self.all_told or (self.world == 1 and bool(END_SIGNALS))
 
     def end_if_told(self, saved: str) -> None:
         """After something was saved: leave, if a signal asked for it."""
         if self.stop:
-            number = TOLD_BY[0] if TOLD_BY else signal.SIGTERM  # or another process was told
+            number = (
+                END_SIGNALS[0] if END_SIGNALS else signal.SIGTERM
+            )  # or another process was told
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             self.say(f"{name}: saved {saved}; continue with --resume --name {self.name}")
             raise SystemExit(128 + number)
@@ -2842,13 +2806,13 @@ class Run:
         """Forget this stage's log lines of after the checkpoint that a killed run resumes from."""
         if self.rank > 0:
             return
-        lines = []
-        for text in (self.path / "log.jsonl").read_text().splitlines():
+        lines, path = [], self.path / "log.jsonl"
+        for text in path.read_text().splitlines() if path.exists() else ():
             if text.endswith("}"):  # a killed run may leave half a line
                 line = json.loads(text)
                 if line.get("stage", "") != self.stage or line["step"] <= step:
                     lines.append(text)
-        write_lines(self.path / "log.jsonl", lines)
+        write_lines(path, lines)
 
     def log(self, line: dict) -> None:
         if self.rank == 0:
@@ -2860,9 +2824,9 @@ class Run:
 
         A collective call, in which the processes also agree on `stop`.
         """
-        everyone = [(errors, bool(TOLD_BY))] * self.world
+        everyone = [(errors, bool(END_SIGNALS))] * self.world
         if dist.is_initialized():
-            dist.all_gather_object(everyone, (errors, bool(TOLD_BY)))
+            dist.all_gather_object(everyone, (errors, bool(END_SIGNALS)))
         self.all_told = any(told for _, told in everyone)
         self.skipped.update(text for part, _ in everyone for text in part)
         new = sorted(self.skipped - self.listed)

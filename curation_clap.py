@@ -31,19 +31,18 @@ Deviations from the paper, what it leaves open, and --variant official
   D2  tau starts at 0.007 (paper). official: 0.07, and logits are cut off above 100.
   D3  Shorter clips in training are "zero-padded" (paper): zeros behind. official: the clip at a
       random place among zeros.
-  D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to
-      5 s, longer ones cut into windows. The code crops one window, at random in evaluation, at a
+  D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to 5
+      s, longer ones cut into windows. The code crops one window, at random in evaluation, at a
       place fixed by a seed in curation. Curation hears the first 60 s of a clip.
-  D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has that of
-      32 kHz.
+  D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has that of 32
+      kHz.
   D6  Soft targets of Eq. (3) and (4) below 0 count as 0. torch 1.10, which the authors used, did
       so; current torch gives NaN. They are not normalised (as printed): the mass of a row is 1 or
       more.
-  D7  Not stated: Adam 1e-4, 20 epochs (the example in the code's README; its yaml files have
-      1e-3 B / 1024 and 100), a tenth of the rate after 10 epochs without progress, clipping at 5,
-      both encoders trained, similarities between the pairs of all GPUs, an epoch of the student is
-      one pass over the replay set (all from the code; without replay one over the curated pairs,
-      ours).
+  D7  Not stated: Adam 1e-4, 20 epochs (the example in the code's README; its yaml files have 1e-3 B
+      / 1024 and 100), a tenth of the rate after 10 epochs without progress, clipping at 5, both
+      encoders trained, similarities between the pairs of all GPUs, an epoch of the student is one
+      pass over the replay set (all from the code; without replay one over the curated pairs, ours).
   D8  Not stated: validation. Its clips are the rows of split val; where there are none, 5 % of the
       clips (at most 1,000) are drawn, and all captions of a clip stay together. The code draws 17 %
       of the rows, and one clip can lie on both sides. best.pt has the smallest validation loss,
@@ -1434,7 +1433,14 @@ def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> 
 
 
 def train(
-    cfg: Config, run, stage: str, model: Model, teacher, sets: list[list[dict]], corpus: dict
+    cfg: Config,
+    run: common.Run,
+    stage: str,
+    model: Model,
+    teacher,
+    sets: list[list[dict]],
+    corpus: dict,
+    checkpoint: dict | None,
 ) -> dict:
     """Stages 1 and 3 -> runs/NAME/last.pt and the best by validation loss: teacher.pt, or best.pt;
     its scores on the validation split.
@@ -1466,7 +1472,7 @@ def train(
         f"{len(corpus['val'])} clips for validation; mel matrix {model.audio_encoder.mel_rate()}; "
         f"{epochs} epochs of {epoch_steps} steps; batches of {' or '.join(map(str, of_batch))}, "
         f"ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}",
-        run.checkpoint(stage),
+        checkpoint,
         stage=stage,
         shape=model.shape,
         scheduler=scheduler,
@@ -1543,7 +1549,8 @@ def main(cfg: Config) -> dict:
     split, as in eval.json; {} without one.
     """
     run = common.Run(cfg, METHOD)
-    in_student = run.checkpoint("student") is not None
+    checkpoint = run.checkpoint()
+    in_student = checkpoint is not None and checkpoint["stage"] == "student"
     if not cfg.resume and cfg.name and cfg.stage in ("all", "student"):
         last = run.path / "last.pt"
         if last.exists() and common.read_checkpoint(last, METHOD)["stage"] == "student":
@@ -1563,7 +1570,7 @@ def main(cfg: Config) -> dict:
         else:
             captions = [clean_caption(text) for row in corpus["train"] for text in row["captions"]]
             model = start_model(cfg, captions)
-        result = train(cfg, run, "teacher", model, None, [corpus["train"]], corpus)
+        result = train(cfg, run, "teacher", model, None, [corpus["train"]], corpus, checkpoint)
     if curates:
         result = curate(cfg, run, corpus, sizes, prompts) or result
         if cfg.dry_run:
@@ -1576,9 +1583,9 @@ def main(cfg: Config) -> dict:
             model = Model.from_checkpoint(run.path / "last.pt")
         else:
             model = load_teacher(cfg, run.path)[0]  # D20
-        result = train(
-            cfg, run, "student", model, teacher, student_sets(cfg, run.path, corpus), corpus
-        )
+        sets = student_sets(cfg, run.path, corpus)
+        of_student = checkpoint if in_student else None
+        result = train(cfg, run, "student", model, teacher, sets, corpus, of_student)
     if cfg.stage == "teacher":
         flags = common.flags_of(cfg, name=run.name, stage="curate", dry_run=True)
         run.say(f"\nNext:\n  python curation_clap.py {flags}     (to choose --threshold)")

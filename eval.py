@@ -15,7 +15,6 @@ clips.
 
 import argparse
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -1168,21 +1167,6 @@ def open_model(checkpoint, flags, split: str, manifest: list[dict]):
     return model, settings
 
 
-def cache_folder(settings) -> Path | None:
-    """Folder of --cache for these weights, this code, the variant and the crop."""
-    if not settings.flags.cache:
-        return None
-    path = Path(settings.checkpoint)
-    files = [path] if path.is_file() else sorted(path.glob("*.*"))
-    digest = hashlib.sha256(
-        f"{'' if files else path}{settings.crop}{settings.flags.variant}".encode()
-    )
-    code = [Path(common.__file__).with_name(f"{name}.py") for name in ("common", *METHODS)]
-    for file in files + code:
-        digest.update(file.read_bytes())
-    return Path(settings.flags.cache) / digest.hexdigest()[:16]
-
-
 def embed(model, rows: list[dict], settings, frames=False, desc="embedding audio"):
     """Embed the rows' files; those that cannot be read are named, too many of them are an error.
 
@@ -1198,7 +1182,6 @@ def embed(model, rows: list[dict], settings, frames=False, desc="embedding audio
         settings.crop,
         frames,
         desc,
-        cache=cache_folder(settings),
     )
     report_left_out(bad, len(rows), flags.max_bad)
     return kept, audio_embeds, frame_embeds
@@ -1365,7 +1348,6 @@ def embed_swapped(model, rows: list[dict], settings) -> dict:
             settings.crop,
             getattr(model, "pairwise", False),
             "embedding swapped audio",
-            cache=cache_folder(settings),
         )
     except ValueError as error:
         print(f"left out: all swapped audio, so no a2t ({error})")
@@ -1504,10 +1486,6 @@ def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentPar
         "--max-bad", type=float, default=0.05, help="largest share of unreadable files"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--cache",
-        help="folder that keeps embeddings, so that an interrupted or repeated call continues",
-    )
     if json:
         parser.add_argument(
             "--json",

@@ -5,11 +5,12 @@ Language-Audio Pre-training", ACM Multimedia 2024, arXiv:2408.07919v1. Official 
 github.com/Ming-er/MGA-CLAP (HTS-AT only); "the code" below is this one.
 
 The idea: plain CLAP pools frames and words into one vector each and only aligns those, so single
-frames need not agree with single words. Here (1) every frame and every word votes for codewords of
-one shared codebook, the maximal vote of a clip becomes sparse weights, and the embedding is that
-mixture of codewords; (2) the encoder's last block mixes nothing over time, so a frame stays local;
-(3) negatives that lie close to the clip (or caption) count more. Frames then match words without
-frame labels.
+frames need not agree with single words. Here (1) every frame (or word) is compared with every
+codeword of one shared codebook; for each codeword the largest value over the frames is kept;
+sparsemax turns these K values into weights, most of them 0; the embedding is the weighted sum of
+the codewords; (2) the encoder's last block mixes nothing over time, so a frame stays local; (3)
+negatives that lie close to the clip (or caption) count more. Frames then match words without frame
+labels.
 
 Equations (paper) -> code
   Eq. (1)  symmetric contrastive loss (plain CLAP)           clap_loss
@@ -24,8 +25,9 @@ Equations (paper) -> code
   Eq. (8)  its weights alpha and beta                        hard_negative_loss
   Table 4  UACA, WSTAG, PACL, to compare with                *_similarity
 
-Letters: B pairs, S samples, T frames (32 of 0.3125 s in 10 s) [T], L words [N], D joint dimension
-[D] 1024, K codewords [M] 4096. gamma [gamma] 0.15, temperature [tau], eta [eta] affinity divisor.
+Letters, in brackets the paper's: B pairs, S samples, T frames (HTS-AT: 32 of 0.3125 s in 10 s),
+L words [N], D joint dimension 1024, K codewords [M] 4096, M mel bins, gamma 0.15, temperature
+[tau], eta affinity divisor.
 
 Deviations from the paper (and what --variant official does)
   D1  Eq. (1) and (7) are sums over the batch and both directions. Ours is the mean over both, so
@@ -35,26 +37,27 @@ Deviations from the paper (and what --variant official does)
       "maximum cosine similarity", Eq. (2) prints an inner product. We and the code follow Eq. (2):
       frames, words and codewords are not normalised.
   D3  The paper does not speak of masking. Here [SEP] and the padding of a caption never win the
-      maximum of Eq. (2); official: they count as affinity 0. Zero-padded audio votes like any other
-      audio, in both.
-  D4  Two captions of one clip in a batch are neither positive nor negative of each other, and
-      Eq. (8) leaves them out of its sum and of B (the paper has one positive a row). Official: soft
-      targets over all of them.
-  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where E_ij = e^(gamma (s_ij / tau - m_i)),
-      m_i is the maximum of row i of s / tau, and S_j is by mistake the sum of row j, not i;
-      positives' weight 1; 1e-7 inside the log.
+      maximum of Eq. (2); official: they enter the maximum with affinity 0. Zero-padded audio counts
+      like any other audio, in both.
+  D4  If a clip has two captions in the batch, its other caption is ignored: it enters neither the
+      denominator of Eq. (1) and (7) nor the sum and B of Eq. (8) (the paper has one positive per
+      row). Official: soft targets over all captions of the clip.
+  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where E_ij = e^(gamma (s_ij / tau - m_i)), m_i
+      is the maximum of row i of s / tau, and S_j is by mistake the sum of row j, not i; positives'
+      weight 1; 1e-7 inside the log.
   D6  The block "removes the q-k attention", "with other components unchanged": the output
       projection after V, the residuals, the LayerNorms and the feed-forward stay. Official: no
       feed-forward (common.Block).
-  D7  Official: + mean|A| / ||A|| + mean|T| / ||T|| on the batch's embeddings.
-  D8  Official: clips are padded to the longest of the batch, and HTS-AT stretches them to 10 s.
-      The paper, and we: padded to 10 s.
+  D7  Official: + mean|A| / ||A|| for the matrix A of the batch's clip embeddings, and the same for
+      its text embeddings.
+  D8  Official: clips are padded to the longest of the batch, and HTS-AT stretches them to 10 s. The
+      paper, and we: padded to 10 s.
   D9  Official: 10 epochs (paper 15). The schedule (warm-up of 2 epochs, cosine) is the code's; the
       paper names none.
   D10 bf16 autocast (code: fp16 with loss scaling; the paper names none). Clips of "similar
-      durations are grouped within a batch": what the groups leave over forms mixed batches here,
-      and only N mod B pairs, drawn anew every epoch, are left out (common.bucketed_batches); the
-      code drops every group's rest.
+      durations are grouped within a batch": pairs that do not fill a batch of their length group
+      are mixed into further batches here, and only N mod B pairs, drawn anew every epoch, are left
+      out (common.bucketed_batches); the code drops the rest of every group.
   D11 Checkpoint choice on the validation split, as in the paper; the code chooses on the test sets.
       The paper names no score: the code's, R@1 + R@5 of both directions. The code keeps a best
       checkpoint for each of its two sets; ours is one, on the validation clips of all data
@@ -62,34 +65,41 @@ Deviations from the paper (and what --variant official does)
   D12 Captions are cut at 30 tokens, [CLS] and [SEP] included, as in the code; in the paper they are
       "randomly cropped or padded" to 30 words. They are cleaned first (clean_caption), as in the
       code; the paper is silent.
-  D13 --encoder atst (no code released for it): the last of its blocks is the locality-aware one,
-      only the last block's output is used, padded audio is attended to, no SpecAugment,
-      stochastic depth as in HTS-AT.
+  D13 --encoder atst is ATST-Frame, the paper's "AST". No code is released for it: the last of its
+      blocks is the locality-aware one, only the last block's output is used, padded audio is
+      attended to, no SpecAugment, stochastic depth as in HTS-AT. --variant official does with it
+      what it does with HTS-AT.
   D14 Clip and caption vectors are normalised, as in the code: cosines where Eq. (1), (7) and (8)
       have "the inner product".
   D15 The vector at [CLS] is not among the words, as in the code; the paper says "word-level
       features".
   D16 The "two-layer MLP" behind an encoder has a LayerNorm before each layer and a GELU between, as
       in the code.
-  D17 HTS-AT trains with SpecAugment (2 stripes below 64 frames, 2 below 8 mel bins) and stochastic
-      depth, as in the code; the paper names neither.
+  D17 HTS-AT trains with SpecAugment (2 time stripes narrower than 64 frames, 2 frequency stripes
+      narrower than 8 mel bins) and stochastic depth, as in the code; the paper names neither.
   D18 A clip is "randomly cropped" from the whole file; code: from its first 300 s.
   D19 Where no row has split val, 5 % of the clips (2 to 1,000) are held out for validation and not
       trained on. The paper says "validation sets" and no more.
   D20 The paper crops or pads "all the audio clips" at random to 10 s and has no rule of its own for
       test clips. Here: consecutive windows of 10 s, the last one zero-padded, averaged by their
       seconds. The code crops long clips at random for retrieval; for detection and grounding it
-      takes their first 10 s (--crop first) and repeats short ones to 10 s: so does official.
+      takes their first 10 s and repeats short ones to 10 s. Official repeats short clips for their
+      frames, too; give --crop first as well for the first 10 s.
   D21 --aggregator mean, uaca, wstag, pacl: the authors' versions are not released. Ours follow Sec.
       3.2.1 ("mean pooling or attention pooling": mean) and Sec. 2.3 and 5.1.2 ("mean-mean pooling",
-      "max-mean", "cross-modal attention pooling").
+      "max-mean", "cross-modal attention pooling"). With --locality-blocks 0 --no-hard-negatives
+      they are the paper's rows. In training their frames include those of zero-padded audio (D3),
+      in an evaluation they do not.
   D22 The weights of Eq. (8) pass gradients, as in the code; the paper does not say.
-  D23 Eq. (5) is printed for one head; HTS-AT has its own windows, heads and position bias. How its
-      output is "decoupled to produce the final frame-wise features" is the code's: the mean over
-      frequency. Fig. 5 goes beyond the last stage's two blocks; which blocks these are is not
-      stated, we count from the last one backwards.
-  D24 --micro-batch (ours): batch norm sees the parts of a batch, not the whole
-      (common.cached_backward).
+  D23 Eq. (5) is printed for one head; HTS-AT has its own windows, heads and position bias. Its
+      output is "decoupled to produce the final frame-wise features" by the mean over frequency, as
+      in the code. Fig. 5 replaces more blocks than the last stage has and does not say which; we
+      replace the last ones, counted backwards through all stages.
+  D24 --micro-batch (ours): batch norm sees the parts of a batch, not the whole, and updates its
+      running statistics twice a part (common.cached_backward).
+  D25 The paper trains a model "from scratch" for each task, on data without "the overlapped
+      samples", and averages three (Sec. 4.2). Here one training makes one model, and the overlap is
+      left out when the data are made (tools.datasets --exclude).
 
 Run:  python mga_clap.py --data demo                              (two CPU cores, under 4 minutes)
       python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl    (needs HTSAT.ckpt)
@@ -124,38 +134,39 @@ import common
 class Config(common.RunConfig):
     # data
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
-    # paper: HTS-AT + BERT-base; tiny: same family, small, from nothing
+    # paper: HTS-AT + BERT-base; tiny: same family, small, random weights
     size: Literal["paper", "tiny"] = "paper"
     # official: do as the released code where it differs (D3 to D9)
     variant: Literal["paper", "official"] = "paper"
     # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
     encoder: Literal["htsat", "atst"] = "htsat"
-    # its start: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers CLAP
-    # folder, or none
+    # its initial weights: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers
+    # CLAP folder, or none
     audio_weights: str = "HTSAT.ckpt"
-    # start of the text encoder: hub id or folder, or none (Sec. 4.1: BERT base; uncased: code)
+    # initial text encoder: hub id or folder, or none (Sec. 4.1: BERT base; uncased: code)
     text_model: str = "bert-base-uncased"
     # captions are cut there, [CLS] and [SEP] included (code; Sec. 4.1: 30 words, D12)
     max_tokens: common.Tokens = 30
 
     # model
-    # codebook: MGA-CLAP; mean: plain CLAP (Tables 2 to 4); the others: Table 4 (D21)
+    # codebook: MGA-CLAP; with --locality-blocks 0 --no-hard-negatives: mean is plain CLAP (Tables 2
+    # to 4), the others are those of Table 4 (D21)
     aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = "codebook"
     # how frames or words vote for a codeword (Sec. 3.2.2, Table 6)
     affinity: Literal["max", "mean"] = "max"
     # affinities to weights (Sec. 3.2.2, Table 6)
     sparsity: Literal["sparsemax", "softmax"] = "sparsemax"
     codewords: common.Count = 4096  # size of the shared codebook (Sec. 4.1, Fig. 4)
-    # affinity divisor eta, divided by sqrt(joint_dim) (code, D2)
+    # affinities are divided by eta = affinity_scale * sqrt(joint_dim) (code, D2)
     affinity_scale: common.Positive = 1000.0
     # last blocks that are locality-aware (Sec. 3.3, Fig. 5, D23); plain CLAP: 0
     locality_blocks: common.Whole = 1
     joint_dim: common.Count = 1024  # dimension shared by audio and text (Sec. 4.1)
     # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
     audio_dim: common.Count = 96
-    # blocks a stage (atst: 12)
+    # blocks per stage (atst: 12)
     audio_depths: list[common.Layers] = field(default_factory=lambda: [2, 2, 6, 2])
-    # heads a stage (atst: 12)
+    # heads per stage (atst: 12)
     audio_heads: list[common.Count] = field(default_factory=lambda: [4, 8, 16, 32])
     audio_patch: common.Count = 4  # HTS-AT patch, in mel bins and frames
     text_dim: common.Count = 768  # text encoder width, read only when --text-model none
@@ -177,15 +188,19 @@ class Config(common.RunConfig):
     eval_epochs: common.Count = 1  # epochs between validations (each may write best.pt)
 
     def check(self):
+        width = self.audio_dim * 2 ** (len(self.audio_depths) - 1)  # of the last stage
         if self.encoder == "htsat":
             common.check_htsat(self)
-        elif self.audio_dim % self.audio_heads[-1]:
+        elif width % self.audio_heads[-1]:
+            raise ValueError(f"--audio-heads {self.audio_heads[-1]} does not divide {width}")
+        if self.locality_blocks > sum(self.audio_depths):
             raise ValueError(
-                f"--audio-heads {self.audio_heads[-1]} does not divide --audio-dim {self.audio_dim}"
+                f"--locality-blocks {self.locality_blocks}: the encoder has "
+                f"{sum(self.audio_depths)} blocks"
             )
 
 
-# A start from nothing needs a larger step, a shorter grid and the codebook scale of D2.
+# Random weights need a higher learning rate, larger patches and a smaller eta (D2).
 TINY = dict(
     audio_weights="none",
     text_model="none",
@@ -219,9 +234,11 @@ METHOD = "mga_clap"
 
 
 def clean_caption(text: str) -> str:
-    """Captions (not class names) before tokenising: lower case, punctuation to spaces. Source: the
-    code (D12).
+    """Captions (not class names) before tokenising: lower case, no punctuation.
+
+    Source: the code (D12), whose spaces stay as they fall: "a dog (big) barks" gets two.
     """
+    # no space before a mark, then a space in place of every mark
     text = re.sub(r"\s([,.!?;:|*\"](?:\s|$))", r"\1", text.lower())
     return re.sub(r"[(,.!?;:|*\")]", " ", text).replace("  ", " ").strip()
 
@@ -251,19 +268,19 @@ def codebook_weights(
     Source: Sec. 3.2.2, Eq. (2) and (3).
     """
     score = feats @ codebook.T  # (B, T, D) x (D, K) -> (B, T, K)
-    if affinity == "mean":
-        valid = (
-            torch.ones_like(score[..., :1])
-            if valid_mask is None
-            else valid_mask[..., None].to(score.dtype)
-        )
-        votes = (score * valid).sum(1) / valid.sum(1)
+    if affinity == "mean":  # Table 6
+        valid = torch.ones_like(score[..., :1])
+        if valid_mask is not None:
+            valid = valid_mask[..., None].to(score.dtype)
+        affinities = (score * valid).sum(1) / valid.sum(1)
     else:
         if valid_mask is not None:
             score = score.masked_fill(~valid_mask[..., None], masked_score)  # D3
-        votes = score.amax(1)  # (B, K)
-    votes = votes.float() / eta  # Eq. (2)
-    return common.sparsemax(votes) if sparsity == "sparsemax" else votes.softmax(-1)  # Eq. (3)
+        affinities = score.amax(1)  # (B, K)
+    affinities = affinities.float() / eta  # Eq. (2): product, maximum, division
+    if sparsity == "softmax":  # Table 6
+        return affinities.softmax(-1)
+    return common.sparsemax(affinities)  # Eq. (3)
 
 
 class ATSTMel(nn.Module):
@@ -305,8 +322,6 @@ class ATSTFrame(nn.Module):
         locality="paper",
     ):
         super().__init__()
-        if not 0 <= locality_blocks <= depth:
-            raise ValueError(f"locality_blocks = {locality_blocks}: the encoder has {depth} blocks")
         self.out_dim, self.n_frames = dim, n_frames
         self.patch_embed = nn.Linear(64 * 4, dim)
         self.pos_embed = nn.Parameter(
@@ -356,10 +371,13 @@ class Model(nn.Module):
     def __init__(self, cfg: Config, text_encoder: common.TextEncoder):
         super().__init__()
         self.cfg, self.repeats_short_clips = cfg, cfg.variant == "official"  # D20
-        self.sample_rate, self.pairwise = SAMPLE_RATE[cfg.encoder], cfg.aggregator in PAIRWISE
+        self.sample_rate = SAMPLE_RATE[cfg.encoder]
+        # uaca, wstag and pacl compare frames with words, pair by pair
+        self.pairwise = cfg.aggregator in PAIRWISE
         if cfg.encoder == "atst":
             self.log_mel = ATSTMel()
-            self.audio_encoder = ATSTFrame(  # D13
+            # D13; of several stages (--size tiny) one is made, as wide as the last
+            self.audio_encoder = ATSTFrame(
                 cfg.audio_dim * 2 ** (len(cfg.audio_depths) - 1),
                 sum(cfg.audio_depths),
                 cfg.audio_heads[-1],
@@ -394,6 +412,7 @@ class Model(nn.Module):
 
         self.frame_proj = two_layers(self.audio_encoder.out_dim)
         self.word_proj = two_layers(text_encoder.out_dim)
+        # learnt without a lower limit, as in the code; the gradient keeps it from 0
         self.temperature = nn.Parameter(torch.tensor(cfg.init_temperature))
         self.eta = cfg.affinity_scale * math.sqrt(cfg.joint_dim)  # D2
         if cfg.aggregator == "codebook":
@@ -404,9 +423,8 @@ class Model(nn.Module):
 
         Source: Sec. 3.2.2; without a codebook Sec. 3.2.1, mean pooling.
         """
-        if (
-            self.cfg.aggregator != "codebook"
-        ):  # plain CLAP, and the clip and class vectors of the pairwise methods (D21)
+        if self.cfg.aggregator != "codebook":
+            # plain CLAP, and the clip and class vectors of the pairwise methods (D21)
             valid = torch.ones_like(feats[..., :1]) if valid_mask is None else valid_mask[..., None]
             feats = F.normalize(feats.float(), dim=-1) if self.pairwise else feats.float()
             pooled = (feats * valid).sum(1) / valid.sum(1)
@@ -441,7 +459,7 @@ class Model(nn.Module):
         """
         frames, words = self.frame_feats(waveform), self.word_feats(input_ids, attention_mask)
         if self.pairwise:
-            words = masked_words(words, word_mask[:, 1:])
+            words = unit_words(words, word_mask[:, 1:])
             # one shape on all processes
             words = F.pad(words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1]))
             # official batches are as long as their longest clip
@@ -510,23 +528,18 @@ class Model(nn.Module):
         similarity, device = PAIRWISE[self.cfg.aggregator], self.temperature.device
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), device)
-            words = masked_words(
+            words = unit_words(
                 self.word_feats(tokens["input_ids"], tokens["attention_mask"]),
                 tokens["word_mask"][:, 1:],
             )
             frames = nn.utils.rnn.pad_sequence(
                 [torch.from_numpy(f).to(device) for f in frame_embeds], True
             )
-            return (
-                torch.cat(
-                    [
-                        torch.cat([similarity(f, w, self.temperature) for w in words.split(64)], 1)
-                        for f in frames.split(64)
-                    ]
-                )
-                .cpu()
-                .numpy()
-            )
+            rows = []
+            for f in frames.split(64):  # 64 x 64 pairs at a time: bounded memory
+                row = [similarity(f, w, self.temperature) for w in words.split(64)]
+                rows.append(torch.cat(row, 1))
+            return torch.cat(rows).cpu().numpy()
 
     @classmethod
     def from_checkpoint(cls, path, text_model="bert-base-uncased", variant=None):
@@ -567,19 +580,18 @@ def repeated(waveform, n_samples, length: int):
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """A new model: encoders from --audio-weights and --text-model, the rest from nothing."""
-    if (
-        Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists()
-    ):  # before a text encoder is fetched
+    # a folder or hub id has no suffix; a missing file is said before a text encoder is fetched
+    if Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists():
         raise FileNotFoundError(
             f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at "
             "github.com/RetroCirce/HTS-Audio-Transformer, ATST-Frame's at "
             "github.com/Audio-WestlakeU/audiossl (or give none)"
         )
     model = Model(cfg, common.start_text_encoder(cfg, captions, cfg.max_tokens))
-    if cfg.audio_weights != "none":
-        (load_atst if cfg.encoder == "atst" else common.load_htsat)(
-            model.audio_encoder, cfg.audio_weights
-        )
+    if cfg.audio_weights != "none" and cfg.encoder == "atst":
+        load_atst(model.audio_encoder, cfg.audio_weights)
+    elif cfg.audio_weights != "none":
+        common.load_htsat(model.audio_encoder, cfg.audio_weights)
     return model
 
 
@@ -605,12 +617,12 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
     twin = same_clip & ~diagonal  # D4
 
     def one_way(logits, twin):
-        hardness = (gamma * logits).masked_fill(twin, float("-inf"))
-        candidates = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
-        # Eq. (8), D22
-        log_alpha = (
-            candidates.to(logits.dtype).log() + hardness - hardness.logsumexp(1, keepdim=True)
-        )
+        # alpha_ij = B e^(gamma s_ij / tau) / sum over k of e^(gamma s_ik / tau), in logarithms; of
+        # the transposed matrix it is beta
+        gamma_logits = (gamma * logits).masked_fill(twin, float("-inf"))
+        n_in_sum = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
+        log_sum = gamma_logits.logsumexp(1, keepdim=True)
+        log_alpha = n_in_sum.to(logits.dtype).log() + gamma_logits - log_sum  # Eq. (8), D22
         log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive counts once
         return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
 
@@ -626,6 +638,8 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
         logits = logits - logits.amax(1, keepdim=True).detach()
         hard = torch.exp(gamma * logits)
         # no keepdim: column j gets row j's sum; 0 for a single pair
+        # the code's slip: without keepdim the sum of row j, not i, stands in column j (D5); it is 0
+        # for a single pair
         others = (hard.sum(1) - hard).clamp(min=1e-30)
         weight = (len(sim) - 1) * hard / others  # D5
         weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
@@ -637,12 +651,16 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
 
 
 def embedding_regulariser(embeds):
-    """D7. embeds (B, D), normalised, so the Frobenius norm is sqrt(B)."""
+    """D7, as the code has it. embeds (B, D), normalised, so that their norm is sqrt(B) and only the
+    mean absolute value moves: few large entries are favoured.
+    """
     return embeds.abs().mean() / embeds.norm()
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids):
-    """Embeddings of the whole batch (all processes) -> loss, sim (B, B)."""
+    """Embeddings of the whole batch (all processes), of a pairwise method frames and words ->
+    loss, sim (B, B).
+    """
     if cfg.aggregator in PAIRWISE:
         sim = PAIRWISE[cfg.aggregator](audio_embeds, text_embeds, temperature)
     else:
@@ -663,11 +681,12 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids)
 
 
 class Pairs(Dataset):
-    """One item a (clip, caption) pair. Items are asked for as (epoch, index), which seeds the
+    """One item per (clip, caption) pair. Items are asked for as (epoch, index), which seeds the
     crop.
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
+        # file -> number of the clip, the same in all rows of a file
         clips = {audio: i for i, audio in enumerate(dict.fromkeys(row["audio"] for row in rows))}
         self.pairs = [
             (clips[row["audio"]], row, caption) for row in rows for caption in row["captions"]
@@ -687,10 +706,11 @@ class Pairs(Dataset):
     def collate(self, items) -> dict:
         """-> what Model.forward takes, and the clips' numbers."""
         waveforms, captions, clips, _ = zip(*items)
-        longest = max(1024, *(len(w) for w in waveforms))  # at least one frame of the spectrogram
-        padded = longest if self.cfg.variant == "official" else int(WINDOW_S * self.rate)  # D8
+        length = int(WINDOW_S * self.rate)
+        if self.cfg.variant == "official":  # D8; 1024: no spectrogram of less than one window
+            length = max(1024, *(len(w) for w in waveforms))
         return {
-            "waveform": common.pad_batch(waveforms, padded)[0],
+            "waveform": common.pad_batch(waveforms, length)[0],
             **self.tokenize(list(captions)),
             "clip_ids": torch.tensor(clips),
         }
@@ -725,6 +745,7 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
         chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
         if frames:
             class_embeds = common.embed_texts(model, names)
+            # centred: without what a frame has in common with all classes
             for name, centred in (("frame_mAP_raw", False), ("frame_mAP_centred", True)):
                 per_class, chance[name] = common.frame_average_precisions(
                     frame_embeds, class_embeds, rows, classes, model.frame_s, centred
@@ -740,7 +761,7 @@ def main(cfg: Config) -> dict:
     run = common.Run(cfg, METHOD)
 
     # Data
-    rows = common.read_manifest(cfg.data)
+    rows = common.read_manifest(cfg.data)  # D25
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)  # D19
     common.require(train_rows + val_rows, "captions")
     classes = common.read_classes(cfg.data, val_rows)
@@ -781,12 +802,15 @@ def main(cfg: Config) -> dict:
     )
 
     def loss_of(audio_embeds, text_embeds, temperature, active):
-        """Outputs of all parts of a batch -> loss, sim (B, B), active codewords."""
+        """Outputs of all parts of a batch -> loss, sim (B, B), active codewords.
+
+        clip_ids are those of the current batch, set in the loop.
+        """
         loss, sim = training_loss(
             cfg,
-            common.gather_with_grad(audio_embeds.float()),
-            common.gather_with_grad(text_embeds.float()),
-            temperature.float(),
+            common.gather_with_grad(audio_embeds),
+            common.gather_with_grad(text_embeds),
+            temperature,
             clip_ids,
         )
         return loss, sim.detach(), active
@@ -795,6 +819,7 @@ def main(cfg: Config) -> dict:
     for parts in run.batches(pairs, sampler):
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(run.step, warmup_steps, total_steps)
+        # parts: the micro-batches of a batch, usually one; the loss takes the clips' numbers
         clip_ids = common.gather_with_grad(torch.cat([part.pop("clip_ids") for part in parts]))
         for part, waveform in zip(parts, same_length([part["waveform"] for part in parts])):
             part["waveform"] = waveform  # D8
@@ -808,15 +833,17 @@ def main(cfg: Config) -> dict:
         run.step_done(
             loss,
             sim,
-            epoch=(run.step + 1) / steps_per_epoch,
+            epoch=(run.step + 1) / steps_per_epoch,  # with this step, which is counted here
             temperature=model.temperature,
             active_codewords=active,
         )
         if run.is_due(cfg.eval_epochs * steps_per_epoch):
-            scores = validate(model, val_rows, [])[0] if val_rows and run.rank == 0 else {}
-            # R@1 + R@5 of both directions (D11); without validation clips the last step wins
-            used = [scores[k] for k in ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5") if scores]
-            run.keep_best(sum(used) if used else run.step, scores)
+            score, scores = run.step, {}  # without validation clips the last step wins
+            if val_rows and run.rank == 0:
+                scores, _ = validate(model, val_rows, [])  # retrieval alone
+                used = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5")
+                score = sum(scores[k] for k in used)  # D11
+            run.keep_best(score, scores)
         run.save_if_due()
 
     # Result: the best checkpoint on the validation split
@@ -845,13 +872,15 @@ def load_atst(encoder: ATSTFrame, path: str) -> None:
     """
     weights = common.read_weights(path)
     weights = weights.get("state_dict", weights)
-    for prefix in ("model.teacher.encoder.", "encoder.encoder.", ""):
-        if any(key.startswith(prefix + "blocks.") for key in weights):
-            break
+    prefixes = ("model.teacher.encoder.", "encoder.encoder.")
+    found = [p for p in prefixes if any(key.startswith(p + "blocks.") for key in weights)]
+    prefix = found[0] if found else ""
     state = {}
     for key, value in weights.items():
-        key = key.removeprefix(prefix) if key.startswith(prefix) else ""
-        if key and key != "mask_embed":  # only pre-training masks
+        if not key.startswith(prefix):
+            continue
+        key = key.removeprefix(prefix)
+        if key != "mask_embed":  # only pre-training masks
             state[key.replace("patch_embed.patch_embed.", "patch_embed.")] = value
     common.load_strict(encoder, state, path)
 
@@ -870,13 +899,13 @@ def official_state(weights: dict) -> dict:
     return state
 
 
-def masked_words(words, mask):
+def unit_words(words, mask):
     """Normalised words (B, L, D), zero where mask (B, L) is False."""
     return F.normalize(words.float(), dim=-1) * mask[..., None]
 
 
 # The other methods of Table 4, our reading (D21). frames (A, T, D) and words (Q, L, D) are
-# normalised, zero where padded -> similarity (A, Q).
+# normalised; a vector of zeros is padding, and any(-1) finds it -> similarity (A, Q).
 
 
 def uaca_similarity(frames, words, temperature=None):

@@ -60,8 +60,8 @@ Deviations from the paper, and what it leaves open
       database for the contrastive loss", adds the other three sets to each batch, and does not say
       whether L_c sees their captions.
   D14 The paper's LLM rewrites AudioCaps and Clotho so that "each sample is combined with a negative
-      caption"; its prompt is not printed. tools.captions does it by rules or by a language model.
-      A caption without an order gets no negative and no part in L_t.
+      caption"; its prompt is not printed. tools.captions does it by rules or by a language model. A
+      caption without an order gets no negative and no part in L_t.
   D15 ESC-mixed-up is made "by mixing and concatenating". tools.scenes concatenates two recordings
       of different classes; their labels are joined by the two phrases that the paper gives as
       examples; --overlay is ours.
@@ -652,10 +652,11 @@ def main(cfg: Config) -> dict:
 
         run.step_done(loss, sim, **losses, scale=model.logit_scale_a.exp())
         if run.is_due(cfg.eval_steps):
-            scores = validate(model, val_rows)[0] if val_rows and run.rank == 0 else {}
-            # mAP@10 of both directions (D5); without validation clips the last step wins
-            used = [scores[k] for k in ("t2a_mAP@10", "a2t_mAP@10") if scores]
-            run.keep_best(sum(used) / 2 if used else run.step, scores)
+            score, scores = run.step, {}  # without validation clips the last step wins
+            if val_rows and run.rank == 0:
+                scores, _ = validate(model, val_rows)
+                score = (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2  # D5
+            run.keep_best(score, scores)
         run.save_if_due()
 
     # Result: the best checkpoint on the validation split

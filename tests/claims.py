@@ -206,7 +206,6 @@ COLLAT_BASELINES = {
 }
 COLLAT_ABLATIONS = {
     "blocks": {"1": dict(blocks=1), "2": dict(blocks=2), "4": {}, "8": dict(blocks=8)},
-    "matching": {"greedy": {}, "optimal": dict(matching="optimal")},
     "token_layer": {
         "0, static embeddings": {},
         "1": dict(token_layer=1),

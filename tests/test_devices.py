@@ -32,6 +32,8 @@ def config_of(method, data, **settings):
     """The script's own sizes; both encoders from nothing, as no published file is at hand."""
     script = importlib.import_module(method)
     start = {"weights": "none"} if method == "t_clap" else {"audio_weights": "none"}
+    if method == "cacophony":
+        start["stage"] = "contrastive"
     return common.configure(script.Config, data=[str(data)], text_model="none", **start, **settings)
 
 

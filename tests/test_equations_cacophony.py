@@ -838,3 +838,46 @@ def test_torchaudio_s_filters_are_the_port_s():
         cacophony.MagnitudeMel("centre").filters,
         torchaudio.functional.melscale_fbanks(257, 0, 8000, 128, 16000),
     )
+
+
+@pytest.mark.parametrize(
+    "changed, name", [(dict(audio_heads=1), "heads = 2"), (dict(variant="official"), "variant")]
+)
+def test_stage_2_refuses_a_stage_1_of_other_settings(corpus, tmp_path, runs_of, changed, name):
+    """Heads and the variant's details change no tensor's shape: loading alone would not notice."""
+    mae = runs_of("cacophony")[0] / "mae.pt"
+    flags = dict(stage="contrastive", audio_weights=str(mae), **changed)
+    with pytest.raises(ValueError, match=f"mae.pt: trained with {name}.*repeat stage 1's flags"):
+        cacophony.main(config("cacophony", corpus, tmp_path, **flags))
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (dict(audio_weights="none"), "with --stage all: stage 2 would not use"),
+        (dict(audio_heads=7), "expected an even number that --audio-heads 7 divides"),
+        (dict(text_dim=60), "--text-dim 60: expected a multiple of 8"),
+        (dict(min_lr=1.0), "--min-lr 1.0: expected at most --lr"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_said_before_anything_is_read(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        cacophony.Config(data=["nowhere"], size="tiny", **flags)
+
+
+def test_a_kill_in_stage_2_before_its_first_checkpoint_resumes_in_stage_2(corpus, tmp_path):
+    class Killed(Exception):
+        pass
+
+    cacophony.main(config("cacophony", corpus, tmp_path, name="a", stage="mae"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            common.Run, "step_done", lambda *args, **values: (_ for _ in ()).throw(Killed)
+        )
+        with pytest.raises(Killed):
+            cacophony.main(config("cacophony", corpus, tmp_path, name="a", stage="contrastive"))
+    resumed = common.configure(cacophony.Config, resume=True, name="a", runs=str(tmp_path))
+    assert resumed.stage == "contrastive"
+    assert cacophony.main(resumed)["stage"] == "contrastive"
+    assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] == 4

@@ -84,7 +84,7 @@ def check_end_by_signal(corpus, tmp_path, monkeypatch, runs_of, method, capsys, 
     )
     assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] == 3
     assert signal.getsignal(number) == before
-    common.TOLD_BY.clear()
+    common.END_SIGNALS.clear()
     script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))
     same_weights(tmp_path / "a", runs_of(method)[0])
 
@@ -222,7 +222,7 @@ def test_sigterm_in_a_curation_keeps_the_finished_blocks(
     assert (
         stopped.value.code == 143 and "SIGTERM: saved the pairs of 2 of " in capsys.readouterr().out
     )
-    common.TOLD_BY.clear()
+    common.END_SIGNALS.clear()
     script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))
     assert len(mined) == len(set(mined)) > 2  # none twice
 

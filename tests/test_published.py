@@ -246,45 +246,6 @@ def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
         evaluator.parse(["embed", "--data", "x"])
 
 
-def test_the_cache_continues_and_never_serves_another_model_or_a_changed_file(
-    mga_run, corpus, tmp_path, monkeypatch
-):
-    import shutil
-
-    data = tmp_path / "data"
-    shutil.copytree(corpus, data)
-    model = evaluator.load_model(mga_run[0] / "best.pt")
-    rows = [r for r in common.read_manifest([str(data)]) if r["split"] == "test"]
-    plain = common.embed_files(model, rows, frames=True)
-    calls, embed_audio = [], type(model).embed_audio
-
-    def stops_in_the_middle(self, waveform, n_samples=None):
-        calls.append(len(waveform))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return embed_audio(self, waveform, n_samples)
-
-    monkeypatch.setattr(type(model), "embed_audio", stops_in_the_middle)
-    with pytest.raises(KeyboardInterrupt):
-        common.embed_files(model, rows, batch_size=2, frames=True, cache=tmp_path / "cache")
-    again = common.embed_files(model, rows, batch_size=2, frames=True, cache=tmp_path / "cache")
-    assert len(calls) == 3 + 1  # two batches came from the cache
-    assert again[0] == plain[0] and np.allclose(again[1], plain[1], atol=1e-6)
-    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(again[2], plain[2]))
-    common.embed_files(model, rows, batch_size=2, cache=tmp_path / "cache")
-    assert len(calls) == 4
-    shutil.copy(data / rows[1]["audio"], rows[0]["audio"])  # the file changes: embedded anew
-    common.embed_files(model, rows, batch_size=2, cache=tmp_path / "cache")
-    assert len(calls) == 5
-    flags = ["--data", "x", "--cache", str(tmp_path)]
-    folders = set()
-    for name, more in (("best.pt", []), ("last.pt", []), ("best.pt", ["--crop", "first"])):
-        path = str(mga_run[0] / name)
-        given = evaluator.parse([path, *flags, *more])
-        folders.add(evaluator.cache_folder(evaluator.open_model(path, given, "test", [])[1]))
-    assert len(folders) == 3
-
-
 @pytest.mark.parametrize("captions", ["one", "five", "unequal"])
 def test_ranks_equal_brute_force_in_blocks_with_ties_and_any_order(captions):
     rng = np.random.default_rng(0)

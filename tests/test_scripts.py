@@ -847,7 +847,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(
         ),
         (
             ["--data", "CORPUS", "--size", "tiny", "--locality-blocks", "6"],
-            "locality_blocks = 6: the encoder has 5 blocks",
+            "--locality-blocks 6: the encoder has 5 blocks",
         ),
         (
             ["--data", "CORPUS", "--size", "tiny", "--log-steps", "0"],

@@ -570,7 +570,7 @@ def noise(model, clips, classes, settings) -> dict:
     classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K), Sec. 5.1 (std 0.1).
     """
     kind, targets, counted = label_task(clips["rows"], classes)
-    evidence, cache = {}, evaluation.cache_folder(settings)
+    evidence = {}
     for name, added in NOISE.items():
         embeds, frame_embeds = clips["audio_embeds"], clips["frame_embeds"]
         if added:
@@ -582,7 +582,6 @@ def noise(model, clips, classes, settings) -> dict:
                 settings.crop,
                 getattr(model, "pairwise", False),
                 desc=f"embedding, noise {name}",
-                cache=cache and cache / f"noise_{name}",
             )
             if bad:
                 raise ValueError(
