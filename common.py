@@ -1,8 +1,9 @@
 """What two or more of the paper scripts share, in small pieces that can be read alone.
 
-Sections: settings and command line . audio . manifests . scenes and the demo corpus . log-mel .
-transformer block . HTS-AT . text encoder . sparsemax . metrics . embedding files . checkpoints and
-weight files . training helpers.
+Sections, of which each uses only those above it: files . several processes . audio . scenes and the
+demo corpus . manifests . log-mel . transformer block . checkpoints and weight files . HTS-AT . text
+encoder . sparsemax . metrics . loading batches . embedding files . settings and command line .
+training. "Copied alone, needs ..." says what a function takes along into another file.
 
 Letters: B clips or pairs in a batch, S waveform samples, T audio steps after the encoder, T_mel
 spectrogram frames, M mel bins, L text tokens, C channels (or classes, in a metric), D joint
@@ -50,17 +51,1942 @@ import torchaudio
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
+def write_lines(path: Path, lines) -> None:
+    """Write text lines, never half a file."""
+    with written_whole(path) as file:
+        for line in lines:
+            file.write(f"{line}\n".encode())
+
+
+def this_process() -> str:
+    # two nodes on one disk may give out the same number
+    return f"{os.environ.get('RANK', '')}_{os.getpid()}"
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, who: str = ""):
+    """Open for writing bytes under a temporary name, rename at the end: a kill or a full disk
+    leaves the file before it whole.
+
+    who: part of the temporary name, where several processes may write the same file.
+    """
+    temporary = path.with_name(f"{path.name}{who}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise OSError(
+                f"{path} cannot be written ({error.strerror}); what was there before is whole"
+            ) from None
+        raise  # what the caller did meanwhile
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+# ------------------------------------------------------------------------------------------------
+
+
+def start_device(name: str) -> torch.device:
+    """Join torchrun's process group where there is one; pick the device ("auto", "cpu", "cuda")."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if "RANK" in os.environ and not dist.is_initialized():
+        # the others wait while the first process validates and embeds captions; nccl's own limit is
+        # ten minutes
+        dist.init_process_group(
+            "nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2)
+        )
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier(
+            device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+        )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        rank, world = rank_and_world()
+        sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
+        dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+        sizes = torch.cat(sizes).tolist()  # a rank with an unreadable clip holds fewer rows
+        padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - len(x))).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded)
+        ctx.start, ctx.size, ctx.world = sum(sizes[:rank]), len(x), world
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Every process computes the same full loss, so its own rows' gradient is complete;
+        # times world, because DistributedDataParallel divides by it.
+        return grad[ctx.start : ctx.start + ctx.size] * ctx.world
+
+
+def gather_with_grad(x):
+    """Rows of every process in rank order, (B, ...) -> (sum of B, ...), identity when alone.
+
+    For losses that every process computes in full: with DistributedDataParallel's averaging the
+    gradients equal those of one process with the joint batch. Copied alone, needs _Gather,
+    rank_and_world.
+    """
+    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+# ------------------------------------------------------------------------------------------------
+# Audio
+# ------------------------------------------------------------------------------------------------
+
+
+class AudioError(ValueError):
+    """One audio file that cannot be used; the message names the file and the reason."""
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(from_hz: int, to_hz: int):
+    # a ratio like 44101 : 32000 would need a filter of gigabytes; within 1e-6, no standard rate is
+    # affected
+    ratio = fractions.Fraction(to_hz, from_hz).limit_denominator(1000)
+    return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
+
+
+def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """(S,) float32 at from_hz -> (S',) float32 at to_hz (torchaudio's windowed sinc)."""
+    if from_hz == to_hz:
+        return waveform
+    return _resampler(from_hz, to_hz)(torch.from_numpy(waveform)[None])[0].numpy()
+
+
+def _ogg_is_cut(path) -> bool:
+    """True if the last Ogg page promises more bytes than the file holds: a broken download."""
+    with open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        start = f.seek(max(0, size - 2**17))
+        tail = f.read()
+    page = tail.rfind(b"OggS")
+    if page < 0 or len(tail) < page + 27 or len(tail) < page + 27 + tail[page + 26]:
+        return True
+    segments = tail[page + 26]
+    return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments]) > size
+
+
+def _pieces(f, wanted: int):
+    """At most `wanted` samples as mono float32, a few seconds at a time: memory follows what a file
+    holds, not what its header claims.
+    """
+    while wanted > 0:
+        piece = f.read(
+            min(wanted, max(1, 2**21 // f.channels)), dtype="float32", always_2d=True
+        ).mean(axis=1)
+        if not len(piece):
+            return
+        wanted -= len(piece)
+        yield piece
+
+
+# 120 dB above full scale: no sound, and its power spectrum may leave the range of float32
+LOUDEST = 1e6
+
+
+def read_audio(
+    path,
+    sample_rate: int,
+    length_s: float | None = None,
+    crop_rng=None,
+    expected_s: float | None = None,
+) -> np.ndarray:
+    """Read a file, or one crop of it by seeking, as mono float32 at `sample_rate`.
+
+    Args
+        length_s: seconds to read; None reads all of it. A shorter file comes back whole, unpadded.
+        crop_rng: numpy Generator that draws where the crop starts; None starts at 0.
+        expected_s: duration the manifest gives; a file 10 % shorter is reported as truncated.
+    Returns
+        waveform (S,) float32, channels averaged.
+    Raises
+        AudioError: missing, unreadable, empty, truncated, non-finite, absurdly loud or silent file.
+    """
+    if not os.path.isfile(path):
+        raise AudioError(f"{path}: file not found")
+    try:
+        with sf.SoundFile(path) as f:
+            native_hz, total = f.samplerate, len(f)
+            if total <= 0:
+                raise AudioError(f"{path}: holds no samples")
+            if (expected_s and total / native_hz < 0.9 * expected_s - 0.1) or (
+                f.format == "OGG" and _ogg_is_cut(path)
+            ):
+                raise AudioError(
+                    f"{path}: truncated, only {total / native_hz:.2f} s can be read"
+                    + (f" of {expected_s:.2f} s" if expected_s else "")
+                )
+            wanted = total if length_s is None else min(total, math.ceil(length_s * native_hz))
+            if not 1000 <= native_hz <= 1_000_000:
+                raise AudioError(
+                    f"{path}: a sample rate of {native_hz} Hz; expected 1 kHz to 1 MHz"
+                )
+            start = int(crop_rng.integers(0, total - wanted + 1)) if crop_rng is not None else 0
+            f.seek(start)
+            waveform = np.concatenate(list(_pieces(f, wanted)) or [np.zeros(0, np.float32)])
+            if len(waveform) < wanted:
+                raise AudioError(f"{path}: truncated, {len(waveform)} of {wanted} samples decoded")
+            if not waveform.any():
+                f.seek(0)  # a silent crop of a file with sound in it is a legitimate draw
+                if not any(piece.any() for piece in _pieces(f, total)):
+                    raise AudioError(f"{path}: silent, every sample is 0")
+    except (sf.SoundFileRuntimeError, OSError) as error:
+        raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
+    if not np.isfinite(waveform).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    if np.abs(waveform).max() > LOUDEST:
+        raise AudioError(
+            f"{path}: samples up to {np.abs(waveform).max():.1e}; expected values in [-1, 1]"
+        )
+    waveform = resample(waveform, native_hz, sample_rate)
+    return waveform if length_s is None else waveform[: round(length_s * sample_rate)]
+
+
+def write_audio(path: Path, waveform: np.ndarray, rate: int) -> None:
+    """waveform (S,) -> a 16-bit file of the kind its suffix names; under a temporary name first."""
+    temporary = path.with_name(path.name + ".tmp")
+    sf.write(temporary, waveform, rate, subtype="PCM_16", format=path.suffix[1:].upper())
+    os.replace(temporary, path)
+
+
+def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
+    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type,
+    n_samples (B).
+    """
+    n_samples = torch.tensor([len(w) for w in waveforms])
+    length = length or int(n_samples.max())
+    padded = [
+        torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w))))
+        for w in waveforms
+    ]
+    # in a loader's process default_collate writes straight into memory shared with the main one
+    return torch.utils.data.default_collate(padded), n_samples
+
+
+def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
+    """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule).
+
+    Args: waveform (B, S); n_samples (B,) valid samples, None: all; what lies behind them is
+    ignored.
+    Returns: windows (W, window); owner (W,) clip of each window; seconds-weight (W,), which sums
+        to 1 over a clip's windows, so that a 10.02 s clip is not half decided by its last 0.02 s;
+        a list of W valid samples.
+    """
+    windows, owner, weight, lengths = [], [], [], []
+    for clip, n in enumerate(
+        [waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()
+    ):
+        if n <= 0:
+            raise ValueError(f"clip {clip} of the batch has n_samples = {n}; at least 1 is needed")
+        for start in range(0, n, window):
+            piece = waveform[clip, start : min(start + window, n)]
+            windows.append(F.pad(piece, (0, window - len(piece))))
+            owner.append(clip)
+            weight.append(len(piece) / n)
+            lengths.append(len(piece))
+    return (
+        torch.stack(windows),
+        torch.tensor(owner, device=waveform.device),
+        torch.tensor(weight, device=waveform.device),
+        lengths,
+    )
+
+
+def join_windows(embeds, owner, weight):
+    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> of clips (B, D),
+    normalised: their mean by seconds.
+
+    Summed clip by clip: on a GPU, index_add would add in another order at every call.
+    """
+    return F.normalize(
+        torch.stack(
+            [part.sum(0) for part in (embeds * weight[:, None]).split(owner.bincount().tolist())]
+        ),
+        dim=-1,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Scenes and the demo corpus
+# ------------------------------------------------------------------------------------------------
+
+
+DEMO_HZ = 32000
+
+ONE = ["{0}", "the sound of {0}", "{0} can be heard"]
+
+TWO = ["{0} followed by {1}", "{0}, then {1}", "{0} before {1}", "{1} after {0}"]
+
+THREE = ["{0} followed by {1}, then {2}", "{0}, then {1}, then {2}"]
+
+TOGETHER = ["{0} while {1} is heard", "{0} and {1} at the same time"]
+
+
+def _fade(sound: np.ndarray, rate: int) -> np.ndarray:
+    n = min(len(sound) // 2, rate // 100)
+    ramp = np.linspace(0, 1, n, dtype=np.float32)
+    sound = sound.copy()
+    sound[:n] *= ramp
+    sound[len(sound) - n :] *= ramp[::-1]
+    return sound
+
+
+def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
+    """One to three different sounds in a noisy scene, with captions, events, phrases and order.
+
+    Args
+        rng: numpy Generator; every choice comes from it.
+        draw_sound: rng -> (label, phrase, waveform (S,) float32 at `rate`).
+    Returns
+        waveform (S,), row (manifest fields), swapped (S,) or None: the same sounds in reverse
+        order with the same gaps, for scenes whose sounds do not overlap.
+    """
+    n, sounds = int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2])), []
+    for _ in range(200):  # a folder with one class gives scenes of one sound
+        label, phrase, sound = draw_sound(rng)
+        if label not in [s[0] for s in sounds]:
+            longest = int(0.85 * scene_s / n * rate)
+            start = int(rng.integers(0, max(1, len(sound) - longest + 1)))
+            sound = _fade(sound[start : start + longest], rate)
+            level = 10 ** (-rng.uniform(16, 26) / 20)  # RMS between -16 and -26 dB of full scale
+            sounds.append((label, phrase, sound * level / (np.sqrt(np.mean(sound**2)) + 1e-9)))
+        if len(sounds) == n:
+            break
+    n, size = len(sounds), int(scene_s * rate)
+    lengths = np.array([len(s[2]) for s in sounds])
+    together = n == 2 and rng.random() < 0.3
+    if together:  # the second starts inside the first half of the first
+        first = int(rng.integers(0, size - lengths[0] + 1))
+        second = min(first + int(rng.integers(0, lengths[0] // 2 + 1)), size - lengths[1])
+        onsets, swapped = [first, second], None
+    else:  # the free time is cut at random into gaps before, between and after
+        gaps = np.diff(np.sort(rng.integers(0, size - lengths.sum() + 1, n)), prepend=0)
+        onsets = np.cumsum(gaps) + np.cumsum(lengths) - lengths
+        back = np.cumsum(gaps) + np.cumsum(lengths[::-1]) - lengths[::-1]
+        swapped = np.zeros(size, np.float32) if n > 1 else None
+    # background: white noise with some more energy at low frequencies
+    noise = np.cumsum(rng.standard_normal(size).astype(np.float32))
+    noise = np.diff(noise, prepend=0) + 0.02 * (
+        noise - np.convolve(noise, np.ones(64) / 64, "same")
+    )
+    noise *= 10 ** (-rng.uniform(42, 52) / 20) / np.sqrt(np.mean(noise**2))
+    waveform = noise.astype(np.float32)
+    for (_, _, sound), onset in zip(sounds, onsets):
+        waveform[onset : onset + len(sound)] += sound
+    if swapped is not None:
+        swapped += noise
+        for (_, _, sound), onset in zip(sounds[::-1], back):
+            swapped[onset : onset + len(sound)] += sound
+
+    templates = TOGETHER if together else {1: ONE, 2: TWO, 3: THREE}[n]
+    chosen = [templates[i] for i in rng.permutation(len(templates))[:2]]
+    phrases = [s[1] for s in sounds]
+    ordered = n > 1 and not together
+    times = [
+        [round(o / rate, 3), round((o + length) / rate, 3)] for o, length in zip(onsets, lengths)
+    ]
+    row = {
+        "duration": scene_s,
+        "captions": [t.format(*phrases) for t in chosen],
+        "negatives": [t.format(*phrases[::-1]) if ordered else None for t in chosen],
+        "labels": [s[0] for s in sounds],
+        "events": [
+            {"label": s[0], "onset": on, "offset": off} for s, (on, off) in zip(sounds, times)
+        ],
+        "phrases": [{"phrase": p, "segments": [t]} for p, t in zip(phrases, times)],
+    }
+    return np.clip(waveform, -1, 1), row, None if swapped is None else np.clip(swapped, -1, 1)
+
+
+def write_scene(
+    folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str, suffix: str = "wav"
+) -> dict:
+    """Make one scene, write its audio (for test scenes also `name`_swapped) -> its row."""
+    waveform, row, swapped = make_scene(np.random.default_rng(seed), draw_sound, rate)
+    write_audio(folder / f"{name}.{suffix}", waveform, rate)
+    row = {"audio": f"{folder.name}/{name}.{suffix}", **row, "split": split}
+    if split == "test" and swapped is not None:
+        write_audio(folder / f"{name}_swapped.{suffix}", swapped, rate)
+        row["swapped_audio"] = f"{folder.name}/{name}_swapped.{suffix}"
+    return row
+
+
+def demo_sound(rng, rate: int = DEMO_HZ):
+    """One of twelve synthetic sound classes -> label, phrase, waveform (S,) float32."""
+    seconds = rng.uniform(0.8, 3.0)
+    t = np.arange(int(seconds * rate)) / rate
+    white = rng.standard_normal(len(t))
+    pitch = 2 ** rng.uniform(-0.3, 0.3)
+
+    def pulses(per_s, width_s):
+        return (t * per_s * pitch % 1) < width_s * per_s * pitch
+
+    def tone(hz):
+        return np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hz * pitch, t.shape)) / rate)
+
+    def smooth(x, n):
+        return np.convolve(x, np.ones(n) / n, "same")
+
+    sounds = {
+        "rising_chirp": ("a rising chirp", lambda: tone(400 * 8 ** (t / seconds))),
+        "falling_chirp": ("a falling chirp", lambda: tone(3200 * 8 ** (-t / seconds))),
+        "low_hum": ("a low hum", lambda: tone(90) + 0.5 * tone(180) + 0.3 * tone(270)),
+        "beeps": ("rapid beeps", lambda: tone(1500) * pulses(5, 0.1)),
+        "alarm": ("a two-tone alarm", lambda: tone(np.where(t * 2 % 1 < 0.5, 700, 1100))),
+        "siren": ("a wailing siren", lambda: tone(900 + 400 * np.sin(2 * np.pi * 0.8 * t))),
+        "bell": (
+            "a bell ringing",
+            lambda: sum(tone(600 * r) * np.exp(-t * (1 + r)) for r in (1, 2.76, 5.4, 8.9)),
+        ),
+        "clicks": ("steady clicking", lambda: white * pulses(4, 0.008)),
+        "rumble": ("a deep rumble", lambda: smooth(white, 200)),
+        "hiss": ("a loud hiss", lambda: white - smooth(white, 5)),
+        "gusts": ("gusts of wind", lambda: smooth(white, 30) * (1 + np.sin(2 * np.pi * 0.9 * t))),
+        "warble": ("a warbling whistle", lambda: tone(2200) * (1 + np.sin(2 * np.pi * 9 * t))),
+    }
+    label = sorted(sounds)[int(rng.integers(len(sounds)))]
+    phrase, make = sounds[label]
+    return label, phrase, make().astype(np.float32)
+
+
+def build_demo(
+    folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val", 60), ("test", 60))
+) -> Path:
+    """The built-in corpus: synthetic 10 s scenes, equal on every machine; built on first use."""
+    folder = Path(folder)
+    if not (folder / "manifest.jsonl").is_file() and rank_and_world()[0] == 0:
+        try:
+            (folder / "audio").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(
+                f"{folder}: the demo corpus cannot be written here ({error.strerror}); "
+                "run from a folder that you may write to"
+            ) from None
+        jobs = [(split, i) for split, count in sizes for i in range(count)]
+        rows = [
+            write_scene(
+                folder / "audio",
+                f"{split}_{i:04d}",
+                (seed, len(split), i),
+                demo_sound,
+                DEMO_HZ,
+                split,
+            )
+            for split, i in tqdm(jobs, desc=f"building the demo corpus in {folder}", unit="clip")
+        ]
+        write_lines(
+            folder / "classes.txt", sorted({label for row in rows for label in row["labels"]})
+        )
+        write_lines(folder / "manifest.jsonl", [json.dumps(row) for row in rows])
+    barrier()
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# Manifests
+# ------------------------------------------------------------------------------------------------
+
+
+MANIFEST_KEYS = {
+    "audio": str,
+    "duration": (int, float),
+    "captions": list,
+    "similarity": list,
+    "synthetic": list,
+    "description": str,
+    "negatives": list,
+    "labels": list,
+    "events": list,
+    "phrases": list,
+    "id": (str, int),
+    "image": str,
+    "split": str,
+    "fold": (int, str),
+    "qa": list,
+    "swapped_audio": str,
+}
+
+
+def read_manifest(
+    data: list[str], need: tuple[str, ...] = (), split: str | None = None
+) -> list[dict]:
+    """Read manifests (JSON Lines) into one list of rows, with audio paths made absolute.
+
+    Args
+        data: manifests, folders that hold a manifest.jsonl, or the word "demo".
+        need: keys every returned row must have.
+        split: keep rows of this split; a row without a "split" belongs to every split.
+    Raises
+        FileNotFoundError, ValueError: naming file, line and key.
+    """
+    return list(iter_manifest(data, need, split))
+
+
+def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None = None):
+    """`read_manifest`, row by row: for manifests too long to be held."""
+    for item in [data] if isinstance(data, str) else data:
+        path = manifest_path(item)
+        found = 0
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                row = _parse_row(line, f"{path}:{number}")
+                found += 1
+                if split and row.get("split", split) != split:
+                    continue
+                require([row], *need)
+                for key in ("audio", "image", "swapped_audio"):
+                    if key in row:
+                        row[key] = str(path.parent / row[key])
+                yield row
+        if not found:
+            raise ValueError(f"{path}: the manifest is empty; expected one JSON object a line")
+
+
+def require(rows: list[dict], *keys: str) -> None:
+    """ValueError naming file, line and key where a row lacks one of `keys`."""
+    for row in rows:
+        for key in keys:
+            if row.get(key) in (None, []):
+                raise ValueError(
+                    f"{row['where']}: has no '{key}', which this run needs "
+                    "(keys there: "
+                    f"{' '.join(', '.join(k for k in row if k != 'where').split())[:200]})"
+                )
+
+
+def manifest_path(item) -> Path:
+    """A manifest given as a file, as a folder that holds manifest.jsonl, or as "demo"."""
+    path = build_demo() if str(item) == "demo" else Path(item)
+    if path.is_dir():
+        path = path / "manifest.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such manifest; expected a .jsonl file, a folder that holds "
+            "manifest.jsonl, or the word demo (python -m tools.datasets makes manifests)"
+        )
+    return path
+
+
+def _parse_row(line: bytes, where: str) -> dict:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        if where.endswith((".csv:1", ".tsv:1")):
+            raise ValueError(
+                f"{where}: a table, not a manifest; make one first: python -m tools.datasets csv "
+                f"{where[:-2]} --audio COLUMN "
+                "--caption COLUMN --out FOLDER"
+            ) from None
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: not UTF-8 text; expected JSON Lines saved as UTF-8") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of thousands of digits, nesting without end
+        raise ValueError(f"{where}: not JSON that can be read ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for key, value in row.items():
+        near = [] if key in MANIFEST_KEYS else difflib.get_close_matches(key, MANIFEST_KEYS, 1, 0.8)
+        if near:
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean '{near[0]}'?")
+        if key in MANIFEST_KEYS and not isinstance(value, MANIFEST_KEYS[key]):
+            raise ValueError(f"{where}: '{key}' has the wrong type {type(value).__name__}")
+    if row.get("split", "train") not in ("train", "val", "test"):
+        raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
+    if not row.get("audio"):
+        raise ValueError(
+            f"{where}: no key 'audio' (keys there: "
+            f"{' '.join(', '.join(row).split())[:200] or 'none'}); "
+            "it must name the sound file"
+        )
+    for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
+        for number, caption in enumerate(row.get(key, []), 1):
+            if not isinstance(caption, str) or not re.search(r"\w", caption):
+                raise ValueError(
+                    f"{where}: {name} {number} is empty ({caption!r}); write one or remove it"
+                )
+    duration = row.get("duration", 1.0)
+    if isinstance(duration, bool) or not 0 < duration < math.inf:
+        raise ValueError(
+            f"{where}: duration {duration!r}; expected seconds above 0, or no such key"
+        )
+    if not all(isinstance(label, str) for label in row.get("labels", [])):
+        raise ValueError(f"{where}: labels {row['labels']!r}; expected a list of class names")
+    if not all(
+        text is None or (isinstance(text, str) and re.search(r"\w", text))
+        for text in row.get("negatives", [])
+    ):
+        raise ValueError(
+            f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null"
+        )
+    n_negatives, n_captions = len(row.get("negatives", [])), len(row.get("captions", []))
+    if n_negatives not in (0, n_captions):  # else pairs would shift
+        raise ValueError(
+            f"{where}: {n_negatives} negatives for {n_captions} captions; expected one, or null, "
+            "a caption"
+        )
+    for event in row.get("events", []):
+        if (
+            not isinstance(event, dict)
+            or not {"label", "onset", "offset"} <= set(event)
+            or not isinstance(event["label"], str)
+        ):
+            raise ValueError(f"{where}: an event needs label, onset and offset, found {event!r}")
+        _check_times(
+            event["onset"],
+            event["offset"],
+            row.get("duration"),
+            f"{where}: event {event['label']!r}",
+        )
+    for phrase in row.get("phrases", []):
+        if not (
+            isinstance(phrase, dict)
+            and isinstance(phrase.get("phrase"), str)
+            and re.search(r"\w", phrase["phrase"])
+            and isinstance(phrase.get("segments"), list)
+        ):
+            raise ValueError(f"{where}: a phrase needs 'phrase' and 'segments', found {phrase!r}")
+        for segment in phrase["segments"]:
+            if not isinstance(segment, list) or len(segment) != 2:
+                raise ValueError(
+                    f"{where}: segment {segment!r} of {phrase['phrase']!r}; expected [onset, "
+                    "offset] in seconds"
+                )
+            if segment != [0, 0]:  # AudioGrounding's mark for "not in the clip"
+                _check_times(*segment, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
+    row["where"] = where
+    return row
+
+
+def _check_times(onset, offset, duration, where: str) -> None:
+    if not all(
+        isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t)
+        for t in (onset, offset)
+    ):
+        raise ValueError(
+            f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers"
+        )
+    if not 0 <= onset < offset:
+        raise ValueError(f"{where}: onset {onset}, offset {offset}; expected 0 <= onset < offset")
+    if (
+        duration and onset > 10 * duration
+    ):  # annotations may run past a shortened file, but not that far
+        raise ValueError(
+            f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected "
+            "seconds"
+        )
+
+
+def read_classes(data: list[str], rows: list[dict]) -> list[str]:
+    """Class list: classes.txt beside the first manifest (order kept), else all labels, sorted."""
+    path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
+    if path.is_file():
+        try:
+            classes = [
+                line.strip()
+                for line in path.read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            ]
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{path}: not UTF-8 text; save it as UTF-8, one class a line"
+            ) from None
+        if not classes:
+            raise ValueError(
+                f"{path}: the class list is empty; write one class a line, or remove the file"
+            )
+        twice = sorted({c for c in classes if classes.count(c) > 1})
+        if twice:
+            raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
+        return classes
+    labels = {label for row in rows for label in row.get("labels", [])}
+    return sorted(labels | {event["label"] for row in rows for event in row.get("events", [])})
+
+
+def split_train_val(
+    rows: list[dict], seed: int = 0, most: int = 1000
+) -> tuple[list[dict], list[dict]]:
+    """Rows for training (split "train" or none) and validation (split "val", else 5 % held out).
+
+    Held-out clips are drawn by the file's name, so several captions of a clip stay together.
+    """
+    train = [row for row in rows if row.get("split", "train") == "train"]
+    val = [row for row in rows if row.get("split") == "val"]
+    audio = sorted({row["audio"] for row in train})
+    if not val and len(audio) > 3:
+        held = np.random.default_rng(seed).permutation(len(audio))[
+            : min(most, max(2, len(audio) // 20))
+        ]
+        held = {audio[i] for i in held}
+        val = [row for row in train if row["audio"] in held]
+        train = [row for row in train if row["audio"] not in held]
+    if not train:
+        raise ValueError(
+            "no row of the manifest is for training (first: "
+            f"{rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at "
+            "all"
+        )
+    return train, val
+
+
+# ------------------------------------------------------------------------------------------------
+# Log-mel
+# ------------------------------------------------------------------------------------------------
+
+
+def keep_out_of_checkpoints(module: nn.Module) -> None:
+    """Make every buffer of `module` non-persistent: constants that are computed anew."""
+    for name, buffer in list(module.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
+
+
+class LogMel(nn.Module):
+    """Waveform (B, S) in [-1, 1] -> log-mel (B, T_mel, M) in dB, always in fp32.
+
+    Hann window of n_fft samples, centred, reflect padding, power spectrum, Slaney filters,
+    10 log10(max(x, 1e-10)) without a top_db. Source: HTS-AT's torchlibrosa settings.
+    Copied alone, needs keep_out_of_checkpoints.
+    """
+
+    def __init__(
+        self, sample_rate=32000, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000
+    ):
+        super().__init__()
+        self.spectrogram = torchaudio.transforms.Spectrogram(n_fft, n_fft, hop, power=None)
+        self.mel_scale = torchaudio.transforms.MelScale(
+            n_mels, sample_rate, fmin_hz, fmax_hz, n_fft // 2 + 1, "slaney", "slaney"
+        )
+        keep_out_of_checkpoints(self)
+
+    def forward(self, waveform):
+        with torch.autocast(waveform.device.type, enabled=False):
+            # on a CPU a few clips at a time stay in cache: 3 times faster than the batch at once
+            parts = waveform.float().split(len(waveform) if waveform.is_cuda else 4)
+            power = torch.cat([self.mel_scale(self.power(part)) for part in parts])  # (B, M, T_mel)
+            return 10 * torch.log10(power.clamp(min=1e-10)).transpose(1, 2)
+
+    def power(self, waveform):
+        spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, bins, T_mel, 2)
+        # torchaudio's abs() first takes a slow root
+        return spectrum[..., 0].square() + spectrum[..., 1].square()
+
+
+def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
+    """Zero `stripes` random stripes a clip along time and along mel. x (B, T_mel, M).
+
+    Widths are uniform in [0, width), positions uniform where the stripe fits (SpecAugment as in
+    torchlibrosa). Drawn on x's device without synchronisation.
+    """
+    for dim, width in ((1, time_width), (2, mel_width)):
+        size = x.shape[dim]
+        widths = (torch.rand(len(x), stripes, device=x.device) * width).floor()
+        starts = (torch.rand(len(x), stripes, device=x.device) * (size - widths)).floor()
+        position = torch.arange(size, device=x.device)
+        hit = ((position >= starts[..., None]) & (position < (starts + widths)[..., None])).any(
+            1
+        )  # (B, size)
+        x = x.masked_fill(hit[:, :, None] if dim == 1 else hit[:, None, :], 0.0)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------
+# Transformer block
+# ------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection. x (N, L, C) -> (N, L, C).
+
+    bias (P, heads, L, L) is added to the logits; row n of x takes bias[n % P]. Source: MGA-CLAP
+    Eq. (4) to (6), there for one head and without a bias.
+    """
+
+    def __init__(self, dim, heads, qkv_bias=True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, bias=None):
+        N, L, C = x.shape
+        qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)  # MGA-CLAP Eq. (4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, C / heads) each
+        if bias is not None:
+            # P rows of x side by side on the axis of heads, so that one bias fits all of them
+            P = len(bias)
+            q, k, v = (x.reshape(N // P, P * self.heads, L, -1) for x in (q, k, v))
+            bias = bias.to(q.dtype).flatten(0, 1)  # (P * heads, L, L); fp32 under autocast
+        # MGA-CLAP Eq. (5): the softmax over positions, of the logits plus the bias
+        # MGA-CLAP Eq. (6): the sum of the values with these weights
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.reshape(N, self.heads, L, -1).transpose(1, 2).reshape(N, L, C))
+
+    def values(self, x):
+        """proj(V(x)): every position keeps its own value, nothing is mixed over positions.
+
+        Source: MGA-CLAP Sec. 3.3, U' = V; the output projection stays, as "other components".
+        """
+        C = x.shape[-1]
+        bias = None if self.qkv.bias is None else self.qkv.bias[2 * C :]
+        return self.proj(F.linear(x, self.qkv.weight[2 * C :], bias))
+
+
+def drop_path(x, probability: float, training: bool, parts: int = 1):
+    """Drop the whole residual branch of a clip, scaling the others by 1 / (1 - p).
+
+    `parts`: consecutive rows of x (N, L, C) that belong to one clip (the windows of Swin) and
+    therefore share one draw.
+    """
+    if not training or probability == 0:
+        return x
+    keep = torch.rand(len(x) // parts, 1, 1, device=x.device) >= probability
+    return x * (keep.to(x.dtype) / (1 - probability)).repeat_interleave(parts, 0)
+
+
+def init_linear_layers(model: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases, as vision transformers start."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with `locality`, MGA-CLAP's locality-aware block.
+
+    locality: "" ordinary attention; "paper" the projected values replace attention, all else
+    unchanged (MGA-CLAP Sec. 3.3, not numbered: without Eq. (5) and (6), U' = V); "official" as its
+    released code: the FFN is left out too and the second LayerNorm's output is added directly.
+    """
+
+    def __init__(
+        self, dim, heads, mlp_ratio=4, drop_path=0.0, qkv_bias=True, eps=1e-5, locality=""
+    ):
+        super().__init__()
+        self.drop_path, self.locality = drop_path, locality
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(dim, mlp_ratio * dim), "fc2": nn.Linear(mlp_ratio * dim, dim)}
+        )
+        if locality == "official":
+            self.mlp.requires_grad_(False)  # unused, kept so that the authors' weights load
+
+    def feed_forward(self, x):
+        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))
+
+    def forward(self, x, bias=None, parts=1):
+        """x (N, L, C); bias (P, heads, L, L) as in `Attention`; parts as in `drop_path`."""
+
+        def drop(branch):
+            return drop_path(branch, self.drop_path, self.training, parts)
+
+        if self.locality:
+            values = self.attn.values(self.norm1(x))  # MGA-CLAP Sec. 3.3: U' = V
+            x = x + drop(values)
+            if self.locality == "official":
+                return x + drop(self.norm2(x))
+            return x + drop(self.feed_forward(self.norm2(x)))
+        x = x + drop(self.attn(self.norm1(x), bias))
+        return x + drop(self.feed_forward(self.norm2(x)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints and weight files
+# ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of
+    the bytes.
+    """
+    if path.name != "last.pt":
+        payload = {key: value for key, value in payload.items() if key != "optimiser"}
+    with written_whole(path) as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError:  # what torch makes of a failed write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
+def versions() -> dict:
+    import transformers
+
+    return {
+        "torch": str(torch.__version__),
+        "torchaudio": str(torchaudio.__version__),
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def allowed_globals() -> list:
+    """What published checkpoints carry beside their weights; nothing else in a file is
+    ever built.
+    """
+    from numpy._core.multiarray import scalar
+
+    allowed = [
+        argparse.Namespace,
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        np.dtype,
+    ]  # numpy 2's and 1's name
+    return allowed + [type(np.dtype(t)) for t in "fdil"]
+
+
+def read_weights(path) -> dict:
+    """torch.load without executing anything in the file (see `allowed_globals`)."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such weight file")
+    try:
+        with torch.serialization.safe_globals(allowed_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # of many types: no torch file, cut off, or it asks for more than data
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(
+            f"{path}: not a weight file that can be read safely; expected tensors and plain values "
+            f"written by torch.save (torch says: {reason})"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: expected a dictionary of weights, found {type(content).__name__}"
+        )
+    return content
+
+
+def read_checkpoint(path, method: str | None = None) -> dict:
+    """One of this project's checkpoints; `method` checks whose it is."""
+    content = read_weights(path)
+    if "method" not in content or "config" not in content:
+        raise ValueError(
+            f"{path}: not a checkpoint of this project (keys: "
+            f"{', '.join(repr(key)[:40] for key in list(content)[:5])})"
+        )
+    if method and content["method"] != method:
+        raise ValueError(
+            f"{path}: a checkpoint of {content['method']}, not of {method}; load it with "
+            f"{content['method']}.py"
+        )
+    if "model" not in content:
+        raise ValueError(
+            f"{path}: a checkpoint of {content['method']} without weights (no key 'model')"
+        )
+    return content
+
+
+def load_strict(module: nn.Module, state: dict, source) -> None:
+    """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own.keys() & state.keys()
+        if state[k].shape != own[k].shape
+    ]
+
+    def listed(names):
+        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+
+    problems = [
+        f"{text} {listed(names)}"
+        for text, names in (
+            ("missing keys:", missing),
+            ("unexpected keys:", extra),
+            ("wrong shapes:", sorted(shapes)),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
+    module.load_state_dict(state)
+
+
+def quiet_transformers():
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def transformers_weights(name: str) -> dict:
+    """State dict of a transformers CLAP folder or hub id."""
+    transformers = quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[
+            config.model_type
+        ]
+        return kind.from_pretrained(name).state_dict()
+    except KeyError:
+        raise ValueError(
+            f"{name}: a transformers model of type '{config.model_type}'; expected CLAP"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: not a transformers CLAP folder or reachable hub id "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------
+# HTS-AT
+# ------------------------------------------------------------------------------------------------
+
+
+class SwinStage(nn.Module):
+    """Blocks on one grid of G x G cells, then a 2 x 2 patch merging (absent in the last stage).
+
+    Every block sees windows of `window` x `window` cells; every second one sees them moved by half
+    a window. Source: Liu et al., Swin Transformer, ICCV 2021.
+    """
+
+    def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
+        super().__init__()
+        self.window = min(window, grid)
+        self.shift = self.window // 2 if grid > self.window else 0  # one window: nothing to shift
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities)
+        )
+        self.bias_tables = nn.ParameterList(
+            nn.init.trunc_normal_(
+                nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads)), std=0.02
+            )
+            for _ in self.blocks
+        )
+        for block, table in zip(self.blocks, self.bias_tables):
+            table.requires_grad_(not block.locality)
+        self.downsample = None
+        if merge:
+            self.downsample = nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(4 * dim),
+                    "reduction": nn.Linear(4 * dim, 2 * dim, bias=False),
+                }
+            )
+
+        side = torch.arange(self.window)
+        row, column = torch.cartesian_prod(side, side).T  # (L,) each, L cells in a window
+        row_offset = row[:, None] - row[None, :] + self.window - 1
+        column_offset = column[:, None] - column[None, :] + self.window - 1
+        index = row_offset * (2 * self.window - 1) + column_offset
+        self.register_buffer("bias_index", index.flatten(), persistent=False)  # (L * L,)
+        if self.shift:  # cells that the roll brought together from opposite edges must not attend
+            edge = torch.zeros(grid, dtype=torch.long)
+            edge[-self.window :], edge[-self.shift :] = 1, 2
+            region = 3 * edge[:, None] + edge  # (G, G)
+            region = self.windows(region[None, :, :, None]).squeeze(-1)  # (windows, L)
+            # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products
+            # fivefold
+            mask = (region[:, :, None] != region[:, None, :]) * -1e4
+            self.register_buffer("shift_mask", mask, persistent=False)  # (windows, L, L)
+
+    def windows(self, x):
+        """x (B, G, G, C) -> (B * windows, L, C)."""
+        B, G, _, C = x.shape
+        n, w = G // self.window, self.window
+        return x.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w * w, C)
+
+    def grid(self, x, G: int):
+        """The inverse of `windows`."""
+        n, w, C = G // self.window, self.window, x.shape[-1]
+        return x.view(-1, n, n, w, w, C).transpose(2, 3).reshape(-1, G, G, C)
+
+    def attention_bias(self, i: int, shift: int):
+        """What block i adds to its logits: (1 or windows, heads, L, L)."""
+        L = self.window**2
+        bias = F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1)
+        bias = bias.permute(0, 3, 1, 2)
+        return bias + self.shift_mask[:, None] if shift else bias
+
+    def forward(self, x):
+        """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
+        B, G, _, _ = x.shape
+        for i, block in enumerate(self.blocks):
+            shift = self.shift if i % 2 else 0
+            if shift:
+                x = torch.roll(x, (-shift, -shift), (1, 2))
+            bias = None if block.locality else self.attention_bias(i, shift)
+            x = self.windows(x)
+            x = self.grid(block(x, bias, parts=len(x) // B), G)
+            if shift:
+                x = torch.roll(x, (shift, shift), (1, 2))
+        if self.downsample is None:
+            return x
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        return self.downsample["reduction"](self.downsample["norm"](x))
+
+
+class HTSAT(nn.Module):
+    """HTS-AT audio encoder (Swin on a folded spectrogram), without its tagging heads.
+
+    Source: Chen et al., ICASSP 2022; official htsat.py. The spectrogram is stretched to
+    spec_size * chunks frames, cut into `chunks` pieces of time that are stacked along frequency,
+    and the square image goes through Swin stages. For the paper's size the output grid is 8 x 8:
+    4 chunks x 2 frequency halves by 8 columns, so 32 steps of 0.32 s of (stretched) time. Copied
+    alone, needs SwinStage, Block, Attention, drop_path, init_linear_layers, spec_augment.
+
+    Args
+        dim, depths, heads: channels of stage 1, blocks and heads a stage ("tiny" in HTS-AT's words;
+            LAION's "base" is dim 128, depths 2 2 12 2).
+        locality_blocks: how many blocks are locality-aware, from the last one backwards through all
+            stages.
+        locality: "paper" or "official", see `Block`.
+    """
+
+    def __init__(
+        self,
+        dim=96,
+        depths=(2, 2, 6, 2),
+        heads=(4, 8, 16, 32),
+        patch=4,
+        window=8,
+        spec_size=256,
+        n_mels=64,
+        drop_path=0.1,
+        locality_blocks=0,
+        locality="paper",
+    ):
+        super().__init__()
+        self.spec_size, self.chunks = spec_size, spec_size // n_mels
+        self.out_dim = dim * 2 ** (len(depths) - 1)
+        self.n_frames = self.chunks * (spec_size // (patch * 2 ** (len(depths) - 1)))
+        self.bn0 = nn.BatchNorm1d(n_mels)
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv2d(1, dim, patch, patch), "norm": nn.LayerNorm(dim)}
+        )
+        drops = torch.linspace(0, drop_path, sum(depths)).tolist()
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            behind = sum(depths[i:])  # blocks from the first of this stage to the last of all
+            kinds = [locality if behind - j <= locality_blocks else "" for j in range(depth)]
+            self.layers.append(
+                SwinStage(
+                    dim * 2**i,
+                    spec_size // (patch * 2**i),
+                    heads[i],
+                    window,
+                    [drops.pop(0) for _ in range(depth)],
+                    kinds,
+                    merge=i < len(depths) - 1,
+                )
+            )
+        self.norm = nn.LayerNorm(self.out_dim)
+        init_linear_layers(self)
+
+    def forward(self, log_mel):
+        """log_mel (B, T_mel, M) in dB, T_mel <= spec_size * chunks -> frame_feats (B, T,
+        out_dim).
+        """
+        B, T_mel, M = log_mel.shape
+        x = self.bn0(log_mel.transpose(1, 2)).transpose(1, 2)
+        if self.training:  # after bn0, so that 0 is each bin's mean
+            x = spec_augment(x, time_width=64, mel_width=8)
+        length = self.spec_size * self.chunks
+        if T_mel > length:
+            raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {length}")
+        x = F.interpolate(x[:, None], (length, M), mode="bicubic", align_corners=True)
+        # row = chunk * M + mel, column = time
+        x = x.view(B, self.chunks, self.spec_size, M).transpose(2, 3)
+        x = self.patch_embed["proj"](x.reshape(B, 1, self.spec_size, self.spec_size))
+        x = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, G, G, C)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        _, G, _, C = x.shape
+        x = x.view(B, self.chunks, G // self.chunks, G, C).mean(2)  # mean over frequency
+        return x.reshape(B, self.n_frames, C)
+
+
+def check_htsat(cfg) -> None:
+    """ValueError for settings of which no HTS-AT with an image of 256 x 256 can be made."""
+    stages = len(cfg.audio_depths)
+    if len(cfg.audio_heads) != stages:
+        raise ValueError(
+            f"--audio-depths has {stages} numbers, --audio-heads {len(cfg.audio_heads)}: expected "
+            "one a stage in both"
+        )
+    for i, heads in enumerate(cfg.audio_heads):
+        if cfg.audio_dim * 2**i % heads:
+            raise ValueError(
+                f"--audio-heads: {heads} heads do not divide the {cfg.audio_dim * 2**i} channels "
+                f"of stage {i + 1} (--audio-dim {cfg.audio_dim}, doubled every stage)"
+            )
+    # the last grid holds four pieces of the spectrogram, one below the other
+    least = 4 * cfg.audio_patch * 2 ** (stages - 1)
+    if 256 % least:
+        raise ValueError(
+            f"--audio-patch {cfg.audio_patch} with {stages} stages: 4 * patch * 2^(stages - 1) = "
+            f"{least} must divide 256"
+        )
+
+
+def htsat_state(weights: dict) -> dict:
+    """Rename HTS-AT weights of any published file to ours; keys that are none of ours are dropped
+    by name.
+
+    Takes the state dict of the authors' AudioSet file (prefix "sed_model."), of MGA-CLAP and LAION
+    files with their prefix already removed, and of transformers' ClapModel or ClapAudioModel.
+    """
+    state, qkv = {}, {}
+    unused = re.compile(
+        r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|"
+        r"^(spectrogram|logmel)_extractor\.|"
+        r"^(audio_feats_extractor|mel_trans)\.|position_ids$|patch_embed\.mel_conv2d\."
+    )
+    for key, value in weights.items():
+        key = re.sub(r"^(sed_model\.|(audio_model\.)?audio_encoder\.)", "", key)
+        if unused.search(key):
+            continue
+        for theirs, ours in (
+            ("batch_norm.", "bn0."),
+            ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+            ("attention.output.dense", "attn.proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+            ("attention.self.relative", "attn.relative"),
+        ):
+            key = key.replace(theirs, ours)
+        table = re.match(r"(layers\.\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", key)
+        part = re.match(r"(.*)\.attention\.self\.(query|key|value)\.(weight|bias)$", key)
+        if table:
+            state[f"{table[1]}.bias_tables.{table[2]}"] = value
+        elif part:
+            qkv.setdefault(f"{part[1]}.attn.qkv.{part[3]}", {})[part[2]] = value
+        else:
+            state[key] = value
+    for key, parts in qkv.items():
+        if len(parts) == 3:
+            state[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    return state
+
+
+def load_htsat(encoder: HTSAT, path: str) -> None:
+    """Start an HTS-AT from HTSAT_AudioSet*.ckpt, a transformers CLAP folder, or a saved
+    state dict.
+    """
+    folder = Path(path)
+    if folder.is_dir() or not folder.suffix:  # a folder, or a hub id
+        weights = transformers_weights(path)
+        weights = {
+            k: v
+            for k, v in weights.items()
+            if k.startswith(("audio_model.audio_encoder.", "audio_encoder."))
+        }
+    else:
+        weights = read_weights(path)
+        weights = weights.get("state_dict", weights)
+        if any(key.startswith("sed_model.") for key in weights):
+            weights = {k: v for k, v in weights.items() if k.startswith("sed_model.")}
+    load_strict(encoder, htsat_state(weights), path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text encoder
+# ------------------------------------------------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    """A transformers text encoder and its tokenizer, in one module that a checkpoint can rebuild.
+
+    Args
+        model: transformers encoder; tokenizer: its fast tokenizer; max_tokens: captions are cut
+            there, special tokens included; pooler: keep the encoder's pooling layer, for a caller
+            that uses it.
+    """
+
+    def __init__(self, model, tokenizer, max_tokens: int, pooler: bool = False):
+        super().__init__()
+        if getattr(model, "pooler", None) is not None and not pooler:
+            model.pooler = None  # an unused layer would stop DDP
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.out_dim = model.config.hidden_size
+
+    def tokenize(self, texts: list[str]) -> dict:
+        """-> input_ids (B, L), attention_mask (B, L), word_mask (B, L) bool, True = a real word
+        piece.
+        """
+        tokens = self.tokenizer(
+            texts,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
+        word_mask = tokens["special_tokens_mask"] == 0
+        if not word_mask.any(1).all():
+            empty = texts[int((~word_mask.any(1)).nonzero()[0, 0])]
+            raise ValueError(
+                f"the text {empty!r} has no token to embed; every text needs at least one word"
+            )
+        return {
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "word_mask": word_mask,
+        }
+
+    def forward(self, input_ids, attention_mask):
+        """-> last hidden state (B, L, out_dim)."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def description(self) -> dict:
+        """What `text_encoder_from_description` needs, as plain strings."""
+        special = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        return {
+            "config": json.dumps(self.model.config.to_dict()),
+            "special_tokens": json.dumps(special),
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+        }
+
+
+def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = False) -> TextEncoder:
+    """From a hub id or a local folder, e.g. "bert-base-uncased"."""
+    transformers = quiet_transformers()
+    try:
+        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--text-model {name}: not a local folder and not to be had from the hub ({reason}); "
+            "give a folder that holds config.json, weights and tokenizer, or connect to a network"
+        ) from None
+    return TextEncoder(model, tokenizer, max_tokens, pooler)
+
+
+def text_encoder_from_scratch(
+    captions: list[str],
+    dim: int,
+    layers: int,
+    heads: int,
+    max_tokens: int,
+    vocabulary: int = 4000,
+    pooler: bool = False,
+) -> TextEncoder:
+    """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
+
+    The most frequent words, plus single characters for all others. tokenizers' own WordPiece
+    trainer breaks ties at random, so two runs of one seed would differ.
+    """
+    transformers = quiet_transformers()
+    backend = transformers.BertTokenizer().backend_tokenizer
+    words = collections.Counter(
+        word
+        for caption in captions
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
+            backend.normalizer.normalize_str(caption)
+        )
+    )
+    characters = sorted({character for word in words for character in word})
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *("##" + c for c in characters),
+    ]
+    frequent = [
+        word
+        for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))
+        if len(word) > 1
+    ]
+    pieces += frequent[: max(0, vocabulary - len(pieces))]
+    tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * dim,
+        max_position_embeddings=max(64, max_tokens),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens, pooler)
+
+
+def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = False) -> TextEncoder:
+    """The text encoder of a new model: --text-model's, or, where that is none, one from nothing
+    with the vocabulary of `texts`.
+    """
+    if cfg.text_model != "none":
+        return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
+    return text_encoder_from_scratch(
+        texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler
+    )
+
+
+def text_encoder_from_description(
+    description: dict, max_tokens: int, pooler: bool = False
+) -> TextEncoder:
+    """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a
+    network.
+    """
+    transformers = quiet_transformers()
+    from tokenizers import Tokenizer
+
+    config = json.loads(description["config"])
+    config = transformers.AutoConfig.for_model(**config)
+    if config.model_type == "clip_text_model":  # CoLLAT needs its projection
+        model = transformers.CLIPTextModelWithProjection(config).float()
+    else:
+        model = transformers.AutoModel.from_config(config).float()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(description["tokenizer"]),
+        **json.loads(description["special_tokens"]),
+    )
+    return TextEncoder(model, tokenizer, max_tokens, pooler)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sparsemax
+# ------------------------------------------------------------------------------------------------
+
+
+def sparsemax(z):
+    """Euclidean projection of z (..., K) onto the simplex, in fp32 (or fp64): many exact zeros.
+
+    Source: Martins & Astudillo, ICML 2016: what exceeds a threshold, so that the sum is 1; the
+    threshold is found by sorting. Copied alone, needs nothing else.
+    """
+    z = z if z.dtype == torch.float64 else z.float()
+    z = z - z.detach().amax(-1, keepdim=True)  # the projection does not change, its rounding does
+    ranked = z.sort(-1, descending=True).values
+    rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    excess = ranked.cumsum(-1) - 1
+    # how many are not 0; at least 1, but with NaN
+    size = (rank * ranked > excess).sum(-1, keepdim=True).clamp(min=1)
+    threshold = excess.gather(-1, size - 1) / size
+    return (z - threshold).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics
+# ------------------------------------------------------------------------------------------------
+
+
+def retrieval_ranks(
+    sim, owner: np.ndarray, n_clips: int | None = None, block: int = 512, text=None
+) -> dict:
+    """Ranks (0 = best) in both directions; a tie counts against the right answer.
+
+    Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (then
+        with n_clips; called twice for every block, so only a block is ever held); owner (Q,) the
+        clip each caption belongs to, any number of captions a clip, in any order; text (Q,):
+        captions of one number are equal in text, and every clip that has such a caption counts as
+        theirs. None: a caption belongs to its own clip alone.
+    Returns
+        t2a (Q,): rank of the best of the caption's clips among N, one query a caption.
+        a2t (N,): rank of the best of the clip's captions among all Q.
+        t2a_ap10 (Q,), a2t_ap10 (N,): sum over the right answers found in the top 10, the i-th of
+            them at rank r_i, of i / (r_i + 1), divided by the number of right answers.
+    Clips without a caption are only distractors for t2a and are left out of a2t.
+    Copied alone, needs own_captions.
+    """
+    rows = sim if callable(sim) else lambda part: sim[part]
+    N = n_clips if callable(sim) else len(sim)
+    blocks = [slice(start, min(start + block, N)) for start in range(0, N, block)]
+    captions_of, right, a2t, ap10 = own_captions(owner, N, text), [], [], []
+    for part in tqdm(blocks, desc="ranks, audio to text", unit="block", leave=False, delay=2):
+        scores = rows(part)
+        if not np.isfinite(scores).all():
+            raise FloatingPointError(
+                "some similarities are NaN or infinite; the model's weights are broken"
+            )
+        for clip, row in zip(range(part.start, part.stop), scores):
+            mine = captions_of[clip]
+            if not len(mine):
+                continue
+            right.append((mine, row[mine]))
+            best_first = -np.sort(-row[mine])
+            # all captions >= mine, less those own ones that are
+            above = [(row >= s).sum() - (best_first >= s).sum() for s in best_first]
+            ranks = np.array(above) + np.arange(len(mine))
+            a2t.append(ranks[0])
+            ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(mine))
+    # Every pair of a caption and one of its clips, the captions in order, the best clip first
+    caption, score = (np.concatenate(parts) for parts in zip(*right))
+    order = np.lexsort((-score, caption))
+    caption, score = caption[order], score[order]
+    above, at = np.zeros(len(caption), int), np.arange(len(caption))
+    for part in tqdm(blocks, desc="ranks, text to audio", unit="block", leave=False, delay=2):
+        above += (rows(part)[:, caption] >= score).sum(0)
+    is_first = np.append(True, np.diff(caption) != 0)
+    place = at - np.maximum.accumulate(np.where(is_first, at, 0))  # among the caption's clips
+    # all clips >= this one, less those of the caption's own that are
+    last = np.flatnonzero(np.append((np.diff(caption) != 0) | (np.diff(score) != 0), True))
+    own = place + last[np.searchsorted(last, at)] - at + 1
+    ranks = above - own + place
+    gain = np.where(ranks < 10, (place + 1) / (ranks + 1), 0)
+    return {
+        "t2a": ranks[is_first],
+        "t2a_ap10": np.bincount(caption, gain) / np.bincount(caption),
+        "a2t": np.array(a2t),
+        "a2t_ap10": np.array(ap10),
+    }
+
+
+def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]:
+    """Of each clip the numbers of its captions; with `text` also of all captions equal to one of
+    them.
+    """
+
+    def groups(number, n):
+        ends = np.cumsum(np.bincount(number, minlength=n))[:-1]
+        return np.split(np.argsort(number, kind="stable"), ends)
+
+    captions_of = groups(owner, n_clips)
+    if text is None:
+        return captions_of
+    equal = groups(text, text.max() + 1)
+    return [
+        np.concatenate([equal[k] for k in np.unique(text[mine])]) if len(mine) else mine
+        for mine in captions_of
+    ]
+
+
+def retrieval_scores(ranks: dict) -> dict:
+    """R@1, R@5, R@10, mAP@10, MRR and median rank (from 1) of `retrieval_ranks`, both directions.
+
+    Copied alone, needs nothing else.
+    """
+    scores = {}
+    for way in ("t2a", "a2t"):
+        r = ranks[way]
+        for k in (1, 5, 10):
+            scores[f"{way}_R@{k}"] = float((r < k).mean())
+        scores[f"{way}_mAP@10"] = float(ranks[f"{way}_ap10"].mean())
+        scores[f"{way}_MRR"] = float((1 / (r + 1)).mean())
+        scores[f"{way}_median_rank"] = float(np.median(r) + 1)
+    return scores
+
+
+def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
+    """What random scores would get, for the metrics of `retrieval_scores`; args as
+    `retrieval_ranks`.
+    """
+    captions_of = own_captions(owner, n_clips, text)
+    clips_of = np.bincount(np.concatenate(captions_of), minlength=len(owner))
+    per_clip = [len(mine) for mine in captions_of if len(mine)]
+    chance = {}
+    for way, n_right, n in (("t2a", clips_of, n_clips), ("a2t", per_clip, len(owner))):
+        count = collections.Counter(np.asarray(n_right).tolist())
+        of = {m: chance_of_best(m, n) for m in count}
+        for name in of[next(iter(of))]:
+            values = [of[m][name] for m, times in count.items() for _ in range(times)]
+            middle = np.median(values) if name == "median_rank" else np.mean(values)
+            chance[f"{way}_{name}"] = float(middle)
+    return chance
+
+
+def chance_of_best(m: int, n: int) -> dict:
+    """The metrics of one query with m right answers among n, all in random order."""
+    # survival[r]: no right answer among the first r, C(n - m, r) / C(n, r)
+    steps = [max(0, n - m - r) / (n - r) for r in range(n)]
+    survival = np.concatenate([[1.0], np.cumprod(steps)])
+    chance = {f"R@{k}": 1 - survival[min(k, n)] for k in (1, 5, 10)}
+    # E[i / (r + 1)] summed over right answers: each lies at rank r with probability 1 / n
+    gains = [(1 + r * (m - 1) / max(1, n - 1)) / (r + 1) for r in range(min(10, n))]
+    chance["mAP@10"] = sum(gains) / n
+    chance["MRR"] = (-np.diff(survival) / np.arange(1, n + 1)).sum()
+    chance["median_rank"] = (n + 1) / 2 if m == 1 else np.argmax(survival <= 0.5)
+    return chance
+
+
+def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
+    """Area under the precision-recall steps; equal scores form one threshold (as scikit-learn).
+
+    scores (N,), targets (N,) bool with at least one True. NaN where there is no positive. Copied
+    alone, needs nothing else.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], np.cumsum(targets[order])
+    if not len(hits) or hits[-1] == 0:
+        return float("nan")
+    # last index of each threshold
+    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    gained = np.diff(hits[ends], prepend=0)
+    return float((gained / hits[-1] * hits[ends] / (ends + 1)).sum())
+
+
+def class_average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(N, C) scores and bool targets -> (C,) AP, NaN for a class without a positive."""
+    return np.array([average_precision(s, t) for s, t in zip(scores.T, targets.T)])
+
+
+def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
+    """(N, C) bool: is the class among a row's labels or events? Labels outside `classes` do not
+    count.
+    """
+    index = {c: i for i, c in enumerate(classes)}
+    targets = np.zeros((len(rows), len(classes)), bool)
+    for n, row in enumerate(rows):
+        found = [*row.get("labels", []), *(event["label"] for event in row.get("events", []))]
+        targets[n, [index[label] for label in found if label in index]] = True
+    if not targets.any():
+        raise ValueError(
+            f"none of the manifest's labels is among the {len(classes)} classes "
+            f"({', '.join(classes[:3])}, ...); "
+            "is classes.txt beside the manifest the right list?"
+        )
+    return targets
+
+
+def frame_targets(row: dict, classes: list[str], n_frames: int, frame_s: float) -> np.ndarray:
+    """(n_frames, C) bool: True where an event of the class covers the frame's centre."""
+    targets = np.zeros((n_frames, len(classes)), bool)
+    centre_s = (np.arange(n_frames) + 0.5) * frame_s
+    for event in row.get("events", []):
+        if event["label"] in classes:
+            targets[
+                (centre_s >= event["onset"]) & (centre_s < event["offset"]),
+                classes.index(event["label"]),
+            ] = True
+    return targets
+
+
+def frame_average_precisions(
+    frame_embeds, class_embeds, rows, classes, frame_s: float, centred: bool
+):
+    """Frame-level AP of each class over all frames of all clips.
+
+    Args
+        frame_embeds: list of (T_i, D); class_embeds (C, D), both normalised.
+        centred: take each frame's mean over classes out of its scores. Raw cosines (the papers'
+            protocol) also compare frames by how much they resemble any class at all.
+    Returns: AP (C,), NaN for a class without a frame; chance level (mean prevalence).
+    """
+    scores = np.concatenate(frame_embeds) @ class_embeds.T  # (frames, C)
+    if centred:
+        scores = scores - scores.mean(1, keepdims=True)
+    targets = np.concatenate(
+        [frame_targets(row, classes, len(f), frame_s) for row, f in zip(rows, frame_embeds)]
+    )
+    return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
+
+
+def print_scores(title: str, scores: dict, chance: dict) -> None:
+    """A table of scores, each beside its chance level."""
+    print(f"\n{title}\n  {'score':<22}{'value':>9}{'chance':>9}")
+    for key, value in scores.items():
+        print(f"  {key:<22}{value:>9.3f}{chance[key]:>9.3f}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Loading batches
+# ------------------------------------------------------------------------------------------------
+
+
+def to_device(x, device):
+    """Tensors of nested lists and dicts on the device."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, dict):
+        return {key: to_device(value, device) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(to_device(value, device) for value in x)
+    return x
+
+
+def batches_on(device, loader):
+    """Batches of a loader with their tensors on the device; on a GPU the next one is copied while
+    this one is computed with.
+    """
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in loader)
+        return
+    stream, ready = torch.cuda.Stream(device), None
+    for batch in loader:
+        # memory given back by a batch is not taken while it is computed with
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            coming = to_device(batch, device)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(stream)
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def outlive_signals(_worker: int) -> None:
+    """A loader's `worker_init_fn`: a signal to the whole group, as torchrun, batch systems and
+    Ctrl-C send it, must leave its workers alive until the training has saved; they end with it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers start with both signals blocked: before `outlive_signals` has run
+    in it, a new worker could be killed, and the training would end with an error and save nothing.
+    """
+
+    def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ------------------------------------------------------------------------------------------------
+# Embedding files
+# ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Inside, dropout, masking and batch statistics are off; the training flag comes back after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class AudioFiles(torch.utils.data.Dataset):
+    """Whole files (or their first `length_s`) for evaluation; an unusable one comes back as its
+    error.
+    """
+
+    def __init__(self, rows, sample_rate, length_s=None):
+        self.rows, self.sample_rate, self.length_s = rows, sample_rate, length_s
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        try:
+            return i, read_audio(
+                row["audio"], self.sample_rate, self.length_s, expected_s=row.get("duration")
+            )
+        except AudioError as error:
+            return i, error
+
+
+def collate_audio(items):
+    """[(index, waveform or AudioError)] -> indices, waveform (B, S), n_samples (B), [(index, error
+    text)].
+    """
+    good = [(i, w) for i, w in items if not isinstance(w, AudioError)]
+    bad = [(i, str(w)) for i, w in items if isinstance(w, AudioError)]
+    waveform, n_samples = pad_batch([w for _, w in good]) if good else (None, None)
+    return [i for i, _ in good], waveform, n_samples, bad
+
+
+def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
+    """Loader of all files in batches of similar length, as `collate_audio` returns them.
+
+    crop "all": whole files; "first": at most the model's first window.
+    """
+    length_s = None
+    if crop == "first" and math.isfinite(model.window_s):
+        length_s = model.window_s
+    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
+    batches = [[]]
+    # short with short: little padding, and bounded memory
+    for i in np.argsort(seconds, kind="stable").tolist():
+        most_s = max(seconds[i], 30.0 * batch_size)  # of a batch
+        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > most_s:
+            batches.append([])
+        batches[-1].append(i)
+    return Loader(
+        AudioFiles(rows, model.sample_rate, length_s),
+        batch_sampler=[b for b in batches if b],
+        num_workers=workers,
+        collate_fn=collate_audio,
+        worker_init_fn=outlive_signals,
+    )
+
+
+@torch.no_grad()
+def embed_files(
+    model,
+    rows: list[dict],
+    batch_size=32,
+    workers=0,
+    crop="all",
+    frames=False,
+    desc="embedding audio",
+    quiet=False,
+):
+    """Embed every readable file of `rows`.
+
+    Args
+        crop: "all": every consecutive window; "first": the first window only.
+        frames: the name of the model's method that gives them (True: embed_frames), or False.
+    Returns
+        kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
+            frames cut off, or None; bad: error texts of the files left out.
+    """
+    found, bad = {}, {}
+    frames = "embed_frames" if frames is True else frames
+    device = next(model.parameters()).device
+    loader = file_batches(model, rows, batch_size, workers, crop)
+    for indices, waveform, n_samples, errors in tqdm(
+        loader, desc=desc, unit="batch", leave=False, disable=quiet
+    ):
+        bad.update(errors)
+        if not indices:
+            continue
+        waveform = waveform.to(device)
+        embeds = model.embed_audio(waveform, n_samples).cpu().numpy()
+        if not np.isfinite(embeds).all():
+            raise FloatingPointError(
+                "some embeddings are NaN or infinite; the model's weights are broken"
+            )
+        clips = [None] * len(indices)
+        if frames:
+            clips = getattr(model, frames)(waveform, n_samples).cpu().numpy()
+        for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
+            if frames and frames != "token_embeds":  # those tokens are as many for every clip
+                if getattr(model, "repeats_short_clips", False):
+                    n = max(n, round(model.window_s * model.sample_rate))
+                clip = clip[: frames_in(model, n)]
+            found[i] = embed, clip
+    if not found:
+        first = bad[min(bad)] if bad else "no rows"
+        raise ValueError(f"none of {len(rows)} audio files could be read; first: {first}")
+    kept = sorted(found)
+    return (
+        kept,
+        np.stack([found[i][0] for i in kept]),
+        [found[i][1] for i in kept] if frames else None,
+        [bad[i] for i in sorted(bad)],
+    )
+
+
+def embed_validation(model, rows: list[dict], frames=False, quiet=True):
+    """embed_files; clips that cannot be read are named -> the others' rows, audio_embeds (N, D),
+    frame_embeds or None.
+    """
+    kept, audio_embeds, frame_embeds, bad = embed_files(
+        model, rows, frames=frames, desc="validation", quiet=quiet
+    )
+    for text in bad:
+        tqdm.write(f"validation: left out {text}")
+    return [rows[i] for i in kept], audio_embeds, frame_embeds
+
+
+def caption_retrieval(model, audio_embeds, frame_embeds, captions: list[list[str]]):
+    """Retrieval among N clips with their captions, a list for each -> scores, what chance gives,
+    sim (N, Q) with the captions in order.
+    """
+    owner = np.repeat(np.arange(len(captions)), [len(of_clip) for of_clip in captions])
+    texts = [text for of_clip in captions for text in of_clip]
+    sim = similarities(model, audio_embeds, frame_embeds, texts)
+    scores = retrieval_scores(retrieval_ranks(sim, owner))
+    return scores, retrieval_chance(owner, len(captions)), sim
+
+
+def frames_in(model, n_samples: int) -> int:
+    """Frames of a clip: they cover its sound, but a last window of less than one frame adds none.
+
+    Such a window holds a few milliseconds and its frame would be scored as if it were whole: a file
+    of 10.02 s has the 32 frames of its first 10 s.
+    """
+    frames = n_samples / model.sample_rate / model.frame_s
+    rest = frames % (getattr(model, "frame_window_s", model.window_s) / model.frame_s)
+    if rest < min(frames, 1) - 1e-6:
+        frames -= rest
+    return math.ceil(frames - 1e-6)
+
+
+def file_key(row: dict) -> str:
+    """Changes when a row's file does (path, size, time of the last change) or its declared
+    duration; "" without a file.
+    """
+    try:
+        stat = os.stat(row["audio"])
+    except OSError:
+        return ""
+    return (
+        f"{os.path.abspath(row['audio'])}|{stat.st_size}|{stat.st_mtime_ns}|{row.get('duration')}"
+    )
+
+
+def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
+    """(Q, D) float32; equal texts are embedded once, so their scores tie exactly."""
+    unique, inverse = np.unique(texts, return_inverse=True)
+    parts = [
+        model.embed_text(unique[i : i + batch_size].tolist()).cpu().numpy()
+        for i in range(0, len(unique), batch_size)
+    ]
+    return np.concatenate(parts)[inverse]
+
+
+def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndarray:
+    """(N, Q) similarity of clips and texts: cosines, or what a model that compares every
+    pair says.
+    """
+    if getattr(model, "pairwise", False):
+        return model.pair_scores(frame_embeds, texts)
+    return audio_embeds @ embed_texts(model, texts).T
+
+
+# ------------------------------------------------------------------------------------------------
 # Settings and command line
 # ------------------------------------------------------------------------------------------------
 
+
 # Types of numeric settings with their ranges; a round bracket leaves the end out
 Count = Annotated[int, "[1, 1e9]"]
+
 Whole = Annotated[int, "[0, 1e9]"]
+
 Layers = Annotated[int, "[1, 200]"]
+
 Tokens = Annotated[int, "[3, 512]"]  # two are special ones; text encoders have 512 positions
+
 Positive = Annotated[float, "(0, inf)"]
+
 NotNegative = Annotated[float, "[0, inf)"]
+
 Share = Annotated[float, "[0, 1]"]
+
 Dropout = Annotated[float, "[0, 1)"]
 
 
@@ -357,1796 +2283,8 @@ def run_entry(main, parse, *given):
 
 
 # ------------------------------------------------------------------------------------------------
-# Audio
+# Training
 # ------------------------------------------------------------------------------------------------
-
-
-class AudioError(ValueError):
-    """One audio file that cannot be used; the message names the file and the reason."""
-
-
-@functools.lru_cache(maxsize=16)
-def _resampler(from_hz: int, to_hz: int):
-    # a ratio like 44101 : 32000 would need a filter of gigabytes; within 1e-6, no standard rate is
-    # affected
-    ratio = fractions.Fraction(to_hz, from_hz).limit_denominator(1000)
-    return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
-
-
-def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    """(S,) float32 at from_hz -> (S',) float32 at to_hz (torchaudio's windowed sinc)."""
-    if from_hz == to_hz:
-        return waveform
-    return _resampler(from_hz, to_hz)(torch.from_numpy(waveform)[None])[0].numpy()
-
-
-def _ogg_is_cut(path) -> bool:
-    """True if the last Ogg page promises more bytes than the file holds: a broken download."""
-    with open(path, "rb") as f:
-        size = f.seek(0, os.SEEK_END)
-        start = f.seek(max(0, size - 2**17))
-        tail = f.read()
-    page = tail.rfind(b"OggS")
-    if page < 0 or len(tail) < page + 27 or len(tail) < page + 27 + tail[page + 26]:
-        return True
-    segments = tail[page + 26]
-    return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments]) > size
-
-
-def _pieces(f, wanted: int):
-    """At most `wanted` samples as mono float32, a few seconds at a time: memory follows what a file
-    holds, not what its header claims.
-    """
-    while wanted > 0:
-        piece = f.read(
-            min(wanted, max(1, 2**21 // f.channels)), dtype="float32", always_2d=True
-        ).mean(axis=1)
-        if not len(piece):
-            return
-        wanted -= len(piece)
-        yield piece
-
-
-# 120 dB above full scale: no sound, and its power spectrum may leave the range of float32
-LOUDEST = 1e6
-
-
-def read_audio(
-    path,
-    sample_rate: int,
-    length_s: float | None = None,
-    crop_rng=None,
-    expected_s: float | None = None,
-) -> np.ndarray:
-    """Read a file, or one crop of it by seeking, as mono float32 at `sample_rate`.
-
-    Args
-        length_s: seconds to read; None reads all of it. A shorter file comes back whole, unpadded.
-        crop_rng: numpy Generator that draws where the crop starts; None starts at 0.
-        expected_s: duration the manifest gives; a file 10 % shorter is reported as truncated.
-    Returns
-        waveform (S,) float32, channels averaged.
-    Raises
-        AudioError: missing, unreadable, empty, truncated, non-finite, absurdly loud or silent file.
-    """
-    if not os.path.isfile(path):
-        raise AudioError(f"{path}: file not found")
-    try:
-        with sf.SoundFile(path) as f:
-            native_hz, total = f.samplerate, len(f)
-            if total <= 0:
-                raise AudioError(f"{path}: holds no samples")
-            if (expected_s and total / native_hz < 0.9 * expected_s - 0.1) or (
-                f.format == "OGG" and _ogg_is_cut(path)
-            ):
-                raise AudioError(
-                    f"{path}: truncated, only {total / native_hz:.2f} s can be read"
-                    + (f" of {expected_s:.2f} s" if expected_s else "")
-                )
-            wanted = total if length_s is None else min(total, math.ceil(length_s * native_hz))
-            if not 1000 <= native_hz <= 1_000_000:
-                raise AudioError(
-                    f"{path}: a sample rate of {native_hz} Hz; expected 1 kHz to 1 MHz"
-                )
-            start = int(crop_rng.integers(0, total - wanted + 1)) if crop_rng is not None else 0
-            f.seek(start)
-            waveform = np.concatenate(list(_pieces(f, wanted)) or [np.zeros(0, np.float32)])
-            if len(waveform) < wanted:
-                raise AudioError(f"{path}: truncated, {len(waveform)} of {wanted} samples decoded")
-            if not waveform.any():
-                f.seek(0)  # a silent crop of a file with sound in it is a legitimate draw
-                if not any(piece.any() for piece in _pieces(f, total)):
-                    raise AudioError(f"{path}: silent, every sample is 0")
-    except (sf.SoundFileRuntimeError, OSError) as error:
-        raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
-    if not np.isfinite(waveform).all():
-        raise AudioError(f"{path}: holds NaN or infinite samples")
-    if np.abs(waveform).max() > LOUDEST:
-        raise AudioError(
-            f"{path}: samples up to {np.abs(waveform).max():.1e}; expected values in [-1, 1]"
-        )
-    waveform = resample(waveform, native_hz, sample_rate)
-    return waveform if length_s is None else waveform[: round(length_s * sample_rate)]
-
-
-def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
-    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type,
-    n_samples (B).
-    """
-    n_samples = torch.tensor([len(w) for w in waveforms])
-    length = length or int(n_samples.max())
-    padded = [
-        torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w))))
-        for w in waveforms
-    ]
-    # in a loader's process default_collate writes straight into memory shared with the main one
-    return torch.utils.data.default_collate(padded), n_samples
-
-
-def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
-    """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule).
-
-    Args: waveform (B, S); n_samples (B,) valid samples, None: all; what lies behind them is
-    ignored.
-    Returns: windows (W, window); owner (W,) clip of each window; seconds-weight (W,), which sums
-        to 1 over a clip's windows, so that a 10.02 s clip is not half decided by its last 0.02 s;
-        a list of W valid samples.
-    """
-    windows, owner, weight, lengths = [], [], [], []
-    for clip, n in enumerate(
-        [waveform.shape[1]] * len(waveform) if n_samples is None else n_samples.tolist()
-    ):
-        if n <= 0:
-            raise ValueError(f"clip {clip} of the batch has n_samples = {n}; at least 1 is needed")
-        for start in range(0, n, window):
-            piece = waveform[clip, start : min(start + window, n)]
-            windows.append(F.pad(piece, (0, window - len(piece))))
-            owner.append(clip)
-            weight.append(len(piece) / n)
-            lengths.append(len(piece))
-    return (
-        torch.stack(windows),
-        torch.tensor(owner, device=waveform.device),
-        torch.tensor(weight, device=waveform.device),
-        lengths,
-    )
-
-
-def join_windows(embeds, owner, weight):
-    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> of clips (B, D),
-    normalised: their mean by seconds.
-
-    Summed clip by clip: on a GPU, index_add would add in another order at every call.
-    """
-    return F.normalize(
-        torch.stack(
-            [part.sum(0) for part in (embeds * weight[:, None]).split(owner.bincount().tolist())]
-        ),
-        dim=-1,
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# Manifests
-# ------------------------------------------------------------------------------------------------
-
-MANIFEST_KEYS = {
-    "audio": str,
-    "duration": (int, float),
-    "captions": list,
-    "similarity": list,
-    "synthetic": list,
-    "description": str,
-    "negatives": list,
-    "labels": list,
-    "events": list,
-    "phrases": list,
-    "id": (str, int),
-    "image": str,
-    "split": str,
-    "fold": (int, str),
-    "qa": list,
-    "swapped_audio": str,
-}
-
-
-def read_manifest(
-    data: list[str], need: tuple[str, ...] = (), split: str | None = None
-) -> list[dict]:
-    """Read manifests (JSON Lines) into one list of rows, with audio paths made absolute.
-
-    Args
-        data: manifests, folders that hold a manifest.jsonl, or the word "demo".
-        need: keys every returned row must have.
-        split: keep rows of this split; a row without a "split" belongs to every split.
-    Raises
-        FileNotFoundError, ValueError: naming file, line and key.
-    """
-    return list(iter_manifest(data, need, split))
-
-
-def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None = None):
-    """`read_manifest`, row by row: for manifests too long to be held."""
-    for item in [data] if isinstance(data, str) else data:
-        path = manifest_path(item)
-        found = 0
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                row = _parse_row(line, f"{path}:{number}")
-                found += 1
-                if split and row.get("split", split) != split:
-                    continue
-                require([row], *need)
-                for key in ("audio", "image", "swapped_audio"):
-                    if key in row:
-                        row[key] = str(path.parent / row[key])
-                yield row
-        if not found:
-            raise ValueError(f"{path}: the manifest is empty; expected one JSON object a line")
-
-
-def require(rows: list[dict], *keys: str) -> None:
-    """ValueError naming file, line and key where a row lacks one of `keys`."""
-    for row in rows:
-        for key in keys:
-            if row.get(key) in (None, []):
-                raise ValueError(
-                    f"{row['where']}: has no '{key}', which this run needs "
-                    "(keys there: "
-                    f"{' '.join(', '.join(k for k in row if k != 'where').split())[:200]})"
-                )
-
-
-def manifest_path(item) -> Path:
-    """A manifest given as a file, as a folder that holds manifest.jsonl, or as "demo"."""
-    path = build_demo() if str(item) == "demo" else Path(item)
-    if path.is_dir():
-        path = path / "manifest.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such manifest; expected a .jsonl file, a folder that holds "
-            "manifest.jsonl, or the word demo (python -m tools.datasets makes manifests)"
-        )
-    return path
-
-
-def _parse_row(line: bytes, where: str) -> dict:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        if where.endswith((".csv:1", ".tsv:1")):
-            raise ValueError(
-                f"{where}: a table, not a manifest; make one first: python -m tools.datasets csv "
-                f"{where[:-2]} --audio COLUMN "
-                "--caption COLUMN --out FOLDER"
-            ) from None
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: not UTF-8 text; expected JSON Lines saved as UTF-8") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # numbers of thousands of digits, nesting without end
-        raise ValueError(f"{where}: not JSON that can be read ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    for key, value in row.items():
-        near = [] if key in MANIFEST_KEYS else difflib.get_close_matches(key, MANIFEST_KEYS, 1, 0.8)
-        if near:
-            raise ValueError(f"{where}: unknown key {key!r}; did you mean '{near[0]}'?")
-        if key in MANIFEST_KEYS and not isinstance(value, MANIFEST_KEYS[key]):
-            raise ValueError(f"{where}: '{key}' has the wrong type {type(value).__name__}")
-    if row.get("split", "train") not in ("train", "val", "test"):
-        raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
-    if not row.get("audio"):
-        raise ValueError(
-            f"{where}: no key 'audio' (keys there: "
-            f"{' '.join(', '.join(row).split())[:200] or 'none'}); "
-            "it must name the sound file"
-        )
-    for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
-        for number, caption in enumerate(row.get(key, []), 1):
-            if not isinstance(caption, str) or not re.search(r"\w", caption):
-                raise ValueError(
-                    f"{where}: {name} {number} is empty ({caption!r}); write one or remove it"
-                )
-    duration = row.get("duration", 1.0)
-    if isinstance(duration, bool) or not 0 < duration < math.inf:
-        raise ValueError(
-            f"{where}: duration {duration!r}; expected seconds above 0, or no such key"
-        )
-    if not all(isinstance(label, str) for label in row.get("labels", [])):
-        raise ValueError(f"{where}: labels {row['labels']!r}; expected a list of class names")
-    if not all(
-        text is None or (isinstance(text, str) and re.search(r"\w", text))
-        for text in row.get("negatives", [])
-    ):
-        raise ValueError(
-            f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null"
-        )
-    n_negatives, n_captions = len(row.get("negatives", [])), len(row.get("captions", []))
-    if n_negatives not in (0, n_captions):  # else pairs would shift
-        raise ValueError(
-            f"{where}: {n_negatives} negatives for {n_captions} captions; expected one, or null, "
-            "a caption"
-        )
-    for event in row.get("events", []):
-        if (
-            not isinstance(event, dict)
-            or not {"label", "onset", "offset"} <= set(event)
-            or not isinstance(event["label"], str)
-        ):
-            raise ValueError(f"{where}: an event needs label, onset and offset, found {event!r}")
-        _check_times(
-            event["onset"],
-            event["offset"],
-            row.get("duration"),
-            f"{where}: event {event['label']!r}",
-        )
-    for phrase in row.get("phrases", []):
-        if not (
-            isinstance(phrase, dict)
-            and isinstance(phrase.get("phrase"), str)
-            and re.search(r"\w", phrase["phrase"])
-            and isinstance(phrase.get("segments"), list)
-        ):
-            raise ValueError(f"{where}: a phrase needs 'phrase' and 'segments', found {phrase!r}")
-        for segment in phrase["segments"]:
-            if not isinstance(segment, list) or len(segment) != 2:
-                raise ValueError(
-                    f"{where}: segment {segment!r} of {phrase['phrase']!r}; expected [onset, "
-                    "offset] in seconds"
-                )
-            if segment != [0, 0]:  # AudioGrounding's mark for "not in the clip"
-                _check_times(*segment, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
-    row["where"] = where
-    return row
-
-
-def _check_times(onset, offset, duration, where: str) -> None:
-    if not all(
-        isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t)
-        for t in (onset, offset)
-    ):
-        raise ValueError(
-            f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers"
-        )
-    if not 0 <= onset < offset:
-        raise ValueError(f"{where}: onset {onset}, offset {offset}; expected 0 <= onset < offset")
-    if (
-        duration and onset > 10 * duration
-    ):  # annotations may run past a shortened file, but not that far
-        raise ValueError(
-            f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected "
-            "seconds"
-        )
-
-
-def read_classes(data: list[str], rows: list[dict]) -> list[str]:
-    """Class list: classes.txt beside the first manifest (order kept), else all labels, sorted."""
-    path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
-    if path.is_file():
-        try:
-            classes = [
-                line.strip()
-                for line in path.read_text(encoding="utf-8-sig").splitlines()
-                if line.strip()
-            ]
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"{path}: not UTF-8 text; save it as UTF-8, one class a line"
-            ) from None
-        if not classes:
-            raise ValueError(
-                f"{path}: the class list is empty; write one class a line, or remove the file"
-            )
-        twice = sorted({c for c in classes if classes.count(c) > 1})
-        if twice:
-            raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
-        return classes
-    labels = {label for row in rows for label in row.get("labels", [])}
-    return sorted(labels | {event["label"] for row in rows for event in row.get("events", [])})
-
-
-def split_train_val(
-    rows: list[dict], seed: int = 0, most: int = 1000
-) -> tuple[list[dict], list[dict]]:
-    """Rows for training (split "train" or none) and validation (split "val", else 5 % held out).
-
-    Held-out clips are drawn by the file's name, so several captions of a clip stay together.
-    """
-    train = [row for row in rows if row.get("split", "train") == "train"]
-    val = [row for row in rows if row.get("split") == "val"]
-    audio = sorted({row["audio"] for row in train})
-    if not val and len(audio) > 3:
-        held = np.random.default_rng(seed).permutation(len(audio))[
-            : min(most, max(2, len(audio) // 20))
-        ]
-        held = {audio[i] for i in held}
-        val = [row for row in train if row["audio"] in held]
-        train = [row for row in train if row["audio"] not in held]
-    if not train:
-        raise ValueError(
-            "no row of the manifest is for training (first: "
-            f"{rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at "
-            "all"
-        )
-    return train, val
-
-
-# ------------------------------------------------------------------------------------------------
-# Scenes and the demo corpus
-# ------------------------------------------------------------------------------------------------
-
-DEMO_HZ = 32000
-ONE = ["{0}", "the sound of {0}", "{0} can be heard"]
-TWO = ["{0} followed by {1}", "{0}, then {1}", "{0} before {1}", "{1} after {0}"]
-THREE = ["{0} followed by {1}, then {2}", "{0}, then {1}, then {2}"]
-TOGETHER = ["{0} while {1} is heard", "{0} and {1} at the same time"]
-
-
-def _fade(sound: np.ndarray, rate: int) -> np.ndarray:
-    n = min(len(sound) // 2, rate // 100)
-    ramp = np.linspace(0, 1, n, dtype=np.float32)
-    sound = sound.copy()
-    sound[:n] *= ramp
-    sound[len(sound) - n :] *= ramp[::-1]
-    return sound
-
-
-def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
-    """One to three different sounds in a noisy scene, with captions, events, phrases and order.
-
-    Args
-        rng: numpy Generator; every choice comes from it.
-        draw_sound: rng -> (label, phrase, waveform (S,) float32 at `rate`).
-    Returns
-        waveform (S,), row (manifest fields), swapped (S,) or None: the same sounds in reverse
-        order with the same gaps, for scenes whose sounds do not overlap.
-    """
-    n, sounds = int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2])), []
-    for _ in range(200):  # a folder with one class gives scenes of one sound
-        label, phrase, sound = draw_sound(rng)
-        if label not in [s[0] for s in sounds]:
-            longest = int(0.85 * scene_s / n * rate)
-            start = int(rng.integers(0, max(1, len(sound) - longest + 1)))
-            sound = _fade(sound[start : start + longest], rate)
-            level = 10 ** (-rng.uniform(16, 26) / 20)  # RMS between -16 and -26 dB of full scale
-            sounds.append((label, phrase, sound * level / (np.sqrt(np.mean(sound**2)) + 1e-9)))
-        if len(sounds) == n:
-            break
-    n, size = len(sounds), int(scene_s * rate)
-    lengths = np.array([len(s[2]) for s in sounds])
-    together = n == 2 and rng.random() < 0.3
-    if together:  # the second starts inside the first half of the first
-        first = int(rng.integers(0, size - lengths[0] + 1))
-        second = min(first + int(rng.integers(0, lengths[0] // 2 + 1)), size - lengths[1])
-        onsets, swapped = [first, second], None
-    else:  # the free time is cut at random into gaps before, between and after
-        gaps = np.diff(np.sort(rng.integers(0, size - lengths.sum() + 1, n)), prepend=0)
-        onsets = np.cumsum(gaps) + np.cumsum(lengths) - lengths
-        back = np.cumsum(gaps) + np.cumsum(lengths[::-1]) - lengths[::-1]
-        swapped = np.zeros(size, np.float32) if n > 1 else None
-    # background: white noise with some more energy at low frequencies
-    noise = np.cumsum(rng.standard_normal(size).astype(np.float32))
-    noise = np.diff(noise, prepend=0) + 0.02 * (
-        noise - np.convolve(noise, np.ones(64) / 64, "same")
-    )
-    noise *= 10 ** (-rng.uniform(42, 52) / 20) / np.sqrt(np.mean(noise**2))
-    waveform = noise.astype(np.float32)
-    for (_, _, sound), onset in zip(sounds, onsets):
-        waveform[onset : onset + len(sound)] += sound
-    if swapped is not None:
-        swapped += noise
-        for (_, _, sound), onset in zip(sounds[::-1], back):
-            swapped[onset : onset + len(sound)] += sound
-
-    templates = TOGETHER if together else {1: ONE, 2: TWO, 3: THREE}[n]
-    chosen = [templates[i] for i in rng.permutation(len(templates))[:2]]
-    phrases = [s[1] for s in sounds]
-    ordered = n > 1 and not together
-    times = [
-        [round(o / rate, 3), round((o + length) / rate, 3)] for o, length in zip(onsets, lengths)
-    ]
-    row = {
-        "duration": scene_s,
-        "captions": [t.format(*phrases) for t in chosen],
-        "negatives": [t.format(*phrases[::-1]) if ordered else None for t in chosen],
-        "labels": [s[0] for s in sounds],
-        "events": [
-            {"label": s[0], "onset": on, "offset": off} for s, (on, off) in zip(sounds, times)
-        ],
-        "phrases": [{"phrase": p, "segments": [t]} for p, t in zip(phrases, times)],
-    }
-    return np.clip(waveform, -1, 1), row, None if swapped is None else np.clip(swapped, -1, 1)
-
-
-def write_audio(path: Path, waveform: np.ndarray, rate: int) -> None:
-    """waveform (S,) -> a 16-bit file of the kind its suffix names; under a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
-    sf.write(temporary, waveform, rate, subtype="PCM_16", format=path.suffix[1:].upper())
-    os.replace(temporary, path)
-
-
-def write_scene(
-    folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str, suffix: str = "wav"
-) -> dict:
-    """Make one scene, write its audio (for test scenes also `name`_swapped) -> its row."""
-    waveform, row, swapped = make_scene(np.random.default_rng(seed), draw_sound, rate)
-    write_audio(folder / f"{name}.{suffix}", waveform, rate)
-    row = {"audio": f"{folder.name}/{name}.{suffix}", **row, "split": split}
-    if split == "test" and swapped is not None:
-        write_audio(folder / f"{name}_swapped.{suffix}", swapped, rate)
-        row["swapped_audio"] = f"{folder.name}/{name}_swapped.{suffix}"
-    return row
-
-
-def write_lines(path: Path, lines) -> None:
-    """Write text lines, never half a file."""
-    with written_whole(path) as file:
-        for line in lines:
-            file.write(f"{line}\n".encode())
-
-
-def this_process() -> str:
-    # two nodes on one disk may give out the same number
-    return f"{os.environ.get('RANK', '')}_{os.getpid()}"
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, who: str = ""):
-    """Open for writing bytes under a temporary name, rename at the end: a kill or a full disk
-    leaves the file before it whole.
-
-    who: part of the temporary name, where several processes may write the same file.
-    """
-    temporary = path.with_name(f"{path.name}{who}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise OSError(
-                f"{path} cannot be written ({error.strerror}); what was there before is whole"
-            ) from None
-        raise  # what the caller did meanwhile
-
-
-def demo_sound(rng, rate: int = DEMO_HZ):
-    """One of twelve synthetic sound classes -> label, phrase, waveform (S,) float32."""
-    seconds = rng.uniform(0.8, 3.0)
-    t = np.arange(int(seconds * rate)) / rate
-    white = rng.standard_normal(len(t))
-    pitch = 2 ** rng.uniform(-0.3, 0.3)
-
-    def pulses(per_s, width_s):
-        return (t * per_s * pitch % 1) < width_s * per_s * pitch
-
-    def tone(hz):
-        return np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hz * pitch, t.shape)) / rate)
-
-    def smooth(x, n):
-        return np.convolve(x, np.ones(n) / n, "same")
-
-    sounds = {
-        "rising_chirp": ("a rising chirp", lambda: tone(400 * 8 ** (t / seconds))),
-        "falling_chirp": ("a falling chirp", lambda: tone(3200 * 8 ** (-t / seconds))),
-        "low_hum": ("a low hum", lambda: tone(90) + 0.5 * tone(180) + 0.3 * tone(270)),
-        "beeps": ("rapid beeps", lambda: tone(1500) * pulses(5, 0.1)),
-        "alarm": ("a two-tone alarm", lambda: tone(np.where(t * 2 % 1 < 0.5, 700, 1100))),
-        "siren": ("a wailing siren", lambda: tone(900 + 400 * np.sin(2 * np.pi * 0.8 * t))),
-        "bell": (
-            "a bell ringing",
-            lambda: sum(tone(600 * r) * np.exp(-t * (1 + r)) for r in (1, 2.76, 5.4, 8.9)),
-        ),
-        "clicks": ("steady clicking", lambda: white * pulses(4, 0.008)),
-        "rumble": ("a deep rumble", lambda: smooth(white, 200)),
-        "hiss": ("a loud hiss", lambda: white - smooth(white, 5)),
-        "gusts": ("gusts of wind", lambda: smooth(white, 30) * (1 + np.sin(2 * np.pi * 0.9 * t))),
-        "warble": ("a warbling whistle", lambda: tone(2200) * (1 + np.sin(2 * np.pi * 9 * t))),
-    }
-    label = sorted(sounds)[int(rng.integers(len(sounds)))]
-    phrase, make = sounds[label]
-    return label, phrase, make().astype(np.float32)
-
-
-def build_demo(
-    folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val", 60), ("test", 60))
-) -> Path:
-    """The built-in corpus: synthetic 10 s scenes, equal on every machine; built on first use."""
-    folder = Path(folder)
-    if not (folder / "manifest.jsonl").is_file() and rank_and_world()[0] == 0:
-        try:
-            (folder / "audio").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PermissionError(
-                f"{folder}: the demo corpus cannot be written here ({error.strerror}); "
-                "run from a folder that you may write to"
-            ) from None
-        jobs = [(split, i) for split, count in sizes for i in range(count)]
-        rows = [
-            write_scene(
-                folder / "audio",
-                f"{split}_{i:04d}",
-                (seed, len(split), i),
-                demo_sound,
-                DEMO_HZ,
-                split,
-            )
-            for split, i in tqdm(jobs, desc=f"building the demo corpus in {folder}", unit="clip")
-        ]
-        write_lines(
-            folder / "classes.txt", sorted({label for row in rows for label in row["labels"]})
-        )
-        write_lines(folder / "manifest.jsonl", [json.dumps(row) for row in rows])
-    barrier()
-    return folder
-
-
-# ------------------------------------------------------------------------------------------------
-# Log-mel
-# ------------------------------------------------------------------------------------------------
-
-
-def keep_out_of_checkpoints(module: nn.Module) -> None:
-    """Make every buffer of `module` non-persistent: constants that are computed anew."""
-    for name, buffer in list(module.named_buffers()):
-        parent, _, leaf = name.rpartition(".")
-        module.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
-
-
-class LogMel(nn.Module):
-    """Waveform (B, S) in [-1, 1] -> log-mel (B, T_mel, M) in dB, always in fp32.
-
-    Hann window of n_fft samples, centred, reflect padding, power spectrum, Slaney filters,
-    10 log10(max(x, 1e-10)) without a top_db. Source: HTS-AT's torchlibrosa settings.
-    """
-
-    def __init__(
-        self, sample_rate=32000, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000
-    ):
-        super().__init__()
-        self.spectrogram = torchaudio.transforms.Spectrogram(n_fft, n_fft, hop, power=None)
-        self.mel_scale = torchaudio.transforms.MelScale(
-            n_mels, sample_rate, fmin_hz, fmax_hz, n_fft // 2 + 1, "slaney", "slaney"
-        )
-        keep_out_of_checkpoints(self)
-
-    def forward(self, waveform):
-        with torch.autocast(waveform.device.type, enabled=False):
-            # on a CPU a few clips at a time stay in cache: 3 times faster than the batch at once
-            parts = waveform.float().split(len(waveform) if waveform.is_cuda else 4)
-            power = torch.cat([self.mel_scale(self.power(part)) for part in parts])  # (B, M, T_mel)
-            return 10 * torch.log10(power.clamp(min=1e-10)).transpose(1, 2)
-
-    def power(self, waveform):
-        spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, bins, T_mel, 2)
-        # torchaudio's abs() first takes a slow root
-        return spectrum[..., 0].square() + spectrum[..., 1].square()
-
-
-def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
-    """Zero `stripes` random stripes a clip along time and along mel. x (B, T_mel, M).
-
-    Widths are uniform in [0, width), positions uniform where the stripe fits (SpecAugment as in
-    torchlibrosa). Drawn on x's device without synchronisation.
-    """
-    for dim, width in ((1, time_width), (2, mel_width)):
-        size = x.shape[dim]
-        widths = (torch.rand(len(x), stripes, device=x.device) * width).floor()
-        starts = (torch.rand(len(x), stripes, device=x.device) * (size - widths)).floor()
-        position = torch.arange(size, device=x.device)
-        hit = ((position >= starts[..., None]) & (position < (starts + widths)[..., None])).any(
-            1
-        )  # (B, size)
-        x = x.masked_fill(hit[:, :, None] if dim == 1 else hit[:, None, :], 0.0)
-    return x
-
-
-# ------------------------------------------------------------------------------------------------
-# Transformer block
-# ------------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection. x (N, L, C) -> (N, L, C).
-
-    bias (P, heads, L, L) is added to the logits; row n of x takes bias[n % P]. Source: MGA-CLAP
-    Eq. (4) to (6), there for one head and without a bias.
-    """
-
-    def __init__(self, dim, heads, qkv_bias=True):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x, bias=None):
-        N, L, C = x.shape
-        qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)  # MGA-CLAP Eq. (4)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, C / heads) each
-        if bias is not None:
-            # P rows of x side by side on the axis of heads, so that one bias fits all of them
-            P = len(bias)
-            q, k, v = (x.reshape(N // P, P * self.heads, L, -1) for x in (q, k, v))
-            bias = bias.to(q.dtype).flatten(0, 1)  # (P * heads, L, L); fp32 under autocast
-        # MGA-CLAP Eq. (5): the softmax over positions, of the logits plus the bias
-        # MGA-CLAP Eq. (6): the sum of the values with these weights
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.reshape(N, self.heads, L, -1).transpose(1, 2).reshape(N, L, C))
-
-    def values(self, x):
-        """proj(V(x)): every position keeps its own value, nothing is mixed over positions.
-
-        Source: MGA-CLAP Sec. 3.3, U' = V; the output projection stays, as "other components".
-        """
-        C = x.shape[-1]
-        bias = None if self.qkv.bias is None else self.qkv.bias[2 * C :]
-        return self.proj(F.linear(x, self.qkv.weight[2 * C :], bias))
-
-
-def drop_path(x, probability: float, training: bool, parts: int = 1):
-    """Drop the whole residual branch of a clip, scaling the others by 1 / (1 - p).
-
-    `parts`: consecutive rows of x (N, L, C) that belong to one clip (the windows of Swin) and
-    therefore share one draw.
-    """
-    if not training or probability == 0:
-        return x
-    keep = torch.rand(len(x) // parts, 1, 1, device=x.device) >= probability
-    return x * (keep.to(x.dtype) / (1 - probability)).repeat_interleave(parts, 0)
-
-
-def init_linear_layers(model: nn.Module) -> None:
-    """Truncated normal weights of deviation 0.02 and zero biases, as vision transformers start."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; with `locality`, MGA-CLAP's locality-aware block.
-
-    locality: "" ordinary attention; "paper" the projected values replace attention, all else
-    unchanged (MGA-CLAP Sec. 3.3, not numbered: without Eq. (5) and (6), U' = V); "official" as its
-    released code: the FFN is left out too and the second LayerNorm's output is added directly.
-    """
-
-    def __init__(
-        self, dim, heads, mlp_ratio=4, drop_path=0.0, qkv_bias=True, eps=1e-5, locality=""
-    ):
-        super().__init__()
-        self.drop_path, self.locality = drop_path, locality
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(dim, mlp_ratio * dim), "fc2": nn.Linear(mlp_ratio * dim, dim)}
-        )
-        if locality == "official":
-            self.mlp.requires_grad_(False)  # unused, kept so that the authors' weights load
-
-    def feed_forward(self, x):
-        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))
-
-    def forward(self, x, bias=None, parts=1):
-        """x (N, L, C); bias (P, heads, L, L) as in `Attention`; parts as in `drop_path`."""
-
-        def drop(branch):
-            return drop_path(branch, self.drop_path, self.training, parts)
-
-        if self.locality:
-            values = self.attn.values(self.norm1(x))  # MGA-CLAP Sec. 3.3: U' = V
-            x = x + drop(values)
-            if self.locality == "official":
-                return x + drop(self.norm2(x))
-            return x + drop(self.feed_forward(self.norm2(x)))
-        x = x + drop(self.attn(self.norm1(x), bias))
-        return x + drop(self.feed_forward(self.norm2(x)))
-
-
-# ------------------------------------------------------------------------------------------------
-# HTS-AT
-# ------------------------------------------------------------------------------------------------
-
-
-class SwinStage(nn.Module):
-    """Blocks on one grid of G x G cells, then a 2 x 2 patch merging (absent in the last stage).
-
-    Every block sees windows of `window` x `window` cells; every second one sees them moved by half
-    a window. Source: Liu et al., Swin Transformer, ICCV 2021.
-    """
-
-    def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
-        super().__init__()
-        self.window = min(window, grid)
-        self.shift = self.window // 2 if grid > self.window else 0  # one window: nothing to shift
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities)
-        )
-        self.bias_tables = nn.ParameterList(
-            nn.init.trunc_normal_(
-                nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads)), std=0.02
-            )
-            for _ in self.blocks
-        )
-        for block, table in zip(self.blocks, self.bias_tables):
-            table.requires_grad_(not block.locality)
-        self.downsample = None
-        if merge:
-            self.downsample = nn.ModuleDict(
-                {
-                    "norm": nn.LayerNorm(4 * dim),
-                    "reduction": nn.Linear(4 * dim, 2 * dim, bias=False),
-                }
-            )
-
-        side = torch.arange(self.window)
-        row, column = torch.cartesian_prod(side, side).T  # (L,) each, L cells in a window
-        row_offset = row[:, None] - row[None, :] + self.window - 1
-        column_offset = column[:, None] - column[None, :] + self.window - 1
-        index = row_offset * (2 * self.window - 1) + column_offset
-        self.register_buffer("bias_index", index.flatten(), persistent=False)  # (L * L,)
-        if self.shift:  # cells that the roll brought together from opposite edges must not attend
-            edge = torch.zeros(grid, dtype=torch.long)
-            edge[-self.window :], edge[-self.shift :] = 1, 2
-            region = 3 * edge[:, None] + edge  # (G, G)
-            region = self.windows(region[None, :, :, None]).squeeze(-1)  # (windows, L)
-            # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products
-            # fivefold
-            mask = (region[:, :, None] != region[:, None, :]) * -1e4
-            self.register_buffer("shift_mask", mask, persistent=False)  # (windows, L, L)
-
-    def windows(self, x):
-        """x (B, G, G, C) -> (B * windows, L, C)."""
-        B, G, _, C = x.shape
-        n, w = G // self.window, self.window
-        return x.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w * w, C)
-
-    def grid(self, x, G: int):
-        """The inverse of `windows`."""
-        n, w, C = G // self.window, self.window, x.shape[-1]
-        return x.view(-1, n, n, w, w, C).transpose(2, 3).reshape(-1, G, G, C)
-
-    def attention_bias(self, i: int, shift: int):
-        """What block i adds to its logits: (1 or windows, heads, L, L)."""
-        L = self.window**2
-        bias = F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1)
-        bias = bias.permute(0, 3, 1, 2)
-        return bias + self.shift_mask[:, None] if shift else bias
-
-    def forward(self, x):
-        """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
-        B, G, _, _ = x.shape
-        for i, block in enumerate(self.blocks):
-            shift = self.shift if i % 2 else 0
-            if shift:
-                x = torch.roll(x, (-shift, -shift), (1, 2))
-            bias = None if block.locality else self.attention_bias(i, shift)
-            x = self.windows(x)
-            x = self.grid(block(x, bias, parts=len(x) // B), G)
-            if shift:
-                x = torch.roll(x, (shift, shift), (1, 2))
-        if self.downsample is None:
-            return x
-        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
-        return self.downsample["reduction"](self.downsample["norm"](x))
-
-
-class HTSAT(nn.Module):
-    """HTS-AT audio encoder (Swin on a folded spectrogram), without its tagging heads.
-
-    Source: Chen et al., ICASSP 2022; official htsat.py. The spectrogram is stretched to
-    spec_size * chunks frames, cut into `chunks` pieces of time that are stacked along frequency,
-    and the square image goes through Swin stages. For the paper's size the output grid is 8 x 8:
-    4 chunks x 2 frequency halves by 8 columns, so 32 steps of 0.32 s of (stretched) time.
-
-    Args
-        dim, depths, heads: channels of stage 1, blocks and heads a stage ("tiny" in HTS-AT's words;
-            LAION's "base" is dim 128, depths 2 2 12 2).
-        locality_blocks: how many blocks are locality-aware, from the last one backwards through all
-            stages.
-        locality: "paper" or "official", see `Block`.
-    """
-
-    def __init__(
-        self,
-        dim=96,
-        depths=(2, 2, 6, 2),
-        heads=(4, 8, 16, 32),
-        patch=4,
-        window=8,
-        spec_size=256,
-        n_mels=64,
-        drop_path=0.1,
-        locality_blocks=0,
-        locality="paper",
-    ):
-        super().__init__()
-        self.spec_size, self.chunks = spec_size, spec_size // n_mels
-        self.out_dim = dim * 2 ** (len(depths) - 1)
-        self.n_frames = self.chunks * (spec_size // (patch * 2 ** (len(depths) - 1)))
-        self.bn0 = nn.BatchNorm1d(n_mels)
-        self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv2d(1, dim, patch, patch), "norm": nn.LayerNorm(dim)}
-        )
-        drops = torch.linspace(0, drop_path, sum(depths)).tolist()
-        self.layers = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            behind = sum(depths[i:])  # blocks from the first of this stage to the last of all
-            kinds = [locality if behind - j <= locality_blocks else "" for j in range(depth)]
-            self.layers.append(
-                SwinStage(
-                    dim * 2**i,
-                    spec_size // (patch * 2**i),
-                    heads[i],
-                    window,
-                    [drops.pop(0) for _ in range(depth)],
-                    kinds,
-                    merge=i < len(depths) - 1,
-                )
-            )
-        self.norm = nn.LayerNorm(self.out_dim)
-        init_linear_layers(self)
-
-    def forward(self, log_mel):
-        """log_mel (B, T_mel, M) in dB, T_mel <= spec_size * chunks -> frame_feats (B, T,
-        out_dim).
-        """
-        B, T_mel, M = log_mel.shape
-        x = self.bn0(log_mel.transpose(1, 2)).transpose(1, 2)
-        if self.training:  # after bn0, so that 0 is each bin's mean
-            x = spec_augment(x, time_width=64, mel_width=8)
-        length = self.spec_size * self.chunks
-        if T_mel > length:
-            raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {length}")
-        x = F.interpolate(x[:, None], (length, M), mode="bicubic", align_corners=True)
-        # row = chunk * M + mel, column = time
-        x = x.view(B, self.chunks, self.spec_size, M).transpose(2, 3)
-        x = self.patch_embed["proj"](x.reshape(B, 1, self.spec_size, self.spec_size))
-        x = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, G, G, C)
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x)
-        _, G, _, C = x.shape
-        x = x.view(B, self.chunks, G // self.chunks, G, C).mean(2)  # mean over frequency
-        return x.reshape(B, self.n_frames, C)
-
-
-def check_htsat(cfg) -> None:
-    """ValueError for settings of which no HTS-AT with an image of 256 x 256 can be made."""
-    stages = len(cfg.audio_depths)
-    if len(cfg.audio_heads) != stages:
-        raise ValueError(
-            f"--audio-depths has {stages} numbers, --audio-heads {len(cfg.audio_heads)}: expected "
-            "one a stage in both"
-        )
-    for i, heads in enumerate(cfg.audio_heads):
-        if cfg.audio_dim * 2**i % heads:
-            raise ValueError(
-                f"--audio-heads: {heads} heads do not divide the {cfg.audio_dim * 2**i} channels "
-                f"of stage {i + 1} (--audio-dim {cfg.audio_dim}, doubled every stage)"
-            )
-    # the last grid holds four pieces of the spectrogram, one below the other
-    least = 4 * cfg.audio_patch * 2 ** (stages - 1)
-    if 256 % least:
-        raise ValueError(
-            f"--audio-patch {cfg.audio_patch} with {stages} stages: 4 * patch * 2^(stages - 1) = "
-            f"{least} must divide 256"
-        )
-
-
-def htsat_state(weights: dict) -> dict:
-    """Rename HTS-AT weights of any published file to ours; keys that are none of ours are dropped
-    by name.
-
-    Takes the state dict of the authors' AudioSet file (prefix "sed_model."), of MGA-CLAP and LAION
-    files with their prefix already removed, and of transformers' ClapModel or ClapAudioModel.
-    """
-    state, qkv = {}, {}
-    unused = re.compile(
-        r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|"
-        r"^(spectrogram|logmel)_extractor\.|"
-        r"^(audio_feats_extractor|mel_trans)\.|position_ids$|patch_embed\.mel_conv2d\."
-    )
-    for key, value in weights.items():
-        key = re.sub(r"^(sed_model\.|(audio_model\.)?audio_encoder\.)", "", key)
-        if unused.search(key):
-            continue
-        for theirs, ours in (
-            ("batch_norm.", "bn0."),
-            ("layernorm_before", "norm1"),
-            ("layernorm_after", "norm2"),
-            ("attention.output.dense", "attn.proj"),
-            ("intermediate.dense", "mlp.fc1"),
-            ("output.dense", "mlp.fc2"),
-            ("attention.self.relative", "attn.relative"),
-        ):
-            key = key.replace(theirs, ours)
-        table = re.match(r"(layers\.\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", key)
-        part = re.match(r"(.*)\.attention\.self\.(query|key|value)\.(weight|bias)$", key)
-        if table:
-            state[f"{table[1]}.bias_tables.{table[2]}"] = value
-        elif part:
-            qkv.setdefault(f"{part[1]}.attn.qkv.{part[3]}", {})[part[2]] = value
-        else:
-            state[key] = value
-    for key, parts in qkv.items():
-        if len(parts) == 3:
-            state[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
-    return state
-
-
-def load_htsat(encoder: HTSAT, path: str) -> None:
-    """Start an HTS-AT from HTSAT_AudioSet*.ckpt, a transformers CLAP folder, or a saved
-    state dict.
-    """
-    folder = Path(path)
-    if folder.is_dir() or not folder.suffix:  # a folder, or a hub id
-        weights = transformers_weights(path)
-        weights = {
-            k: v
-            for k, v in weights.items()
-            if k.startswith(("audio_model.audio_encoder.", "audio_encoder."))
-        }
-    else:
-        weights = read_weights(path)
-        weights = weights.get("state_dict", weights)
-        if any(key.startswith("sed_model.") for key in weights):
-            weights = {k: v for k, v in weights.items() if k.startswith("sed_model.")}
-    load_strict(encoder, htsat_state(weights), path)
-
-
-# ------------------------------------------------------------------------------------------------
-# Text encoder
-# ------------------------------------------------------------------------------------------------
-
-
-class TextEncoder(nn.Module):
-    """A transformers text encoder and its tokenizer, in one module that a checkpoint can rebuild.
-
-    Args
-        model: transformers encoder; tokenizer: its fast tokenizer; max_tokens: captions are cut
-            there, special tokens included; pooler: keep the encoder's pooling layer, for a caller
-            that uses it.
-    """
-
-    def __init__(self, model, tokenizer, max_tokens: int, pooler: bool = False):
-        super().__init__()
-        if getattr(model, "pooler", None) is not None and not pooler:
-            model.pooler = None  # an unused layer would stop DDP
-        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
-        self.out_dim = model.config.hidden_size
-
-    def tokenize(self, texts: list[str]) -> dict:
-        """-> input_ids (B, L), attention_mask (B, L), word_mask (B, L) bool, True = a real word
-        piece.
-        """
-        tokens = self.tokenizer(
-            texts,
-            padding="longest",
-            truncation=True,
-            max_length=self.max_tokens,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
-        word_mask = tokens["special_tokens_mask"] == 0
-        if not word_mask.any(1).all():
-            empty = texts[int((~word_mask.any(1)).nonzero()[0, 0])]
-            raise ValueError(
-                f"the text {empty!r} has no token to embed; every text needs at least one word"
-            )
-        return {
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "word_mask": word_mask,
-        }
-
-    def forward(self, input_ids, attention_mask):
-        """-> last hidden state (B, L, out_dim)."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-    def description(self) -> dict:
-        """What `text_encoder_from_description` needs, as plain strings."""
-        special = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        return {
-            "config": json.dumps(self.model.config.to_dict()),
-            "special_tokens": json.dumps(special),
-            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
-        }
-
-
-def quiet_transformers():
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
-def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = False) -> TextEncoder:
-    """From a hub id or a local folder, e.g. "bert-base-uncased"."""
-    transformers = quiet_transformers()
-    try:
-        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--text-model {name}: not a local folder and not to be had from the hub ({reason}); "
-            "give a folder that holds config.json, weights and tokenizer, or connect to a network"
-        ) from None
-    return TextEncoder(model, tokenizer, max_tokens, pooler)
-
-
-def text_encoder_from_scratch(
-    captions: list[str],
-    dim: int,
-    layers: int,
-    heads: int,
-    max_tokens: int,
-    vocabulary: int = 4000,
-    pooler: bool = False,
-) -> TextEncoder:
-    """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
-
-    The most frequent words, plus single characters for all others. tokenizers' own WordPiece
-    trainer breaks ties at random, so two runs of one seed would differ.
-    """
-    transformers = quiet_transformers()
-    backend = transformers.BertTokenizer().backend_tokenizer
-    words = collections.Counter(
-        word
-        for caption in captions
-        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
-            backend.normalizer.normalize_str(caption)
-        )
-    )
-    characters = sorted({character for word in words for character in word})
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *characters,
-        *("##" + c for c in characters),
-    ]
-    frequent = [
-        word
-        for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))
-        if len(word) > 1
-    ]
-    pieces += frequent[: max(0, vocabulary - len(pieces))]
-    tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=dim,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * dim,
-        max_position_embeddings=max(64, max_tokens),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens, pooler)
-
-
-def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = False) -> TextEncoder:
-    """The text encoder of a new model: --text-model's, or, where that is none, one from nothing
-    with the vocabulary of `texts`.
-    """
-    if cfg.text_model != "none":
-        return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
-    return text_encoder_from_scratch(
-        texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler
-    )
-
-
-def text_encoder_from_description(
-    description: dict, max_tokens: int, pooler: bool = False
-) -> TextEncoder:
-    """Rebuild the module stored in a checkpoint (random weights, to be loaded), without a
-    network.
-    """
-    transformers = quiet_transformers()
-    from tokenizers import Tokenizer
-
-    config = json.loads(description["config"])
-    config = transformers.AutoConfig.for_model(**config)
-    if config.model_type == "clip_text_model":  # CoLLAT needs its projection
-        model = transformers.CLIPTextModelWithProjection(config).float()
-    else:
-        model = transformers.AutoModel.from_config(config).float()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(description["tokenizer"]),
-        **json.loads(description["special_tokens"]),
-    )
-    return TextEncoder(model, tokenizer, max_tokens, pooler)
-
-
-# ------------------------------------------------------------------------------------------------
-# Sparsemax
-# ------------------------------------------------------------------------------------------------
-
-
-def sparsemax(z):
-    """Euclidean projection of z (..., K) onto the simplex, in fp32 (or fp64): many exact zeros.
-
-    Source: Martins & Astudillo, ICML 2016: what exceeds a threshold, so that the sum is 1; the
-    threshold is found by sorting.
-    """
-    z = z if z.dtype == torch.float64 else z.float()
-    z = z - z.detach().amax(-1, keepdim=True)  # the projection does not change, its rounding does
-    ranked = z.sort(-1, descending=True).values
-    rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-    excess = ranked.cumsum(-1) - 1
-    # how many are not 0; at least 1, but with NaN
-    size = (rank * ranked > excess).sum(-1, keepdim=True).clamp(min=1)
-    threshold = excess.gather(-1, size - 1) / size
-    return (z - threshold).clamp(min=0)
-
-
-# ------------------------------------------------------------------------------------------------
-# Metrics
-# ------------------------------------------------------------------------------------------------
-
-
-def retrieval_ranks(
-    sim, owner: np.ndarray, n_clips: int | None = None, block: int = 512, text=None
-) -> dict:
-    """Ranks (0 = best) in both directions; a tie counts against the right answer.
-
-    Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (then
-        with n_clips; called twice for every block, so only a block is ever held); owner (Q,) the
-        clip each caption belongs to, any number of captions a clip, in any order; text (Q,):
-        captions of one number are equal in text, and every clip that has such a caption counts as
-        theirs. None: a caption belongs to its own clip alone.
-    Returns
-        t2a (Q,): rank of the best of the caption's clips among N, one query a caption.
-        a2t (N,): rank of the best of the clip's captions among all Q.
-        t2a_ap10 (Q,), a2t_ap10 (N,): sum over the right answers found in the top 10, the i-th of
-            them at rank r_i, of i / (r_i + 1), divided by the number of right answers.
-    Clips without a caption are only distractors for t2a and are left out of a2t.
-    """
-    rows = sim if callable(sim) else lambda part: sim[part]
-    N = n_clips if callable(sim) else len(sim)
-    blocks = [slice(start, min(start + block, N)) for start in range(0, N, block)]
-    captions_of, right, a2t, ap10 = own_captions(owner, N, text), [], [], []
-    for part in tqdm(blocks, desc="ranks, audio to text", unit="block", leave=False, delay=2):
-        scores = rows(part)
-        if not np.isfinite(scores).all():
-            raise FloatingPointError(
-                "some similarities are NaN or infinite; the model's weights are broken"
-            )
-        for clip, row in zip(range(part.start, part.stop), scores):
-            mine = captions_of[clip]
-            if not len(mine):
-                continue
-            right.append((mine, row[mine]))
-            best_first = -np.sort(-row[mine])
-            # all captions >= mine, less those own ones that are
-            above = [(row >= s).sum() - (best_first >= s).sum() for s in best_first]
-            ranks = np.array(above) + np.arange(len(mine))
-            a2t.append(ranks[0])
-            ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(mine))
-    # Every pair of a caption and one of its clips, the captions in order, the best clip first
-    caption, score = (np.concatenate(parts) for parts in zip(*right))
-    order = np.lexsort((-score, caption))
-    caption, score = caption[order], score[order]
-    above, at = np.zeros(len(caption), int), np.arange(len(caption))
-    for part in tqdm(blocks, desc="ranks, text to audio", unit="block", leave=False, delay=2):
-        above += (rows(part)[:, caption] >= score).sum(0)
-    is_first = np.append(True, np.diff(caption) != 0)
-    place = at - np.maximum.accumulate(np.where(is_first, at, 0))  # among the caption's clips
-    # all clips >= this one, less those of the caption's own that are
-    last = np.flatnonzero(np.append((np.diff(caption) != 0) | (np.diff(score) != 0), True))
-    own = place + last[np.searchsorted(last, at)] - at + 1
-    ranks = above - own + place
-    gain = np.where(ranks < 10, (place + 1) / (ranks + 1), 0)
-    return {
-        "t2a": ranks[is_first],
-        "t2a_ap10": np.bincount(caption, gain) / np.bincount(caption),
-        "a2t": np.array(a2t),
-        "a2t_ap10": np.array(ap10),
-    }
-
-
-def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]:
-    """Of each clip the numbers of its captions; with `text` also of all captions equal to one of
-    them.
-    """
-
-    def groups(number, n):
-        ends = np.cumsum(np.bincount(number, minlength=n))[:-1]
-        return np.split(np.argsort(number, kind="stable"), ends)
-
-    captions_of = groups(owner, n_clips)
-    if text is None:
-        return captions_of
-    equal = groups(text, text.max() + 1)
-    return [
-        np.concatenate([equal[k] for k in np.unique(text[mine])]) if len(mine) else mine
-        for mine in captions_of
-    ]
-
-
-def retrieval_scores(ranks: dict) -> dict:
-    """R@1, R@5, R@10, mAP@10, MRR and median rank (from 1) of `retrieval_ranks`, both
-    directions.
-    """
-    scores = {}
-    for way in ("t2a", "a2t"):
-        r = ranks[way]
-        for k in (1, 5, 10):
-            scores[f"{way}_R@{k}"] = float((r < k).mean())
-        scores[f"{way}_mAP@10"] = float(ranks[f"{way}_ap10"].mean())
-        scores[f"{way}_MRR"] = float((1 / (r + 1)).mean())
-        scores[f"{way}_median_rank"] = float(np.median(r) + 1)
-    return scores
-
-
-def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
-    """What random scores would get, for the metrics of `retrieval_scores`; args as
-    `retrieval_ranks`.
-    """
-    captions_of = own_captions(owner, n_clips, text)
-    clips_of = np.bincount(np.concatenate(captions_of), minlength=len(owner))
-    per_clip = [len(mine) for mine in captions_of if len(mine)]
-    chance = {}
-    for way, n_right, n in (("t2a", clips_of, n_clips), ("a2t", per_clip, len(owner))):
-        count = collections.Counter(np.asarray(n_right).tolist())
-        of = {m: chance_of_best(m, n) for m in count}
-        for name in of[next(iter(of))]:
-            values = [of[m][name] for m, times in count.items() for _ in range(times)]
-            middle = np.median(values) if name == "median_rank" else np.mean(values)
-            chance[f"{way}_{name}"] = float(middle)
-    return chance
-
-
-def chance_of_best(m: int, n: int) -> dict:
-    """The metrics of one query with m right answers among n, all in random order."""
-    # survival[r]: no right answer among the first r, C(n - m, r) / C(n, r)
-    steps = [max(0, n - m - r) / (n - r) for r in range(n)]
-    survival = np.concatenate([[1.0], np.cumprod(steps)])
-    chance = {f"R@{k}": 1 - survival[min(k, n)] for k in (1, 5, 10)}
-    # E[i / (r + 1)] summed over right answers: each lies at rank r with probability 1 / n
-    gains = [(1 + r * (m - 1) / max(1, n - 1)) / (r + 1) for r in range(min(10, n))]
-    chance["mAP@10"] = sum(gains) / n
-    chance["MRR"] = (-np.diff(survival) / np.arange(1, n + 1)).sum()
-    chance["median_rank"] = (n + 1) / 2 if m == 1 else np.argmax(survival <= 0.5)
-    return chance
-
-
-def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Area under the precision-recall steps; equal scores form one threshold (as scikit-learn).
-
-    scores (N,), targets (N,) bool with at least one True. NaN where there is no positive.
-    """
-    order = np.argsort(-scores, kind="stable")
-    scores, hits = scores[order], np.cumsum(targets[order])
-    if not len(hits) or hits[-1] == 0:
-        return float("nan")
-    # last index of each threshold
-    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
-    gained = np.diff(hits[ends], prepend=0)
-    return float((gained / hits[-1] * hits[ends] / (ends + 1)).sum())
-
-
-def class_average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(N, C) scores and bool targets -> (C,) AP, NaN for a class without a positive."""
-    return np.array([average_precision(s, t) for s, t in zip(scores.T, targets.T)])
-
-
-def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
-    """(N, C) bool: is the class among a row's labels or events? Labels outside `classes` do not
-    count.
-    """
-    index = {c: i for i, c in enumerate(classes)}
-    targets = np.zeros((len(rows), len(classes)), bool)
-    for n, row in enumerate(rows):
-        found = [*row.get("labels", []), *(event["label"] for event in row.get("events", []))]
-        targets[n, [index[label] for label in found if label in index]] = True
-    if not targets.any():
-        raise ValueError(
-            f"none of the manifest's labels is among the {len(classes)} classes "
-            f"({', '.join(classes[:3])}, ...); "
-            "is classes.txt beside the manifest the right list?"
-        )
-    return targets
-
-
-def frame_targets(row: dict, classes: list[str], n_frames: int, frame_s: float) -> np.ndarray:
-    """(n_frames, C) bool: True where an event of the class covers the frame's centre."""
-    targets = np.zeros((n_frames, len(classes)), bool)
-    centre_s = (np.arange(n_frames) + 0.5) * frame_s
-    for event in row.get("events", []):
-        if event["label"] in classes:
-            targets[
-                (centre_s >= event["onset"]) & (centre_s < event["offset"]),
-                classes.index(event["label"]),
-            ] = True
-    return targets
-
-
-def frame_average_precisions(
-    frame_embeds, class_embeds, rows, classes, frame_s: float, centred: bool
-):
-    """Frame-level AP of each class over all frames of all clips.
-
-    Args
-        frame_embeds: list of (T_i, D); class_embeds (C, D), both normalised.
-        centred: take each frame's mean over classes out of its scores. Raw cosines (the papers'
-            protocol) also compare frames by how much they resemble any class at all.
-    Returns: AP (C,), NaN for a class without a frame; chance level (mean prevalence).
-    """
-    scores = np.concatenate(frame_embeds) @ class_embeds.T  # (frames, C)
-    if centred:
-        scores = scores - scores.mean(1, keepdims=True)
-    targets = np.concatenate(
-        [frame_targets(row, classes, len(f), frame_s) for row, f in zip(rows, frame_embeds)]
-    )
-    return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
-
-
-def print_scores(title: str, scores: dict, chance: dict) -> None:
-    """A table of scores, each beside its chance level."""
-    print(f"\n{title}\n  {'score':<22}{'value':>9}{'chance':>9}")
-    for key, value in scores.items():
-        print(f"  {key:<22}{value:>9.3f}{chance[key]:>9.3f}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Embedding files
-# ------------------------------------------------------------------------------------------------
-
-
-class AudioFiles(torch.utils.data.Dataset):
-    """Whole files (or their first `length_s`) for evaluation; an unusable one comes back as its
-    error.
-    """
-
-    def __init__(self, rows, sample_rate, length_s=None):
-        self.rows, self.sample_rate, self.length_s = rows, sample_rate, length_s
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        try:
-            return i, read_audio(
-                row["audio"], self.sample_rate, self.length_s, expected_s=row.get("duration")
-            )
-        except AudioError as error:
-            return i, error
-
-
-def collate_audio(items):
-    """[(index, waveform or AudioError)] -> indices, waveform (B, S), n_samples (B), [(index, error
-    text)].
-    """
-    good = [(i, w) for i, w in items if not isinstance(w, AudioError)]
-    bad = [(i, str(w)) for i, w in items if isinstance(w, AudioError)]
-    waveform, n_samples = pad_batch([w for _, w in good]) if good else (None, None)
-    return [i for i, _ in good], waveform, n_samples, bad
-
-
-def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
-    """Loader of all files in batches of similar length, as `collate_audio` returns them.
-
-    crop "all": whole files; "first": at most the model's first window.
-    """
-    length_s = None
-    if crop == "first" and math.isfinite(model.window_s):
-        length_s = model.window_s
-    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
-    batches = [[]]
-    # short with short: little padding, and bounded memory
-    for i in np.argsort(seconds, kind="stable").tolist():
-        most_s = max(seconds[i], 30.0 * batch_size)  # of a batch
-        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > most_s:
-            batches.append([])
-        batches[-1].append(i)
-    return Loader(
-        AudioFiles(rows, model.sample_rate, length_s),
-        batch_sampler=[b for b in batches if b],
-        num_workers=workers,
-        collate_fn=collate_audio,
-        worker_init_fn=outlive_signals,
-    )
-
-
-@torch.no_grad()
-def embed_files(
-    model,
-    rows: list[dict],
-    batch_size=32,
-    workers=0,
-    crop="all",
-    frames=False,
-    desc="embedding audio",
-    quiet=False,
-):
-    """Embed every readable file of `rows`.
-
-    Args
-        crop: "all": every consecutive window; "first": the first window only.
-        frames: the name of the model's method that gives them (True: embed_frames), or False.
-    Returns
-        kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
-            frames cut off, or None; bad: error texts of the files left out.
-    """
-    found, bad = {}, {}
-    frames = "embed_frames" if frames is True else frames
-    device = next(model.parameters()).device
-    loader = file_batches(model, rows, batch_size, workers, crop)
-    for indices, waveform, n_samples, errors in tqdm(
-        loader, desc=desc, unit="batch", leave=False, disable=quiet
-    ):
-        bad.update(errors)
-        if not indices:
-            continue
-        waveform = waveform.to(device)
-        embeds = model.embed_audio(waveform, n_samples).cpu().numpy()
-        if not np.isfinite(embeds).all():
-            raise FloatingPointError(
-                "some embeddings are NaN or infinite; the model's weights are broken"
-            )
-        clips = [None] * len(indices)
-        if frames:
-            clips = getattr(model, frames)(waveform, n_samples).cpu().numpy()
-        for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
-            if frames and frames != "token_embeds":  # those tokens are as many for every clip
-                if getattr(model, "repeats_short_clips", False):
-                    n = max(n, round(model.window_s * model.sample_rate))
-                clip = clip[: frames_in(model, n)]
-            found[i] = embed, clip
-    if not found:
-        first = bad[min(bad)] if bad else "no rows"
-        raise ValueError(f"none of {len(rows)} audio files could be read; first: {first}")
-    kept = sorted(found)
-    return (
-        kept,
-        np.stack([found[i][0] for i in kept]),
-        [found[i][1] for i in kept] if frames else None,
-        [bad[i] for i in sorted(bad)],
-    )
-
-
-def embed_validation(model, rows: list[dict], frames=False, quiet=True):
-    """embed_files; clips that cannot be read are named -> the others' rows, audio_embeds (N, D),
-    frame_embeds or None.
-    """
-    kept, audio_embeds, frame_embeds, bad = embed_files(
-        model, rows, frames=frames, desc="validation", quiet=quiet
-    )
-    for text in bad:
-        tqdm.write(f"validation: left out {text}")
-    return [rows[i] for i in kept], audio_embeds, frame_embeds
-
-
-def caption_retrieval(model, audio_embeds, frame_embeds, captions: list[list[str]]):
-    """Retrieval among N clips with their captions, a list for each -> scores, what chance gives,
-    sim (N, Q) with the captions in order.
-    """
-    owner = np.repeat(np.arange(len(captions)), [len(of_clip) for of_clip in captions])
-    texts = [text for of_clip in captions for text in of_clip]
-    sim = similarities(model, audio_embeds, frame_embeds, texts)
-    scores = retrieval_scores(retrieval_ranks(sim, owner))
-    return scores, retrieval_chance(owner, len(captions)), sim
-
-
-def frames_in(model, n_samples: int) -> int:
-    """Frames of a clip: they cover its sound, but a last window of less than one frame adds none.
-
-    Such a window holds a few milliseconds and its frame would be scored as if it were whole: a file
-    of 10.02 s has the 32 frames of its first 10 s.
-    """
-    frames = n_samples / model.sample_rate / model.frame_s
-    rest = frames % (getattr(model, "frame_window_s", model.window_s) / model.frame_s)
-    if rest < min(frames, 1) - 1e-6:
-        frames -= rest
-    return math.ceil(frames - 1e-6)
-
-
-def file_key(row: dict) -> str:
-    """Changes when a row's file does (path, size, time of the last change) or its declared
-    duration; "" without a file.
-    """
-    try:
-        stat = os.stat(row["audio"])
-    except OSError:
-        return ""
-    return (
-        f"{os.path.abspath(row['audio'])}|{stat.st_size}|{stat.st_mtime_ns}|{row.get('duration')}"
-    )
-
-
-def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
-    """(Q, D) float32; equal texts are embedded once, so their scores tie exactly."""
-    unique, inverse = np.unique(texts, return_inverse=True)
-    parts = [
-        model.embed_text(unique[i : i + batch_size].tolist()).cpu().numpy()
-        for i in range(0, len(unique), batch_size)
-    ]
-    return np.concatenate(parts)[inverse]
-
-
-def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndarray:
-    """(N, Q) similarity of clips and texts: cosines, or what a model that compares every
-    pair says.
-    """
-    if getattr(model, "pairwise", False):
-        return model.pair_scores(frame_embeds, texts)
-    return audio_embeds @ embed_texts(model, texts).T
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints and weight files
-# ------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, payload: dict) -> None:
-    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of
-    the bytes.
-    """
-    if path.name != "last.pt":
-        payload = {key: value for key, value in payload.items() if key != "optimiser"}
-    with written_whole(path) as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError:  # what torch makes of a failed write
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-
-
-def versions() -> dict:
-    import transformers
-
-    return {
-        "torch": str(torch.__version__),
-        "torchaudio": str(torchaudio.__version__),
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def allowed_globals() -> list:
-    """What published checkpoints carry beside their weights; nothing else in a file is
-    ever built.
-    """
-    from numpy._core.multiarray import scalar
-
-    allowed = [
-        argparse.Namespace,
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        np.dtype,
-    ]  # numpy 2's and 1's name
-    return allowed + [type(np.dtype(t)) for t in "fdil"]
-
-
-def read_weights(path) -> dict:
-    """torch.load without executing anything in the file (see `allowed_globals`)."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such weight file")
-    try:
-        with torch.serialization.safe_globals(allowed_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # of many types: no torch file, cut off, or it asks for more than data
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ValueError(
-            f"{path}: not a weight file that can be read safely; expected tensors and plain values "
-            f"written by torch.save (torch says: {reason})"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: expected a dictionary of weights, found {type(content).__name__}"
-        )
-    return content
-
-
-def read_checkpoint(path, method: str | None = None) -> dict:
-    """One of this project's checkpoints; `method` checks whose it is."""
-    content = read_weights(path)
-    if "method" not in content or "config" not in content:
-        raise ValueError(
-            f"{path}: not a checkpoint of this project (keys: "
-            f"{', '.join(repr(key)[:40] for key in list(content)[:5])})"
-        )
-    if method and content["method"] != method:
-        raise ValueError(
-            f"{path}: a checkpoint of {content['method']}, not of {method}; load it with "
-            f"{content['method']}.py"
-        )
-    if "model" not in content:
-        raise ValueError(
-            f"{path}: a checkpoint of {content['method']} without weights (no key 'model')"
-        )
-    return content
-
-
-def load_strict(module: nn.Module, state: dict, source) -> None:
-    """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own.keys() & state.keys()
-        if state[k].shape != own[k].shape
-    ]
-
-    def listed(names):
-        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-
-    problems = [
-        f"{text} {listed(names)}"
-        for text, names in (
-            ("missing keys:", missing),
-            ("unexpected keys:", extra),
-            ("wrong shapes:", sorted(shapes)),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
-    module.load_state_dict(state)
-
-
-def transformers_weights(name: str) -> dict:
-    """State dict of a transformers CLAP folder or hub id."""
-    transformers = quiet_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[
-            config.model_type
-        ]
-        return kind.from_pretrained(name).state_dict()
-    except KeyError:
-        raise ValueError(
-            f"{name}: a transformers model of type '{config.model_type}'; expected CLAP"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: not a transformers CLAP folder or reachable hub id "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None
-
-
-# ------------------------------------------------------------------------------------------------
-# Training helpers
-# ------------------------------------------------------------------------------------------------
-
-
-def start_device(name: str) -> torch.device:
-    """Join torchrun's process group where there is one; pick the device ("auto", "cpu", "cuda")."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
-    if "RANK" in os.environ and not dist.is_initialized():
-        # the others wait while the first process validates and embeds captions; nccl's own limit is
-        # ten minutes
-        dist.init_process_group(
-            "nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2)
-        )
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def seed_step(seed: int, step: int, rank: int = 0, part: int = 0) -> None:
@@ -2160,67 +2298,6 @@ def seed_step(seed: int, step: int, rank: int = 0, part: int = 0) -> None:
     )
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        rank, world = rank_and_world()
-        sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
-        dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-        sizes = torch.cat(sizes).tolist()  # a rank with an unreadable clip holds fewer rows
-        padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - len(x))).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(world)]
-        dist.all_gather(parts, padded)
-        ctx.start, ctx.size, ctx.world = sum(sizes[:rank]), len(x), world
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        # Every process computes the same full loss, so its own rows' gradient is complete;
-        # times world, because DistributedDataParallel divides by it.
-        return grad[ctx.start : ctx.start + ctx.size] * ctx.world
-
-
-def gather_with_grad(x):
-    """Rows of every process in rank order, (B, ...) -> (sum of B, ...), identity when alone.
-
-    For losses that every process computes in full: with DistributedDataParallel's averaging the
-    gradients equal those of one process with the joint batch.
-    """
-    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
-
-
-def to_device(x, device):
-    """Tensors of nested lists and dicts on the device."""
-    if isinstance(x, torch.Tensor):
-        return x.to(device, non_blocking=True)
-    if isinstance(x, dict):
-        return {key: to_device(value, device) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(to_device(value, device) for value in x)
-    return x
-
-
-def batches_on(device, loader):
-    """Batches of a loader with their tensors on the device; on a GPU the next one is copied while
-    this one is computed with.
-    """
-    if device.type != "cuda":
-        yield from (to_device(batch, device) for batch in loader)
-        return
-    stream, ready = torch.cuda.Stream(device), None
-    for batch in loader:
-        # memory given back by a batch is not taken while it is computed with
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            coming = to_device(batch, device)
-        if ready is not None:
-            yield ready
-        torch.cuda.current_stream(device).wait_stream(stream)
-        ready = coming
-    if ready is not None:
-        yield ready
-
-
 def compile_training(model) -> None:
     """--compile: torch.compile of the training pass; embedding stays eager. Names in checkpoints do
     not change.
@@ -2232,29 +2309,6 @@ def compile_training(model) -> None:
 
     torch._inductor.config.fallback_random = True
     model.compile()
-
-
-def outlive_signals(_worker: int) -> None:
-    """A loader's `worker_init_fn`: a signal to the whole group, as torchrun, batch systems and
-    Ctrl-C send it, must leave its workers alive until the training has saved; they end with it.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class Loader(torch.utils.data.DataLoader):
-    """A DataLoader whose workers start with both signals blocked: before `outlive_signals` has run
-    in it, a new worker could be killed, and the training would end with an error and save nothing.
-    """
-
-    def __iter__(self):
-        if not hasattr(signal, "pthread_sigmask"):  # Windows
-            return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wrap(model, device, compiled: bool, micro_batch: int = 0):
@@ -2391,13 +2445,6 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
     )
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier(
-            device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
-        )
-
-
 def check_batch(cfg, size: int, n: int, what: str, flag: str = "batch_size") -> None:
     """ValueError if a batch of `size` of the n clips or pairs of a training leaves a process less
     than two: the contrastive loss of one is 0.
@@ -2462,17 +2509,6 @@ def check_finite(recent: list, run, model=None) -> None:
             "checkpoint "
             "is from before; try a smaller --lr or --precision fp32"
         )
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Inside, dropout, masking and batch statistics are off; the training flag comes back after."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class Readable(torch.utils.data.Dataset):

@@ -806,7 +806,8 @@ def psd_roc(
             classes).
     A class without an event has no true positive ratio and is left out.
     Returns: for each other class (efpr (P,) ascending, tpr (P,) ascending), starting at (0, 0) or
-    better.
+    better. Copied alone, needs timeline, class_timeline, frame_edges, detections, at_least,
+    events_by_class, event_coverage, coverage_by_clip, found_events, staircase.
     """
     begin, edges = timeline(scores, rows, frame_s)
     hours = sum(row["duration"] for row in rows) / 3600
@@ -931,6 +932,7 @@ def psds(roc: list, alpha_st: float = 1.0, max_efpr: float | None = 100.0) -> fl
 
     At every eFPR the mean over classes of the true positive ratio, less alpha_st times their
     population standard deviation, not below 0. max_efpr None: up to the largest eFPR of any class.
+    Copied alone, needs nothing else.
     """
     at = np.concatenate([efpr for efpr, _ in roc])
     step = np.concatenate([np.diff(tpr, prepend=0.0) for _, tpr in roc])
