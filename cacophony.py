@@ -768,16 +768,17 @@ class Model(nn.Module):
     def from_checkpoint(cls, path, variant: str | None = None):
         """A run's last.pt or best.pt of stage 2; variant: None, as it was trained."""
         content = common.read_checkpoint(path, METHOD)
-        if content["stage"] != "contrastive":
+        if content.get("stage") != "contrastive":
             raise ValueError(
                 f"{path}: holds stage 1 only, an audio encoder that knows no text; stage 2 takes "
                 "it as --audio-weights"
             )
-        text_encoder = common.text_encoder_from_description(
-            content["text_encoder"], content["config"]["max_tokens"]
-        )
-        shape = {**content["shape"], "variant": variant or content["shape"]["variant"]}
-        model = cls(shape, text_encoder)
+        with common.rebuilding(path, content):
+            text_encoder = common.text_encoder_from_description(
+                content["text_encoder"], content["config"]["max_tokens"]
+            )
+            shape = {**content["shape"], "variant": variant or content["shape"]["variant"]}
+            model = cls(shape, text_encoder)
         common.load_strict(model, content["model"], path)
         return model.eval()
 

@@ -537,12 +537,13 @@ class Model(nn.Module):
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt."""
         content = common.read_checkpoint(path, METHOD)
-        model = cls(
-            content["shape"],
-            common.text_encoder_from_description(
-                content["text_encoder"], content["config"]["max_tokens"]
-            ),
-        )
+        with common.rebuilding(path, content):
+            model = cls(
+                content["shape"],
+                common.text_encoder_from_description(
+                    content["text_encoder"], content["config"]["max_tokens"]
+                ),
+            )
         common.load_strict(model, content["model"], path)
         return model.eval()
 
@@ -879,7 +880,8 @@ def load_ast(encoder: AST, source: str) -> None:
     else:
         transformers = common.quiet_transformers()
         try:
-            weights = transformers.ASTModel.from_pretrained(source).state_dict()
+            config = common.transformers_config(source)
+            weights = transformers.ASTModel.from_pretrained(source, config=config).state_dict()
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--audio-weights {source}: not a file, not a local folder and not to be had from "
@@ -895,16 +897,22 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
     """
     transformers = common.quiet_transformers()
     try:
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        config = common.transformers_config(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--text-model {name}: not a local folder and not to be had from the hub "
             f"({str(error).strip().splitlines()[0]}); give a "
             "folder that holds config.json, weights and tokenizer, or none, or connect to a network"
         ) from None
-    if not kind.startswith("clip"):
+    if not config.model_type.startswith("clip"):
         return common.text_encoder_from_pretrained(name, max_tokens)
-    model = transformers.CLIPTextModelWithProjection.from_pretrained(name, dtype=torch.float32)
+    if config.model_type == "clip":
+        # the width of the common space stands outside the text tower's own settings
+        config.text_config.projection_dim = config.projection_dim
+        config = config.text_config
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(
+        name, config=config, dtype=torch.float32
+    )
     return common.TextEncoder(model, transformers.AutoTokenizer.from_pretrained(name), max_tokens)
 
 

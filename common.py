@@ -595,22 +595,19 @@ def manifest_path(item) -> Path:
 
 
 def _parse_row(line: bytes, where: str) -> dict:
+    """One line of a manifest -> its row, with all that a reader relies on checked."""
     try:
         row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         if where.endswith((".csv:1", ".tsv:1")):
             raise ValueError(
                 f"{where}: a table, not a manifest; make one first: python -m tools.datasets csv "
-                f"{where[:-2]} --audio COLUMN "
-                "--caption COLUMN --out FOLDER"
+                f"{where[:-2]} --audio COLUMN --caption COLUMN --out FOLDER"
             ) from None
         raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{where}: not UTF-8 text; expected JSON Lines saved as UTF-8") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # numbers of thousands of digits, nesting without end
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
         raise ValueError(f"{where}: not JSON that can be read ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -623,31 +620,25 @@ def _parse_row(line: bytes, where: str) -> dict:
     if row.get("split", "train") not in ("train", "val", "test"):
         raise ValueError(f"{where}: split '{row['split']}'; expected train, val or test")
     if not row.get("audio"):
+        keys = " ".join(", ".join(row).split())[:200]
         raise ValueError(
-            f"{where}: no key 'audio' (keys there: "
-            f"{' '.join(', '.join(row).split())[:200] or 'none'}); "
-            "it must name the sound file"
+            f"{where}: no key 'audio' (keys there: {keys or 'none'}); it must name the sound file"
         )
+    for key in ("audio", "image", "swapped_audio"):
+        check_text(row.get(key, "x"), f"'{key}'", where)
     for key, name in (("captions", "caption"), ("synthetic", "synthetic caption")):
         for number, caption in enumerate(row.get(key, []), 1):
-            if not isinstance(caption, str) or not re.search(r"\w", caption):
-                raise ValueError(
-                    f"{where}: {name} {number} is empty ({caption!r}); write one or remove it"
-                )
+            check_text(caption, f"{name} {number}", where, words=True)
+    for number, label in enumerate(row.get("labels", []), 1):
+        check_text(label, f"label {number}", where)
     duration = row.get("duration", 1.0)
     if isinstance(duration, bool) or not 0 < duration < math.inf:
         raise ValueError(
             f"{where}: duration {duration!r}; expected seconds above 0, or no such key"
         )
-    if not all(isinstance(label, str) for label in row.get("labels", [])):
-        raise ValueError(f"{where}: labels {row['labels']!r}; expected a list of class names")
-    if not all(
-        text is None or (isinstance(text, str) and re.search(r"\w", text))
-        for text in row.get("negatives", [])
-    ):
-        raise ValueError(
-            f"{where}: negatives {row['negatives']!r}; expected for each caption a text or null"
-        )
+    for number, negative in enumerate(row.get("negatives", []), 1):
+        if negative is not None:
+            check_text(negative, f"negative {number}", where, words=True)
     n_negatives, n_captions = len(row.get("negatives", [])), len(row.get("captions", []))
     if n_negatives not in (0, n_captions):  # else pairs would shift
         raise ValueError(
@@ -655,26 +646,16 @@ def _parse_row(line: bytes, where: str) -> dict:
             "a caption"
         )
     for event in row.get("events", []):
-        if (
-            not isinstance(event, dict)
-            or not {"label", "onset", "offset"} <= set(event)
-            or not isinstance(event["label"], str)
-        ):
+        if not isinstance(event, dict) or not {"label", "onset", "offset"} <= set(event):
             raise ValueError(f"{where}: an event needs label, onset and offset, found {event!r}")
+        check_text(event["label"], "an event's label", where)
         _check_times(
-            event["onset"],
-            event["offset"],
-            row.get("duration"),
-            f"{where}: event {event['label']!r}",
+            event, duration=row.get("duration"), where=f"{where}: event {event['label']!r}"
         )
     for phrase in row.get("phrases", []):
-        if not (
-            isinstance(phrase, dict)
-            and isinstance(phrase.get("phrase"), str)
-            and re.search(r"\w", phrase["phrase"])
-            and isinstance(phrase.get("segments"), list)
-        ):
+        if not isinstance(phrase, dict) or not isinstance(phrase.get("segments"), list):
             raise ValueError(f"{where}: a phrase needs 'phrase' and 'segments', found {phrase!r}")
+        check_text(phrase.get("phrase"), "a phrase", where, words=True)
         for segment in phrase["segments"]:
             if not isinstance(segment, list) or len(segment) != 2:
                 raise ValueError(
@@ -682,24 +663,35 @@ def _parse_row(line: bytes, where: str) -> dict:
                     "offset] in seconds"
                 )
             if segment != [0, 0]:  # AudioGrounding's mark for "not in the clip"
-                _check_times(*segment, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
+                times = dict(zip(("onset", "offset"), segment))
+                _check_times(times, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
     row["where"] = where
     return row
 
 
-def _check_times(onset, offset, duration, where: str) -> None:
-    if not all(
-        isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t)
-        for t in (onset, offset)
-    ):
+def check_text(value, what: str, where: str, words: bool = False) -> None:
+    """ValueError for what is no text, is empty (with `words`: has no letter or digit), or holds
+    what no file name or tokenizer takes.
+    """
+    if not isinstance(value, str) or not (re.search(r"\w", value) if words else value.strip()):
+        raise ValueError(f"{where}: {what} is empty ({value!r}); write one or remove it")
+    if "\0" in value or re.search("[\ud800-\udfff]", value):
         raise ValueError(
-            f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers"
+            f"{where}: {what} holds a NUL or half a surrogate pair ({value!r}); remove it"
         )
+
+
+def _check_times(times: dict, duration, where: str) -> None:
+    onset, offset = times["onset"], times["offset"]
+    for t in (onset, offset):
+        if not isinstance(t, (int, float)) or isinstance(t, bool) or not math.isfinite(t):
+            raise ValueError(
+                f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers"
+            )
     if not 0 <= onset < offset:
         raise ValueError(f"{where}: onset {onset}, offset {offset}; expected 0 <= onset < offset")
-    if (
-        duration and onset > 10 * duration
-    ):  # annotations may run past a shortened file, but not that far
+    # annotations may run past a shortened file, but not that far
+    if duration and onset > 10 * duration:
         raise ValueError(
             f"{where}: onset {onset} in a clip of {duration} s; are these milliseconds? expected "
             "seconds"
@@ -724,6 +716,8 @@ def read_classes(data: list[str], rows: list[dict]) -> list[str]:
             raise ValueError(
                 f"{path}: the class list is empty; write one class a line, or remove the file"
             )
+        for name in classes:
+            check_text(name, "a class", str(path))
         twice = sorted({c for c in classes if classes.count(c) > 1})
         if twice:
             raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
@@ -1002,35 +996,72 @@ def read_checkpoint(path, method: str | None = None) -> dict:
             f"{path}: a checkpoint of {content['method']}, not of {method}; load it with "
             f"{content['method']}.py"
         )
-    if "model" not in content:
+    weights = content.get("model")
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise ValueError(
-            f"{path}: a checkpoint of {content['method']} without weights (no key 'model')"
+            f"{path}: a checkpoint of {content['method']} without weights (key 'model')"
         )
+    if not isinstance(content["config"], dict):
+        raise ValueError(f"{path}: a checkpoint of {content['method']} without its settings")
     return content
+
+
+def check_sizes(path, sizes: dict, state: dict) -> None:
+    """ValueError for a size that a file's weights cannot have: a model of it would take all memory,
+    or no end of time, before the two are compared.
+    """
+    n_weights = sum(tensor.numel() for tensor in state.values())
+    for name, value in sizes.items():
+        if isinstance(value, dict):
+            check_sizes(path, value, state)
+        of_layers = "layers" in name or "depths" in name
+        for size in value if isinstance(value, list) else [value]:
+            if isinstance(size, int) and size > (len(state) if of_layers else n_weights):
+                raise ValueError(
+                    f"{path}: {name} is {size}, and the file holds {n_weights:,} weights in "
+                    f"{len(state):,} tensors"
+                )
+
+
+@contextlib.contextmanager
+def rebuilding(path, content: dict):
+    """Inside, a model is made as a checkpoint says; what cannot be made is one sentence."""
+    text_encoder = content.get("text_encoder")
+    try:
+        text_config = json.loads(text_encoder["config"])
+        settings = {name: content["config"].get(name) for name in MODEL_SETTINGS}
+        check_sizes(path, content.get("shape", {}) | settings | text_config, content["model"])
+        yield
+    except Exception as error:  # of every type: the file may say anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path}: no model can be made of what it says ({reason})") from None
+
+
+# of a Config, in checkpoints of models that are made of it
+MODEL_SETTINGS = ("audio_dim", "audio_depths", "joint_dim", "codewords")
 
 
 def load_strict(module: nn.Module, state: dict, source) -> None:
     """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
     own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shared = own.keys() & state.keys()
+    no_tensors = sorted(str(k) for k, value in state.items() if not torch.is_tensor(value))
     shapes = [
         f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own.keys() & state.keys()
-        if state[k].shape != own[k].shape
+        for k in sorted(shared)
+        if torch.is_tensor(state[k]) and state[k].shape != own[k].shape
     ]
-
-    def listed(names):
-        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-
-    problems = [
-        f"{text} {listed(names)}"
-        for text, names in (
-            ("missing keys:", missing),
-            ("unexpected keys:", extra),
-            ("wrong shapes:", sorted(shapes)),
-        )
-        if names
-    ]
+    found = {
+        "missing keys:": sorted(own.keys() - state.keys()),
+        "unexpected keys:": sorted(map(str, state.keys() - own.keys())),
+        "wrong shapes:": shapes,
+        "no tensors:": no_tensors,
+    }
+    problems = []
+    for text, names in found.items():
+        if names:
+            more = ", ..." if len(names) > 4 else ""
+            problems.append(f"{text} {len(names)} ({', '.join(names[:4])}{more})")
     if problems:
         raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
     module.load_state_dict(state)
@@ -1044,15 +1075,25 @@ def quiet_transformers():
     return transformers
 
 
+def transformers_config(name: str):
+    """The config of a transformers folder or hub id.
+
+    How attention is computed is ours to choose: a file may name a kernel that would be fetched.
+    """
+    config = quiet_transformers().AutoConfig.from_pretrained(name)
+    config._attn_implementation = None
+    return config
+
+
 def transformers_weights(name: str) -> dict:
     """State dict of a transformers CLAP folder or hub id."""
     transformers = quiet_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers_config(name)
         kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[
             config.model_type
         ]
-        return kind.from_pretrained(name).state_dict()
+        return kind.from_pretrained(name, config=config).state_dict()
     except KeyError:
         raise ValueError(
             f"{name}: a transformers model of type '{config.model_type}'; expected CLAP"
@@ -1078,7 +1119,7 @@ class SwinStage(nn.Module):
 
     def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
         super().__init__()
-        self.window = min(window, grid)
+        self.grid, self.window = grid, min(window, grid)
         self.shift = self.window // 2 if grid > self.window else 0  # one window: nothing to shift
         self.blocks = nn.ModuleList(
             Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities)
@@ -1110,21 +1151,22 @@ class SwinStage(nn.Module):
             edge = torch.zeros(grid, dtype=torch.long)
             edge[-self.window :], edge[-self.shift :] = 1, 2
             region = 3 * edge[:, None] + edge  # (G, G)
-            region = self.windows(region[None, :, :, None]).squeeze(-1)  # (windows, L)
+            region = self.to_windows(region[None, :, :, None]).squeeze(-1)  # (windows, L)
             # not -100 as elsewhere: exp(-100) is a denormal number, which slows a CPU's products
             # fivefold
             mask = (region[:, :, None] != region[:, None, :]) * -1e4
             self.register_buffer("shift_mask", mask, persistent=False)  # (windows, L, L)
 
-    def windows(self, x):
+    def to_windows(self, x):
         """x (B, G, G, C) -> (B * windows, L, C)."""
         B, G, _, C = x.shape
         n, w = G // self.window, self.window
         return x.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w * w, C)
 
-    def grid(self, x, G: int):
-        """The inverse of `windows`."""
-        n, w, C = G // self.window, self.window, x.shape[-1]
+    def from_windows(self, x):
+        """The inverse of `to_windows`."""
+        G, w, C = self.grid, self.window, x.shape[-1]
+        n = G // w
         return x.view(-1, n, n, w, w, C).transpose(2, 3).reshape(-1, G, G, C)
 
     def attention_bias(self, i: int, shift: int):
@@ -1136,14 +1178,14 @@ class SwinStage(nn.Module):
 
     def forward(self, x):
         """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
-        B, G, _, _ = x.shape
+        B = len(x)
         for i, block in enumerate(self.blocks):
             shift = self.shift if i % 2 else 0
             if shift:
                 x = torch.roll(x, (-shift, -shift), (1, 2))
             bias = None if block.locality else self.attention_bias(i, shift)
-            x = self.windows(x)
-            x = self.grid(block(x, bias, parts=len(x) // B), G)
+            x = self.to_windows(x)
+            x = self.from_windows(block(x, bias, parts=len(x) // B))
             if shift:
                 x = torch.roll(x, (shift, shift), (1, 2))
         if self.downsample is None:
@@ -1380,7 +1422,8 @@ def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = Fals
     """From a hub id or a local folder, e.g. "bert-base-uncased"."""
     transformers = quiet_transformers()
     try:
-        model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+        config = transformers_config(name)
+        model = transformers.AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -1465,6 +1508,7 @@ def text_encoder_from_description(
 
     config = json.loads(description["config"])
     config = transformers.AutoConfig.for_model(**config)
+    config._attn_implementation = None  # as in `transformers_config`
     if config.model_type == "clip_text_model":  # CoLLAT needs its projection
         model = transformers.CLIPTextModelWithProjection(config).float()
     else:
@@ -2015,9 +2059,8 @@ class RunConfig:
     seed: Annotated[int, "[0, 1e18]"] = 0  # of weights, order, crops and every other draw
     save_steps: Count = 500  # steps between writes of last.pt
     log_steps: Count = 10  # steps between lines of log.jsonl
-    workers: Annotated[int, "[0, 256]"] = (
-        8  # processes that read audio; 0: the training itself reads
-    )
+    # processes that read audio; 0: the training itself reads
+    workers: Annotated[int, "[0, 256]"] = 8
     # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
     compile: bool = False
     max_bad: Share = 0.05  # largest share of unreadable clips before the run stops
@@ -2581,8 +2624,12 @@ class Run:
         """last.pt of the run that --resume continues."""
         if not self.cfg.resume:
             return None
-        stored = read_checkpoint(self.path / "last.pt", self.method)
+        path = self.path / "last.pt"
+        stored = read_checkpoint(path, self.method)
         check_resume(self.cfg, stored["config"])
+        step, best = stored.get("step"), stored.get("best")
+        if not isinstance(step, int) or not isinstance(best, dict) or "score" not in best:
+            raise ValueError(f"{path}: cannot be continued: step {step!r}, best {best!r}")
         return stored
 
     def open_folder(self, n_clips: int, continues: bool) -> None:
@@ -2663,9 +2710,15 @@ class Run:
         self.stage, self.total_steps = stage, total_steps
         self.step, self.best, self.validated = 0, {"score": -math.inf, "step": 0}, 0
         if checkpoint:
-            optimiser.load_state_dict(checkpoint["optimiser"])
-            if scheduler:
-                scheduler.load_state_dict(checkpoint["scheduler"])
+            try:
+                optimiser.load_state_dict(checkpoint["optimiser"])
+                if scheduler:
+                    scheduler.load_state_dict(checkpoint["scheduler"])
+            except Exception as error:  # of every type: the file may hold anything
+                raise ValueError(
+                    f"{self.path / 'last.pt'}: its optimiser does not fit this model "
+                    f"({type(error).__name__}: {error})"
+                ) from None
             self.step, self.best = checkpoint["step"], checkpoint["best"]
         self.drop_log_after(self.step)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -2846,7 +2899,7 @@ class Run:
         for text in path.read_text().splitlines() if path.exists() else ():
             if text.endswith("}"):  # a killed run may leave half a line
                 line = json.loads(text)
-                if line.get("stage", "") != self.stage or line["step"] <= step:
+                if line.get("stage", "") != self.stage or line.get("step", 0) <= step:
                     lines.append(text)
         write_lines(path, lines)
 

@@ -420,10 +420,11 @@ class Model(nn.Module):
     def from_checkpoint(cls, path):
         """A run's teacher.pt, last.pt or best.pt."""
         content = common.read_checkpoint(path, METHOD)
-        model = cls(
-            common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS),
-            **content["shape"],
-        )
+        with common.rebuilding(path, content):
+            model = cls(
+                common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS),
+                **content["shape"],
+            )
         common.load_strict(model, content["model"], path)
         return model.eval()
 

@@ -555,11 +555,13 @@ class Model(nn.Module):
             common.load_strict(model, official_state(content["model"]), path)
         else:
             content = common.read_checkpoint(path, METHOD)
-            cfg = Config(**content["config"])
-            cfg = dataclasses.replace(cfg, variant=variant or cfg.variant)
-            model = cls(
-                cfg, common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens)
-            )
+            with common.rebuilding(path, content):
+                cfg = Config(**content["config"])
+                cfg = dataclasses.replace(cfg, variant=variant or cfg.variant)
+                model = cls(
+                    cfg,
+                    common.text_encoder_from_description(content["text_encoder"], cfg.max_tokens),
+                )
             common.load_strict(model, content["model"], path)
         return model.eval()
 

@@ -316,10 +316,13 @@ class Model(nn.Module):
     def from_checkpoint(cls, path):
         """A run's last.pt or best.pt."""
         content = common.read_checkpoint(path, METHOD)
-        model = cls(
-            common.text_encoder_from_description(content["text_encoder"], MAX_TOKENS, pooler=True),
-            **content["shape"],
-        )
+        with common.rebuilding(path, content):
+            model = cls(
+                common.text_encoder_from_description(
+                    content["text_encoder"], MAX_TOKENS, pooler=True
+                ),
+                **content["shape"],
+            )
         common.load_strict(model, content["model"], path)
         return model.eval()
 
@@ -752,7 +755,7 @@ def _transformers_clap(name):
     transformers = common.quiet_transformers()
     try:
         try:
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = common.transformers_config(name)
         except ValueError:
             raise ValueError(
                 f"{name}: not a model folder; expected a transformers CLAP with its config.json, "
@@ -765,7 +768,9 @@ def _transformers_clap(name):
         if config.audio_config.enable_fusion:
             raise ValueError(f"{name}: {FUSED}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        weights = transformers.ClapModel.from_pretrained(name, dtype=torch.float32).state_dict()
+        weights = transformers.ClapModel.from_pretrained(
+            name, config=config, dtype=torch.float32
+        ).state_dict()
     except OSError as error:
         raise ValueError(
             f"{name}: neither a checkpoint file nor a CLAP folder, and not to be had from the hub "

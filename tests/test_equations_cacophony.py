@@ -328,7 +328,7 @@ def test_attention_pool_by_a_loop_over_heads():
             weights = (k[:, part] @ pool.query[part] / math.sqrt(4)).softmax(0)
             heads.append(weights @ v[:, part])
         assert (got[b] - pool.out_proj(torch.cat(heads))).abs().max() < 1e-5
-    assert (pool.each(x[:, :1])[:, 0] - pool(x[:, :1], valid[:, :1])).abs().max() < 1e-5
+    assert (pool.pool_each_alone(x[:, :1])[:, 0] - pool(x[:, :1], valid[:, :1])).abs().max() < 1e-5
 
 
 # Stage 1
@@ -556,7 +556,7 @@ def test_decoder_equals_transformers_layers_under_the_port_s_names(tmp_path):
     ):
         cacophony.Model.from_published(tmp_path / "bad.pt", str(tmp_path / "roberta"))
     encoder = cacophony.PatchTransformer(256, 96, 2, 1, 192)
-    cacophony.audio_start(encoder, tmp_path / "port.pt")
+    cacophony.audio_start(encoder, tmp_path / "port.pt", cacophony.Config(data=[]))
     assert torch.equal(encoder.layers[1].fc2.weight, port["audio_module.layers.1.mlp.fc2.weight"])
 
 
@@ -791,7 +791,8 @@ def test_stages_alone_equal_both_in_order_and_the_encoder_is_handed_over(corpus,
     }
     assert losses["both"] == losses["alone"] == losses["other"] and len(losses["both"]) == 4
     assert [x["loss"] for x in read("both", "mae")] == [x["loss"] for x in read("alone", "mae")]
-    cfg = config("cacophony", corpus, tmp_path, audio_weights=str(tmp_path / "both/mae.pt"))
+    weights = str(tmp_path / "both/mae.pt")
+    cfg = config("cacophony", corpus, tmp_path, stage="contrastive", audio_weights=weights)
     model = cacophony.start_model(cfg, CAPTIONS, Path("none"))
     mae = torch.load(tmp_path / "both/mae.pt", weights_only=True)["model"]
     assert all(

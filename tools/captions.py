@@ -253,7 +253,9 @@ def load_llm(name: str, device: str):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+            name,
+            config=common.transformers_config(name),
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -631,7 +631,7 @@ def load_image_model(name: str, dim: int):
     pillow()  # the preprocessing needs it as well
     transformers = common.quiet_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = common.transformers_config(name)
         if (
             config.model_type == "clip"
         ):  # the width of the common space stands outside the image tower's own settings
