@@ -763,3 +763,32 @@ def test_nested_batches_reach_the_device_and_keep_their_types():
     )
     assert moved[0]["waveform"].device.type == moved[0]["ids"].device.type == "meta"
     assert moved[0]["ids"].dtype == torch.int64 and moved[1:] == [("a.wav",), None]
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        (r'{"audio": "a\u0000.wav"}', "'audio' holds a NUL or half a surrogate pair"),
+        (r'{"audio": "a\ud83d.wav"}', "'audio' holds a NUL or half a surrogate pair"),
+        (r'{"audio": "a.wav", "image": "\ud83d"}', "'image' holds a NUL or half"),
+        (r'{"audio": "a.wav", "captions": ["a dog \ud83d"]}', "caption 1 holds a NUL or half"),
+        (r'{"audio": "a.wav", "captions": ["ok", "\u0000 x"]}', "caption 2 holds a NUL or half"),
+        (r'{"audio": "a.wav", "labels": ["dog", ""]}', "label 2 is empty"),
+        (r'{"audio": "a.wav", "labels": ["dog\u0000"]}', "label 1 holds a NUL or half"),
+        (r'{"audio": "a.wav", "labels": [7]}', r"label 1 is empty \(7\)"),
+        (
+            r'{"audio": "a.wav", "events": [{"label": " ", "onset": 0, "offset": 1}]}',
+            "an event's label is empty",
+        ),
+        (r'{"audio": "a.wav", "phrases": [{"phrase": 3, "segments": []}]}', "a phrase is empty"),
+        (r'{"audio": "a.wav", "captions": ["x"], "negatives": ["\ud83d y"]}', "negative 1 holds"),
+    ],
+)
+def test_text_that_no_file_name_or_tokenizer_takes_is_said_when_it_is_read(tmp_path, row, sentence):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text('{"audio": "fine.wav", "captions": ["fine \\ud83d\\udc36 dog"]}\n' + row + "\n")
+    with pytest.raises(ValueError, match=f"manifest.jsonl:2: {sentence}"):
+        common.read_manifest([str(path)])
+    (tmp_path / "classes.txt").write_bytes(b"dog\ncat\0\n")
+    with pytest.raises(ValueError, match="classes.txt: a class holds a NUL"):
+        common.read_classes([str(path)], [])
