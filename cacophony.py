@@ -825,8 +825,7 @@ def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
         if not cfg.audio_weights and not mae.is_file():
             raise FileNotFoundError(
                 f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give "
-                "--audio-weights (a run's "
-                "mae.pt, the authors' torch file, or none)"
+                "--audio-weights (a run's mae.pt, the authors' torch file, or none)"
             )
         audio_start(model.audio_encoder, cfg.audio_weights or mae, cfg)
     return model

@@ -885,8 +885,7 @@ def load_ast(encoder: AST, source: str) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--audio-weights {source}: not a file, not a local folder and not to be had from "
-                "the hub "
-                f"({str(error).strip().splitlines()[0]}); give AST's weights, or none"
+                f"the hub ({str(error).strip().splitlines()[0]}); give AST's weights, or none"
             ) from None
     common.load_strict(encoder, ast_state(weights), source)
 
@@ -901,8 +900,8 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--text-model {name}: not a local folder and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]}); give a "
-            "folder that holds config.json, weights and tokenizer, or none, or connect to a network"
+            f"({str(error).strip().splitlines()[0]}); give a folder that holds config.json, "
+            "weights and tokenizer, or none, or connect to a network"
         ) from None
     if not config.model_type.startswith("clip"):
         return common.text_encoder_from_pretrained(name, max_tokens)

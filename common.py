@@ -484,8 +484,8 @@ def build_demo(
             (folder / "audio").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PermissionError(
-                f"{folder}: the demo corpus cannot be written here ({error.strerror}); "
-                "run from a folder that you may write to"
+                f"{folder}: the demo corpus cannot be written here ({error.strerror}); run from a "
+                "folder that you may write to"
             ) from None
         jobs = [(split, i) for split, count in sizes for i in range(count)]
         rows = [
@@ -575,8 +575,7 @@ def require(rows: list[dict], *keys: str) -> None:
         for key in keys:
             if row.get(key) in (None, []):
                 raise ValueError(
-                    f"{row['where']}: has no '{key}', which this run needs "
-                    "(keys there: "
+                    f"{row['where']}: has no '{key}', which this run needs (keys there: "
                     f"{' '.join(', '.join(k for k in row if k != 'where').split())[:200]})"
                 )
 
@@ -642,8 +641,8 @@ def _parse_row(line: bytes, where: str) -> dict:
     n_negatives, n_captions = len(row.get("negatives", [])), len(row.get("captions", []))
     if n_negatives not in (0, n_captions):  # else pairs would shift
         raise ValueError(
-            f"{where}: {n_negatives} negatives for {n_captions} captions; expected one, or null, "
-            "a caption"
+            f"{where}: {n_negatives} negatives for {n_captions} captions; expected one, or null, a "
+            "caption"
         )
     for event in row.get("events", []):
         if not isinstance(event, dict) or not {"label", "onset", "offset"} <= set(event):
@@ -703,15 +702,12 @@ def read_classes(data: list[str], rows: list[dict]) -> list[str]:
     path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
     if path.is_file():
         try:
-            classes = [
-                line.strip()
-                for line in path.read_text(encoding="utf-8-sig").splitlines()
-                if line.strip()
-            ]
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise ValueError(
                 f"{path}: not UTF-8 text; save it as UTF-8, one class a line"
             ) from None
+        classes = [line.strip() for line in lines if line.strip()]
         if not classes:
             raise ValueError(
                 f"{path}: the class list is empty; write one class a line, or remove the file"
@@ -737,17 +733,15 @@ def split_train_val(
     val = [row for row in rows if row.get("split") == "val"]
     audio = sorted({row["audio"] for row in train})
     if not val and len(audio) > 3:
-        held = np.random.default_rng(seed).permutation(len(audio))[
-            : min(most, max(2, len(audio) // 20))
-        ]
-        held = {audio[i] for i in held}
+        n_held = min(most, max(2, len(audio) // 20))
+        held = {audio[i] for i in np.random.default_rng(seed).permutation(len(audio))[:n_held]}
         val = [row for row in train if row["audio"] in held]
         train = [row for row in train if row["audio"] not in held]
     if not train:
+        first = rows[0].get("where") if rows else "none"
         raise ValueError(
-            "no row of the manifest is for training (first: "
-            f"{rows[0].get('where') if rows else 'none'}); expected split 'train' or no split at "
-            "all"
+            f"no row of the manifest is for training (first: {first}); expected split 'train' or "
+            "no split at all"
         )
     return train, val
 
@@ -936,28 +930,19 @@ def save_checkpoint(path: Path, payload: dict) -> None:
 
 
 def versions() -> dict:
-    import transformers
-
-    return {
-        "torch": str(torch.__version__),
-        "torchaudio": str(torchaudio.__version__),
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
+    """Of the packages that a checkpoint was written with."""
+    packages = (torch, torchaudio, quiet_transformers(), np)
+    return {package.__name__: str(package.__version__) for package in packages}
 
 
 def allowed_globals() -> list:
-    """What published checkpoints carry beside their weights; nothing else in a file is
-    ever built.
+    """What published checkpoints carry beside their weights; nothing else in a file is ever
+    built.
     """
     from numpy._core.multiarray import scalar
 
-    allowed = [
-        argparse.Namespace,
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        np.dtype,
-    ]  # numpy 2's and 1's name
+    # by numpy 2's name and by numpy 1's
+    allowed = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
     return allowed + [type(np.dtype(t)) for t in "fdil"]
 
 
@@ -968,9 +953,7 @@ def read_weights(path) -> dict:
     try:
         with torch.serialization.safe_globals(allowed_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # of many types: no torch file, cut off, or it asks for more than data
+    except Exception as error:  # of many types: no torch file, cut off, or asking for a class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ValueError(
             f"{path}: not a weight file that can be read safely; expected tensors and plain values "
@@ -1440,8 +1423,8 @@ def text_encoder_from_scratch(
     layers: int,
     heads: int,
     max_tokens: int,
-    vocabulary: int = 4000,
-    pooler: bool = False,
+    vocabulary=4000,
+    pooler=False,
 ) -> TextEncoder:
     """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
 
@@ -1450,28 +1433,16 @@ def text_encoder_from_scratch(
     """
     transformers = quiet_transformers()
     backend = transformers.BertTokenizer().backend_tokenizer
-    words = collections.Counter(
-        word
-        for caption in captions
-        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
-            backend.normalizer.normalize_str(caption)
-        )
-    )
+    words = collections.Counter()
+    for caption in captions:
+        caption = backend.normalizer.normalize_str(caption)
+        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(caption))
     characters = sorted({character for word in words for character in word})
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *characters,
-        *("##" + c for c in characters),
-    ]
-    frequent = [
-        word
-        for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))
-        if len(word) > 1
-    ]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    pieces += ["##" + character for character in characters]
+    # by count, equal ones by the alphabet
+    ranked = sorted(words, key=lambda word: (-words[word], word))
+    frequent = [word for word in ranked if len(word) > 1]
     pieces += frequent[: max(0, vocabulary - len(pieces))]
     tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
     config = transformers.BertConfig(
@@ -1708,8 +1679,7 @@ def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
     if not targets.any():
         raise ValueError(
             f"none of the manifest's labels is among the {len(classes)} classes "
-            f"({', '.join(classes[:3])}, ...); "
-            "is classes.txt beside the manifest the right list?"
+            f"({', '.join(classes[:3])}, ...); is classes.txt beside the manifest the right list?"
         )
     return targets
 
@@ -2272,57 +2242,52 @@ def ask_for_the_end(number, _frame) -> None:
 
 def run_entry(main, parse, *given):
     """`main(parse(*given))` as a script: an error the user can mend is one line on stderr, exit
-    code 1; SIGTERM and Ctrl-C let a training save first.
+    code 1; SIGTERM and Ctrl-C let a training save first. TRACEBACK=1 shows where it came from.
     """
     settings, before = None, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         settings = parse(*given)
-        if hasattr(settings, "resume"):
+        if hasattr(settings, "resume"):  # a training
             END_SIGNALS.clear()
             for number in before:
                 signal.signal(number, ask_for_the_end)
         main(settings)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        sentence = str(error)
+        if isinstance(error, RuntimeError):  # torch's, of which two kinds are no fault of ours
+            sentence = what_torch_says(error, settings)
+        if sentence is None or os.environ.get("TRACEBACK"):
             raise
-        raise SystemExit(f"error: {error}") from None
-    except RuntimeError as error:
-        text = str(error)
-        no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
-        lost = dist.is_initialized() and (
-            isinstance(error, dist.DistError)
-            or re.search("connection|peer|timed out|timeout", text, re.I)
-        )
-        if os.environ.get("TRACEBACK") or not (no_memory or lost):
-            raise
-        if no_memory:
-            size = (
-                f" at --batch-size {settings.batch_size}" if hasattr(settings, "batch_size") else ""
-            )
-            smaller = (
-                "--micro-batch (gradient caching, the same gradients), "
-                if hasattr(settings, "micro_batch")
-                else ""
-            )
-            raise SystemExit(
-                f"error: out of memory{size}; try {smaller}a smaller --batch-size, or --precision "
-                "bf16 "
-                f"({text.splitlines()[0]})"
-            ) from None
-        # before torchrun's SIGTERM is let through
-        print(
-            f"error: process {dist.get_rank()} of {dist.get_world_size()} stopped, since another "
-            "one ended or cannot be reached; look above "
-            f"for the first error, then continue with --resume ({text.splitlines()[0]})",
-            file=sys.stderr,
-            flush=True,
-        )
+        if not dist.is_initialized():
+            raise SystemExit(f"error: {sentence}") from None
+        # at once, before torchrun's SIGTERM is let through
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def what_torch_says(error: RuntimeError, settings) -> str | None:
+    """A sentence for too little memory or a lost process; None for any other error."""
+    text, first_line = str(error), (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        size = getattr(settings, "batch_size", None)
+        where = f" at --batch-size {size}" if size else ""
+        smaller = "a smaller --batch-size"
+        if hasattr(settings, "micro_batch"):
+            smaller = "--micro-batch (gradient caching, the same gradients), " + smaller
+        return f"out of memory{where}; try {smaller}, or --precision bf16 ({first_line})"
+    lost = re.search("connection|peer|timed out|timeout", text, re.I)
+    if dist.is_initialized() and (lost or isinstance(error, dist.DistError)):
+        return (
+            f"process {dist.get_rank()} of {dist.get_world_size()} stopped, since another one "
+            "ended or cannot be reached; look above for the first error, then continue with "
+            f"--resume ({first_line})"
+        )
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2504,27 +2469,16 @@ def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not
     ignored.
     """
-    free = {
-        "resume",
-        "name",
-        "runs",
-        "workers",
-        "device",
-        "log_steps",
-        "save_steps",
-        "eval_epochs",
-        "eval_steps",
-        "max_bad",
-        "data",
-        "compile",
-        "micro_batch",
-    }
+    # what the weights do not depend on
+    free = (
+        "resume name runs workers device log_steps save_steps eval_epochs eval_steps max_bad data"
+    )
+    free = {*free.split(), "compile", "micro_batch"}
     for key, value in stored.items():
         if key not in free and getattr(cfg, key) != value:
             raise ValueError(
                 f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was "
-                f"started with {value}; "
-                "leave the flag out or start a new --name"
+                f"started with {value}; leave the flag out or start a new --name"
             )
 
 
@@ -2534,6 +2488,7 @@ def check_finite(recent: list, run, model=None) -> None:
 
     Called at log and save steps only, so that a GPU is not made to wait in between.
     """
+    advice = "the last checkpoint is from before; try a smaller --lr or --precision fp32"
     for step, loss, names in recent:
         if not torch.isfinite(loss):
             rank, world = rank_and_world()
@@ -2542,15 +2497,12 @@ def check_finite(recent: list, run, model=None) -> None:
             write_lines(path, names)
             raise FloatingPointError(
                 f"the loss of step {step} is {loss.item()}; the batch's files are listed in "
-                f"{path}, the "
-                "last checkpoint is from before; try a smaller --lr or --precision fp32"
+                f"{path}, {advice}"
             )
     recent.clear()
     if model is not None and not all(torch.isfinite(p).all() for p in model.parameters()):
         raise FloatingPointError(
-            "a weight became NaN or infinite though the loss did not; nothing was saved, the last "
-            "checkpoint "
-            "is from before; try a smaller --lr or --precision fp32"
+            f"a weight became NaN or infinite though the loss did not; nothing was saved, {advice}"
         )
 
 

@@ -444,9 +444,8 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
         if not Path(cfg.audio_weights).is_file():
             raise FileNotFoundError(
                 f"--audio-weights {cfg.audio_weights}: no such file; PANNs' Cnn14_mAP=0.431.pth is "
-                "in its authors' Zenodo "
-                "record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in record 7312125 (or give "
-                "none)"
+                "in its authors' Zenodo record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in "
+                "record 7312125 (or give none)"
             )
         weights = common.read_weights(cfg.audio_weights)
         weights = weights.get("model", weights)
@@ -978,8 +977,7 @@ def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
     if not classes:
         raise ValueError(
             f"--curation {cfg.curation} looks for captions near the domain's classes, and there "
-            "are none; give --labels "
-            "(a classes.txt or a manifest with labels), or --curation du"
+            "are none; give --labels (a classes.txt or a manifest with labels), or --curation du"
         )
     return [re.sub(r"[_/]", " ", name).lower() for name in classes]
 
@@ -1111,8 +1109,7 @@ def curate(
     if text_embeds.shape[1] != model.shape["joint_dim"]:
         raise ValueError(
             f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have "
-            f"{model.shape['joint_dim']}; "
-            "embed them with the same teacher"
+            f"{model.shape['joint_dim']}; embed them with the same teacher"
         )
     if prompts:
         prompt_embeds = embed_captions(model, prompts, None, embeds_folder)
@@ -1125,8 +1122,7 @@ def curate(
             )
             raise ValueError(
                 f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt "
-                f"(the nearest: {best:.3f}); "
-                "choose a lower one with --dry-run"
+                f"(the nearest: {best:.3f}); choose a lower one with --dry-run"
             )
         of_domain = [captions[q] for q in chosen]
         say(f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes")
@@ -1210,8 +1206,7 @@ def curate(
                     if embeds.shape[1] != text_embeds.shape[1]:
                         raise ValueError(
                             f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' "
-                            f"have {text_embeds.shape[1]}; embed both "
-                            "with the same teacher"
+                            f"have {text_embeds.shape[1]}; embed both with the same teacher"
                         )
                 if not paths[number].exists():
                     mine_block(paths[number], rows, embeds, search, captions)
@@ -1226,8 +1221,7 @@ def curate(
                 (folder / "curated.jsonl").unlink()
                 raise ValueError(
                     f"--threshold {cfg.threshold}: no clip of the pool is that close to any of "
-                    f"{len(captions)} captions; choose a lower "
-                    "one with --dry-run, or give --top-k"
+                    f"{len(captions)} captions; choose a lower one with --dry-run, or give --top-k"
                 )
             for path in paths:
                 path.unlink()
@@ -1469,10 +1463,10 @@ def train(
         steps,
         corpus["n_clips"],
         f"{' + '.join(f'{n:,}' for n in sizes)} "
-        f"pairs{' (replay + curated)' if len(sizes) > 1 else ''}, "
-        f"{len(corpus['val'])} clips for validation; mel matrix {model.audio_encoder.mel_rate()}; "
-        f"{epochs} epochs of {epoch_steps} steps; batches of {' or '.join(map(str, of_batch))}, "
-        f"ln B = {' or '.join(f'{math.log(n):.2f}' for n in of_batch)}",
+        f"pairs{' (replay + curated)' if len(sizes) > 1 else ''}, {len(corpus['val'])} clips for "
+        f"validation; mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of "
+        f"{epoch_steps} steps; batches of {' or '.join(map(str, of_batch))}, ln B = "
+        f"{' or '.join(f'{math.log(n):.2f}' for n in of_batch)}",
         checkpoint,
         stage=stage,
         shape=model.shape,
@@ -1516,8 +1510,7 @@ def train(
     if not (run.path / best_file).exists():
         raise ValueError(
             f"no validation loss was finite, so there is no {best_file}; are the validation clips "
-            "readable "
-            f"({run.path / 'skipped.txt'})?"
+            f"readable ({run.path / 'skipped.txt'})?"
         )
     model = Model.from_checkpoint(run.path / best_file).to(run.device)
     scores, chance = validate(model, corpus["val"], quiet=False)

@@ -235,8 +235,8 @@ def frames(model, clips, classes, settings) -> dict:
         for row, f in zip(rows, frame_embeds)
     ):
         raise ValueError(
-            f"frames: no event covers the centre of a frame ({model.frame_s:g} s each); "
-            "are the times seconds?"
+            f"frames: no event covers the centre of a frame ({model.frame_s:g} s each); are the "
+            "times seconds?"
         )
     variants = {"mAP_raw": False, "mAP_centred": True}
     if len(classes) == 1:  # nothing to take a mean over
@@ -969,15 +969,7 @@ def interval(values: list[float]) -> dict:
 
 
 def result(
-    protocol,
-    score,
-    n_clips,
-    chance,
-    settings,
-    n_captions=0,
-    n_classes=0,
-    details=None,
-    **told,
+    protocol, score, n_clips, chance, settings, n_captions=0, n_classes=0, details=None, **told
 ) -> dict:
     """Evaluate `score` on all clips and on bootstrap draws of clips -> the result for --json.
 
@@ -1073,8 +1065,8 @@ def compare(checkpoints: list, all_results: list[list[dict]]) -> None:
             first = [f for f in all_results[0] if (f["protocol"], f["n_clips"]) == same]
             if not first:
                 print(
-                    f"  {r['protocol']}: not comparable, the first model was not scored "
-                    "on the same clips"
+                    f"  {r['protocol']}: not comparable, the first model was not scored on the "
+                    "same clips"
                 )
                 continue
             scores = differences(first[0], r)
@@ -1177,13 +1169,7 @@ def embed(model, rows: list[dict], settings, frames=False, desc="embedding audio
     """
     flags = settings.flags
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
-        model,
-        rows,
-        flags.batch_size,
-        flags.workers,
-        settings.crop,
-        frames,
-        desc,
+        model, rows, flags.batch_size, flags.workers, settings.crop, frames, desc
     )
     report_left_out(bad, len(rows), flags.max_bad)
     return kept, audio_embeds, frame_embeds
@@ -1216,8 +1202,8 @@ def read_rows(flags) -> tuple[list[dict], str, list[dict]]:
         rows = [row for row in rows if str(row.get("fold")) == flags.fold]
         if not rows:
             raise ValueError(
-                f"--fold {flags.fold}: no row of split {split} is in it; "
-                f"folds there: {', '.join(folds) or 'none'}"
+                f"--fold {flags.fold}: no row of split {split} is in it; folds there: "
+                f"{', '.join(folds) or 'none'}"
             )
     merged = merge_rows(rows)
     if len(merged) < len(rows):
@@ -1264,15 +1250,15 @@ def check_flags(flags) -> None:
     prompt = PROMPTS.get(flags.prompt, flags.prompt)
     if prompt.count("{}") != 1 or set(prompt.replace("{}", "")) & set("{}"):
         raise ValueError(
-            f"--prompt {prompt!r}: must hold {{}} once, where the class name goes, "
-            f"or be one of {', '.join(PROMPTS)}"
+            f"--prompt {prompt!r}: must hold {{}} once, where the class name goes, or be one of "
+            f"{', '.join(PROMPTS)}"
         )
     if not 0 <= flags.median_s < math.inf:
         raise ValueError(f"--median-s {flags.median_s}: expected seconds, 0 for no filter")
     if flags.batch_size < 1 or not 0 <= flags.max_bad <= 1:
         raise ValueError(
-            f"--batch-size {flags.batch_size}, --max-bad {flags.max_bad}: expected at least 1, "
-            "and a share between 0 and 1"
+            f"--batch-size {flags.batch_size}, --max-bad {flags.max_bad}: expected at least 1, and "
+            "a share between 0 and 1"
         )
     check_target("--json", getattr(flags, "json", None))
     for checkpoint in flags.checkpoint:
@@ -1311,8 +1297,8 @@ def wanted_protocols(model, rows: list[dict], settings, protocols: dict) -> list
             )
         lacks = protocol.methods and not any(hasattr(model, m) for m in protocol.methods)
         message = (
-            f"{settings.checkpoint} is a model {protocol.lacking} "
-            f"(it has no {' or '.join(protocol.methods)} method)"
+            f"{settings.checkpoint} is a model {protocol.lacking} (it has no "
+            f"{' or '.join(protocol.methods)} method)"
         )
         if lacks and name in asked:
             raise ValueError(f"--protocol {name}: {message}")
