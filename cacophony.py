@@ -257,9 +257,9 @@ def tf_mel_filters():
     """
 
     def mel(hz):
-        return 1127 * torch.log1p(hz / 700)
+        return 1127 * torch.log1p(hz / 700)  # HTK's formula, as TensorFlow has it
 
-    bins = mel(torch.linspace(0, SAMPLE_RATE / 2, 257, dtype=torch.float64))[1:, None]
+    bins = mel(torch.linspace(0, SAMPLE_RATE / 2, 257, dtype=torch.float64))[1:, None]  # (256, 1)
     edges = torch.linspace(
         0,
         float(mel(torch.tensor(SAMPLE_RATE / 2.0, dtype=torch.float64))),
@@ -290,7 +290,8 @@ class MagnitudeMel(nn.Module):
             512,
             HOP,
             power=None,
-            center=False,
+            center=False,  # frame i starts at sample 160 i
+            # 25 ms, periodic as in TensorFlow; the zeros pad a frame for the FFT (D1)
             window_fn=lambda n: F.pad(torch.hann_window(400), (before, 112 - before)),
         )
         filters = (
@@ -302,13 +303,15 @@ class MagnitudeMel(nn.Module):
         common.keep_out_of_checkpoints(self)
 
     def forward(self, waveform):
-        with torch.autocast(waveform.device.type, enabled=False):
+        with torch.autocast(waveform.device.type, enabled=False):  # the logarithm needs fp32
             n_frames = math.ceil(waveform.shape[1] / HOP)
+            # the last frame starts before the end and reaches past it
             waveform = F.pad(waveform.float(), (0, (n_frames - 1) * HOP + 512 - waveform.shape[1]))
             spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, 257, T_mel, 2)
             magnitudes = (
                 spectrum[..., 0].square() + spectrum[..., 1].square()
             ).sqrt()  # faster than torch's complex abs()
+            # (B, 257, T_mel) -> (B, T_mel, 128); scale and offset: JAX code (D1)
             return 0.2 * (magnitudes.transpose(1, 2) @ self.filters + 1e-5).log() + 0.9
 
 
@@ -316,7 +319,7 @@ def n_steps(n_samples):
     """Whole time steps of 16 frames in n_samples (an int or a tensor): the remainder is dropped;
     one at least.
     """
-    steps = (n_samples + HOP - 1) // HOP // PATCH
+    steps = (n_samples + HOP - 1) // HOP // PATCH  # frames are rounded up, steps down
     return steps.clamp(min=1) if torch.is_tensor(steps) else max(1, steps)
 
 
@@ -325,11 +328,12 @@ def to_patches(features):
     row.
     """
     B, T_mel, _ = features.shape
-    if T_mel < PATCH:  # under 0.16 s
+    if T_mel < PATCH:  # under 0.16 s: filled up with what silence gives
         features = F.pad(features, (0, 0, 0, PATCH - T_mel), value=0.2 * math.log(1e-5) + 0.9)
         T_mel = PATCH
     T = T_mel // PATCH
-    x = features[:, : T * PATCH].reshape(B, T, PATCH, N_FREQ, PATCH)
+    x = features[:, : T * PATCH].reshape(B, T, PATCH, N_FREQ, PATCH)  # (B, T, 16, 8, 16)
+    # (B, T, 8, 16, 16) -> (B, N, 256); the order is that of the code, whose weights need it
     return x.transpose(2, 3).reshape(B, T * N_FREQ, PATCH * PATCH)
 
 
@@ -349,13 +353,14 @@ class AudioLayer(nn.Module):
         qkv = (
             self.qkv(self.norm1(x))
             .view(B, N, 3, self.heads, C // self.heads)
-            .permute(2, 0, 3, 1, 4)
+            .permute(2, 0, 3, 1, 4)  # (3, B, heads, N, C / heads)
         )
+        # the mask is of keys only; what padded queries give is masked by every later layer
         h = F.scaled_dot_product_attention(
             *qkv, attn_mask=valid_mask[:, None, None]
         )  # (B, heads, N, C / heads)
         x = x + self.proj(h.transpose(1, 2).reshape(B, N, C))
-        return x + self.fc2(F.silu(self.fc1(self.norm2(x))))
+        return x + self.fc2(F.silu(self.fc1(self.norm2(x))))  # SiLU: Sec. IV-A
 
 
 class PatchTransformer(nn.Module):
@@ -377,7 +382,8 @@ class PatchTransformer(nn.Module):
         """
         dim = self.freq_embedding.shape[1]
         rate = 10000 ** (-torch.arange(dim // 2, device=number.device) * 2 / dim)
-        angle = (number // N_FREQ)[..., None] * rate
+        angle = (number // N_FREQ)[..., None] * rate  # (B, N, dim / 2)
+        # sines first, then cosines, not in turn: the released weights need this order
         return torch.cat([angle.sin(), angle.cos()], -1) + self.freq_embedding[number % N_FREQ]
 
     def transform(self, x, valid_mask):
@@ -402,6 +408,7 @@ class MAE(nn.Module):
         super().__init__()
         self.mask_ratio = mask_ratio
         self.audio_encoder = PatchTransformer(PATCH * PATCH, **audio, eps=eps)
+        # "a 12-layer decoder with the same settings" (Sec. IV-A); dropped after stage 1
         self.decoder = PatchTransformer(audio["dim"], **{**audio, "layers": layers}, eps=eps)
         self.mask_token = nn.Parameter(torch.randn(audio["dim"]) * 0.02)
         self.head = nn.Linear(audio["dim"], PATCH * PATCH)
@@ -420,17 +427,19 @@ class MAE(nn.Module):
         def take(x):
             return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
 
-        # the encoder never sees a masked patch
+        # the encoder never sees a masked patch: what fills a row up to V (not seen) is no key
         encoded = self.audio_encoder(take(patches), number.gather(1, chosen), seen)
         encoded = self.decoder.input_proj(encoded)  # (B, V, dim)
 
         visible_mask = torch.zeros_like(valid_mask).scatter(1, chosen, seen)
+        # Sec. III-A appends the mask tokens; put in place the set is the same, and its order kept
         tokens = self.mask_token.to(encoded.dtype).expand(B, N, -1)
         tokens = tokens.scatter(
             1,
             chosen[..., None].expand_as(encoded),
             torch.where(seen[..., None], encoded, self.mask_token.to(encoded.dtype)),
         )
+        # the decoder has a band embedding of its own (D6)
         tokens = self.decoder.transform(tokens + self.decoder.positions(number), valid_mask)
         return self.head(tokens), visible_mask
 
@@ -439,6 +448,7 @@ class MAE(nn.Module):
         painted, visible_mask = self.paint(patches, number, valid_mask)
         masked = (valid_mask & ~visible_mask).float()
         error = (painted.float() - normalised(patches)).square().mean(-1)  # (B, N)
+        # at a small mask ratio a short clip may have no masked patch
         return ((error * masked).sum(1) / masked.sum(1).clamp(min=1),)
 
 
@@ -447,6 +457,7 @@ def normalised(patches):
 
     Source: Sec. III-A, "per-patch normalized values", after MAE (He et al., CVPR 2022) (D4).
     """
+    # (B, N, 1) each; the variance is unbiased and 1e-6 is added, as in MAE's code
     variance, mean = torch.var_mean(patches.float(), -1, keepdim=True)
     return (patches.float() - mean) / (variance + 1e-6).sqrt()
 
@@ -458,6 +469,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.query = nn.Parameter(torch.randn(dim) * 0.02)
+        # keys first, then values (code); out_proj leads to the joint space (Sec. III-B)
         self.kv_proj, self.out_proj = nn.Linear(dim, 2 * dim), nn.Linear(dim, out_dim)
 
     def forward(self, x, valid_mask):
@@ -467,11 +479,11 @@ class AttentionPool(nn.Module):
         )  # (B, heads, N, C / heads) each
         q = self.query.to(k.dtype).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_mask[:, None, None])
-        return self.out_proj(pooled.reshape(B, C))
+        return self.out_proj(pooled.reshape(B, C))  # (B, heads, 1, C / heads) -> (B, out_dim)
 
     def pool_each_alone(self, x):
         """What every position gives if the query attends to it alone. (B, N, C) -> (B, N, D)."""
-        return self.out_proj(self.kv_proj(x)[..., x.shape[2] :])
+        return self.out_proj(self.kv_proj(x)[..., x.shape[2] :])  # a softmax over one key is 1
 
 
 class DecoderAttention(nn.Module):
@@ -487,7 +499,7 @@ class DecoderAttention(nn.Module):
         self.value = nn.Linear(memory_dim, dim)
         self.dense = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(0.1)
+        self.dropout = nn.Dropout(0.1)  # of the output; attention weights have none (D6)
 
     def split(self, x):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, L, C / heads)
@@ -527,6 +539,7 @@ def make_causal(text_encoder: common.TextEncoder) -> common.TextEncoder:
 
     Source: Sec. III-B, "causal self-attention". Positions counted from 0 are the code's (D13).
     """
+    # transformers masks by this flag, or, where it leaves the mask out, by is_causal below
     text_encoder.model.config.is_decoder = True
     for module in text_encoder.model.modules():
         if hasattr(module, "is_causal"):
@@ -591,24 +604,26 @@ class Model(nn.Module):
 
     def text_states(self, input_ids, attention_mask):
         """Token ids (B, L) -> (B, L, C)."""
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, L); D13
         return self.text_encoder.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position,
-            use_cache=False,
+            use_cache=False,  # else is_decoder makes it keep keys and values
         ).last_hidden_state
 
     def next_logits(self, text_states, audio_kv, audio_mask):
         """Logits (B, L, vocabulary) of the token after each; audio_kv as `audio_keys_values`."""
         L = text_states.shape[1]
+        # (L, L); padding needs no mask: it stands behind the text, and its loss is not counted
         causal_mask = torch.ones(L, L, dtype=torch.bool, device=text_states.device).tril()
-        x = text_states
+        x = text_states  # the decoder stands on top of the text encoder (Sec. III-B)
         for layer, kv in zip(self.decoder, audio_kv):
             x = layer(x, kv, causal_mask[None, None], audio_mask[:, None, None])
         return self.head(x)
 
     def audio_keys_values(self, audio_states):
+        # keys and values of each layer, (B, heads, N, C / heads); caption() makes them once
         return [layer.crossattention.keys_values(audio_states) for layer in self.decoder]
 
     def forward(self, patches, number, valid_mask, input_ids, attention_mask):
@@ -637,6 +652,7 @@ class Model(nn.Module):
         """waveform (B, S), n_samples (B,) valid ones -> states (B, N, C), valid_mask (B, N): the
         whole clip (D9).
         """
+        # a piece is of whole time steps, so that no step is cut in two (D9)
         piece = min(int(PIECE_S * SAMPLE_RATE) // STEP_SAMPLES * STEP_SAMPLES, waveform.shape[1])
         pieces, owner, _, lengths = common.cut_windows(waveform, n_samples, piece)
         steps = n_steps(torch.tensor(lengths))
@@ -645,15 +661,16 @@ class Model(nn.Module):
         number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(
             len(patches), -1
         )
-        valid_mask = number < (N_FREQ * steps.to(waveform.device))[:, None]
+        valid_mask = number < (N_FREQ * steps.to(waveform.device))[:, None]  # (pieces, N)
         states = torch.cat(
             [
                 self.audio_encoder(*part)
                 for part in zip(patches.split(8), number.split(8), valid_mask.split(8))
             ]
         )
-        if len(pieces) == len(waveform):
+        if len(pieces) == len(waveform):  # no clip was cut
             return states, valid_mask
+        # of each clip (its real patches, C), piece after piece
         of_clip = [states[owner == b][valid_mask[owner == b]] for b in range(len(waveform))]
         lengths = torch.tensor([len(x) for x in of_clip], device=waveform.device)
         states = nn.utils.rnn.pad_sequence(of_clip, batch_first=True)
@@ -701,7 +718,8 @@ class Model(nn.Module):
         lengths = [waveform.shape[1]] * len(x) if n_samples is None else n_samples.tolist()
         out = []
         for clip, mask, n in zip(x, valid_mask, lengths):
-            steps = clip[mask].view(-1, N_FREQ, x.shape[2]).mean(1)
+            steps = clip[mask].view(-1, N_FREQ, x.shape[2]).mean(1)  # (T, C)
+            # patches drop what is no whole step, frames cover it
             missing = max(0, math.ceil(n / STEP_SAMPLES) - len(steps))
             out.append(torch.cat([steps, steps[-1:].expand(missing, -1)]))
         return out
@@ -740,19 +758,20 @@ class Model(nn.Module):
             audio_kv = self.audio_keys_values(audio_states)
             ids = torch.full((len(waveform), 1), tokenizer.cls_token_id, device=audio_states.device)
             ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)  # of the CPU: alike on all devices
             for _ in range(
                 min(max_tokens, self.text_encoder.model.config.max_position_embeddings) - 1
             ):
                 states = self.text_states(ids, torch.ones_like(ids))
                 logits = self.next_logits(states, audio_kv, audio_mask)[:, -1].float()
-                logits[:, [tokenizer.pad_token_id, tokenizer.cls_token_id]] = -math.inf
+                logits[:, [tokenizer.pad_token_id, tokenizer.cls_token_id]] = -math.inf  # D18
                 if (
                     temperature > 0
                 ):  # the largest of logits plus Gumbel noise is a draw from the softmax
                     noise = -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
                     logits = logits / temperature + noise.to(logits.device)
                 token = torch.where(ended, tokenizer.pad_token_id, logits.argmax(-1))
+                # (B, L + 1); an ended caption gets padding, which decode() leaves out
                 ids = torch.cat([ids, token[:, None]], 1)
                 ended = ended | (token == tokenizer.sep_token_id)
                 if ended.all():
@@ -792,6 +811,7 @@ class Model(nn.Module):
         dim, layers, mlp, joint, decoders = port_size(state)
         model = cls(
             dict(
+                # no shape tells the number of heads: the paper's are 8 of 96 (Sec. IV-A)
                 audio=dict(dim=dim, layers=layers, heads=max(1, dim // 96), mlp=mlp),
                 joint_dim=joint,
                 decoder_layers=decoders,
@@ -852,6 +872,7 @@ def caption_nll(logits, targets, target_mask, n_most: int | None = None):
     logits (B, L, vocabulary); targets (B, L): the tokens that follow; target_mask (B, L), 1 = a
     real token.
     """
+    # (B, L); cross_entropy takes the vocabulary on axis 1
     nll = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none") * target_mask
     return nll.sum(1) / (n_most or target_mask.sum(1))  # Eq. (2)
 
@@ -863,11 +884,11 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
     """
     audio_embeds = common.gather_with_grad(audio_embeds)
     text_embeds = common.gather_with_grad(text_embeds)
-    nll = common.gather_with_grad(nll)
+    nll = common.gather_with_grad(nll)  # from here on B is the whole batch
     sim = audio_embeds @ text_embeds.T  # (B, B)
-    contrastive, captioning = contrastive_loss(sim, scale), nll.mean()
+    contrastive, captioning = contrastive_loss(sim, scale), nll.mean()  # over captions (D5)
     loss = contrastive + cfg.caption_weight * captioning  # Eq. (3)
-    gap = modality_gap(audio_embeds.detach(), text_embeds.detach())
+    gap = modality_gap(audio_embeds.detach(), text_embeds.detach())  # logged, not minimised
     parts = {"loss_con": contrastive, "loss_cap": captioning, "modality_gap": gap}
     return loss, sim.detach(), parts
 
@@ -898,7 +919,7 @@ def sam_backward(parameters: list, backward, rho: float):
     with torch.no_grad():
         # copied, as adding and subtracting a step would not give the same bits again
         kept = [p.clone() for p in held]
-        norm = torch.stack([p.grad.float().norm() for p in held]).norm()
+        norm = torch.stack([p.grad.float().norm() for p in held]).norm()  # one over all (D7)
         scale = rho / (norm + 1e-12)  # D7
         for p in held:
             p.add_(p.grad * scale)  # Eq. (5): the weights are now moved by the step
@@ -907,6 +928,7 @@ def sam_backward(parameters: list, backward, rho: float):
     backward()  # Eq. (6): its gradient
     with torch.no_grad():
         for p, value in zip(held, kept):
+            # the weights are back; p.grad stays that of the moved ones
             p.copy_(value)
     return result
 
@@ -940,6 +962,7 @@ class Clips(Dataset):
         patches = to_patches(self.log_mel(torch.from_numpy(waveform)[None]))[0]  # (N, 256)
         number = torch.arange(len(patches))
         if self.tokenize and len(patches) > self.cfg.patches:
+            # from the full sequence, as PaSST does (Sec. IV-A)
             drawn = rng.choice(len(patches), self.cfg.patches, replace=False)
             number = torch.from_numpy(np.sort(drawn))
         caption = self.draw_caption(row, rng) if self.tokenize else None
@@ -964,8 +987,8 @@ class Clips(Dataset):
         patches, numbers, captions, _ = zip(*items)
         lengths = torch.tensor([len(p) for p in patches])
         batch = {
-            "patches": nn.utils.rnn.pad_sequence(patches, True),
-            "number": nn.utils.rnn.pad_sequence(numbers, True),
+            "patches": nn.utils.rnn.pad_sequence(patches, True),  # (B, N, 256)
+            "number": nn.utils.rnn.pad_sequence(numbers, True),  # (B, N), 0 where padded
             "valid_mask": torch.arange(int(lengths.max())) < lengths[:, None],
         }
         if self.tokenize:
@@ -982,6 +1005,7 @@ class Clips(Dataset):
 def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
     """Warm-up (linear: D6) to the peak, then half a cosine to min_lr (Sec. IV-A)."""
     factor = common.warmup_cosine(step, cfg.warmup_steps, total)
+    # warmup_cosine ends at 0: only its cosine is lifted to end at min_lr
     return peak * factor if step < cfg.warmup_steps else cfg.min_lr + (peak - cfg.min_lr) * factor
 
 
@@ -1045,7 +1069,7 @@ def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
         run.step_done(loss)
         run.save_if_due()
     run.save("mae.pt")
-    common.barrier()
+    common.barrier()  # stage 2 reads mae.pt in every process
 
 
 @torch.no_grad()
@@ -1056,6 +1080,7 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
     rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
     texts = [row.get("captions") or row["synthetic"] for row in rows]
     scores, chance, sim = common.caption_retrieval(model, audio_embeds, None, texts)
+    # column of each clip's first caption, so that sim becomes square
     first = np.concatenate([[0], np.cumsum([len(of) for of in texts])[:-1]])
     scale = model.log_scale.exp().cpu()
     scores["loss_con"] = float(contrastive_loss(torch.from_numpy(sim[:, first]), scale))
@@ -1065,6 +1090,7 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
         dataset, nll = Clips(of_first, cfg, model.text_encoder.tokenize), []
         with common.evaluating(model):
             for i in range(0, len(rows), 32):
+                # epoch 0 at every validation, so that the draws are the same
                 items = [dataset[0, j] for j in range(i, min(i + 32, len(rows)))]
                 batch = common.to_device(dataset.collate(items), model.log_scale.device)
                 nll += model(**batch)[2].tolist()
@@ -1084,6 +1110,7 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     require_texts(train_rows + val_rows)
     batch_size = min(cfg.batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
+    # once more: stage 2 starts alike, whether stage 1 ran in this call or not
     torch.manual_seed(cfg.seed)
     if checkpoint:
         model = Model.from_checkpoint(run.path / "last.pt")
@@ -1122,6 +1149,7 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(cfg, cfg.lr, run.step, cfg.steps)
 
+        # SAM calls it twice; reseed gives both passes the same dropout (D7)
         def backward():
             return common.cached_backward(
                 forward,
@@ -1196,6 +1224,7 @@ def main(cfg: Config) -> dict:
     """
     run = common.Run(cfg, METHOD)
     checkpoint = run.checkpoint()
+    # --resume goes on in the stage that last.pt is of
     in_stage_2 = checkpoint is not None and checkpoint["stage"] == "contrastive"
     if cfg.stage != "contrastive" and not in_stage_2:
         train_mae(cfg, run, checkpoint)
@@ -1215,10 +1244,11 @@ def port_state(weights: dict) -> dict:
     """Names of the authors' torch port -> ours. Unknown names stay, so that strict loading lists
     them.
     """
-    for wrapper in ("model_state_dict", "state_dict"):
+    for wrapper in ("model_state_dict", "state_dict"):  # a file may have either, or none
         weights = weights.get(wrapper, weights)
     state = {}
     for key, value in weights.items():
+        # constants, not weights
         if key.endswith("position_ids") or key.endswith("token_type_ids"):
             continue
         for theirs, ours in (
@@ -1249,8 +1279,9 @@ def port_state(weights: dict) -> dict:
                 ".intermediate.dense", ".intermediate"
             )
             key = key.replace(".output.dense", ".output").replace(".output.LayerNorm", ".norm")
-        state[key] = value.reshape(-1) if key == "text_pool.query" else value
+        state[key] = value.reshape(-1) if key == "text_pool.query" else value  # there (1, C)
     for kind in ("weight", "bias"):
+        # the port's text pooler has two layers, its audio pooler one, as ours
         parts = [state.pop(f"text_pool.{name}_proj.{kind}", None) for name in ("key", "value")]
         if all(part is not None for part in parts):
             state[f"text_pool.kv_proj.{kind}"] = torch.cat(parts)
@@ -1282,6 +1313,7 @@ def audio_start(encoder: PatchTransformer, path, cfg: Config) -> None:
     content = common.read_weights(path)
     if content.get("method") == METHOD:
         # heads and the variant's details change no shape, so that loading would not notice them
+        # the shape of stage 1 is the encoder's alone; a stage 2 file holds it under "audio"
         stored = {**content["config"], **content["shape"].get("audio", content["shape"])}
         for name, now in (*audio_shape(cfg).items(), ("variant", cfg.variant)):
             if stored[name] != now:

@@ -212,16 +212,18 @@ def fbank(waveform):
     """
     waveform = F.pad(waveform, (0, max(0, 400 - len(waveform))))  # one frame at least
     features = torchaudio.compliance.kaldi.fbank(
+        # (1, S) without its mean, as in AST's own code (dataloader.py)
         (waveform - waveform.mean())[None],
         htk_compat=True,
         sample_frequency=SAMPLE_RATE,
         use_energy=False,
-        window_type="hamming",
+        window_type="hamming",  # Sec. 4.1; AST's own code: "hanning" (D1)
         num_mel_bins=N_MELS,
         dither=0.0,
         frame_shift=10,
     )[:N_FRAMES]
     features = F.pad(features, (0, 0, 0, N_FRAMES - len(features)))
+    # mean and deviation of AudioSet in AST's recipe (D1); divided by 2 deviations, as there
     return (features + 4.2677393) / (2 * 4.5689974)
 
 
@@ -235,9 +237,10 @@ class AST(nn.Module):
 
     def __init__(self, dim=768, layers=12, heads=12, patch=16, stride=10):
         super().__init__()
-        # bands, times
         self.out_dim = dim
+        # (bands, times), 12 x 101 at the paper's size
         self.grid = ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1)
+        # two, because AST's weights come from a distilled DeiT
         self.cls_token, self.dist_token = (
             nn.Parameter(torch.randn(1, 1, dim) * 0.02) for _ in range(2)
         )
@@ -247,6 +250,7 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(self, log_mel):
+        # the image is (B, 1, 128, 1024), mel bins in rows, so patches come band by band
         x = (
             self.patch_embed["proj"](log_mel.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)
         )  # (B, P, dim)
@@ -257,6 +261,7 @@ class AST(nn.Module):
             )
             + self.pos_embed
         )
+        # (B, 2 + P, dim), class tokens first
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -270,12 +275,13 @@ class CrossBlock(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)  # D3
         self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
+        self.key_value = nn.Linear(dim, 2 * dim)  # no LayerNorm before it: AST ends in one
         self.proj = nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def queries_keys_values(self, slots, audio):
         def split(x):
+            # (B, L, n dim) -> (n, B, heads, L, dim / heads); n = 2 for keys and values
             return x.view(*x.shape[:2], -1, self.heads, slots.shape[2] // self.heads).permute(
                 2, 0, 3, 1, 4
             )
@@ -306,7 +312,7 @@ class TokenInteraction(nn.Module):
     def forward(self, slots, audio):
         for block in self.blocks:
             slots = block(slots, audio)
-        return self.out_proj(self.norm(slots))
+        return self.out_proj(self.norm(slots))  # only here do slots become token embeddings (D3)
 
     def attention(self, slots, audio):
         """Share of its attention that each slot gives to each audio state -> (B, N, 2 + P).
@@ -316,6 +322,7 @@ class TokenInteraction(nn.Module):
         for block in self.blocks[:-1]:
             slots = block(slots, audio)
         q, k, _ = self.blocks[-1].queries_keys_values(slots, audio)
+        # written out: scaled_dot_product_attention does not return its weights
         return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(-1).mean(1)
 
 
@@ -335,17 +342,18 @@ class LockedText(nn.Module):
         self.requires_grad_(False)
 
     def train(self, mode=True):
-        return super().train(False)
+        return super().train(False)  # model.train() must not turn its dropout on
 
     def token_embeds(self, input_ids):
         """Static embeddings (B, L, C) of token ids (B, L), without positions."""
-        return self.encoder.model.get_input_embeddings()(input_ids)
+        return self.encoder.model.get_input_embeddings()(input_ids)  # E_t of Sec. 3.1
 
     def states(self, token_embeds, attention_mask=None) -> list:
         """Token embeddings (B, L, C) -> what enters the first layer, then what leaves each, the
         last normalised; (B, L, C) each.
         """
         if not self.is_clip:
+            # it adds positions to inputs_embeds by itself, as it does for ids
             out = self.encoder.model(
                 inputs_embeds=token_embeds, attention_mask=attention_mask, output_hidden_states=True
             )
@@ -354,7 +362,7 @@ class LockedText(nn.Module):
         states = [tower.embeddings(inputs_embeds=token_embeds)]
         causal = torch.full(
             (L, L), -math.inf, dtype=states[0].dtype, device=token_embeds.device
-        ).triu(1)[None, None]
+        ).triu(1)[None, None]  # (1, 1, L, L), -inf where a token would see a later one
         for layer in (
             tower.encoder.layers
         ):  # padding stands behind the end token, so the causal mask hides it
@@ -395,7 +403,8 @@ class Model(nn.Module):
             audio["dim"], audio["heads"], shape["blocks"], self.text.dim
         )
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D7
-        self.patch_s = audio["stride"] / 100
+        self.patch_s = audio["stride"] / 100  # seconds from patch to patch: 100 frames a second
+        # a generator of its own: the draw does not depend on --seed
         slots = torch.randn(
             1, text_encoder.max_tokens, audio["dim"], generator=torch.Generator().manual_seed(0)
         )
@@ -422,18 +431,19 @@ class Model(nn.Module):
         slots = slots.repeat(len(views) // B, 1, 1)  # both views have the same ones
         predicted = self.interaction(slots, self.audio_encoder(views))  # (B or 2 B, N, C)
         with torch.no_grad():
-            text = self.text.token_embeds(input_ids)
+            text = self.text.token_embeds(input_ids)  # h^t (B, L, C)
             text_states = self.text.states(text, attention_mask)
             text_embeds = F.normalize(
                 self.text.pool(text_states[-1], attention_mask).float(), dim=-1
             )
-        states = self.text.states(predicted[:B])
+        states = self.text.states(predicted[:B])  # of the clean view, slots in their own order (D5)
         audio_embeds = F.normalize(self.text.pool(states[-1]).float(), dim=-1)
-        if token_layer:
+        if token_layer:  # the ablation of Fig. 4a
             text, compared = text_states[token_layer], states[token_layer]
             other = self.text.states(predicted[B:])[token_layer] if noisy else None
         else:
             compared, other = predicted[:B], predicted[B:] if noisy else None
+        # g of Sec. 3.2, computed before the weights are updated; no gradient (D5)
         matched = match(compared.detach(), text, attention_mask)
         token_sums, token_counts = cross_token_loss(compared, text, attention_mask, matched)
         uni = uni_token_loss(compared, other) if noisy else token_sums.new_zeros(B)
@@ -460,6 +470,7 @@ class Model(nn.Module):
                 waveform, n_samples, round(WINDOW_S * SAMPLE_RATE)
             )
             embeds = []
+            # at most 32 windows at a time: bounded memory
             for part, n in zip(windows.split(32), torch.tensor(lengths).split(32)):
                 tokens = self._tokens(self.first_window(part, n))
                 embeds.append(
@@ -510,6 +521,7 @@ class Model(nn.Module):
                 self.text.token_embeds(ids["input_ids"]),
                 ids["attention_mask"],
             )
+            # (B, N, bands, times); without the class tokens a slot's shares sum to below 1
             shares = self.interaction.attention(slots, audio)[:, :, 2:].unflatten(
                 2, self.audio_encoder.grid
             )
@@ -611,11 +623,12 @@ def match_greedy(distance, real):
     """`match` by distance (B, L, N); real (B, L) bool, True = not padding -> (B, L)."""
     B, L, N = distance.shape
     taken, matched = torch.zeros(B, N, dtype=torch.bool, device=distance.device), []
-    for column in range(L - 1, -1, -1):
+    for column in range(L - 1, -1, -1):  # from the right-most token on (Sec. 3.2)
         nearest = distance[:, column].masked_fill(taken, math.inf).argmin(1, keepdim=True)  # (B, 1)
+        # a padded token takes no slot away
         taken = taken.scatter(1, nearest, taken.gather(1, nearest) | real[:, column, None])
         matched.append(nearest)
-    return torch.cat(matched[::-1], 1)
+    return torch.cat(matched[::-1], 1)  # (B, L), in the text's order again
 
 
 def cross_token_loss(predicted, text, attention_mask, matched):
@@ -653,6 +666,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_coun
     processes.
     """
     audio_embeds, text_embeds, token_sums, token_counts, uni = (
+        # sums and counts apart, so that the mean is over all tokens of the batch (D6)
         common.gather_with_grad(x)
         for x in (audio_embeds, text_embeds, token_sums, token_counts, uni)
     )
@@ -764,6 +778,7 @@ def main(cfg: Config) -> dict:
     of_audio = [p for name, p in trained.items() if name.startswith("audio_encoder.")]
     others = [p for name, p in trained.items() if not name.startswith("audio_encoder.")]
     optimiser = torch.optim.AdamW(
+        # the optimiser keeps a key that it does not know; the loop reads it
         [{"params": of_audio, "peak": cfg.audio_lr}, {"params": others, "peak": cfg.lr}],
         lr=cfg.lr,
         weight_decay=cfg.weight_decay,
@@ -801,7 +816,7 @@ def main(cfg: Config) -> dict:
         nn.utils.clip_grad_norm_(trained.values(), 1.0)  # D9
         optimiser.step()
         with torch.no_grad():
-            model.log_scale.clamp_(0, math.log(100))
+            model.log_scale.clamp_(0, math.log(100))  # tau stays in 1 to 100 (D7)
 
         run.step_done(loss, sim, **losses, scale=model.log_scale.exp())
         if run.is_due(cfg.eval_steps):
@@ -861,6 +876,7 @@ def ast_state(weights: dict) -> dict:
             state.pop(key.replace("q_proj", name), None) for name in ("q_proj", "k_proj", "v_proj")
         ]
         if all(part is not None for part in parts):
+            # rows of q, k, v below one another, as in AST's own file
             state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
     # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is
     # used

@@ -59,7 +59,7 @@ def write_lines(path: Path, lines) -> None:
     """Write text lines, never half a file."""
     with written_whole(path) as file:
         for line in lines:
-            file.write(f"{line}\n".encode())
+            file.write(f"{line}\n".encode())  # bytes: UTF-8 and \n on Windows too
 
 
 def this_process() -> str:
@@ -74,13 +74,17 @@ def written_whole(path: Path, who: str = ""):
 
     who: part of the temporary name, where several processes may write the same file.
     """
+    # beside `path`, since os.replace does not work across file systems
     temporary = path.with_name(f"{path.name}{who}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
+        # after close(), where a full disk may first show; without fsync, so a power cut may still
+        # lose data
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C and SystemExit are no Exception
         temporary.unlink(missing_ok=True)
+        # a full disk, a limit on the size of files, a quota
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise OSError(
                 f"{path} cannot be written ({error.strerror}); what was there before is whole"
@@ -108,8 +112,10 @@ def start_device(name: str) -> torch.device:
             "nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2)
         )
     if name == "cuda":
+        # LOCAL_RANK counts on this node only: one GPU a process
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # allows TF32, with 10 bits of mantissa
+    # with the GPU's index for `wrap`: that of torch.device("cuda") alone is None
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
@@ -119,6 +125,7 @@ def rank_and_world() -> tuple[int, int]:
 
 def barrier() -> None:
     if dist.is_initialized():
+        # without device_ids nccl warns that it picks a GPU itself
         dist.barrier(
             device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
         )
@@ -129,13 +136,15 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x):
         rank, world = rank_and_world()
         sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
+        # all_gather takes equal shapes only, so the sizes are exchanged first
         dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
         sizes = torch.cat(sizes).tolist()  # a rank with an unreadable clip holds fewer rows
+        # (max of B, ...): F.pad counts axes from the last one, and only axis 0 grows
         padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(sizes) - len(x))).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(world)]
+        parts = [torch.empty_like(padded) for _ in range(world)]  # world x (max of B, ...)
         dist.all_gather(parts, padded)
         ctx.start, ctx.size, ctx.world = sum(sizes[:rank]), len(x), world
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])  # (sum of B, ...)
 
     @staticmethod
     def backward(ctx, grad):
@@ -163,7 +172,7 @@ class AudioError(ValueError):
     """One audio file that cannot be used; the message names the file and the reason."""
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)  # the filter is made once for a pair of rates
 def _resampler(from_hz: int, to_hz: int):
     # a ratio like 44101 : 32000 would need a filter of gigabytes; within 1e-6, no standard rate is
     # affected
@@ -175,6 +184,7 @@ def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     """(S,) float32 at from_hz -> (S',) float32 at to_hz (torchaudio's windowed sinc)."""
     if from_hz == to_hz:
         return waveform
+    # (1, S) -> (1, S') -> (S',)
     return _resampler(from_hz, to_hz)(torch.from_numpy(waveform)[None])[0].numpy()
 
 
@@ -182,12 +192,12 @@ def _ogg_is_cut(path) -> bool:
     """True if the last Ogg page promises more bytes than the file holds: a broken download."""
     with open(path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
-        start = f.seek(max(0, size - 2**17))
+        start = f.seek(max(0, size - 2**17))  # a page has at most 65,307 bytes
         tail = f.read()
-    page = tail.rfind(b"OggS")
+    page = tail.rfind(b"OggS")  # opens every page (RFC 3533)
     if page < 0 or len(tail) < page + 27 or len(tail) < page + 27 + tail[page + 26]:
         return True
-    segments = tail[page + 26]
+    segments = tail[page + 26]  # their number; the length of each follows, one byte each
     return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments]) > size
 
 
@@ -196,10 +206,11 @@ def _pieces(f, wanted: int):
     holds, not what its header claims.
     """
     while wanted > 0:
+        # at most 2**21 values over all channels: 8 MiB of float32
         piece = f.read(
             min(wanted, max(1, 2**21 // f.channels)), dtype="float32", always_2d=True
-        ).mean(axis=1)
-        if not len(piece):
+        ).mean(axis=1)  # (S, channels) -> (S,)
+        if not len(piece):  # the file ends before its header says so
             return
         wanted -= len(piece)
         yield piece
@@ -227,13 +238,14 @@ def read_audio(
     Raises
         AudioError: missing, unreadable, empty, truncated, non-finite, absurdly loud or silent file.
     """
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):  # libsndfile would say "System error"
         raise AudioError(f"{path}: file not found")
     try:
         with sf.SoundFile(path) as f:
             native_hz, total = f.samplerate, len(f)
             if total <= 0:
                 raise AudioError(f"{path}: holds no samples")
+            # libsndfile reads a cut Ogg file as a shorter one, without an error
             if (expected_s and total / native_hz < 0.9 * expected_s - 0.1) or (
                 f.format == "OGG" and _ogg_is_cut(path)
             ):
@@ -246,9 +258,10 @@ def read_audio(
                 raise AudioError(
                     f"{path}: a sample rate of {native_hz} Hz; expected 1 kHz to 1 MHz"
                 )
+            # integers() excludes its upper end, so + 1 allows the last possible start
             start = int(crop_rng.integers(0, total - wanted + 1)) if crop_rng is not None else 0
             f.seek(start)
-            waveform = np.concatenate(list(_pieces(f, wanted)) or [np.zeros(0, np.float32)])
+            waveform = np.concatenate(list(_pieces(f, wanted)) or [np.zeros(0, np.float32)])  # (S,)
             if len(waveform) < wanted:
                 raise AudioError(f"{path}: truncated, {len(waveform)} of {wanted} samples decoded")
             if not waveform.any():
@@ -257,19 +270,21 @@ def read_audio(
                     raise AudioError(f"{path}: silent, every sample is 0")
     except (sf.SoundFileRuntimeError, OSError) as error:
         raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
-    if not np.isfinite(waveform).all():
+    if not np.isfinite(waveform).all():  # files of floats can hold them
         raise AudioError(f"{path}: holds NaN or infinite samples")
     if np.abs(waveform).max() > LOUDEST:
         raise AudioError(
             f"{path}: samples up to {np.abs(waveform).max():.1e}; expected values in [-1, 1]"
         )
     waveform = resample(waveform, native_hz, sample_rate)
+    # `wanted` was rounded up, so there may be one sample too many
     return waveform if length_s is None else waveform[: round(length_s * sample_rate)]
 
 
 def write_audio(path: Path, waveform: np.ndarray, rate: int) -> None:
     """waveform (S,) -> a 16-bit file of the kind its suffix names; under a temporary name first."""
     temporary = path.with_name(path.name + ".tmp")
+    # the format is given because soundfile cannot tell it from .tmp
     sf.write(temporary, waveform, rate, subtype="PCM_16", format=path.suffix[1:].upper())
     os.replace(temporary, path)
 
@@ -280,12 +295,13 @@ def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
     """
     n_samples = torch.tensor([len(w) for w in waveforms])
     length = length or int(n_samples.max())
+    # B tensors (S,); a waveform of full length is not copied
     padded = [
         torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w))))
         for w in waveforms
     ]
     # in a loader's process default_collate writes straight into memory shared with the main one
-    return torch.utils.data.default_collate(padded), n_samples
+    return torch.utils.data.default_collate(padded), n_samples  # (B, S), (B,)
 
 
 def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
@@ -325,6 +341,8 @@ def join_windows(embeds, owner, weight):
     """
     return F.normalize(
         torch.stack(
+            # `owner` ascends and every clip has a window, so the counts split the rows into B
+            # parts, each (windows of the clip, D)
             [part.sum(0) for part in (embeds * weight[:, None]).split(owner.bincount().tolist())]
         ),
         dim=-1,
@@ -336,21 +354,23 @@ def join_windows(embeds, owner, weight):
 # ------------------------------------------------------------------------------------------------
 
 
-DEMO_HZ = 32000
+DEMO_HZ = 32000  # LogMel's default, so the demo needs no resampling
 
+# Captions by the number of sounds; {0} is heard first, whatever the order of the words
 ONE = ["{0}", "the sound of {0}", "{0} can be heard"]
 
 TWO = ["{0} followed by {1}", "{0}, then {1}", "{0} before {1}", "{1} after {0}"]
 
 THREE = ["{0} followed by {1}, then {2}", "{0}, then {1}, then {2}"]
 
+# For sounds that overlap: these captions tell no order
 TOGETHER = ["{0} while {1} is heard", "{0} and {1} at the same time"]
 
 
 def _fade(sound: np.ndarray, rate: int) -> np.ndarray:
-    n = min(len(sound) // 2, rate // 100)
+    n = min(len(sound) // 2, rate // 100)  # 10 ms at each end, so that a cut makes no click
     ramp = np.linspace(0, 1, n, dtype=np.float32)
-    sound = sound.copy()
+    sound = sound.copy()  # the caller's may be a view of a longer sound
     sound[:n] *= ramp
     sound[len(sound) - n :] *= ramp[::-1]
     return sound
@@ -374,6 +394,7 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
             start = int(rng.integers(0, max(1, len(sound) - longest + 1)))
             sound = _fade(sound[start : start + longest], rate)
             level = 10 ** (-rng.uniform(16, 26) / 20)  # RMS between -16 and -26 dB of full scale
+            # 1e-9, since a sound from a folder may be silent
             sounds.append((label, phrase, sound * level / (np.sqrt(np.mean(sound**2)) + 1e-9)))
         if len(sounds) == n:
             break
@@ -385,12 +406,14 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
         second = min(first + int(rng.integers(0, lengths[0] // 2 + 1)), size - lengths[1])
         onsets, swapped = [first, second], None
     else:  # the free time is cut at random into gaps before, between and after
+        # (n,) gap before each sound; the rest of the free time follows the last one
         gaps = np.diff(np.sort(rng.integers(0, size - lengths.sum() + 1, n)), prepend=0)
         onsets = np.cumsum(gaps) + np.cumsum(lengths) - lengths
         back = np.cumsum(gaps) + np.cumsum(lengths[::-1]) - lengths[::-1]
         swapped = np.zeros(size, np.float32) if n > 1 else None
     # background: white noise with some more energy at low frequencies
     noise = np.cumsum(rng.standard_normal(size).astype(np.float32))
+    # diff gives back the white noise; its cumsum less a moving average is brown noise without drift
     noise = np.diff(noise, prepend=0) + 0.02 * (
         noise - np.convolve(noise, np.ones(64) / 64, "same")
     )
@@ -399,7 +422,7 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
     for (_, _, sound), onset in zip(sounds, onsets):
         waveform[onset : onset + len(sound)] += sound
     if swapped is not None:
-        swapped += noise
+        swapped += noise  # the same noise: only the order of the sounds differs
         for (_, _, sound), onset in zip(sounds[::-1], back):
             swapped[onset : onset + len(sound)] += sound
 
@@ -420,6 +443,7 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
         ],
         "phrases": [{"phrase": p, "segments": [t]} for p, t in zip(phrases, times)],
     }
+    # the sounds are scaled by RMS, so their peaks may pass full scale
     return np.clip(waveform, -1, 1), row, None if swapped is None else np.clip(swapped, -1, 1)
 
 
@@ -427,10 +451,11 @@ def write_scene(
     folder: Path, name: str, seed: tuple, draw_sound, rate: int, split: str, suffix: str = "wav"
 ) -> dict:
     """Make one scene, write its audio (for test scenes also `name`_swapped) -> its row."""
+    # a generator of its own: a scene does not depend on those made before it
     waveform, row, swapped = make_scene(np.random.default_rng(seed), draw_sound, rate)
     write_audio(folder / f"{name}.{suffix}", waveform, rate)
     row = {"audio": f"{folder.name}/{name}.{suffix}", **row, "split": split}
-    if split == "test" and swapped is not None:
+    if split == "test" and swapped is not None:  # eval.py compares captions with both
         write_audio(folder / f"{name}_swapped.{suffix}", swapped, rate)
         row["swapped_audio"] = f"{folder.name}/{name}_swapped.{suffix}"
     return row
@@ -441,17 +466,20 @@ def demo_sound(rng, rate: int = DEMO_HZ):
     seconds = rng.uniform(0.8, 3.0)
     t = np.arange(int(seconds * rate)) / rate
     white = rng.standard_normal(len(t))
-    pitch = 2 ** rng.uniform(-0.3, 0.3)
+    pitch = 2 ** rng.uniform(-0.3, 0.3)  # up to 3.6 semitones down or up
 
+    # (S,) bool, True in the first width_s of every period
     def pulses(per_s, width_s):
         return (t * per_s * pitch % 1) < width_s * per_s * pitch
 
     def tone(hz):
+        # the phase is the running sum of the frequency, which may vary in time
         return np.sin(2 * np.pi * np.cumsum(np.broadcast_to(hz * pitch, t.shape)) / rate)
 
     def smooth(x, n):
         return np.convolve(x, np.ones(n) / n, "same")
 
+    # functions, so that only the drawn sound is computed
     sounds = {
         "rising_chirp": ("a rising chirp", lambda: tone(400 * 8 ** (t / seconds))),
         "falling_chirp": ("a falling chirp", lambda: tone(3200 * 8 ** (-t / seconds))),
@@ -461,6 +489,7 @@ def demo_sound(rng, rate: int = DEMO_HZ):
         "siren": ("a wailing siren", lambda: tone(900 + 400 * np.sin(2 * np.pi * 0.8 * t))),
         "bell": (
             "a bell ringing",
+            # frequency ratios of a free metal bar; higher partials decay faster
             lambda: sum(tone(600 * r) * np.exp(-t * (1 + r)) for r in (1, 2.76, 5.4, 8.9)),
         ),
         "clicks": ("steady clicking", lambda: white * pulses(4, 0.008)),
@@ -492,7 +521,7 @@ def build_demo(
             write_scene(
                 folder / "audio",
                 f"{split}_{i:04d}",
-                (seed, len(split), i),
+                (seed, len(split), i),  # 5, 3 and 4 letters tell the splits apart
                 demo_sound,
                 DEMO_HZ,
                 split,
@@ -502,6 +531,7 @@ def build_demo(
         write_lines(
             folder / "classes.txt", sorted({label for row in rows for label in row["labels"]})
         )
+        # written last, because its presence marks a complete corpus
         write_lines(folder / "manifest.jsonl", [json.dumps(row) for row in rows])
     barrier()
     return folder
@@ -512,6 +542,7 @@ def build_demo(
 # ------------------------------------------------------------------------------------------------
 
 
+# Key -> type of its JSON value; a row may have other keys, if they are no misspellings of these
 MANIFEST_KEYS = {
     "audio": str,
     "duration": (int, float),
@@ -552,17 +583,18 @@ def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None
     for item in [data] if isinstance(data, str) else data:
         path = manifest_path(item)
         found = 0
-        with open(path, "rb") as f:
+        with open(path, "rb") as f:  # bytes: `_parse_row` names the line that is not UTF-8
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
                 row = _parse_row(line, f"{path}:{number}")
-                found += 1
+                found += 1  # before the filter by split, which may leave none
                 if split and row.get("split", split) != split:
                     continue
                 require([row], *need)
                 for key in ("audio", "image", "swapped_audio"):
                     if key in row:
+                        # pathlib drops the left side where the right one is an absolute path
                         row[key] = str(path.parent / row[key])
                 yield row
         if not found:
@@ -611,6 +643,7 @@ def _parse_row(line: bytes, where: str) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     for key, value in row.items():
+        # cutoff 0.8 finds "captions" for "caption"; a key that resembles none is allowed
         near = [] if key in MANIFEST_KEYS else difflib.get_close_matches(key, MANIFEST_KEYS, 1, 0.8)
         if near:
             raise ValueError(f"{where}: unknown key {key!r}; did you mean '{near[0]}'?")
@@ -631,6 +664,7 @@ def _parse_row(line: bytes, where: str) -> dict:
     for number, label in enumerate(row.get("labels", []), 1):
         check_text(label, f"label {number}", where)
     duration = row.get("duration", 1.0)
+    # json reads NaN, which fails here
     if isinstance(duration, bool) or not 0 < duration < math.inf:
         raise ValueError(
             f"{where}: duration {duration!r}; expected seconds above 0, or no such key"
@@ -674,6 +708,7 @@ def check_text(value, what: str, where: str, words: bool = False) -> None:
     """
     if not isinstance(value, str) or not (re.search(r"\w", value) if words else value.strip()):
         raise ValueError(f"{where}: {what} is empty ({value!r}); write one or remove it")
+    # JSON's \ud800 becomes half a surrogate pair, which UTF-8 cannot encode
     if "\0" in value or re.search("[\ud800-\udfff]", value):
         raise ValueError(
             f"{where}: {what} holds a NUL or half a surrogate pair ({value!r}); remove it"
@@ -702,7 +737,7 @@ def read_classes(data: list[str], rows: list[dict]) -> list[str]:
     path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
     if path.is_file():
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()  # drops a byte order mark
         except UnicodeDecodeError:
             raise ValueError(
                 f"{path}: not UTF-8 text; save it as UTF-8, one class a line"
@@ -731,9 +766,9 @@ def split_train_val(
     """
     train = [row for row in rows if row.get("split", "train") == "train"]
     val = [row for row in rows if row.get("split") == "val"]
-    audio = sorted({row["audio"] for row in train})
+    audio = sorted({row["audio"] for row in train})  # a set's order changes from run to run
     if not val and len(audio) > 3:
-        n_held = min(most, max(2, len(audio) // 20))
+        n_held = min(most, max(2, len(audio) // 20))  # with 1, retrieval is trivial
         held = {audio[i] for i in np.random.default_rng(seed).permutation(len(audio))[:n_held]}
         val = [row for row in train if row["audio"] in held]
         train = [row for row in train if row["audio"] not in held]
@@ -753,8 +788,8 @@ def split_train_val(
 
 def keep_out_of_checkpoints(module: nn.Module) -> None:
     """Make every buffer of `module` non-persistent: constants that are computed anew."""
-    for name, buffer in list(module.named_buffers()):
-        parent, _, leaf = name.rpartition(".")
+    for name, buffer in list(module.named_buffers()):  # a copy, since the loop changes the buffers
+        parent, _, leaf = name.rpartition(".")  # parent "": `module` itself
         module.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
 
 
@@ -770,18 +805,20 @@ class LogMel(nn.Module):
         self, sample_rate=32000, n_fft=1024, hop=320, n_mels=64, fmin_hz=50, fmax_hz=14000
     ):
         super().__init__()
+        # power=None gives complex values, which `power` squares
         self.spectrogram = torchaudio.transforms.Spectrogram(n_fft, n_fft, hop, power=None)
+        # norm and scale "slaney": librosa's defaults, which torchlibrosa uses
         self.mel_scale = torchaudio.transforms.MelScale(
             n_mels, sample_rate, fmin_hz, fmax_hz, n_fft // 2 + 1, "slaney", "slaney"
         )
         keep_out_of_checkpoints(self)
 
     def forward(self, waveform):
-        with torch.autocast(waveform.device.type, enabled=False):
+        with torch.autocast(waveform.device.type, enabled=False):  # bf16 has 8 significant bits
             # on a CPU a few clips at a time stay in cache: 3 times faster than the batch at once
             parts = waveform.float().split(len(waveform) if waveform.is_cuda else 4)
             power = torch.cat([self.mel_scale(self.power(part)) for part in parts])  # (B, M, T_mel)
-            return 10 * torch.log10(power.clamp(min=1e-10)).transpose(1, 2)
+            return 10 * torch.log10(power.clamp(min=1e-10)).transpose(1, 2)  # (B, T_mel, M)
 
     def power(self, waveform):
         spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, bins, T_mel, 2)
@@ -797,7 +834,7 @@ def spec_augment(x, time_width: int, mel_width: int, stripes: int = 2):
     """
     for dim, width in ((1, time_width), (2, mel_width)):
         size = x.shape[dim]
-        widths = (torch.rand(len(x), stripes, device=x.device) * width).floor()
+        widths = (torch.rand(len(x), stripes, device=x.device) * width).floor()  # (B, stripes)
         starts = (torch.rand(len(x), stripes, device=x.device) * (size - widths)).floor()
         position = torch.arange(size, device=x.device)
         hit = ((position >= starts[..., None]) & (position < (starts + widths)[..., None])).any(
@@ -822,6 +859,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, qkv_bias=True):
         super().__init__()
         self.heads = heads
+        # rows of q, then of k, then of v, as in HTS-AT's files
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -832,11 +870,14 @@ class Attention(nn.Module):
         if bias is not None:
             # P rows of x side by side on the axis of heads, so that one bias fits all of them
             P = len(bias)
+            # (N / P, P * heads, L, C / heads) each
             q, k, v = (x.reshape(N // P, P * self.heads, L, -1) for x in (q, k, v))
             bias = bias.to(q.dtype).flatten(0, 1)  # (P * heads, L, L); fp32 under autocast
         # MGA-CLAP Eq. (5): the softmax over positions, of the logits plus the bias
         # MGA-CLAP Eq. (6): the sum of the values with these weights
+        # torch scales the logits by 1 / sqrt(C / heads) unless told otherwise
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        # (N, heads, L, C / heads) -> (N, L, heads, C / heads) -> (N, L, C)
         return self.proj(x.reshape(N, self.heads, L, -1).transpose(1, 2).reshape(N, L, C))
 
     def values(self, x):
@@ -857,14 +898,15 @@ def drop_path(x, probability: float, training: bool, parts: int = 1):
     """
     if not training or probability == 0:
         return x
-    keep = torch.rand(len(x) // parts, 1, 1, device=x.device) >= probability
-    return x * (keep.to(x.dtype) / (1 - probability)).repeat_interleave(parts, 0)
+    keep = torch.rand(len(x) // parts, 1, 1, device=x.device) >= probability  # (clips, 1, 1)
+    return x * (keep.to(x.dtype) / (1 - probability)).repeat_interleave(parts, 0)  # (N, 1, 1)
 
 
 def init_linear_layers(model: nn.Module) -> None:
     """Truncated normal weights of deviation 0.02 and zero biases, as vision transformers start."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
+            # torch cuts at -2 and 2, not at 2 deviations; timm's function does the same
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -886,6 +928,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
+        # fc1 and fc2 are the names in HTS-AT's files
         self.mlp = nn.ModuleDict(
             {"fc1": nn.Linear(dim, mlp_ratio * dim), "fc2": nn.Linear(mlp_ratio * dim, dim)}
         )
@@ -893,7 +936,7 @@ class Block(nn.Module):
             self.mlp.requires_grad_(False)  # unused, kept so that the authors' weights load
 
     def feed_forward(self, x):
-        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))
+        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))  # the exact GELU, not the one by tanh
 
     def forward(self, x, bias=None, parts=1):
         """x (N, L, C); bias (P, heads, L, L) as in `Attention`; parts as in `drop_path`."""
@@ -943,7 +986,7 @@ def allowed_globals() -> list:
 
     # by numpy 2's name and by numpy 1's
     allowed = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    return allowed + [type(np.dtype(t)) for t in "fdil"]
+    return allowed + [type(np.dtype(t)) for t in "fdil"]  # float, double, C int and C long
 
 
 def read_weights(path) -> dict:
@@ -997,6 +1040,7 @@ def check_sizes(path, sizes: dict, state: dict) -> None:
     for name, value in sizes.items():
         if isinstance(value, dict):
             check_sizes(path, value, state)
+        # a layer has at least one tensor, and a width of n at least n weights
         of_layers = "layers" in name or "depths" in name
         for size in value if isinstance(value, list) else [value]:
             if isinstance(size, int) and size > (len(state) if of_layers else n_weights):
@@ -1014,7 +1058,7 @@ def rebuilding(path, content: dict):
         text_config = json.loads(text_encoder["config"])
         settings = {name: content["config"].get(name) for name in MODEL_SETTINGS}
         check_sizes(path, content.get("shape", {}) | settings | text_config, content["model"])
-        yield
+        yield  # errors of the caller's block are caught below too
     except Exception as error:  # of every type: the file may say anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{path}: no model can be made of what it says ({reason})") from None
@@ -1043,7 +1087,7 @@ def load_strict(module: nn.Module, state: dict, source) -> None:
     problems = []
     for text, names in found.items():
         if names:
-            more = ", ..." if len(names) > 4 else ""
+            more = ", ..." if len(names) > 4 else ""  # load_state_dict would list every key
             problems.append(f"{text} {len(names)} ({', '.join(names[:4])}{more})")
     if problems:
         raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
@@ -1051,7 +1095,7 @@ def load_strict(module: nn.Module, state: dict, source) -> None:
 
 
 def quiet_transformers():
-    import transformers
+    import transformers  # not at the top: --help does not need it and starts faster
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1102,11 +1146,13 @@ class SwinStage(nn.Module):
 
     def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
         super().__init__()
+        # source: Swin's code, where a grid below the window is one window
         self.grid, self.window = grid, min(window, grid)
         self.shift = self.window // 2 if grid > self.window else 0  # one window: nothing to shift
         self.blocks = nn.ModuleList(
             Block(dim, heads, drop_path=p, locality=kind) for p, kind in zip(drop_paths, localities)
         )
+        # ((2 w - 1)^2, heads): a row for each offset between two cells of a window
         self.bias_tables = nn.ParameterList(
             nn.init.trunc_normal_(
                 nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads)), std=0.02
@@ -1114,24 +1160,25 @@ class SwinStage(nn.Module):
             for _ in self.blocks
         )
         for block, table in zip(self.blocks, self.bias_tables):
-            table.requires_grad_(not block.locality)
+            table.requires_grad_(not block.locality)  # DDP stops at a parameter without a gradient
         self.downsample = None
         if merge:
             self.downsample = nn.ModuleDict(
                 {
-                    "norm": nn.LayerNorm(4 * dim),
+                    "norm": nn.LayerNorm(4 * dim),  # 2 x 2 cells side by side
                     "reduction": nn.Linear(4 * dim, 2 * dim, bias=False),
                 }
             )
 
         side = torch.arange(self.window)
         row, column = torch.cartesian_prod(side, side).T  # (L,) each, L cells in a window
-        row_offset = row[:, None] - row[None, :] + self.window - 1
+        row_offset = row[:, None] - row[None, :] + self.window - 1  # (L, L), from 0 to 2 w - 2
         column_offset = column[:, None] - column[None, :] + self.window - 1
-        index = row_offset * (2 * self.window - 1) + column_offset
+        index = row_offset * (2 * self.window - 1) + column_offset  # (L, L) rows of a bias table
         self.register_buffer("bias_index", index.flatten(), persistent=False)  # (L * L,)
         if self.shift:  # cells that the roll brought together from opposite edges must not attend
             edge = torch.zeros(grid, dtype=torch.long)
+            # the shift is smaller than the window, so the 2 overwrites a part of the 1
             edge[-self.window :], edge[-self.shift :] = 1, 2
             region = 3 * edge[:, None] + edge  # (G, G)
             region = self.to_windows(region[None, :, :, None]).squeeze(-1)  # (windows, L)
@@ -1144,20 +1191,23 @@ class SwinStage(nn.Module):
         """x (B, G, G, C) -> (B * windows, L, C)."""
         B, G, _, C = x.shape
         n, w = G // self.window, self.window
+        # (B, n, w, n, w, C) -> (B, n, n, w, w, C): the cells of a window become neighbours
         return x.view(B, n, w, n, w, C).transpose(2, 3).reshape(-1, w * w, C)
 
     def from_windows(self, x):
         """The inverse of `to_windows`."""
         G, w, C = self.grid, self.window, x.shape[-1]
         n = G // w
+        # (B, n, n, w, w, C) -> (B, n, w, n, w, C) -> (B, G, G, C)
         return x.view(-1, n, n, w, w, C).transpose(2, 3).reshape(-1, G, G, C)
 
     def attention_bias(self, i: int, shift: int):
         """What block i adds to its logits: (1 or windows, heads, L, L)."""
         L = self.window**2
+        # (L * L, heads) -> (1, L, L, heads)
         bias = F.embedding(self.bias_index, self.bias_tables[i]).view(1, L, L, -1)
-        bias = bias.permute(0, 3, 1, 2)
-        return bias + self.shift_mask[:, None] if shift else bias
+        bias = bias.permute(0, 3, 1, 2)  # (1, heads, L, L)
+        return bias + self.shift_mask[:, None] if shift else bias  # (windows, heads, L, L)
 
     def forward(self, x):
         """x (B, G, G, C) -> (B, G / 2, G / 2, 2 C), or (B, G, G, C) in the last stage."""
@@ -1165,16 +1215,17 @@ class SwinStage(nn.Module):
         for i, block in enumerate(self.blocks):
             shift = self.shift if i % 2 else 0
             if shift:
-                x = torch.roll(x, (-shift, -shift), (1, 2))
+                x = torch.roll(x, (-shift, -shift), (1, 2))  # rolling the cells shifts the windows
             bias = None if block.locality else self.attention_bias(i, shift)
-            x = self.to_windows(x)
+            x = self.to_windows(x)  # (B * windows, L, C)
             x = self.from_windows(block(x, bias, parts=len(x) // B))
             if shift:
                 x = torch.roll(x, (shift, shift), (1, 2))
         if self.downsample is None:
             return x
+        # (B, G / 2, G / 2, 4 C), in the order of Swin's PatchMerging, on which the weights depend
         x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
-        return self.downsample["reduction"](self.downsample["norm"](x))
+        return self.downsample["reduction"](self.downsample["norm"](x))  # (B, G / 2, G / 2, 2 C)
 
 
 class HTSAT(nn.Module):
@@ -1210,12 +1261,13 @@ class HTSAT(nn.Module):
         super().__init__()
         self.spec_size, self.chunks = spec_size, spec_size // n_mels
         self.out_dim = dim * 2 ** (len(depths) - 1)
+        # 4 chunks of 8 columns for the paper's size
         self.n_frames = self.chunks * (spec_size // (patch * 2 ** (len(depths) - 1)))
         self.bn0 = nn.BatchNorm1d(n_mels)
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(1, dim, patch, patch), "norm": nn.LayerNorm(dim)}
         )
-        drops = torch.linspace(0, drop_path, sum(depths)).tolist()
+        drops = torch.linspace(0, drop_path, sum(depths)).tolist()  # as Swin: rising with depth
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             behind = sum(depths[i:])  # blocks from the first of this stage to the last of all
@@ -1239,23 +1291,26 @@ class HTSAT(nn.Module):
         out_dim).
         """
         B, T_mel, M = log_mel.shape
-        x = self.bn0(log_mel.transpose(1, 2)).transpose(1, 2)
+        x = self.bn0(log_mel.transpose(1, 2)).transpose(1, 2)  # BatchNorm1d wants (B, M, T_mel)
         if self.training:  # after bn0, so that 0 is each bin's mean
             x = spec_augment(x, time_width=64, mel_width=8)
-        length = self.spec_size * self.chunks
+        length = self.spec_size * self.chunks  # 1024 frames for the paper's size, 10.24 s
         if T_mel > length:
             raise ValueError(f"spectrogram of {T_mel} frames; this encoder takes at most {length}")
+        # (B, 1, length, M); source: official reshape_wav2img
         x = F.interpolate(x[:, None], (length, M), mode="bicubic", align_corners=True)
         # row = chunk * M + mel, column = time
-        x = x.view(B, self.chunks, self.spec_size, M).transpose(2, 3)
+        x = x.view(B, self.chunks, self.spec_size, M).transpose(2, 3)  # (B, chunks, M, spec_size)
+        # image (B, 1, chunks * M, spec_size) -> patches (B, C, G, G)
         x = self.patch_embed["proj"](x.reshape(B, 1, self.spec_size, self.spec_size))
         x = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (B, G, G, C)
         for layer in self.layers:
             x = layer(x)
-        x = self.norm(x)
+        x = self.norm(x)  # (B, 8, 8, C) for the paper's size
         _, G, _, C = x.shape
+        # (B, chunks, G / chunks, G, C) -> (B, chunks, G, C)
         x = x.view(B, self.chunks, G // self.chunks, G, C).mean(2)  # mean over frequency
-        return x.reshape(B, self.n_frames, C)
+        return x.reshape(B, self.n_frames, C)  # the chunks follow one another in time
 
 
 def check_htsat(cfg) -> None:
@@ -1289,6 +1344,8 @@ def htsat_state(weights: dict) -> dict:
     files with their prefix already removed, and of transformers' ClapModel or ClapAudioModel.
     """
     state, qkv = {}, {}
+    # masks and indices that are computed here, tagging heads, the front ends of the authors and of
+    # MGA-CLAP, LAION's fusion
     unused = re.compile(
         r"attn_mask$|relative_position_index$|^(tscam_conv|head)\.|"
         r"^(spectrogram|logmel)_extractor\.|"
@@ -1298,6 +1355,8 @@ def htsat_state(weights: dict) -> dict:
         key = re.sub(r"^(sed_model\.|(audio_model\.)?audio_encoder\.)", "", key)
         if unused.search(key):
             continue
+        # transformers' names; "attention.output.dense" goes first because it contains
+        # "output.dense"
         for theirs, ours in (
             ("batch_norm.", "bn0."),
             ("layernorm_before", "norm1"),
@@ -1308,6 +1367,7 @@ def htsat_state(weights: dict) -> dict:
             ("attention.self.relative", "attn.relative"),
         ):
             key = key.replace(theirs, ours)
+        # published files have a table in each block, ours a list of tables in each stage
         table = re.match(r"(layers\.\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", key)
         part = re.match(r"(.*)\.attention\.self\.(query|key|value)\.(weight|bias)$", key)
         if table:
@@ -1317,7 +1377,8 @@ def htsat_state(weights: dict) -> dict:
         else:
             state[key] = value
     for key, parts in qkv.items():
-        if len(parts) == 3:
+        if len(parts) == 3:  # else `load_strict` names what is missing
+            # (3 C, C) or (3 C,), in the order of `Attention.qkv`
             state[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
     return state
 
@@ -1336,7 +1397,7 @@ def load_htsat(encoder: HTSAT, path: str) -> None:
         }
     else:
         weights = read_weights(path)
-        weights = weights.get("state_dict", weights)
+        weights = weights.get("state_dict", weights)  # Lightning nests them
         if any(key.startswith("sed_model.") for key in weights):
             weights = {k: v for k, v in weights.items() if k.startswith("sed_model.")}
     load_strict(encoder, htsat_state(weights), path)
@@ -1375,7 +1436,7 @@ class TextEncoder(nn.Module):
             return_special_tokens_mask=True,
             return_tensors="pt",
         )
-        word_mask = tokens["special_tokens_mask"] == 0
+        word_mask = tokens["special_tokens_mask"] == 0  # [UNK] counts as a word, padding does not
         if not word_mask.any(1).all():
             empty = texts[int((~word_mask.any(1)).nonzero()[0, 0])]
             raise ValueError(
@@ -1406,6 +1467,7 @@ def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = Fals
     transformers = quiet_transformers()
     try:
         config = transformers_config(name)
+        # transformers 5 would keep half precision where the file has it
         model = transformers.AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -1432,6 +1494,7 @@ def text_encoder_from_scratch(
     trainer breaks ties at random, so two runs of one seed would differ.
     """
     transformers = quiet_transformers()
+    # only its lower-casing and its splitting into words are used
     backend = transformers.BertTokenizer().backend_tokenizer
     words = collections.Counter()
     for caption in captions:
@@ -1439,10 +1502,11 @@ def text_encoder_from_scratch(
         words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(caption))
     characters = sorted({character for word in words for character in word})
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    # ## is WordPiece's mark of a piece that continues a word
     pieces += ["##" + character for character in characters]
     # by count, equal ones by the alphabet
     ranked = sorted(words, key=lambda word: (-words[word], word))
-    frequent = [word for word in ranked if len(word) > 1]
+    frequent = [word for word in ranked if len(word) > 1]  # single characters are pieces already
     pieces += frequent[: max(0, vocabulary - len(pieces))]
     tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
     config = transformers.BertConfig(
@@ -1463,6 +1527,7 @@ def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = Fa
     """
     if cfg.text_model != "none":
         return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
+    # heads of 64 channels, as in BERT
     return text_encoder_from_scratch(
         texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler
     )
@@ -1481,6 +1546,7 @@ def text_encoder_from_description(
     config = transformers.AutoConfig.for_model(**config)
     config._attn_implementation = None  # as in `transformers_config`
     if config.model_type == "clip_text_model":  # CoLLAT needs its projection
+        # float(), since the stored config may name half precision
         model = transformers.CLIPTextModelWithProjection(config).float()
     else:
         model = transformers.AutoModel.from_config(config).float()
@@ -1504,12 +1570,12 @@ def sparsemax(z):
     """
     z = z if z.dtype == torch.float64 else z.float()
     z = z - z.detach().amax(-1, keepdim=True)  # the projection does not change, its rounding does
-    ranked = z.sort(-1, descending=True).values
+    ranked = z.sort(-1, descending=True).values  # (..., K), largest first
     rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-    excess = ranked.cumsum(-1) - 1
+    excess = ranked.cumsum(-1) - 1  # (..., K): sum of the k largest, less 1
     # how many are not 0; at least 1, but with NaN
     size = (rank * ranked > excess).sum(-1, keepdim=True).clamp(min=1)
-    threshold = excess.gather(-1, size - 1) / size
+    threshold = excess.gather(-1, size - 1) / size  # (..., 1), tau in the paper
     return (z - threshold).clamp(min=0)
 
 
@@ -1541,7 +1607,7 @@ def retrieval_ranks(
     blocks = [slice(start, min(start + block, N)) for start in range(0, N, block)]
     captions_of, right, a2t, ap10 = own_captions(owner, N, text), [], [], []
     for part in tqdm(blocks, desc="ranks, audio to text", unit="block", leave=False, delay=2):
-        scores = rows(part)
+        scores = rows(part)  # (clips of the block, Q)
         if not np.isfinite(scores).all():
             raise FloatingPointError(
                 "some similarities are NaN or infinite; the model's weights are broken"
@@ -1554,19 +1620,21 @@ def retrieval_ranks(
             best_first = -np.sort(-row[mine])
             # all captions >= mine, less those own ones that are
             above = [(row >= s).sum() - (best_first >= s).sum() for s in best_first]
+            # before the i-th best own caption are i own ones
             ranks = np.array(above) + np.arange(len(mine))
             a2t.append(ranks[0])
             ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(mine))
     # Every pair of a caption and one of its clips, the captions in order, the best clip first
-    caption, score = (np.concatenate(parts) for parts in zip(*right))
-    order = np.lexsort((-score, caption))
+    caption, score = (np.concatenate(parts) for parts in zip(*right))  # (pairs,) each
+    order = np.lexsort((-score, caption))  # lexsort's last key, the caption, counts first
     caption, score = caption[order], score[order]
     above, at = np.zeros(len(caption), int), np.arange(len(caption))
     for part in tqdm(blocks, desc="ranks, text to audio", unit="block", leave=False, delay=2):
-        above += (rows(part)[:, caption] >= score).sum(0)
+        above += (rows(part)[:, caption] >= score).sum(0)  # (clips of the block, pairs) -> (pairs,)
     is_first = np.append(True, np.diff(caption) != 0)
     place = at - np.maximum.accumulate(np.where(is_first, at, 0))  # among the caption's clips
     # all clips >= this one, less those of the caption's own that are
+    # `last`: where each run of equal scores of one caption ends
     last = np.flatnonzero(np.append((np.diff(caption) != 0) | (np.diff(score) != 0), True))
     own = place + last[np.searchsorted(last, at)] - at + 1
     ranks = above - own + place
@@ -1585,6 +1653,7 @@ def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]
     """
 
     def groups(number, n):
+        # np.split takes the n - 1 borders between the groups
         ends = np.cumsum(np.bincount(number, minlength=n))[:-1]
         return np.split(np.argsort(number, kind="stable"), ends)
 
@@ -1593,6 +1662,7 @@ def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]
         return captions_of
     equal = groups(text, text.max() + 1)
     return [
+        # unique, so that a text's captions are not counted twice
         np.concatenate([equal[k] for k in np.unique(text[mine])]) if len(mine) else mine
         for mine in captions_of
     ]
@@ -1619,10 +1689,12 @@ def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
     `retrieval_ranks`.
     """
     captions_of = own_captions(owner, n_clips, text)
+    # (Q,) number of right clips of each caption
     clips_of = np.bincount(np.concatenate(captions_of), minlength=len(owner))
     per_clip = [len(mine) for mine in captions_of if len(mine)]
     chance = {}
     for way, n_right, n in (("t2a", clips_of, n_clips), ("a2t", per_clip, len(owner))):
+        # queries with equally many right answers have the same chance
         count = collections.Counter(np.asarray(n_right).tolist())
         of = {m: chance_of_best(m, n) for m in count}
         for name in of[next(iter(of))]:
@@ -1639,8 +1711,10 @@ def chance_of_best(m: int, n: int) -> dict:
     survival = np.concatenate([[1.0], np.cumprod(steps)])
     chance = {f"R@{k}": 1 - survival[min(k, n)] for k in (1, 5, 10)}
     # E[i / (r + 1)] summed over right answers: each lies at rank r with probability 1 / n
+    # at rank r, E[i] = 1 + r (m - 1) / (n - 1); the sum over m answers and the division by m cancel
     gains = [(1 + r * (m - 1) / max(1, n - 1)) / (r + 1) for r in range(min(10, n))]
     chance["mAP@10"] = sum(gains) / n
+    # -diff(survival)[r]: the chance that the best answer is at rank r
     chance["MRR"] = (-np.diff(survival) / np.arange(1, n + 1)).sum()
     chance["median_rank"] = (n + 1) / 2 if m == 1 else np.argmax(survival <= 0.5)
     return chance
@@ -1659,7 +1733,7 @@ def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
     # last index of each threshold
     ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
     gained = np.diff(hits[ends], prepend=0)
-    return float((gained / hits[-1] * hits[ends] / (ends + 1)).sum())
+    return float((gained / hits[-1] * hits[ends] / (ends + 1)).sum())  # recall gained * precision
 
 
 def class_average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -1711,9 +1785,11 @@ def frame_average_precisions(
     scores = np.concatenate(frame_embeds) @ class_embeds.T  # (frames, C)
     if centred:
         scores = scores - scores.mean(1, keepdims=True)
+    # (frames, C), in the order of `scores`
     targets = np.concatenate(
         [frame_targets(row, classes, len(f), frame_s) for row, f in zip(rows, frame_embeds)]
     )
+    # random scores have an AP of about the share of positives
     return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
 
 
@@ -1732,7 +1808,7 @@ def print_scores(title: str, scores: dict, chance: dict) -> None:
 def to_device(x, device):
     """Tensors of nested lists and dicts on the device."""
     if isinstance(x, torch.Tensor):
-        return x.to(device, non_blocking=True)
+        return x.to(device, non_blocking=True)  # asynchronous only from pinned memory
     if isinstance(x, dict):
         return {key: to_device(value, device) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -1777,6 +1853,7 @@ class Loader(torch.utils.data.DataLoader):
     def __iter__(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
+        # a new process inherits the mask of its parent
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         try:
             return super().__iter__()
@@ -1818,7 +1895,7 @@ class AudioFiles(torch.utils.data.Dataset):
                 row["audio"], self.sample_rate, self.length_s, expected_s=row.get("duration")
             )
         except AudioError as error:
-            return i, error
+            return i, error  # if raised, it would end the loader
 
 
 def collate_audio(items):
@@ -1844,6 +1921,7 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
     # short with short: little padding, and bounded memory
     for i in np.argsort(seconds, kind="stable").tolist():
         most_s = max(seconds[i], 30.0 * batch_size)  # of a batch
+        # clip i is the longest so far, so all are padded to its length
         if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > most_s:
             batches.append([])
         batches[-1].append(i)
@@ -1887,7 +1965,7 @@ def embed_files(
         if not indices:
             continue
         waveform = waveform.to(device)
-        embeds = model.embed_audio(waveform, n_samples).cpu().numpy()
+        embeds = model.embed_audio(waveform, n_samples).cpu().numpy()  # (B, D)
         if not np.isfinite(embeds).all():
             raise FloatingPointError(
                 "some embeddings are NaN or infinite; the model's weights are broken"
@@ -1898,13 +1976,14 @@ def embed_files(
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
             if frames and frames != "token_embeds":  # those tokens are as many for every clip
                 if getattr(model, "repeats_short_clips", False):
+                    # such a model fills its window with repeats, so no frame is padding
                     n = max(n, round(model.window_s * model.sample_rate))
-                clip = clip[: frames_in(model, n)]
+                clip = clip[: frames_in(model, n)]  # (T_i, D)
             found[i] = embed, clip
     if not found:
         first = bad[min(bad)] if bad else "no rows"
         raise ValueError(f"none of {len(rows)} audio files could be read; first: {first}")
-    kept = sorted(found)
+    kept = sorted(found)  # batches come by length, results by row
     return (
         kept,
         np.stack([found[i][0] for i in kept]),
@@ -1929,7 +2008,7 @@ def caption_retrieval(model, audio_embeds, frame_embeds, captions: list[list[str
     """Retrieval among N clips with their captions, a list for each -> scores, what chance gives,
     sim (N, Q) with the captions in order.
     """
-    owner = np.repeat(np.arange(len(captions)), [len(of_clip) for of_clip in captions])
+    owner = np.repeat(np.arange(len(captions)), [len(of_clip) for of_clip in captions])  # (Q,)
     texts = [text for of_clip in captions for text in of_clip]
     sim = similarities(model, audio_embeds, frame_embeds, texts)
     scores = retrieval_scores(retrieval_ranks(sim, owner))
@@ -1944,7 +2023,7 @@ def frames_in(model, n_samples: int) -> int:
     """
     frames = n_samples / model.sample_rate / model.frame_s
     rest = frames % (getattr(model, "frame_window_s", model.window_s) / model.frame_s)
-    if rest < min(frames, 1) - 1e-6:
+    if rest < min(frames, 1) - 1e-6:  # 1e-6: rounding of the divisions
         frames -= rest
     return math.ceil(frames - 1e-6)
 
@@ -2071,9 +2150,11 @@ def default_of(field):
 
 def settings_of(config_class) -> dict:
     """Field name -> its type with the range, of all fields, those of the paper first."""
+    # without extras the ranges in Annotated would be lost
     hints = typing.get_type_hints(config_class, include_extras=True)
     fields = [field.name for field in dataclasses.fields(config_class)]
     shared = {field.name for field in dataclasses.fields(RunConfig)}
+    # False sorts before True, and sorted() keeps the order of equal keys
     return {name: hints[name] for name in sorted(fields, key=lambda name: name in shared)}
 
 
@@ -2098,7 +2179,7 @@ def check_value(flag: str, value, kind) -> None:
     interval = None
     if typing.get_origin(kind) is Annotated:
         kind, interval = typing.get_args(kind)
-    right = isinstance(value, (int, float) if kind is float else kind)
+    right = isinstance(value, (int, float) if kind is float else kind)  # Config(lr=1) is valid
     if not right or (isinstance(value, bool) and kind is not bool):  # True is an int to Python
         raise ValueError(f"{flag} {value!r}: expected {kind.__name__}")
     if interval:
@@ -2117,8 +2198,8 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
     """
     parser = argparse.ArgumentParser(
         description=doc.strip().splitlines()[0],
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # the beginning of a flag's name is an error too
+        argument_default=argparse.SUPPRESS,  # a flag not given leaves room for a preset
     )
     comments = field_comments(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -2129,12 +2210,12 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
             default = "required"
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         section, text = comments[name]
-        text = f"{text} [{shown}]".replace("%", "%%")
+        text = f"{text} [{shown}]".replace("%", "%%")  # argparse formats help with %
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         group = groups[section]
         if typing.get_origin(kind) is Annotated:
-            kind = typing.get_args(kind)[0]
+            kind = typing.get_args(kind)[0]  # `check_settings` checks the range
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is Literal:
@@ -2164,7 +2245,7 @@ def field_comments(config_class) -> dict[str, tuple[str, str]]:
     A heading is the first comment line after an empty one.
     """
     comments = {}
-    for owner in reversed(config_class.__mro__[:-1]):
+    for owner in reversed(config_class.__mro__[:-1]):  # base class first, without object
         source, section = textwrap.dedent(inspect.getsource(owner)), ""
         lines = source.split("\n")
         for node in ast.parse(source).body[0].body:
@@ -2201,6 +2282,7 @@ def configure(config_class, **given):
             f"--resume: {path} was written by another version of {method}.py, with other settings "
             f"({', '.join(sorted(differing))}); continue it with that version or start a new --name"
         )
+    # later entries win; `check_resume` refuses flags that contradict the stored settings
     return config_class(**{**stored["config"], "runs": given.get("runs", "runs"), **given})
 
 
@@ -2267,12 +2349,13 @@ def run_entry(main, parse, *given):
         raise SystemExit("interrupted") from None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler not set from Python
 
 
 def what_torch_says(error: RuntimeError, settings) -> str | None:
     """A sentence for too little memory or a lost process; None for any other error."""
     text, first_line = str(error), (str(error).splitlines() or [""])[0]
+    # torch has a type for a full GPU and only these words for a full main memory
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         size = getattr(settings, "batch_size", None)
         where = f" at --batch-size {size}" if size else ""
@@ -2301,6 +2384,8 @@ def seed_step(seed: int, step: int, rank: int = 0, part: int = 0) -> None:
 
     So a resumed run needs no stored generator state to repeat the uninterrupted one.
     """
+    # SeedSequence mixes the four numbers, so neighbouring steps get unrelated draws; manual_seed
+    # also seeds the GPUs
     torch.manual_seed(
         int(np.random.SeedSequence((seed, step, rank, part)).generate_state(1, np.uint64)[0] >> 1)
     )
@@ -2315,8 +2400,8 @@ def compile_training(model) -> None:
     """
     import torch._inductor.config
 
-    torch._inductor.config.fallback_random = True
-    model.compile()
+    torch._inductor.config.fallback_random = True  # draws as eager torch does
+    model.compile()  # torch.compile(model) would put _orig_mod. before names
 
 
 def wrap(model, device, compiled: bool, micro_batch: int = 0):
@@ -2335,6 +2420,7 @@ def wrap(model, device, compiled: bool, micro_batch: int = 0):
     synchronised = (
         nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu and not micro_batch else model
     )
+    # for a model on a CPU device_ids must be None
     return nn.parallel.DistributedDataParallel(synchronised, [device.index] if on_gpu else None)
 
 
@@ -2376,6 +2462,7 @@ def cached_backward(
         result[0].backward()
         return result
     with torch.no_grad():
+        # leaves of a new graph, so that .grad keeps the gradient of each output
         cached = [[x.detach().requires_grad_() for x in outputs(i)] for i in range(len(parts))]
     joint = []
     for same_output in zip(*cached):
@@ -2384,6 +2471,7 @@ def cached_backward(
         else:  # a scale or a mean, not one row per clip
             joint.append(torch.stack(same_output).mean())
     result = loss_of(*joint)
+    # ends at the cached outputs: nothing below them has a graph yet
     result[0].backward()
     for i, of_part in enumerate(cached):
         # the processes add up their gradients once, in the last part's pass
@@ -2411,10 +2499,11 @@ def bucketed_batches(
     its own source, and MGA-CLAP's official variant would stretch the shortest clips most.
     Source: the seven buckets of MGA-CLAP's code, which drops every bucket's remainder.
     """
+    # from seed and epoch alone: equal in every process and after --resume
     rng, durations = np.random.default_rng((seed, epoch)), np.asarray(durations)
     order = rng.permutation(len(durations))
     order = order[: len(order) // batch_size * batch_size] if len(order) >= batch_size else order
-    bucket = np.digitize(durations[order], edges_s)
+    bucket = np.digitize(durations[order], edges_s)  # an edge itself is in the bucket above it
     batches, left = [], []
     for b in np.unique(bucket):
         members = order[bucket == b]
@@ -2441,13 +2530,14 @@ def training_batches(
         batches = bucketed_batches(durations, batch_size, seed, epoch)
         for step, batch in enumerate(batches, epoch * steps_per_epoch):
             if start_step <= step < total_steps:
+                # shares may differ by one clip; `gather_with_grad` allows that
                 yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
     """Factor of the peak learning rate: up to 1 in equal steps, then half a cosine towards 0."""
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return (step + 1) / warmup_steps  # not 0 at the first step
     return 0.5 * (
         1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))
     )
@@ -2529,7 +2619,7 @@ class Readable(torch.utils.data.Dataset):
         """-> [dataset.collate(items) of each micro-batch], file names, error texts."""
         bad = [str(item) for item in items if isinstance(item, AudioError)]
         good = [item for item in items if not isinstance(item, AudioError)]
-        size = self.micro_batch or max(1, len(good))
+        size = self.micro_batch or max(1, len(good))  # range() takes no step of 0
         parts = [self.dataset.collate(good[i : i + size]) for i in range(0, len(good), size)]
         return parts, [item[-1] for item in good], bad
 
@@ -2555,6 +2645,7 @@ class Run:
         self.cfg, self.method, self.stage = cfg, method, ""
         self.device = start_device(cfg.device)
         self.rank, self.world = rank_and_world()
+        # bf16 has the range of fp32, so no loss scaling is needed, unlike with fp16
         self.autocast = torch.autocast(
             self.device.type,
             torch.bfloat16,
@@ -2713,7 +2804,7 @@ class Run:
                 raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
             yield parts
         self.bar.close()
-        barrier()
+        barrier()  # no process leaves while another computes
 
     def reseed(self, part: int) -> None:
         """Before the forward pass of a part of this step's batch, see `seed_step`."""
@@ -2724,8 +2815,10 @@ class Run:
 
         Only here, and where it is saved, a GPU is waited for.
         """
+        # without the graph, and its value is read later: no wait for the GPU here
         self.recent.append((self.step, loss.detach(), self.names))
         self.step += 1
+        # sim has the rows of all processes, names those of this one
         self.seen += len(self.names) * self.world if sim is None else len(sim)
         self.bar.update()
         if self.step % self.cfg.log_steps and self.step < self.total_steps:
@@ -2737,6 +2830,7 @@ class Run:
         line |= {"step": self.step, "loss": loss.item()}
         if sim is not None:
             right = sim.argmax(1) == torch.arange(len(sim), device=sim.device)
+            # ln B is InfoNCE in one direction for a model without information
             line |= {"ln_B": math.log(len(sim)), "batch_R@1": right.float().mean().item()}
         for name, value in values.items():
             line[name] = value.item() if torch.is_tensor(value) else value
@@ -2746,6 +2840,7 @@ class Run:
         shown += "".join(f" {name} {line[name]:.3g}" for name in values if name != "epoch")
         per_s = self.seen / (time.perf_counter() - self.clock)
         unit = "clips" if sim is None else "pairs"
+        # the last group, since CoLLAT's first one is the audio encoder with a rate of its own
         line |= {"lr": self.optimiser.param_groups[-1]["lr"], f"{unit}_per_s": per_s}
         self.log(line | {"skipped": len(self.skipped)})
         self.bar.set_postfix_str(f"{shown} {per_s:.0f} {unit}/s")
@@ -2791,7 +2886,7 @@ class Run:
         self.save("last.pt")
         barrier()
         self.end_if_told(f"step {self.step}")
-        self.clock, self.seen = time.perf_counter(), 0
+        self.clock, self.seen = time.perf_counter(), 0  # the rate leaves out validation and writing
 
     def save(self, name: str) -> None:
         """Write a checkpoint, in the first process."""
@@ -2799,10 +2894,11 @@ class Run:
             return
         payload = {
             "method": self.method,
+            # self.name, since open_folder numbers a run without a name
             "config": dataclasses.asdict(self.cfg) | {"name": self.name, "resume": False},
             "step": self.step,
             "best": self.best,
-            "model": self.model.state_dict(),
+            "model": self.model.state_dict(),  # DDP's own would begin with module.
             "optimiser": self.optimiser.state_dict(),
             "versions": versions(),
         }
@@ -2841,7 +2937,7 @@ class Run:
             )  # or another process was told
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             self.say(f"{name}: saved {saved}; continue with --resume --name {self.name}")
-            raise SystemExit(128 + number)
+            raise SystemExit(128 + number)  # a shell's code for an end by a signal
 
     def drop_log_after(self, step: int) -> None:
         """Forget this stage's log lines of after the checkpoint that a killed run resumes from."""
@@ -2857,7 +2953,7 @@ class Run:
 
     def log(self, line: dict) -> None:
         if self.rank == 0:
-            with open(self.path / "log.jsonl", "a") as f:
+            with open(self.path / "log.jsonl", "a") as f:  # closed at once, so a kill loses no line
                 f.write(json.dumps(line) + "\n")
 
     def settle_skipped(self, errors: list[str]) -> None:

@@ -53,8 +53,8 @@ Deviations from the paper, what it leaves open, and --variant official
       those of DS: "we randomly replace the batches". Their share is not printed: half (the code's
       yaml files; 0 in its README's example). For DS the paper names no replay set, and here it has
       none; SL alone trains on the annotated pairs.
-  D10 Cosines of fp16 embeddings, as in the code, but exact: whatever the device, block or number of
-      processes, the same pairs are found.
+  D10 Cosines of fp16 embeddings, as in the code, added up in fp32. Device, block and number of
+      processes can change the pairs whose cosine lies within 1e-6 of the threshold, and no others.
   D11 --teacher-fraction keeps a share of the clips. The paper takes "10%" of the "paired audio and
       caption data", the code of the rows. --seed draws it: teacher, curation and student must have
       the same. Curation then takes the captions of these clips ("from the teacher training set",
@@ -99,11 +99,11 @@ Eq. (1) starts near ln B only at tau 0.07; at 0.007 well above. The smallest val
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -133,12 +133,14 @@ class Config(common.RunConfig):
     variant: Literal["paper", "official"] = "paper"
     # one of the three, or all in order
     stage: Literal["all", "teacher", "curate", "student"] = "all"
-    # unlabelled audio: manifests (captions and labels are not read; D22), or files of eval.py embed
+    # unlabelled audio: manifests (captions and labels are not read; D22), or folders of eval.py
+    # embed
     pool: list[str] = field(default_factory=list)
     # without --pool: share of the training clips whose captions are forgotten (ours; the demo has
     # no other pool)
     pool_share: Annotated[float, "[0, 1)"] = 0.0
-    # texts to curate from: manifests, or one file of eval.py embed; none: the teacher's (Sec. 3.1)
+    # texts to curate from: manifests, or one folder of eval.py embed; none: the teacher's (Sec.
+    # 3.1)
     captions: list[str] = field(default_factory=list)
     # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
     labels: list[str] = field(default_factory=list)
@@ -236,7 +238,7 @@ SAMPLE_RATE, N_FFT, N_MELS, FMIN_HZ, FMAX_HZ = 44100, 1024, 64, 50, 14000  # rat
 MAX_TOKENS = 100  # code (D21)
 PROMPT = "this is a sound of {}"  # Sec. 3.3; in curation D19
 CURATION_S = 60.0  # D4
-EMBED_BATCH = 32  # clips of a pool embedded at once, the same ones whatever the block
+EMBED_BATCH = 32  # clips of a pool embedded at once
 SAMPLE_CLIPS = 2000  # of a dry run
 METHOD = "curation_clap"
 
@@ -557,9 +559,7 @@ def read_corpus(cfg: Config) -> dict:
     """-> annotated rows (train, val), the pool's items, and how many clips the stages can meet."""
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
     n_clips = len(train_rows)
-    pool = [
-        item if str(item).endswith(".npz") else str(common.manifest_path(item)) for item in cfg.pool
-    ]
+    pool = [item if is_stored(item) else str(common.manifest_path(item)) for item in cfg.pool]
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
         pool = [
@@ -671,614 +671,418 @@ def mixed_batches(
 # ------------------------------------------------------------------------------------------------
 
 
-def exact_cosines(audio, text, clip, caption) -> np.ndarray:
-    """Inner products of chosen rows of two fp16 matrices, |row| near 1, without any rounding: (P,)
-    float64.
-
-    A product of two fp16 numbers is a multiple of 2^-48, and so is every partial sum, which stays
-    below 2: all of them fit into the 53 bits of a double. So the order of adding, hence block and
-    device, cannot matter (D10).
-    """
-    parts = [slice(i, i + 8192) for i in range(0, len(clip), 8192)]
-    cosines = [
-        (audio[clip[part]].astype(np.float64) * text[caption[part]].astype(np.float64)).sum(1)
-        for part in parts
-    ]
-    return np.concatenate([np.zeros(0), *cosines])
-
-
-class Search:
-    """All pairs of clips and captions with cosine >= threshold, or every clip's top_k captions,
-    streamed over clips.
-
-    Args: text_embeds (Q, D) fp16, normalised; held on `device`, as fp16 on a GPU.
-    A rough product finds candidates, a little below what is asked for; `exact_cosines` decides. Of
-    the product only a block exists at a time, and only groups of captions whose best is a candidate
-    are looked into.
-    """
-
-    def __init__(
-        self,
-        text_embeds: np.ndarray,
-        threshold: float,
-        top_k: int = 0,
-        device="cpu",
-        group: int = 256,
-        n_products: int = 0,
-    ):
-        self.text = text_embeds
-        self.threshold = threshold
-        self.top_k = min(top_k, len(text_embeds))
-        self.group = group
-        self.device = torch.device(device)
-        Q, D = text_embeds.shape
-        on_gpu = self.device.type == "cuda"
-        columns = torch.from_numpy(text_embeds).to(self.device)
-        columns = F.pad(columns if on_gpu else columns.float(), (0, 0, 0, -Q % group))
-        # (D, Q padded to whole groups)
-        self.columns = columns.T.contiguous()
-        self.dtype = columns.dtype
-        # what the rough product may be off: its result rounded to fp16 and parts of its sums, or D
-        # roundings to fp32
-        self.margin = 4e-3 if on_gpu else (D + 8) * 2.0**-23
-        # products at a time: on a CPU few enough for its caches
-        self.rows = max(1, (n_products or (2**28 if on_gpu else 2_621_440)) // columns.shape[0])
-        self.held = torch.empty(self.rows, columns.shape[0], dtype=self.dtype, device=self.device)
-
-    def __call__(self, audio_embeds: np.ndarray):
-        """audio_embeds (N, D) fp16 -> yields clip, caption (P,) int, cosine (P,) float64; by clip,
-        best first, ties by caption.
-        """
-        for start in range(0, len(audio_embeds), self.rows):
-            audio = audio_embeds[start : start + self.rows]
-            clip, caption = self.candidates(
-                torch.from_numpy(np.ascontiguousarray(audio)).to(self.device, self.dtype)
-            )
-            cosine = exact_cosines(audio, self.text, clip, caption)
-            order = np.lexsort((caption, -cosine, clip))
-            if self.top_k:
-                # where the clip's candidates begin
-                first = np.searchsorted(clip[order], clip[order])
-                order = order[np.arange(len(order)) - first < self.top_k]
-            else:
-                order = order[cosine[order] >= self.threshold]
-            yield clip[order] + start, caption[order], cosine[order]
-
-    def candidates(self, audio):
-        """audio (n, D) -> clip, caption (P,): every pair that is asked for is among them."""
-        n, Q = len(audio), len(self.text)
-        sim = torch.mm(audio, self.columns, out=self.held[:n])
-        lowest = self.threshold - self.margin
-        if self.top_k or lowest <= 0:
-            sim[:, Q:] = -3  # the groups' padding, which else is 0
-        if self.top_k:
-            lowest = sim.topk(self.top_k).values[:, -1:] - 2 * self.margin  # (n, 1)
-        grouped = sim.view(n, -1, self.group)
-        row, group = (grouped.amax(2) >= lowest).nonzero(as_tuple=True)
-        found, place = (grouped[row, group] >= (lowest[row] if self.top_k else lowest)).nonzero(
-            as_tuple=True
+def half(embeds) -> np.ndarray:
+    """Embeddings (n, D) of length 1 as fp16, half the memory (D10)."""
+    embeds = np.asarray(embeds, np.float32)
+    if not np.isfinite(embeds).all():
+        raise FloatingPointError(
+            "some embeddings are NaN or infinite; the teacher's weights, or the stored "
+            "embeddings, are broken"
         )
-        return row[found].cpu().numpy(), (group[found] * self.group + place).cpu().numpy()
+    norm = np.linalg.norm(embeds, axis=1, keepdims=True)
+    return (embeds / np.maximum(norm, 1e-12)).astype(np.float16)
 
 
-def stored_array(path: Path, name: str) -> np.ndarray:
-    """An array of an uncompressed .npz without reading it: mapped from the disk."""
+def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device="cpu"):
+    """Every pair of a row of embeds (n, D) and a caption of text_embeds (Q, D) whose cosine is at
+    least `threshold`, or each row's top_k captions. Both fp16, of length 1.
+
+    -> row, caption (P,) int, cosine (P,) fp32; by row, the most similar caption first. Sec. 2.2.
+    """
+    # TF32, which start_device allows, would move a cosine by 1e-3
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    text = torch.from_numpy(text_embeds).to(device).float().T  # (D, Q)
+    # a product of so many rows is held at a time: on a CPU it stays in the caches
+    n_rows = max(1, (2**28 if text.is_cuda else 2**22) // len(text_embeds))
+    found = []
+    for start in range(0, len(embeds), n_rows):
+        part = torch.from_numpy(embeds[start : start + n_rows]).to(device).float()
+        sim = part @ text  # (rows, Q)
+        if top_k:
+            cosine, caption = sim.topk(min(top_k, len(text_embeds)))  # (rows, top_k)
+            row = torch.arange(len(sim), device=device)[:, None].expand_as(caption)
+        else:
+            row, caption = (sim >= threshold).nonzero(as_tuple=True)
+            cosine = sim[row, caption]
+        found.append([x.flatten().cpu().numpy() for x in (row + start, caption, cosine)])
+    torch.set_float32_matmul_precision(precision)
+    row, caption, cosine = (np.concatenate(x) for x in zip(*found))
+    order = np.lexsort((caption, -cosine, row))
+    return row[order], caption[order], cosine[order]
+
+
+def stored_embeds(folder, name: str) -> np.ndarray:
+    """audio.npy or text.npy of a folder that `eval.py embed` writes: (N, D), read when indexed."""
+    path = Path(folder) / f"{name}.npy"
     try:
-        with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo(f"{name}.npy")
-            with archive.open(info) as file:
-                version = np.lib.format.read_magic(file)
-                shape, fortran, dtype = (
-                    np.lib.format.read_array_header_1_0(file)
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0(file)
-                )
-                header = file.tell()
-        with open(path, "rb") as file:
-            file.seek(info.header_offset + 26)
-            name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
-        if info.compress_type or fortran:
-            raise ValueError("compressed")
-        start = info.header_offset + 30 + name_length + extra_length + header
-        return (
-            np.memmap(path, dtype, "r", start, shape)
-            if math.prod(shape)
-            else np.zeros(shape, dtype)
-        )
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; eval.py embed writes one") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not an array that eval.py embed writes ({error})") from None
+    if array.ndim != 2 or array.dtype.kind != "f" or not array.flags.c_contiguous:
         raise ValueError(
-            f"{path}: not a file that eval.py embed writes (no readable array '{name}' in it)"
-        ) from None
+            f"{path}: shape {array.shape} of {array.dtype}; expected one row of floats a clip or "
+            "caption, in C order, as eval.py embed writes them"
+        )
+    return array
 
 
-def pool_rows(item):
-    """Rows (audio, duration) of one item of the pool that is no file of embeddings: its training
-    rows, one a clip.
-    """
-    last = None
-    for row in common.iter_manifest([item]) if not isinstance(item, list) else item:
-        if row.get("split", "train") == "train" and row["audio"] != last:
-            last = row["audio"]
-            yield {
-                "audio": os.path.abspath(last),
-                **({"duration": row["duration"]} if "duration" in row else {}),
-            }
+def is_stored(item) -> bool:
+    """Is this item of --pool or --captions a folder that `eval.py embed` wrote?"""
+    return not isinstance(item, list) and (Path(item) / "audio.jsonl").is_file()
 
 
 def pool_blocks(pool: list, size: int):
-    """Yield the pool in blocks: rows, and their stored embeddings (n, D) or None. Rounded up to
-    whole batches of embedding.
+    """Yield the pool in blocks of at most `size` clips: their rows, and of a folder of `eval.py
+    embed` their embeddings (n, D), else None. Only a block is ever held.
     """
-    size = -(-size // EMBED_BATCH) * EMBED_BATCH
     for item in pool:
-        if not isinstance(item, list) and str(item).endswith(".npz"):
-            for i in range(
-                0, len(stored_array(Path(item), "audio")), size
-            ):  # mapped anew each time, so that pages read are given back
-                audio, embeds = (
-                    np.array(stored_array(Path(item), name)[i : i + size])
-                    for name in ("audio", "audio_embeds")
-                )
-                yield (
-                    [
-                        {"audio": name if name[0] == "/" else os.path.abspath(name)}
-                        for name in audio.tolist()
-                    ],
-                    embeds,
-                )
-            continue
-        rows = []
-        for row in pool_rows(item):
-            rows.append(row)
-            if len(rows) == size:
-                yield rows, None
-                rows = []
-        if rows:
-            yield rows, None
+        stored, start = is_stored(item), 0
+        rows = iter(training_clips(item) if not stored else common.iter_manifest([item_of(item)]))
+        while block := list(itertools.islice(rows, size)):
+            embeds = None
+            if stored:  # opened anew, so that pages that were read are given back
+                embeds = np.array(stored_embeds(item, "audio")[start : start + len(block)])
+            start += len(block)
+            if stored and len(embeds) < len(block):
+                raise ValueError(f"{item}: audio.npy has fewer rows than audio.jsonl has lines")
+            yield block, embeds
+        if stored and start < len(stored_embeds(item, "audio")):
+            raise ValueError(f"{item}: audio.npy has more rows than audio.jsonl has lines")
+
+
+def item_of(folder) -> str:
+    return str(Path(folder) / "audio.jsonl")
+
+
+def training_clips(item):
+    """Audio and duration of a manifest's training rows (or of given rows), one a clip."""
+    last = None
+    for row in item if isinstance(item, list) else common.iter_manifest([item]):
+        if row.get("split", "train") == "train" and row["audio"] != last:
+            last = row["audio"]
+            yield {key: row[key] for key in ("audio", "duration") if key in row}
+
+
+@torch.no_grad()
+def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, desc: str):
+    """-> indices into rows of the clips that can be read, embeds (n, D) fp16, error texts."""
+    loader = common.Loader(
+        common.AudioFiles(rows, SAMPLE_RATE, CURATION_S),  # D4
+        EMBED_BATCH,
+        num_workers=cfg.workers,
+        collate_fn=common.collate_audio,
+        worker_init_fn=common.outlive_signals,
+    )
+    kept, embeds, bad = [], [np.zeros((0, model.shape["joint_dim"]), np.float16)], []
+    for indices, waveform, n_samples, errors in tqdm(
+        loader, desc=desc, unit="batch", leave=False, disable=run.rank > 0
+    ):
+        bad += [text for _, text in errors]
+        if indices:
+            kept += indices
+            with run.autocast:
+                of_batch = model.embed_audio(waveform.to(run.device), n_samples)
+            embeds.append(half(of_batch.cpu().numpy()))
+    return np.array(kept, int), np.concatenate(embeds), bad
+
+
+def stored_block(model: Model, rows, cfg: Config, run: common.Run, key: str, number: int):
+    """embed_block, kept in runs/embeds under a key of the teacher and of every file's size and
+    time: curations that follow, and one that was killed, do not embed it again.
+    """
+    path = Path(cfg.runs) / "embeds" / f"{key}.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept, embeds, bad = embed_block(model, rows, cfg, run, f"embedding block {number}")
+        with common.written_whole(path, common.this_process()) as file:
+            np.savez(file, kept=kept, embeds=embeds, bad=np.array(bad, dtype=str))
+    with np.load(path, allow_pickle=False) as held:
+        return [rows[i] for i in held["kept"]], held["embeds"], held["bad"].tolist()
 
 
 def digest(*told) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def file_digest(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def array_digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def pool_digest(pool: list) -> str:
-    """Changes when the pool does: the content of manifests, size and date of files of
-    embeddings.
+def read_captions(cfg: Config, train_rows: list[dict], model: Model):
+    """Texts to curate from -> unique captions (D18), for each the rows that it describes, embeds
+    (Q, D) fp16.
     """
-    return digest(
-        *(
-            item
-            if isinstance(item, list)
-            else common.file_key({"audio": str(item)})
-            if str(item).endswith(".npz")
-            else [
-                str(common.manifest_path(item).parent.absolute()),
-                file_digest(common.manifest_path(item)),
-            ]
-            for item in pool
-        )
-    )
-
-
-def half(embeds) -> np.ndarray:
-    """Normalised once more, as fp16 (D10)."""
-    embeds = np.asarray(embeds, np.float32)
-    if not np.isfinite(embeds).all():
-        raise FloatingPointError(
-            "some embeddings are NaN or infinite; the teacher's weights, or the file of "
-            "embeddings, are broken"
-        )
-    return (embeds / np.maximum(np.linalg.norm(embeds, axis=1, keepdims=True), 1e-12)).astype(
-        np.float16
-    )
-
-
-@torch.no_grad()
-def embed_rows(model: Model, rows: list[dict], workers: int, autocast, desc: str):
-    """-> kept (n,) indices into rows, embeds (n, D) fp16, error texts. Batches of neighbours, so
-    that they do not depend on the block.
-    """
-    loader = common.Loader(
-        common.AudioFiles(rows, SAMPLE_RATE, CURATION_S),
-        EMBED_BATCH,
-        num_workers=workers,
-        collate_fn=common.collate_audio,
-        worker_init_fn=common.outlive_signals,
-    )
-    kept, embeds, bad = [], [np.zeros((0, model.shape["joint_dim"]), np.float16)], []
-    for indices, waveform, n_samples, errors in tqdm(
-        loader, desc=desc, unit="batch", leave=False, disable=common.rank_and_world()[0] > 0
-    ):
-        bad += [text for _, text in errors]
-        if indices:
-            with autocast:
-                embeds.append(
-                    half(
-                        model.embed_audio(waveform.to(model.log_scale.device), n_samples)
-                        .cpu()
-                        .numpy()
-                    )
-                )
-            kept += indices
-    return np.array(kept, int), np.concatenate(embeds), bad
-
-
-def save_arrays(path: Path, **arrays) -> None:
-    with common.written_whole(path, common.this_process()) as file:
-        np.savez(file, **arrays)
-
-
-def read_captions(cfg: Config, train_rows: list[dict]):
-    """Texts to curate from -> unique captions, for each the rows (audio, duration) it describes,
-    embeds (Q, D) or None.
-    """
-    if any(str(item).endswith(".npz") for item in cfg.captions):
-        if len(cfg.captions) > 1:
+    given = cfg.captions
+    told, embeds = [], None  # (caption, row that it describes)
+    if len(given) == 1 and is_stored(given[0]):
+        embeds = stored_embeds(given[0], "text")
+        rows = common.read_manifest([item_of(given[0])])
+        told = list(stored_captions(given[0], rows))
+        if len(told) != len(embeds) or not told:
             raise ValueError(
-                f"--captions {' '.join(cfg.captions)}: one file of eval.py embed, or manifests"
+                f"--captions {given[0]}: {len(told)} lines in captions.jsonl, {len(embeds)} rows "
+                "in text.npy; expected as many, and at least one"
             )
-        path = Path(cfg.captions[0])
-        audio, owner, texts = (stored_array(path, name) for name in ("audio", "owner", "captions"))
-        told = [(str(text), {"audio": str(audio[i])}) for text, i in zip(texts, owner)]
-        embeds = stored_array(path, "text_embeds")
+    elif any(map(is_stored, given)):
+        raise ValueError(f"--captions {' '.join(given)}: one folder of eval.py embed, or manifests")
     else:
         rows = train_rows  # D11
-        if cfg.captions:
-            rows = [
-                row
-                for row in common.read_manifest(cfg.captions, ("captions",))
-                if row.get("split", "train") == "train"
-            ]
-        told = [
-            (clean_caption(caption), {k: row[k] for k in ("audio", "duration") if k in row})
-            for row in rows
-            for caption in row["captions"]
-        ]
-        embeds = None
-    if not told:
-        raise ValueError(f"--captions {' '.join(cfg.captions)}: no caption in it")
-    captions, described, first = {}, [], []  # equal captions once (D18)
-    for k, (caption, row) in enumerate(told):
-        if captions.setdefault(caption, len(captions)) == len(described):
-            described.append([])
-            first.append(k)
-        described[captions[caption]].append(row)
-    return list(captions), described, None if embeds is None else embeds[first]
+        if given:
+            rows = common.read_manifest(given, ("captions",))
+        for row in rows:
+            if row.get("split", "train") == "train":
+                told += [(clean_caption(caption), row) for caption in row["captions"]]
+        if not told:
+            raise ValueError(f"--captions {' '.join(given)}: no caption in it")
+    first, described = {}, {}  # caption -> its first place, the rows that have it
+    for place, (caption, row) in enumerate(told):
+        first.setdefault(caption, place)
+        described.setdefault(caption, []).append(
+            {key: row[key] for key in ("audio", "duration") if key in row}
+        )
+    captions = list(first)
+    if embeds is None:
+        embeds = common.embed_texts(model, captions)
+    else:
+        embeds = embeds[list(first.values())]
+    if embeds.shape[1] != model.shape["joint_dim"]:
+        raise ValueError(
+            f"--captions: embeddings of {embeds.shape[1]} dimensions, the teacher's have "
+            f"{model.shape['joint_dim']}; embed them with the same teacher"
+        )
+    return captions, list(described.values()), half(embeds)
+
+
+def stored_captions(folder, rows: list[dict]):
+    """captions.jsonl of `eval.py embed` -> (caption, row of its clip) of each line, checked."""
+    path = Path(folder) / "captions.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); eval.py embed writes it") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            told = json.loads(line)
+            caption, owner = told["caption"], told["owner"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{where}: expected {{'caption': text, 'owner': number}}") from None
+        common.check_text(caption, "the caption", where)
+        if type(owner) is not int or not 0 <= owner < len(rows):
+            raise ValueError(
+                f"{where}: owner {owner!r}; expected a line of audio.jsonl, 0 to {len(rows) - 1}"
+            )
+        yield caption, rows[owner]
 
 
 def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
     """Classes of the domain, as they stand in the prompt (D19)."""
     classes = []
     for item in cfg.labels:
-        if str(item).endswith(".txt"):
-            if not Path(item).is_file():
-                raise FileNotFoundError(
-                    f"--labels {item}: no such file; expected one class a line, or a manifest"
-                )
-            classes += [
-                line.strip()
-                for line in Path(item).read_text(encoding="utf-8-sig").splitlines()
-                if line.strip()
-            ]
-        else:
+        if not str(item).endswith(".txt"):
             classes += common.read_classes([item], common.read_manifest([item]))
-    classes = list(dict.fromkeys(classes if cfg.labels else common.read_classes(cfg.data, rows)))
+            continue
+        if not Path(item).is_file():
+            raise FileNotFoundError(
+                f"--labels {item}: no such file; expected one class a line, or a manifest"
+            )
+        lines = Path(item).read_text(encoding="utf-8-sig").splitlines()
+        classes += [line.strip() for line in lines if line.strip()]
+    if not cfg.labels:
+        classes = common.read_classes(cfg.data, rows)
     if not classes:
         raise ValueError(
             f"--curation {cfg.curation} looks for captions near the domain's classes, and there "
             "are none; give --labels (a classes.txt or a manifest with labels), or --curation du"
         )
-    return [re.sub(r"[_/]", " ", name).lower() for name in classes]
+    return [re.sub(r"[_/]", " ", name).lower() for name in dict.fromkeys(classes)]
 
 
 def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
-    """DS: captions near the domain -> their numbers, in order, and each one's best cosine to a
-    prompt (Sec. 2.2.2).
+    """Captions near the domain -> their numbers, in order, and each one's largest cosine to a class
+    prompt that chose it (Sec. 2.2.2).
     """
-    found = {}
-    search = Search(text_embeds, threshold, top_k)
-    for _, caption, cosine in search(prompt_embeds):
-        for q, value in zip(caption.tolist(), cosine.tolist()):
-            found[q] = max(value, found.get(q, -2.0))
-    chosen = np.array(sorted(found), int)
-    return chosen, np.array([found[q] for q in chosen])
+    _, caption, cosine = similar_pairs(prompt_embeds, text_embeds, threshold, top_k)
+    nearness = np.full(len(text_embeds), -np.inf, np.float32)
+    np.maximum.at(nearness, caption, cosine)
+    chosen = np.flatnonzero(np.isfinite(nearness))
+    return chosen, nearness[chosen]
 
 
-def pair_lines(rows: list[dict], found, captions: list[str]):
-    """What `Search` yields -> manifest lines: one a clip, `captions` with the
-    `similarity` of each.
-    """
-    clip, caption, cosine = found
-    starts = np.flatnonzero(np.diff(clip, prepend=-1))
-    caption, cosine = caption.tolist(), cosine.round(4).tolist()
-    for start, stop, i in zip(
-        starts.tolist(), [*starts[1:].tolist(), len(clip)], clip[starts].tolist()
-    ):
-        yield json.dumps(
-            {
-                **rows[i],
-                "captions": [captions[q] for q in caption[start:stop]],
-                "similarity": cosine[start:stop],
-            },
-            ensure_ascii=False,
-        )
-
-
-def mine_block(path: Path, rows: list[dict], embeds, search: Search, captions: list[str]) -> None:
-    """Write the pairs of one block; a kill leaves whole blocks only."""
-    common.write_lines(
-        path, (line for found in search(embeds) for line in pair_lines(rows, found, captions))
-    )
-
-
-def join_blocks(paths: list[Path], out: Path) -> tuple[int, int]:
-    """The blocks' files in order -> one file, renamed when complete; clips and pairs in it."""
-    clips = pairs = 0
-    with common.written_whole(out) as whole:
-        for path in paths:
-            with open(path, "rb") as part:
-                for line in part:
-                    whole.write(line)
-                    clips, pairs = clips + 1, pairs + len(json.loads(line)["captions"])
-    return clips, pairs
-
-
-def embed_captions(model: Model, captions: list[str], stored, folder: Path) -> np.ndarray:
-    """(Q, D) fp16: stored ones, or embedded once, by the first process."""
-    if stored is not None:
-        return half(stored)
-    path = folder / f"texts_{digest(captions)}.npz"
-    if common.rank_and_world()[0] == 0 and not path.exists():
-        save_arrays(path, embeds=half(common.embed_texts(model, captions)))
-    common.barrier()
-    with np.load(path) as held:
-        return held["embeds"]
-
-
-def pool_sizes(cfg: Config, corpus: dict) -> list[int]:
-    """Clips in each block of the pool; none for DS, which needs no pool."""
+def count_pool(cfg: Config, corpus: dict) -> int:
+    """Clips in the pool; 0 for DS, which needs none."""
     if cfg.curation == "ds":
-        return []
+        return 0
     if not corpus["pool"]:
         raise ValueError(
             f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool "
-            "(manifests, or files of eval.py embed)"
+            "(manifests, or folders of eval.py embed)"
         )
-    sizes = [len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block)]
-    if not sizes:
+    n_pool = sum(len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block))
+    if not n_pool:
         raise ValueError(
             "--pool: no training row in it (rows of split val and test are never curated)"
         )
-    return sizes
+    return n_pool
 
 
-def domain_prompts(cfg: Config, corpus: dict) -> list[str]:
-    """The class prompts that captions must be near to; none for DU, which knows no domain."""
-    return (
-        []
-        if cfg.curation == "du"
-        else [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
-    )
-
-
-def curate(
-    cfg: Config, run: common.Run, corpus: dict, sizes: list[int], prompts: list[str]
-) -> dict:
+def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: list[str]) -> dict:
     """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry
     run's report.
 
-    sizes, prompts: as from pool_sizes and domain_prompts.
+    DU (Sec. 2.2.1): all captions, with the audio of the pool. DS (Sec. 2.2.2): the captions near a
+    class prompt of the domain, with their own audio. ADS: these captions, with the pool's audio.
     """
     model, teacher_path = load_teacher(cfg, run.path)
     model.to(run.device)
-    run.open_folder(corpus["n_clips"] + sum(sizes), (run.path / "log.jsonl").exists())
-    folder, rank, world = run.path, run.rank, run.world
-    device, autocast, say = run.device, run.autocast, run.say
-    say(
+    run.open_folder(corpus["n_clips"] + n_pool, (run.path / "log.jsonl").exists())
+    run.say(
         f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix "
         f"{model.audio_encoder.mel_rate()}"
     )
-    embeds_folder = (
-        Path(cfg.runs)
-        / "embeds"
-        / digest(
-            file_digest(teacher_path),
-            pool_digest(corpus["pool"]),
-            -(-cfg.block // EMBED_BATCH),
-            cfg.precision,
-            device.type,
-        )
-    )
-    parts = folder / "curation"
-    embeds_folder.mkdir(parents=True, exist_ok=True), parts.mkdir(parents=True, exist_ok=True)
-
-    # Captions: all (DU), or those near the domain's prompts (DS, ADS)
-    captions, described, stored = read_captions(cfg, corpus["train"])
-    text_embeds = embed_captions(model, captions, stored, embeds_folder)
-    if text_embeds.shape[1] != model.shape["joint_dim"]:
-        raise ValueError(
-            f"--captions: embeddings of {text_embeds.shape[1]} dimensions, the teacher's have "
-            f"{model.shape['joint_dim']}; embed them with the same teacher"
-        )
-    if prompts:
-        prompt_embeds = embed_captions(model, prompts, None, embeds_folder)
-        if cfg.dry_run and rank == 0:
-            report_domain(prompts, captions, prompt_embeds, text_embeds, cfg)
+    captions, described, text_embeds = read_captions(cfg, corpus["train"], model)
+    if cfg.curation != "du":
+        prompt_embeds = half(common.embed_texts(model, prompts))
+        if cfg.dry_run and run.rank == 0:
+            report_domain(prompts, captions, prompt_embeds, text_embeds)
         chosen, nearness = near_labels(prompt_embeds, text_embeds, cfg.ds_threshold, cfg.ds_top_k)
         if not len(chosen):
-            best = float(
-                (prompt_embeds.astype(np.float32) @ text_embeds.astype(np.float32).T).max()
-            )
+            nearest = similar_pairs(prompt_embeds, text_embeds, 0.0, top_k=1)[2].max()
             raise ValueError(
                 f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt "
-                f"(the nearest: {best:.3f}); choose a lower one with --dry-run"
+                f"(the nearest: {nearest:.3f}); choose a lower one with --dry-run"
             )
-        of_domain = [captions[q] for q in chosen]
-        say(f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes")
+        run.say(
+            f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes"
+        )
+        described = [described[q] for q in chosen]
+        captions, text_embeds = [captions[q] for q in chosen], text_embeds[chosen]
     if cfg.dry_run:
-        if cfg.curation != "ds" and rank == 0:
-            texts, of_texts = (
-                (captions, text_embeds)
-                if cfg.curation == "du"
-                else (of_domain, text_embeds[chosen])
-            )
-            report_pool(cfg, model, corpus["pool"], sum(sizes), texts, of_texts, autocast)
+        if cfg.curation != "ds" and run.rank == 0:
+            report_pool(cfg, run, model, corpus["pool"], n_pool, captions, text_embeds)
         common.barrier()
         return {}
-    if cfg.curation != "du" and rank == 0:
-        own = {}  # DS: these captions with their own audio
-        for q, value in zip(chosen.tolist(), nearness.tolist()):
-            for row in described[q]:
-                row = own.setdefault(
-                    row["audio"],
-                    {
-                        **row,
-                        "audio": os.path.abspath(row["audio"]),
-                        "captions": [],
-                        "similarity": [],
-                    },
-                )
-                row["captions"].append(captions[q]), row["similarity"].append(round(value, 4))
+    if cfg.curation != "du" and run.rank == 0:
         name = "curated.jsonl" if cfg.curation == "ds" else "replay.jsonl"
-        common.write_lines(
-            folder / name, [json.dumps(row, ensure_ascii=False) for row in own.values()]
-        )
-        say(
-            f"DS: {sum(len(row['captions']) for row in own.values()):,} pairs of {len(own):,} "
-            f"clips in {folder / name}"
-        )
-    if cfg.curation == "ds":
-        common.barrier()
-        return {"curated": str(folder / "curated.jsonl")}
-    if cfg.curation == "ads":
-        captions, text_embeds = of_domain, np.ascontiguousarray(text_embeds[chosen])
-
-    # Pairs, block by block; the processes take turns
-    told = digest(
-        embeds_folder.name,
-        captions,
-        cfg.curation,
-        cfg.threshold,
-        cfg.top_k,
-        array_digest(text_embeds),
-    )
-    if rank == 0 and (
-        not (parts / "settings.txt").exists()
-        or (parts / "settings.txt").read_text().strip() != told
-    ):
-        for path in [*parts.glob("pairs_*.jsonl"), folder / "curated.jsonl"]:
-            path.unlink(missing_ok=True)
-        common.write_lines(parts / "settings.txt", [told])
-    done = [(folder / "curated.jsonl").exists()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(done)  # the first process has just looked after it
-    paths = [parts / f"pairs_{number:06d}.jsonl" for number in range(len(sizes))]
-    if not done[0]:
-        search = Search(text_embeds, cfg.threshold, cfg.top_k, device)
-        bar = tqdm(
-            total=sum(sizes),
-            unit="clip",
-            desc=f"curating with {len(captions)} captions",
-            disable=rank > 0,
-            dynamic_ncols=True,
-        )
-        for first, mine in rounds(pool_blocks(corpus["pool"], cfg.block), rank, world):
-            bad = []
-            if mine is not None:
-                number, (rows, embeds) = mine
-                if embeds is None:
-                    rows, embeds, bad = block_embeds(
-                        model, rows, embeds_folder / f"audio_{number:06d}.npz", cfg, autocast
-                    )
-                elif not paths[number].exists():
-                    embeds = half(embeds)
-                    if embeds.shape[1] != text_embeds.shape[1]:
-                        raise ValueError(
-                            f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' "
-                            f"have {text_embeds.shape[1]}; embed both with the same teacher"
-                        )
-                if not paths[number].exists():
-                    mine_block(paths[number], rows, embeds, search, captions)
-            run.settle_skipped(bad)  # also keeps the processes within a block of each other
-            run.end_if_told(f"the pairs of {min(first + world, len(sizes))} of {len(sizes)} blocks")
-            bar.update(sum(sizes[first : first + world]))
-        bar.close()
-        common.barrier()
-        if rank == 0:
-            clips, pairs = join_blocks(paths, folder / "curated.jsonl")
-            if not pairs:
-                (folder / "curated.jsonl").unlink()
-                raise ValueError(
-                    f"--threshold {cfg.threshold}: no clip of the pool is that close to any of "
-                    f"{len(captions)} captions; choose a lower one with --dry-run, or give --top-k"
-                )
-            for path in paths:
-                path.unlink()
-            run.log(
-                {
-                    "stage": "curate",
-                    "step": 0,
-                    "captions": len(captions),
-                    "pool": sum(sizes),
-                    "clips": clips,
-                    "pairs": pairs,
-                    "skipped": len(run.skipped),
-                }
-            )
-            say(
-                f"{cfg.curation.upper()}: {pairs:,} pairs of {clips:,} of {sum(sizes):,} clips in "
-                f"{folder / 'curated.jsonl'}"
-            )
+        write_own_pairs(run, run.path / name, captions, described, nearness)
+    if cfg.curation != "ds":
+        key = [common.file_key({"audio": str(teacher_path)}), cfg.precision, run.device.type]
+        mine(cfg, run, model, key, corpus["pool"], n_pool, captions, text_embeds)
     common.barrier()
-    return {"curated": str(folder / "curated.jsonl")}
+    return {"curated": str(run.path / "curated.jsonl")}
 
 
-def rounds(blocks, rank: int, world: int):
-    """Deal numbered blocks to the processes -> for every round the number of its first block, and
-    this process's (number, block) or None.
+def write_own_pairs(run, path: Path, captions: list[str], described, nearness) -> None:
+    """DS: captions with their own audio, one line a clip."""
+    lines = {}
+    for caption, rows, value in zip(captions, described, nearness.tolist()):
+        for row in rows:
+            line = {**row, "audio": os.path.abspath(row["audio"]), "captions": [], "similarity": []}
+            line = lines.setdefault(row["audio"], line)
+            line["captions"].append(caption)
+            line["similarity"].append(round(value, 4))
+    common.write_lines(path, [json.dumps(line, ensure_ascii=False) for line in lines.values()])
+    n_pairs = sum(len(line["captions"]) for line in lines.values())
+    run.say(f"DS: {n_pairs:,} pairs of {len(lines):,} clips in {path}")
+
+
+def mine(
+    cfg: Config, run: common.Run, model: Model, key: list, pool: list, n_pool: int, captions, text
+) -> None:
+    """Pair the pool's audio with captions -> runs/NAME/curated.jsonl, one line a clip.
+
+    Block by block, which the processes take in turn: memory depends on the captions and the block.
+    A block's pairs are kept under a key of all that they were made from, so that a killed run
+    continues, and a sound that changed, vanished or came back is looked at again.
+
+    key: of the teacher; captions (Q,), text (Q, D) fp16.
     """
-    mine, number = None, -1
-    for number, block in enumerate(blocks):
-        if number % world == rank:
-            mine = number, block
-        if number % world == world - 1:
-            yield number - world + 1, mine
-            mine = None
-    if number % world != world - 1:
-        yield number - number % world, mine
-
-
-def block_embeds(model: Model, rows, path: Path, cfg: Config, autocast):
-    """The block's readable rows, their embeds (n, D) fp16 and error texts: stored ones, or made and
-    stored.
-    """
-    if not path.exists():
-        kept, embeds, bad = embed_rows(
-            model, rows, cfg.workers, autocast, f"embedding block {path.stem[-6:]}"
+    folder = run.path / "curation"
+    folder.mkdir(exist_ok=True)
+    of_text = hashlib.sha256(text.tobytes()).hexdigest()
+    settings = digest(cfg.threshold, cfg.top_k, captions, of_text)
+    bar = tqdm(total=n_pool, unit="clip", desc="curating", disable=run.rank > 0, dynamic_ncols=True)
+    bad, number = [], -1
+    for number, (rows, embeds) in enumerate(pool_blocks(pool, cfg.block)):
+        if number % run.world == run.rank:
+            if embeds is None:
+                of_block = digest(key, [common.file_key(row) for row in rows])
+            else:
+                of_block = hashlib.sha256(embeds.tobytes()).hexdigest()
+            path = folder / f"{number:06d}_{digest(of_block, settings)}.jsonl"
+            if not path.exists():
+                for old in folder.glob(f"{number:06d}_*"):
+                    old.unlink()
+                errors = []
+                if embeds is None:
+                    rows, embeds, errors = stored_block(model, rows, cfg, run, of_block, number)
+                elif embeds.shape[1] != text.shape[1]:
+                    raise ValueError(
+                        f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' have "
+                        f"{text.shape[1]}; embed both with the same teacher"
+                    )
+                write_pairs(path, rows, half(embeds), errors, captions, text, cfg, run.device)
+            with open(path, encoding="utf-8") as file:
+                bad += json.loads(file.readline())["skipped"]
+        bar.update(len(rows))
+        if number % run.world == run.world - 1:  # all processes have had a block
+            run.settle_skipped(bad)
+            bad = []
+            run.end_if_told(f"the pairs of {number + 1} blocks")
+    bar.close()
+    run.settle_skipped(bad)
+    common.barrier()
+    if run.rank > 0:
+        return
+    n_clips = n_pairs = 0
+    with common.written_whole(run.path / "curated.jsonl") as whole:
+        for path in sorted(folder.glob("*.jsonl"))[: number + 1]:
+            with open(path, "rb") as part:
+                part.readline()  # what was skipped
+                for line in part:
+                    whole.write(line)
+                    n_clips, n_pairs = n_clips + 1, n_pairs + len(json.loads(line)["captions"])
+    if not n_pairs:
+        (run.path / "curated.jsonl").unlink()
+        raise ValueError(
+            f"--threshold {cfg.threshold}: no clip of the pool is that close to any of "
+            f"{len(captions)} captions; choose a lower one with --dry-run, or give --top-k"
         )
-        save_arrays(path, kept=kept, embeds=embeds, bad=np.array(bad, dtype=str))
-    with np.load(path) as held:
-        return [rows[i] for i in held["kept"]], held["embeds"], held["bad"].tolist()
+    counts = {"captions": len(captions), "pool": n_pool, "clips": n_clips, "pairs": n_pairs}
+    run.log({"stage": "curate", "step": 0, **counts, "skipped": len(run.skipped)})
+    run.say(
+        f"{cfg.curation.upper()}: {n_pairs:,} pairs of {n_clips:,} of {n_pool:,} clips in "
+        f"{run.path / 'curated.jsonl'}"
+    )
 
 
-def report_domain(prompts, captions, prompt_embeds, text_embeds, cfg: Config) -> None:
-    """Dry run of DS: how near captions lie to the class prompts."""
+def write_pairs(path: Path, rows, embeds, errors, captions, text, cfg: Config, device) -> None:
+    """A block's pairs: first what could not be read, then a line a clip, its captions with the
+    most similar one first.
+    """
+    row, caption, cosine = similar_pairs(embeds, text, cfg.threshold, cfg.top_k, device)
+    of_clip = {}
+    for i, q, value in zip(row.tolist(), caption.tolist(), cosine.tolist()):
+        line = of_clip.setdefault(i, {"captions": [], "similarity": []})
+        line["captions"].append(captions[q])
+        line["similarity"].append(round(value, 4))
+    lines = [{"skipped": errors}]
+    for i, line in of_clip.items():
+        duration = {"duration": rows[i]["duration"]} if "duration" in rows[i] else {}
+        lines.append({"audio": os.path.abspath(rows[i]["audio"]), **duration, **line})
+    common.write_lines(path, [json.dumps(line, ensure_ascii=False) for line in lines])
+
+
+# Dry run: what the thresholds would give
+LEVELS = np.round(np.arange(-1.0, 1.0, 0.05), 2)
+
+
+def report_domain(prompts, captions, prompt_embeds, text_embeds) -> None:
+    """How near captions lie to the class prompts."""
     sim = text_embeds.astype(np.float32) @ prompt_embeds.astype(np.float32).T  # (Q, C)
     nearest = sim.max(1)
     print(f"\nCaptions by their nearest of {len(prompts)} class prompts (--ds-threshold):")
-    histogram(nearest)
-    for level in np.arange(0.3, 1.0, 0.05):
+    histogram(count_levels(nearest))
+    for level in LEVELS[LEVELS >= 0.3]:
         at = np.flatnonzero((nearest >= level) & (nearest < level + 0.05))[:2]
         examples = "".join(
             f"   {captions[q]!r} ({nearest[q]:.2f}, {prompts[sim[q].argmax()]!r})" for q in at
@@ -1286,74 +1090,67 @@ def report_domain(prompts, captions, prompt_embeds, text_embeds, cfg: Config) ->
         print(f"  >= {level:.2f}: {(nearest >= level).sum():>9,} captions{examples}")
 
 
-def report_pool(cfg: Config, model, pool, n_pool: int, captions, text_embeds, autocast) -> None:
-    """Dry run: similarities of a sample of clips with all captions, what every threshold would
-    give, and examples.
+def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embeds) -> None:
+    """Similarities of a sample of clips with all captions, what every threshold would give, and
+    examples.
     """
-    wanted = set(np.random.default_rng(cfg.seed).permutation(n_pool)[:SAMPLE_CLIPS].tolist())
+    rng = np.random.default_rng(cfg.seed)
+    wanted = set(rng.permutation(n_pool)[:SAMPLE_CLIPS].tolist())
     rows, embeds, number = [], [], 0
     for block, stored in pool_blocks(pool, cfg.block):
         chosen = [i for i in range(len(block)) if number + i in wanted]
         number += len(block)
         if stored is None:
-            kept, found, _ = embed_rows(
-                model, [block[i] for i in chosen], cfg.workers, autocast, "embedding a sample"
-            )
+            of_sample = [block[i] for i in chosen]
+            kept, found, _ = embed_block(model, of_sample, cfg, run, "embedding a sample")
             chosen = [chosen[i] for i in kept]
         else:
             found = half(stored[chosen])
         rows += [block[i] for i in chosen]
         embeds.append(found)
-    embeds = np.concatenate(embeds)
-    levels = np.round(np.arange(-0.2, 1.0, 0.05), 2)
-    edges = np.linspace(-1, 1, 41)
-    counts, examples = np.zeros(40, int), {level: [] for level in levels}
-    pairs, clips = np.zeros(len(levels), int), np.zeros(len(levels), int)
-    columns = text_embeds.astype(np.float32).T
-    rng = np.random.default_rng(cfg.seed)
+    embeds, columns = np.concatenate(embeds), text_embeds.astype(np.float32).T
+    counts, best, examples = 0, [], {level: [] for level in LEVELS}
     for i in tqdm(rng.permutation(len(embeds)), desc="similarities", unit="clip", leave=False):
-        sim = embeds[i].astype(np.float32) @ columns
-        counts += np.histogram(sim.clip(-1, 1), edges)[0]
-        above = (
-            (sim[:, None] >= levels).sum(0)
-            if len(sim) < 100_000
-            else np.array([(sim >= level).sum() for level in levels])
-        )
-        pairs, clips = pairs + above, clips + (above > 0)
-        for level in levels:
+        sim = embeds[i].astype(np.float32) @ columns  # (Q,)
+        counts += count_levels(sim)
+        best.append(sim.max())
+        for level in LEVELS:
+            near = []
             if len(examples[level]) < 2:
                 near = np.flatnonzero((sim >= level) & (sim < level + 0.05))
-                if len(near):
-                    q = near[int(rng.integers(len(near)))]
-                    examples[level].append(
-                        f"{Path(rows[i]['audio']).name}: {captions[q]!r} ({sim[q]:.2f})"
-                    )
+            if len(near):
+                q = near[int(rng.integers(len(near)))]
+                name = Path(rows[i]["audio"]).name
+                examples[level].append(f"{name}: {captions[q]!r} ({sim[q]:.2f})")
+    share = n_pool / max(1, len(embeds))
     print(
         f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} "
         "captions:"
     )
-    histogram(counts=counts, edges=edges)
-    share = n_pool / max(1, len(embeds))
+    histogram(counts)
     print(
         f"\n  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}   (of the whole "
         f"pool{'' if share == 1 else ', estimated'})"
     )
-    for level, p, c in zip(levels, pairs, clips):
-        if p:
+    for k, level in enumerate(LEVELS):
+        pairs, clips = counts[k:].sum(), (np.array(best) >= level).sum()
+        if pairs and level >= -0.2:
             print(
-                f"  {level:>9.2f} {round(p * share):>14,} {round(c * share):>12,} "
-                f"{p / max(1, c):>16.1f}   {'   '.join(examples[level])}"
+                f"  {level:>9.2f} {round(pairs * share):>14,} {round(clips * share):>12,} "
+                f"{pairs / clips:>16.1f}   {'   '.join(examples[level])}"
             )
 
 
-def histogram(values=None, counts=None, edges=None) -> None:
+def count_levels(cosines) -> np.ndarray:
+    """How many lie between each of LEVELS and the next."""
+    return np.histogram(cosines.clip(-1, 1), [*LEVELS, 1.0])[0]
+
+
+def histogram(counts) -> None:
     """Bars of 40 characters at most."""
-    if counts is None:
-        edges = np.linspace(-1, 1, 41)
-        counts = np.histogram(values.clip(-1, 1), edges)[0]
-    for low, count in zip(edges, counts):
+    for level, count in zip(LEVELS, counts):
         if count:
-            print(f"  {low:>5.2f} {count:>14,} {'#' * math.ceil(40 * count / counts.max())}")
+            print(f"  {level:>5.2f} {count:>14,} {'#' * math.ceil(40 * count / counts.max())}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1555,7 +1352,9 @@ def main(cfg: Config) -> dict:
     corpus, result = read_corpus(cfg), {}
     curates = cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student
     if curates:  # what is missing there is said now, not after the teacher's training
-        sizes, prompts = pool_sizes(cfg, corpus), domain_prompts(cfg, corpus)
+        n_pool, prompts = count_pool(cfg, corpus), []
+        if cfg.curation != "du":
+            prompts = [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
 
     if cfg.stage in ("all", "teacher") and not cfg.teacher and not in_student:
         torch.manual_seed(cfg.seed)
@@ -1566,7 +1365,7 @@ def main(cfg: Config) -> dict:
             model = start_model(cfg, captions)
         result = train(cfg, run, "teacher", model, None, [corpus["train"]], corpus, checkpoint)
     if curates:
-        result = curate(cfg, run, corpus, sizes, prompts) or result
+        result = curate(cfg, run, corpus, n_pool, prompts) or result
         if cfg.dry_run:
             return {}
     if cfg.stage in ("all", "student"):

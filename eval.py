@@ -2,7 +2,7 @@
 
   python eval.py runs/NAME/best.pt --data MANIFEST --json scores.json
   python eval.py A.pt B.pt laion/clap-htsat-unfused --data MANIFEST   (with paired differences)
-  python eval.py embed A.pt --data MANIFEST --out embeds.npz          (of audio and captions)
+  python eval.py embed A.pt --data MANIFEST --out embeds          (of audio and captions)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
 (text-to-audio grounding), t_classify (temporal order); all of them that the manifest has labels for
@@ -1382,35 +1382,40 @@ def write_json(path: str | None, all_results: list[list[dict]]) -> list[dict]:
 
 
 def embed_command(flags) -> None:
-    """`eval.py embed`: write an .npz file.
+    """`eval.py embed`: write a folder with the embeddings of a manifest's clips and captions.
 
-    It holds audio_embeds (N, D), audio (N,) paths, text_embeds (Q, D), captions (Q,), and for each
-    caption its clip's row, owner (Q,).
-
+    audio.npy (N, D) and audio.jsonl, the clips as a manifest; text.npy (Q, D) and captions.jsonl,
+    each caption with its `owner`, the place of its clip in audio.jsonl, from 0.
     """
-    check_target("--out", flags.out)
+    out = Path(flags.out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out}: a file; expected a folder, new or of an earlier call")
     manifest, split, rows = read_rows(flags)
     model, settings = open_model(flags.checkpoint[0], flags, split, manifest)
     kept, audio_embeds, _ = embed(model, rows, settings)
-    captions = [
-        (i, model.clean_caption(c)) for i, k in enumerate(kept) for c in rows[k].get("captions", [])
-    ]
+    told = []
+    for owner, k in enumerate(kept):
+        for caption in rows[k].get("captions", []):
+            told.append({"caption": model.clean_caption(caption), "owner": owner})
     text_embeds = np.zeros((0, audio_embeds.shape[1]), np.float32)
-    if captions:
-        text_embeds = common.embed_texts(model, [c for _, c in captions])
-    with common.written_whole(Path(flags.out)) as file:
-        np.savez(
-            file,
-            audio_embeds=audio_embeds,
-            audio=np.array([rows[k]["audio"] for k in kept]),
-            text_embeds=text_embeds,
-            captions=np.array([c for _, c in captions], dtype=str),
-            owner=np.array([i for i, _ in captions], dtype=int),
-        )
-    print(
-        f"{flags.out}: {len(kept)} clips, {len(captions)} captions, {audio_embeds.shape[1]} "
-        "dimensions"
-    )
+    if told:
+        text_embeds = common.embed_texts(model, [line["caption"] for line in told])
+    clips = []
+    for k in kept:
+        clips.append({"audio": os.path.abspath(rows[k]["audio"])})
+        if "duration" in rows[k]:
+            clips[-1]["duration"] = rows[k]["duration"]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"--out {out}: cannot be made ({error.strerror})") from None
+    for name, array in (("audio", audio_embeds), ("text", text_embeds)):
+        with common.written_whole(out / f"{name}.npy") as file:
+            np.save(file, array)
+    for name, lines in (("audio", clips), ("captions", told)):
+        text = [json.dumps(line, ensure_ascii=False) for line in lines]
+        common.write_lines(out / f"{name}.jsonl", text)
+    print(f"{out}: {len(kept)} clips, {len(told)} captions, {audio_embeds.shape[1]} dimensions")
 
 
 def main(flags, protocols: dict = PROTOCOLS) -> list[dict]:
@@ -1518,7 +1523,7 @@ def parse(argv=None):
         default=["all"],
         help="all: those the manifest has labels for",
     )
-    parser.add_argument("--out", default="embeds.npz", help="embed: where the embeddings go")
+    parser.add_argument("--out", default="embeds", help="embed: folder for the embeddings")
     flags = parser.parse_args(argv)
     flags.command = flags.checkpoint.pop(0) if flags.checkpoint[0] == "embed" else "scores"
     if not flags.checkpoint or (flags.command == "embed" and len(flags.checkpoint) > 1):

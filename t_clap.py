@@ -187,7 +187,7 @@ def tile(waveform, window: int):
     """waveform (S,), S <= window -> (window,): repeated as often as it fits whole, then
     zeros (D2).
     """
-    waveform = waveform.repeat(window // len(waveform))
+    waveform = waveform.repeat(window // len(waveform))  # LAION's "repeatpad"
     return F.pad(waveform, (0, window - len(waveform)))
 
 
@@ -216,6 +216,7 @@ class Model(nn.Module):
         mel: dict | None = None,
     ):
         super().__init__()
+        # LAION's settings (D17); a transformers folder brings its own
         mel = {
             "sample_rate": 48000,
             "n_fft": 1024,
@@ -234,24 +235,26 @@ class Model(nn.Module):
         self.audio_encoder, self.text_encoder = common.HTSAT(**audio), text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
 
-        def head(dim):
+        def head(dim):  # Sec. 2.2 names an MLP; the two layers and ReLU are LAION's (D17)
             return nn.Sequential(
                 nn.Linear(dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim)
             )
 
         self.audio_projection = head(self.audio_encoder.out_dim)
         self.text_projection = head(text_encoder.out_dim)
-        # logs of the factors on cosines;
+        # logarithms of factors on cosines; LAION's plain loss uses the first alone (D11)
         self.logit_scale_a = nn.Parameter(torch.tensor(1 / 0.07).log())
-        # LAION's plain loss uses the first
+        # not trained (D17); kept, so that LAION's files load with every key
         self.logit_scale_t = nn.Parameter(torch.tensor(1 / 0.07).log(), requires_grad=False)
 
     def clip_feats(self, waveform):
         """waveform (B, S) of one window, tiled, not cut to int16 (D1) -> projected clips (B, D)."""
+        # (B, S) -> log-mel (B, T_mel, 64) -> frames (B, T, C) -> mean (B, C) -> (B, D)
         return self.audio_projection(self.audio_encoder(self.log_mel(waveform)).mean(1))
 
     def text_feats(self, input_ids, attention_mask):
         """Token ids (B, L) -> projected texts (B, D), of the pooler's tanh(dense(<s>))."""
+        # token states (B, L, C) -> pooler (B, C) -> (B, D)
         return self.text_projection(
             self.text_encoder.model.pooler(self.text_encoder(input_ids, attention_mask))
         )
@@ -263,10 +266,11 @@ class Model(nn.Module):
         other rows of negative_embeds are 0.
         """
         B = len(waveform)
-        audio_embeds = F.normalize(self.clip_feats(waveform).float(), dim=-1)
+        audio_embeds = F.normalize(self.clip_feats(waveform).float(), dim=-1)  # fp32 (D8)
         texts = F.normalize(
             self.text_feats(input_ids, attention_mask).float(), dim=-1
         )  # (B + len(ordered), D)
+        # a row of zeros says: no negative; temporal_loss leaves it out
         negative_embeds = torch.zeros_like(texts[:B]).index_copy(0, ordered, texts[B:])
         return audio_embeds, texts[:B], negative_embeds, self.logit_scale_a.exp()
 
@@ -277,6 +281,7 @@ class Model(nn.Module):
         """
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
+            # each window is normalised before the mean by seconds: (windows, D) -> (B, D)
             return common.join_windows(
                 F.normalize(self.audio_projection(frame_feats.mean(1)).float(), dim=-1),
                 owner,
@@ -290,6 +295,7 @@ class Model(nn.Module):
         """
         with common.evaluating(self):
             frame_feats, owner, _ = self._window_feats(waveform, n_samples)
+            # (windows, T, D); the projection was trained on means of frames only (D3)
             frames = F.normalize(self.audio_projection(frame_feats), dim=-1)
             return nn.utils.rnn.pad_sequence(
                 [frames[owner == b].flatten(0, 1) for b in range(len(waveform))], True
@@ -298,10 +304,11 @@ class Model(nn.Module):
     def _window_feats(self, waveform, n_samples):
         window = int(WINDOW_S * self.sample_rate)
         windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
+        # cut_windows fills the last window with zeros: cut them off, then tile (D2)
         windows = torch.stack([tile(piece[:n], window) for piece, n in zip(windows, lengths)])
         # at most 32 windows at a time: bounded memory
         feats = torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)])
-        return feats, owner, weight
+        return feats, owner, weight  # feats (windows, T, C)
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
@@ -334,7 +341,7 @@ class Model(nn.Module):
         if Path(source).is_file():
             weights = common.read_weights(source)
             weights = weights.get("state_dict", weights)
-            weights = {k.removeprefix("module."): v for k, v in weights.items()}
+            weights = {k.removeprefix("module."): v for k, v in weights.items()}  # added by DDP
             if any("mel_conv2d" in k or "fusion_model" in k for k in weights):
                 raise ValueError(f"{source}: {FUSED}")
             text_encoder = common.text_encoder_from_pretrained(text_model, MAX_TOKENS, pooler=True)
@@ -383,8 +390,10 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
         )
         feel_order(model, text=cfg.text_model == "none")
         return model
+    # only checkpoints of this project hold a method; reading refuses one of another method
     if Path(cfg.weights).is_file() and "method" in common.read_weights(cfg.weights):
         return Model.from_checkpoint(cfg.weights)
+    # a misspelt file name would else be looked for on the hub
     if cfg.weights.endswith((".pt", ".ckpt", ".pth")) and not Path(cfg.weights).is_file():
         raise FileNotFoundError(
             f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository "
@@ -428,7 +437,7 @@ def contrastive_loss(sim, scale):
 
     sim (B, B) cosine, audio in rows. Source: LAION's loss; the paper prints none (D11).
     """
-    target = torch.arange(len(sim), device=sim.device)
+    target = torch.arange(len(sim), device=sim.device)  # the partner of row i is column i
     a2t = F.cross_entropy(sim * scale, target)
     t2a = F.cross_entropy(sim.T * scale, target)
     return (a2t + t2a) / 2  # L_c (D11)
@@ -442,9 +451,10 @@ def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 
     length 1 (D12). Source: Eq. (3), which has no factor lt_scale (D10).
     """
     ordered = negative_embeds.detach().any(-1).float()  # (B,)
-    margin = (audio_embeds * (text_embeds - negative_embeds)).sum(-1)
-    n = ordered.sum().clamp(min=1)
+    margin = (audio_embeds * (text_embeds - negative_embeds)).sum(-1)  # (B,)
+    n = ordered.sum().clamp(min=1)  # without an ordered clip the loss is 0, not 0 / 0
     loss = (F.softplus(-lt_scale * margin) * ordered).sum() / n  # Eq. (3)
+    # T-Classify asks for s > s', so a tie is wrong (Sec. 3.3)
     return loss, ((margin.detach() > 0) * ordered).sum() / n
 
 
@@ -453,7 +463,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale
 
     Source: Eq. (1), whose division by the norms is in Model.forward, and Eq. (2).
     """
-    audio_embeds = common.gather_with_grad(audio_embeds)
+    audio_embeds = common.gather_with_grad(audio_embeds)  # from here on B is the whole batch
     text_embeds = common.gather_with_grad(text_embeds)
     negative_embeds = common.gather_with_grad(negative_embeds)
     sim = audio_embeds @ text_embeds.T  # (B, B), cosines of unit vectors: Eq. (1)
@@ -485,8 +495,9 @@ def split_sets(rows: list[dict]) -> list[list[dict]]:
     """Rows of the manifests that have negatives, and rows of those that have none."""
 
     def manifest(row):
-        return row["where"].rpartition(":")[0]
+        return row["where"].rpartition(":")[0]  # where: "FILE:LINE"
 
+    # by manifest, so that a clip without an order stays in the part of its set
     ordered = {manifest(row) for row in rows if has_negatives(row)}
     return [
         [row for row in rows if manifest(row) in ordered],
@@ -500,7 +511,7 @@ def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
     """
     if 0 in sizes:
         return [min(size, batch_size) for size in sizes]
-    first = max(1, round(batch_size / (1 + mix)))
+    first = max(1, round(batch_size / (1 + mix)))  # 512 at 1 : 4 are 102 and 410
     return [min(sizes[0], first), min(sizes[1], batch_size - first)]
 
 
@@ -511,12 +522,12 @@ def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
     is left out of that epoch.
     """
     rank, world = common.rank_and_world()
-    orders = [(None, None), (None, None)]
+    orders = [(None, None), (None, None)]  # of each group: its epoch, and the order in it
     for step in range(start_step, total_steps):
         batch = []
         for group, (size, count) in enumerate(zip(sizes, counts)):
             if count:
-                epoch, place = divmod(step, size // count)
+                epoch, place = divmod(step, size // count)  # of the step alone, for --resume
                 if orders[group][0] != epoch:
                     orders[group] = (
                         epoch,
@@ -524,6 +535,7 @@ def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
                     )
                 chosen = orders[group][1][place * count : (place + 1) * count]
                 batch += [(group, epoch, int(i)) for i in chosen]
+        # ordered clips stand first: dealt out in turn, each process gets its share
         yield batch[rank::world]
 
 
@@ -552,7 +564,7 @@ class Clips(Dataset):
         waveforms, captions, negatives, _ = zip(*items)
         window = int(WINDOW_S * self.rate)
         ordered = [i for i, negative in enumerate(negatives) if negative]
-        tokens = self.tokenize([*captions, *(negatives[i] for i in ordered)])
+        tokens = self.tokenize([*captions, *(negatives[i] for i in ordered)])  # (B + ordered, L)
         return {
             "waveform": default_collate([tile(torch.from_numpy(w), window) for w in waveforms]),
             "ordered": torch.tensor(ordered, dtype=torch.long),
@@ -618,7 +630,7 @@ def main(cfg: Config) -> dict:
         model = start_model(cfg, texts_of(train_rows))
     model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
+    optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)  # no weight decay (D5)
 
     clips = Clips(groups, cfg, model.text_encoder.tokenize, model.sample_rate)
     with_negative = sum(map(has_negatives, groups[0]))
@@ -651,7 +663,7 @@ def main(cfg: Config) -> dict:
         )
         optimiser.step()
         with torch.no_grad():
-            model.logit_scale_a.clamp_(0, math.log(100))
+            model.logit_scale_a.clamp_(0, math.log(100))  # the factor stays in 1 to 100 (D11)
 
         run.step_done(loss, sim, **losses, scale=model.logit_scale_a.exp())
         if run.is_due(cfg.eval_steps):
@@ -702,7 +714,7 @@ def htsat_size(weights: dict, prefix: str) -> dict:
         if found:
             layer = int(found[1])
             depths[layer] = max(depths.get(layer, 0), int(found[2]) + 1)
-            heads[layer] = value.shape[1]
+            heads[layer] = value.shape[1]  # table (offsets, heads)
     if sorted(depths) != [0, 1, 2, 3]:
         depths, heads = dict(enumerate((2, 2, 6, 2))), dict(enumerate((4, 8, 16, 32)))
     return dict(
@@ -739,6 +751,7 @@ def transformers_state(weights: dict) -> dict:
     state = {f"audio_encoder.{k}": v for k, v in audio.items()}
     for key, value in weights.items():
         if not re.match(r"audio_model\.|text_model\.embeddings\.(position|token_type)_ids$", key):
+            # ClapTextModel is a copy of RobertaModel, names included
             key = key.replace("text_model.", "text_encoder.model.")
             state[
                 key.replace("projection.linear1", "projection.0").replace(

@@ -8,12 +8,10 @@ Prints and writes a list of {"name", "ours", "peer", "peer_name", "unit", "ratio
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import platform
 import resource
-import shutil
 import statistics
 import sys
 import tempfile
@@ -292,100 +290,68 @@ def psds_large(tiny: bool) -> dict:
     }
 
 
-def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool, done: Path) -> dict:
-    """Curate n_clips random clips from a file of embeddings, block by block; to be run in a process
-    of its own.
+# of random pairs 2 in 100,000 are kept, as many as DU keeps in the paper
+DIM, CURATE_SIGMA, CURATE_BLOCK = 1024, 0.128, 8192
 
-    -> seconds of ours and of bare matrix products of the same blocks, the manifest's hash, peak
-    memory in all (GB).
+
+def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool) -> dict:
+    """Curate n_clips random clips from a folder of embeddings, block by block; to be run in a
+    process of its own.
+
+    -> seconds of ours and of bare matrix products of the same blocks, the pairs, peak memory in all
+    (GB).
     """
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     text = curation_clap.half(torch.randn(n_captions, DIM).numpy())
-    search = curation_clap.Search(
-        text, CURATE_SIGMA, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
     captions = [f"caption {q}" for q in range(n_captions)]
-    done.mkdir(exist_ok=True)
-    seconds, paths = {"ours": 0.0, "peer": 0.0}, []
+    cfg = curation_clap.Config(data=[], threshold=CURATE_SIGMA, top_k=0)
+    columns = torch.from_numpy(text).to(device).float().T
+    held = torch.empty(512, n_captions, device=device)
+    seconds, pairs = {"ours": 0.0, "peer": 0.0}, 0
     sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    pool = [str(folder / f"pool_{n_clips}")]
     start = time.perf_counter()
-    for number, (rows, embeds) in enumerate(
-        curation_clap.pool_blocks(
-            [folder / f"pool_{n_clips}.npz"], CURATE_BLOCK if n_clips > 5000 else 256
-        )
-    ):
-        paths.append(done / f"pairs_{number:06d}.jsonl")
-        if not paths[-1].exists():
-            curation_clap.mine_block(paths[-1], rows, curation_clap.half(embeds), search, captions)
+    for rows, embeds in curation_clap.pool_blocks(pool, CURATE_BLOCK):
+        path, embeds = folder / "pairs.jsonl", curation_clap.half(embeds)
+        curation_clap.write_pairs(path, rows, embeds, [], captions, text, cfg, device)
         sync()
         seconds["ours"] += time.perf_counter() - start
-        audio = torch.from_numpy(embeds).to(search.device, search.dtype)
+        pairs += sum(len(json.loads(line).get("captions", [])) for line in open(path))
         start = time.perf_counter()
-        for i in range(0, len(audio) if peer else 0, search.rows):
-            torch.mm(
-                audio[i : i + search.rows],
-                search.columns,
-                out=search.held[: len(audio[i : i + search.rows])],
-            )
+        for i in range(0, len(embeds) if peer else 0, 512):
+            part = torch.from_numpy(embeds[i : i + 512]).to(device).float()
+            torch.mm(part, columns, out=held[: len(part)])
         sync()
         seconds["peer"] += time.perf_counter() - start
         start = time.perf_counter()
-    clips, pairs = curation_clap.join_blocks(paths, done / "curated.jsonl")
-    return {
-        **seconds,
-        "clips": clips,
-        "pairs": pairs,
-        "hash": hashlib.sha256((done / "curated.jsonl").read_bytes()).hexdigest(),
-        "peak_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
-
-
-DIM, CURATE_SIGMA, CURATE_BLOCK = (
-    128,
-    0.36,
-    8192,
-)  # of random pairs 2 in 100,000 are kept, as many as DU keeps in the paper
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**seconds, "pairs": pairs, "peak_GB": peak}
 
 
 def curate(tiny: bool) -> dict:
-    """Curation from stored embeddings to a manifest, against bare matrix products of the same size;
-    memory; a killed run.
+    """Curation from stored embeddings to manifest lines, against bare matrix products of the same
+    size, and the memory of a pool five times as large.
     """
-    sizes, n_captions = ((500, 1500), 700) if tiny else ((10_000, 200_000), 10_000)
+    sizes, n_captions = ((500, 1500), 700) if tiny else ((20_000, 100_000), 50_000)
     context = multiprocessing.get_context("spawn")
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for n in sizes:
-            embeds = np.random.default_rng(n).normal(size=(n, DIM)).astype(np.float32)
-            np.savez(
-                folder / f"pool_{n}.npz",
-                audio_embeds=embeds,
-                audio=np.array([f"/pool/{i:09d}.wav" for i in range(n)]),
-            )
-        with context.Pool(
-            1, maxtasksperchild=1
-        ) as pool:  # a process each, for the peak of its memory
-            apply = (lambda f, a: f(*a)) if tiny else pool.apply
-            small, large = (
-                apply(curate_pool, (folder, n, n_captions, n == sizes[1], folder / f"done_{n}"))
-                for n in sizes
-            )
-            if tiny:  # a part is missing
-                shutil.copytree(folder / f"done_{sizes[1]}", folder / "killed")
-                (folder / "killed/pairs_000001.jsonl").unlink()
-            else:
-                killed = context.Process(
-                    target=curate_pool,
-                    args=(folder, sizes[1], n_captions, False, folder / "killed"),
-                )
-                killed.start()
-                while killed.is_alive() and not (folder / "killed/pairs_000001.jsonl").exists():
-                    time.sleep(0.01)
-                killed.kill()
-                killed.join()
-            resumed = apply(curate_pool, (folder, sizes[1], n_captions, False, folder / "killed"))
-        if resumed["hash"] != large["hash"]:
-            raise AssertionError("a killed and resumed curation wrote another manifest")
+            out = folder / f"pool_{n}"
+            out.mkdir()
+            rng = np.random.default_rng(n)
+            np.save(out / "audio.npy", rng.standard_normal((n, DIM), dtype=np.float32))
+            names = [json.dumps({"audio": f"/pool/{i:09d}.wav"}) for i in range(n)]
+            common.write_lines(out / "audio.jsonl", names)
+            given = (folder, n, n_captions, n == sizes[1])
+            if tiny:
+                results.append(curate_pool(*given))
+            else:  # a process each, for the peak of its memory
+                with context.Pool(1) as pool:
+                    results.append(pool.apply(curate_pool, given))
+    small, large = results
     n_pairs = sizes[1] * n_captions
     return {
         "name": "curate",
@@ -402,8 +368,7 @@ def curate(tiny: bool) -> dict:
             "dimensions": DIM,
             "sigma": CURATE_SIGMA,
             "pairs_kept": large["pairs"],
-            "peak_GB": {str(n): round(r["peak_GB"], 3) for n, r in zip(sizes, (small, large))},
-            "killed_and_resumed_to_the_same_bytes": True,
+            "peak_GB": {str(n): round(r["peak_GB"], 3) for n, r in zip(sizes, results)},
         },
     }
 

@@ -2,10 +2,14 @@
 against slow versions.
 """
 
-import contextlib
 import hashlib
+import io
 import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,10 +21,9 @@ import torch.nn.functional as F
 import common
 import curation_clap
 import eval as evaluator
-from conftest import config, log_of
+from conftest import ROOT, config, log_of
 from curation_clap import (
     CNN14,
-    Search,
     contrastive_loss,
     soft_divergence,
     soft_labelled_loss,
@@ -456,55 +459,41 @@ def fp16(rows, dim, seed):
     return unit(rows, dim, seed).numpy().astype(np.float16)
 
 
-def fractions_dot(a, b):
-    from fractions import Fraction
-
-    return float(sum((Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a, b)), Fraction(0)))
-
-
-def test_cosines_are_exact_in_any_order():
-    a, b = fp16(20, 96, 0), fp16(20, 96, 1)
-    got = curation_clap.exact_cosines(a, b, np.arange(20), np.arange(20))
-    assert got.tolist() == [fractions_dot(x, y) for x, y in zip(a, b)]
-    order = np.random.default_rng(0).permutation(96)
-    assert (
-        curation_clap.exact_cosines(a[:, order], b[:, order], np.arange(20), np.arange(20)).tolist()
-        == got.tolist()
-    )
-
-
 def slow_pairs(audio, text, threshold, top_k):
     out = []
     for i, a in enumerate(audio):
         scored = sorted(
             (-float(a.astype(np.float64) @ t.astype(np.float64)), q) for q, t in enumerate(text)
         )
-        out += [
-            (i, q, -c)
-            for c, q in (scored[:top_k] if top_k else [x for x in scored if -x[0] >= threshold])
-        ]
+        chosen = scored[:top_k] if top_k else [x for x in scored if -x[0] >= threshold]
+        out += [(i, q, -c) for c, q in chosen]
     return out
 
 
 @pytest.mark.parametrize("threshold, top_k", [(0.3, 0), (-1.1, 0), (0.0, 1), (0.0, 5), (0.0, 999)])
-def test_selection_equals_a_slow_version_with_ties_whatever_the_block(threshold, top_k):
+def test_selection_equals_a_slow_version(threshold, top_k):
     audio, text = fp16(37, 24, 0), fp16(90, 24, 1)
-    text[40:60], audio[7] = text[3], text[3]  # many equal captions, and a clip that is one of them
     expected = slow_pairs(audio, text, threshold, top_k)
-    for group, products in ((7, 1), (16, 500), (256, 0)):
-        search = Search(text, threshold, top_k, group=group, n_products=products)
-        got = [x for found in search(audio) for x in zip(*(column.tolist() for column in found))]
-        assert got == expected
+    row, caption, cosine = curation_clap.similar_pairs(audio, text, threshold, top_k)
+    assert list(zip(row.tolist(), caption.tolist())) == [(i, q) for i, q, _ in expected]
+    assert cosine == pytest.approx([c for _, _, c in expected], abs=1e-6)
     assert len(expected) == {(0.3, 0): len(expected), (-1.1, 0): 37 * 90, (0.0, 999): 37 * 90}.get(
         (threshold, top_k), 37 * top_k
     )
 
 
-def test_a_pair_exactly_at_the_threshold_is_kept_and_one_ulp_below_is_not():
-    audio, text = fp16(1, 64, 0), fp16(1, 64, 1)
-    cosine = fractions_dot(audio[0], text[0])
-    for threshold, kept in ((cosine, 1), (np.nextafter(cosine, 1), 0)):
-        assert sum(len(clip) for clip, _, _ in Search(text, threshold)(audio)) == kept
+def test_equal_captions_stand_in_their_order_and_blocks_change_no_pair():
+    audio, text = fp16(300, 24, 0), fp16(20_000, 24, 1)  # more than one product of rows
+    text[400:600], audio[7] = (
+        text[3],
+        text[3],
+    )  # many equal captions, and a clip that is one of them
+    row, caption, _ = curation_clap.similar_pairs(audio, text, 0.6)
+    equal = caption[row == 7][:201].tolist()
+    assert equal == [3, *range(400, 600)]
+    parts = [curation_clap.similar_pairs(audio[i : i + 77], text, 0.6) for i in range(0, 300, 77)]
+    assert np.array_equal(np.concatenate([part[1] for part in parts]), caption)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_domain_captions_by_the_nearest_prompt():
@@ -518,6 +507,15 @@ def test_domain_captions_by_the_nearest_prompt():
     assert chosen.tolist() == sorted(
         {q for column in sim.T for q in np.argsort(-column)[:3].tolist()}
     )
+
+
+def store(folder, audio, names, text=None, captions=()):
+    """A folder as `eval.py embed` writes it."""
+    folder.mkdir()
+    np.save(folder / "audio.npy", audio.numpy())
+    np.save(folder / "text.npy", np.zeros((0, audio.shape[1]), "f4") if text is None else text)
+    common.write_lines(folder / "audio.jsonl", [json.dumps({"audio": name}) for name in names])
+    common.write_lines(folder / "captions.jsonl", [json.dumps(line) for line in captions])
 
 
 @pytest.fixture(scope="module")
@@ -535,19 +533,14 @@ def embeds(tmp_path_factory):
             "text_encoder": model.text_encoder.description(),
         },
     )
-    np.savez(
-        folder / "pool.npz",
-        audio_embeds=unit(500, 16, 3).numpy(),
-        audio=np.array([f"/pool/{i}.wav" for i in range(500)]),
-    )
-    texts = np.array([f"caption number {i}" for i in range(60)] + ["caption number 3"])
-    np.savez(
-        folder / "captions.npz",
-        audio_embeds=unit(40, 16, 4).numpy(),
-        audio=np.array([f"/told/{i}.wav" for i in range(40)]),
-        text_embeds=unit(61, 16, 5).numpy(),
-        captions=texts,
-        owner=np.arange(61) % 40,
+    store(folder / "pool", unit(500, 16, 3), [f"/pool/{i}.wav" for i in range(500)])
+    texts = [f"caption number {i}" for i in range(60)] + ["caption number 3"]
+    store(
+        folder / "captions",
+        unit(40, 16, 4),
+        [f"/told/{i}.wav" for i in range(40)],
+        unit(61, 16, 5),
+        [{"caption": text, "owner": i % 40} for i, text in enumerate(texts)],
     )
     (folder / "classes.txt").write_text("Dog_bark\nrain/storm\n")
     return folder
@@ -558,8 +551,8 @@ def curated(embeds, corpus, runs, name, **overrides):
         stage="curate",
         name=name,
         teacher=str(embeds / "teacher.pt"),
-        pool=[str(embeds / "pool.npz")],
-        captions=[str(embeds / "captions.npz")],
+        pool=[str(embeds / "pool")],
+        captions=[str(embeds / "captions")],
         labels=[str(embeds / "classes.txt")],
         top_k=0,
         ds_top_k=0,
@@ -573,11 +566,8 @@ def curated(embeds, corpus, runs, name, **overrides):
 def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
     embeds, corpus, tmp_path, capsys
 ):
-    pool, told = np.load(embeds / "pool.npz"), np.load(embeds / "captions.npz")
-    audio, text = (
-        curation_clap.half(pool["audio_embeds"]),
-        curation_clap.half(told["text_embeds"][:60]),
-    )
+    audio = curation_clap.half(np.load(embeds / "pool/audio.npy"))
+    text = curation_clap.half(np.load(embeds / "captions/text.npy")[:60])
     model = curation_clap.Model.from_checkpoint(embeds / "teacher.pt")
     prompts = curation_clap.half(
         model.embed_text(["this is a sound of dog bark", "this is a sound of rain storm"]).numpy()
@@ -635,8 +625,8 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
             dry_run=True,
             name="dry",
             teacher=str(embeds / "teacher.pt"),
-            pool=[str(embeds / "pool.npz")],
-            captions=[str(embeds / "captions.npz")],
+            pool=[str(embeds / "pool")],
+            captions=[str(embeds / "captions")],
             labels=[str(embeds / "classes.txt")],
             top_k=0,
             ds_top_k=0,
@@ -655,33 +645,76 @@ def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(
 ):
     whole = curated(embeds, corpus, tmp_path, "whole", block=8192)
     assert curated(embeds, corpus, tmp_path, "small", block=32) == whole
-    mine, calls = curation_clap.mine_block, []
+    write, calls = curation_clap.write_pairs, []
 
     def stops(path, *args):
         calls.append(path)
         if len(calls) == 5:
             path.with_name(path.name + ".tmp").write_text("half a bl")
             raise KeyboardInterrupt
-        mine(path, *args)
+        write(path, *args)
 
-    monkeypatch.setattr(curation_clap, "mine_block", stops)
+    monkeypatch.setattr(curation_clap, "write_pairs", stops)
     with pytest.raises(KeyboardInterrupt):
         curated(embeds, corpus, tmp_path, "killed", block=32)
     assert curated(embeds, corpus, tmp_path, "killed", block=32) == whole
-    assert (
-        len(calls) == 16 + 1
-    )  # 500 clips in blocks of 32; only the one that was cut is done again
-    monkeypatch.setattr(curation_clap, "mine_block", mine)
-    assert (
-        curated(embeds, corpus, tmp_path, "killed", block=32, threshold=0.5) != whole
-    )  # other settings: curated anew
-    # two processes, one after the other: the first waits for parts of the second, so it is called
-    # again
-    for rank in (0, 1, 0):
-        monkeypatch.setattr(common, "rank_and_world", lambda: (rank, 2))
-        with contextlib.suppress(FileNotFoundError):
-            two = curated(embeds, corpus, tmp_path, "two", block=32)
-    assert two == whole
+    # 500 clips in blocks of 32: only the one that was cut is done again
+    assert len(calls) == 16 + 1
+    assert curated(embeds, corpus, tmp_path, "killed", block=32) == whole and len(calls) == 17
+    # other settings: curated anew
+    assert curated(embeds, corpus, tmp_path, "killed", block=32, threshold=0.5) != whole
+    assert len(calls) == 17 + 16
+
+
+TWO_CURATIONS = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from pathlib import Path
+import test_equations_curation_clap as tests
+tests.curated(Path({embeds!r}), {corpus!r}, {runs!r}, "two", block=32)
+"""
+
+
+def test_two_processes_take_the_blocks_in_turn(embeds, corpus, tmp_path):
+    whole = curated(embeds, corpus, tmp_path, "whole")
+    script = tmp_path / "two.py"
+    given = dict(root=str(ROOT), embeds=str(embeds), corpus=str(corpus), runs=str(tmp_path))
+    script.write_text(TWO_CURATIONS.format(**given))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    # only the first process has the manifest at the end
+    assert (tmp_path / "two/curated.jsonl").read_bytes() == whole, done.stderr[-3000:]
+    assert len(list((tmp_path / "two/curation").glob("*.jsonl"))) == 16
+
+
+def test_replaced_vanished_and_returned_sounds_are_noticed(corpus, tmp_path, runs_of, monkeypatch):
+    data = tmp_path / "pool"
+    shutil.copytree(corpus, data)
+    teacher = str(runs_of("curation_clap")[0] / "teacher.pt")
+    flags = dict(stage="curate", name="a", teacher=teacher, pool=[str(data)], max_bad=0.5, block=4)
+    embedded, embed_block = [], curation_clap.embed_block
+
+    def counted(model, rows, *args):
+        embedded.append(len(rows))
+        return embed_block(model, rows, *args)
+
+    def again():
+        embedded.clear()
+        curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
+        rows = common.read_manifest([str(tmp_path / "a/curated.jsonl")])
+        return {Path(row["audio"]).name: row["captions"] for row in rows}
+
+    monkeypatch.setattr(curation_clap, "embed_block", counted)
+    first = again()
+    assert len(first) == 12 and embedded == [4, 4, 4]
+    assert again() == first and embedded == []
+    away = (data / "audio/train5.wav").rename(tmp_path / "train5.wav")
+    assert set(first) - set(again()) == {"train5.wav"} and embedded == [4]  # its block alone
+    assert "train5.wav: file not found" in (tmp_path / "a/skipped.txt").read_text()
+    away.rename(data / "audio/train5.wav")
+    assert again() == first and embedded == []  # as it was
+    shutil.copy(data / "audio/train0.wav", data / "audio/train5.wav")
+    changed = again()
+    assert embedded == [4] and changed["train5.wav"] == first["train0.wav"]
 
 
 def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
@@ -704,7 +737,7 @@ def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
         for line in (tmp_path / "a/skipped.txt").read_text().splitlines()
     ] == ["train3.wav"]
     monkeypatch.setattr(
-        curation_clap, "embed_rows", None
+        curation_clap, "embed_block", None
     )  # another run of the same teacher and pool embeds nothing
     curation_clap.main(
         config(
@@ -735,23 +768,20 @@ def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
             dict(captions=["NARROW"]),
             "--captions: embeddings of 8 dimensions, the teacher's have 16",
         ),
-        (dict(pool=["CLASSES.npz"]), "CLASSES.npz: no such file; eval.py embed writes one"),
+        (dict(pool=["gone"]), "gone: no such manifest"),
+        (dict(captions=["POOL"]), r"0 lines in captions.jsonl, 0 rows in text.npy"),
         (dict(labels=["gone.txt"]), "--labels gone.txt: no such file; expected one class a line"),
         (dict(pool=[], pool_share=0.0), "pairs captions with unlabelled audio; give --pool"),
         (dict(beta=1.5), "--beta 1.5: expected"),
     ],
 )
 def test_bad_input_is_one_sentence(embeds, corpus, tmp_path, overrides, message):
-    np.savez(
-        tmp_path / "narrow.npz",
-        audio_embeds=unit(3, 8).numpy(),
-        audio=np.array(["a", "b", "c"]),
-        text_embeds=unit(3, 8).numpy(),
-        captions=np.array(["x", "y", "z"]),
-        owner=np.arange(3),
-    )
+    captions = [{"caption": text, "owner": i} for i, text in enumerate("xyz")]
+    store(tmp_path / "narrow", unit(3, 8), ["a", "b", "c"], unit(3, 8), captions)
+    places = {"NARROW": str(tmp_path / "narrow"), "POOL": str(embeds / "pool")}
     overrides = {
-        k: [str(tmp_path / "narrow.npz")] if v == ["NARROW"] else v for k, v in overrides.items()
+        k: [places.get(item, item) for item in v] if isinstance(v, list) else v
+        for k, v in overrides.items()
     }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         curated(embeds, corpus, tmp_path, "x", **overrides)
@@ -825,24 +855,68 @@ def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_o
     ) and divergence > math.log(n)
 
 
-def test_stored_arrays_are_mapped_not_read(tmp_path):
-    arrays = {
-        "a": np.arange(12.0).reshape(3, 4),
-        "name": np.array(["ä", "longer"]),
-        "none": np.zeros((0, 5), np.float16),
+def hostile(folder):
+    """What may stand in a folder that claims to be one of eval.py embed: file -> bytes."""
+    held = io.BytesIO()
+    np.save(held, np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
+    objects, rows = held.getvalue(), unit(500, 16, 3).numpy()
+
+    def saved(array):
+        held = io.BytesIO()
+        np.save(held, array)
+        return held.getvalue()
+
+    return {
+        "object array": ("audio.npy", objects),
+        "no array": ("audio.npy", b"not an array"),
+        "empty": ("audio.npy", b""),
+        "cut off": ("audio.npy", saved(rows)[:-100]),
+        "too few rows": ("audio.npy", saved(rows[:400])),
+        "too many rows": ("audio.npy", saved(np.concatenate([rows, rows]))),
+        "columns first": ("audio.npy", saved(np.asfortranarray(rows))),
+        "whole numbers": ("audio.npy", saved(np.ones((500, 16), int))),
+        "one dimension": ("audio.npy", saved(rows[:, 0].copy())),
+        "nan": ("audio.npy", saved(rows * np.nan)),
+        "absurd shape": (
+            "audio.npy",
+            saved(rows).replace(b"(500, 16)", b"(10**9, 16)").replace(b"(500,", b"(5000000000,"),
+        ),
+        "names cut": ("audio.jsonl", b'{"audio": "a.wav"}\n{"audio"'),
+        "names of another type": ("audio.jsonl", b'{"audio": 7}\n'),
     }
-    np.savez(tmp_path / "x.npz", **arrays)
-    for name, value in arrays.items():
-        got = curation_clap.stored_array(tmp_path / "x.npz", name)
-        assert (
-            np.array_equal(got, value)
-            and got.dtype == value.dtype
-            and (isinstance(got, np.memmap) or not value.size)
-        )
-    np.savez_compressed(tmp_path / "y.npz", **arrays)
-    for path, name in ((tmp_path / "y.npz", "a"), (tmp_path / "x.npz", "b")):
-        with pytest.raises(ValueError, match="not a file that eval.py embed writes"):
-            curation_clap.stored_array(path, name)
+
+
+@pytest.mark.parametrize("how", hostile(None))
+def test_a_hostile_folder_of_embeddings_is_refused_in_one_sentence(embeds, corpus, tmp_path, how):
+    folder = tmp_path / "pool"
+    shutil.copytree(embeds / "pool", folder)
+    name, content = hostile(None)[how]
+    (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, FloatingPointError)) as error:
+        curated(embeds, corpus, tmp_path, "x", pool=[str(folder)])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"caption": "x"}', "captions.jsonl:1: expected"),
+        ("[1]", "captions.jsonl:1: expected"),
+        ("{", "captions.jsonl:1: expected"),
+        ('{"caption": "x", "owner": 40}', "owner 40; expected a line of audio.jsonl, 0 to 39"),
+        ('{"caption": "x", "owner": -1}', "owner -1; expected a line"),
+        ('{"caption": "x", "owner": true}', "owner True; expected a line"),
+        ('{"caption": "", "owner": 0}', "captions.jsonl:1: the caption is empty"),
+        (None, "60 lines in captions.jsonl, 61 rows in text.npy"),
+    ],
+)
+def test_hostile_captions_are_refused_in_one_sentence(embeds, corpus, tmp_path, line, sentence):
+    folder = tmp_path / "captions"
+    shutil.copytree(embeds / "captions", folder)
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    common.write_lines(folder / "captions.jsonl", lines[1:] if line is None else [line, *lines[1:]])
+    with pytest.raises(ValueError, match=sentence):
+        curated(embeds, corpus, tmp_path, "x", captions=[str(folder)])
 
 
 # Stages

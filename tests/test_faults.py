@@ -205,22 +205,22 @@ def test_sigterm_in_a_curation_keeps_the_finished_blocks(
 ):
     script = SCRIPTS["curation_clap"]
     monkeypatch.setattr(script, "EMBED_BATCH", 2)
-    mined, mine_block = [], script.mine_block
-    monkeypatch.setattr(
-        script,
-        "mine_block",
-        lambda path, *args: (
-            mined.append(path.name),
-            mine_block(path, *args),
-            len(mined) == 2 and os.kill(os.getpid(), signal.SIGTERM),
-        ),
-    )
+    mined, write_pairs = [], script.write_pairs
+
+    def writes(path, *args):
+        mined.append(path.name)
+        write_pairs(path, *args)
+        if len(mined) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script, "write_pairs", writes)
     with pytest.raises(SystemExit) as stopped:
         common.run_entry(
             script.main, lambda: config_of("curation_clap", corpus, tmp_path, name="a", block=2)
         )
     assert (
-        stopped.value.code == 143 and "SIGTERM: saved the pairs of 2 of " in capsys.readouterr().out
+        stopped.value.code == 143
+        and "SIGTERM: saved the pairs of 2 blocks" in capsys.readouterr().out
     )
     common.END_SIGNALS.clear()
     script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))

@@ -219,12 +219,16 @@ def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
                 "--data",
                 str(corpus),
                 "--out",
-                str(tmp_path / "e.npz"),
+                str(tmp_path / "e"),
             ]
         )
     )
-    held = np.load(tmp_path / "e.npz")
-    ranks = common.retrieval_ranks(held["audio_embeds"] @ held["text_embeds"].T, held["owner"])
+    audio, text = (np.load(tmp_path / f"e/{name}.npy") for name in ("audio", "text"))
+    lines = [json.loads(x) for x in (tmp_path / "e/captions.jsonl").read_text().splitlines()]
+    captions = [line["caption"] for line in lines]
+    clips = common.read_manifest([str(tmp_path / "e/audio.jsonl")])
+    assert len(clips) == len(audio) and len(lines) == len(text)
+    ranks = common.retrieval_ranks(audio @ text.T, np.array([line["owner"] for line in lines]))
     out = evaluator.main(
         evaluator.parse(
             [
@@ -241,7 +245,7 @@ def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
     for name, value in common.retrieval_scores(ranks).items():
         assert out[0]["scores"][name]["value"] == pytest.approx(value)
     details = {d["caption"]: d["rank"] for d in out[0]["details"]["t2a"]}
-    assert details == {c: k + 1 for c, k in zip(held["captions"].tolist(), ranks["t2a"].tolist())}
+    assert details == {c: k + 1 for c, k in zip(captions, ranks["t2a"].tolist())}
     with pytest.raises(SystemExit):
         evaluator.parse(["embed", "--data", "x"])
 

@@ -272,7 +272,7 @@ def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(
     class Killed(Exception):
         pass
 
-    seed_step, join = common.seed_step, curation_clap.join_blocks
+    seed_step, write = common.seed_step, curation_clap.write_pairs
 
     def killer(seed, step, *place):
         if (
@@ -288,11 +288,11 @@ def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(
 
     monkeypatch.setattr(common, "seed_step", killer)
     if stage == "curate":
-        monkeypatch.setattr(curation_clap, "join_blocks", stop)
+        monkeypatch.setattr(curation_clap, "write_pairs", stop)
     with pytest.raises(Killed):
         curation_clap.main(config_of("curation_clap", corpus, tmp_path, name="a"))
     monkeypatch.setattr(common, "seed_step", seed_step)
-    monkeypatch.setattr(curation_clap, "join_blocks", join)
+    monkeypatch.setattr(curation_clap, "write_pairs", write)
     result = curation_clap.main(
         common.configure(curation_clap.Config, resume=True, name="a", runs=str(tmp_path))
     )
