@@ -1911,9 +1911,9 @@ def collate_audio(items):
 def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
     """Loader of all files in batches of similar length, as `collate_audio` returns them.
 
-    crop "all": whole files; "first": at most the model's first window.
+    crop "all": whole files; "first": at most the model's first window; or so many seconds of each.
     """
-    length_s = None
+    length_s = None if isinstance(crop, str) else crop
     if crop == "first" and math.isfinite(model.window_s):
         length_s = model.window_s
     seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
@@ -1948,7 +1948,8 @@ def embed_files(
     """Embed every readable file of `rows`.
 
     Args
-        crop: "all": every consecutive window; "first": the first window only.
+        crop: "all": every consecutive window; "first": the first window only; a number: the windows
+            of the first so many seconds.
         frames: the name of the model's method that gives them (True: embed_frames), or False.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded

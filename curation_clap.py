@@ -171,8 +171,8 @@ class Config(common.RunConfig):
     audio_channels: list[common.Count] = field(
         default_factory=lambda: [64, 128, 256, 512, 1024, 2048]
     )
-    hop: common.Count = 320  # samples between spectrogram frames (code; D21)
-    window_s: common.Positive = 5.0  # seconds heard at once (Sec. 3.1)
+    hop: Annotated[int, "[1, 44100]"] = 320  # samples between spectrogram frames (code; D21)
+    window_s: Annotated[float, "[0.1, 60]"] = 5.0  # seconds heard at once (Sec. 3.1)
     joint_dim: common.Count = 1024  # dimension shared by audio and text (Sec. 3.2)
     block_dropout: common.Dropout = 0.2  # after each of CNN14's blocks (PANNs)
     # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
@@ -204,6 +204,16 @@ class Config(common.RunConfig):
     clip: common.Positive = 5.0  # largest norm of the gradient (code; D7)
     replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.2; D9)
     replay_prob: Annotated[float, "[0, 1)"] = 0.5  # share of them (code; D9)
+
+    def check(self):
+        # every block of CNN14 but the last halves the spectrogram
+        frames = int(self.window_s * SAMPLE_RATE) // self.hop + 1
+        least = 2 ** (len(self.audio_channels) - 1)
+        if frames < least:
+            raise ValueError(
+                f"--window-s {self.window_s} --hop {self.hop}: {frames} spectrogram frames; "
+                f"{len(self.audio_channels)} --audio-channels need at least {least}"
+            )
 
 
 # A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a
@@ -362,11 +372,8 @@ class Model(nn.Module):
     ):
         super().__init__()
         audio = {"dropout": 0.5, **(audio or {})}
-        self.shape = {
-            "audio": audio,
-            "joint_dim": joint_dim,
-            "window_s": window_s,
-        }  # rebuilds the model, with the text encoder
+        # rebuilds the model, with the text encoder
+        self.shape = {"audio": audio, "joint_dim": joint_dim, "window_s": window_s}
         self.window_s = window_s
         self.crop_rule = (
             f"repeated to {window_s:g} s; all consecutive windows, the last one repeated too, "
@@ -562,12 +569,7 @@ def read_corpus(cfg: Config) -> dict:
     pool = [item if is_stored(item) else str(common.manifest_path(item)) for item in cfg.pool]
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
-        pool = [
-            [
-                {k: v for k, v in row.items() if k in ("audio", "duration", "where")}
-                for row in forgotten
-            ]
-        ]
+        pool = [forgotten]  # its captions are not read (`training_clips`)
     train_rows, _ = split_clips(train_rows, cfg.teacher_fraction, (cfg.seed, 2))
     common.require(train_rows + val_rows, "captions")
     return {"train": train_rows, "val": val_rows, "pool": pool, "n_clips": n_clips}
@@ -578,13 +580,10 @@ def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict]
     is kept (D11).
     """
     audio = list(dict.fromkeys(row["audio"] for row in rows))
-    chosen = np.random.default_rng(seed).permutation(len(audio))[
-        : max(1, round(share * len(audio)))
-    ]
-    chosen = {audio[i] for i in chosen}
-    return [row for row in rows if row["audio"] in chosen], [
-        row for row in rows if row["audio"] not in chosen
-    ]
+    order = np.random.default_rng(seed).permutation(len(audio))
+    chosen = {audio[i] for i in order[: max(1, round(share * len(audio)))]}
+    others = [row for row in rows if row["audio"] not in chosen]
+    return [row for row in rows if row["audio"] in chosen], others
 
 
 class Centre:
@@ -632,12 +631,7 @@ class Pairs(Dataset):
 
 
 def mixed_batches(
-    sizes: list[int],
-    batch_size: int,
-    replay_prob: float,
-    seed: int,
-    start_step: int,
-    total_steps: int,
+    sizes: list[int], batch_size: int, replay_prob: float, seed: int, start: int, total_steps: int
 ):
     """Yield this process's share of every batch as [(set, epoch, index), ...]; a batch comes whole
     from one set (D9).
@@ -646,24 +640,20 @@ def mixed_batches(
     order every epoch; what does not fill a batch is left out of that epoch.
     """
     rank, world = common.rank_and_world()
-    chosen = (
-        (np.random.default_rng((seed, 3)).random(total_steps) >= replay_prob).astype(int)
-        if len(sizes) > 1
-        else np.zeros(total_steps, int)
-    )
-    order = {}
-    for step in range(start_step, total_steps):
+    chosen = np.zeros(total_steps, int)  # the set of every step
+    if len(sizes) > 1:
+        chosen += np.random.default_rng((seed, 3)).random(total_steps) >= replay_prob
+    orders = {}  # set -> epoch, order
+    for step in range(start, total_steps):
         group = int(chosen[step])
         count = min(batch_size, sizes[group])
+        # the set's own batches before this one say where in which epoch it is
         epoch, place = divmod(int((chosen[:step] == group).sum()), sizes[group] // count)
-        if order.get(group, (None,))[0] != epoch:
-            order[group] = (
-                epoch,
-                np.random.default_rng((seed, 4, group, epoch)).permutation(sizes[group]),
-            )
-        yield [
-            (group, epoch, int(i)) for i in order[group][1][place * count : (place + 1) * count]
-        ][rank::world]
+        if group not in orders or orders[group][0] != epoch:
+            rng = np.random.default_rng((seed, 4, group, epoch))
+            orders[group] = epoch, rng.permutation(sizes[group])
+        batch = orders[group][1][place * count : (place + 1) * count].tolist()
+        yield [(group, epoch, i) for i in batch][rank::world]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -766,27 +756,13 @@ def training_clips(item):
             yield {key: row[key] for key in ("audio", "duration") if key in row}
 
 
-@torch.no_grad()
 def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, desc: str):
     """-> indices into rows of the clips that can be read, embeds (n, D) fp16, error texts."""
-    loader = common.Loader(
-        common.AudioFiles(rows, SAMPLE_RATE, CURATION_S),  # D4
-        EMBED_BATCH,
-        num_workers=cfg.workers,
-        collate_fn=common.collate_audio,
-        worker_init_fn=common.outlive_signals,
-    )
-    kept, embeds, bad = [], [np.zeros((0, model.shape["joint_dim"]), np.float16)], []
-    for indices, waveform, n_samples, errors in tqdm(
-        loader, desc=desc, unit="batch", leave=False, disable=run.rank > 0
-    ):
-        bad += [text for _, text in errors]
-        if indices:
-            kept += indices
-            with run.autocast:
-                of_batch = model.embed_audio(waveform.to(run.device), n_samples)
-            embeds.append(half(of_batch.cpu().numpy()))
-    return np.array(kept, int), np.concatenate(embeds), bad
+    with run.autocast:
+        kept, embeds, _, bad = common.embed_files(  # D4
+            model, rows, EMBED_BATCH, cfg.workers, CURATION_S, desc=desc, quiet=run.rank > 0
+        )
+    return np.array(kept), half(embeds), bad
 
 
 def stored_block(model: Model, rows, cfg: Config, run: common.Run, key: str, number: int):
@@ -1409,15 +1385,9 @@ def panns_state(weights: dict, source) -> dict:
     """
     state = {}
     window = torch.hann_window(N_FFT, dtype=torch.float64)
-    angle = (
-        2
-        * math.pi
-        * torch.outer(
-            torch.arange(N_FFT // 2 + 1.0, dtype=torch.float64),
-            torch.arange(N_FFT, dtype=torch.float64),
-        )
-        / N_FFT
-    )
+    frequency = torch.arange(N_FFT // 2 + 1, dtype=torch.float64)
+    sample = torch.arange(N_FFT, dtype=torch.float64)
+    angle = 2 * math.pi / N_FFT * torch.outer(frequency, sample)
     fourier = {"conv_real": angle.cos() * window, "conv_imag": -angle.sin() * window}
     for key, value in weights.items():
         part = re.match(r"spectrogram_extractor\.stft\.(conv_real|conv_imag)\.weight$", key)

@@ -345,13 +345,13 @@ def curate(tiny: bool) -> dict:
             np.save(out / "audio.npy", rng.standard_normal((n, DIM), dtype=np.float32))
             names = [json.dumps({"audio": f"/pool/{i:09d}.wav"}) for i in range(n)]
             common.write_lines(out / "audio.jsonl", names)
-            given = (folder, n, n_captions, n == sizes[1])
+        for n, peer in ((sizes[0], False), (sizes[1], False), (sizes[1], True)):
             if tiny:
-                results.append(curate_pool(*given))
+                results.append(curate_pool(folder, n, n_captions, peer))
             else:  # a process each, for the peak of its memory
                 with context.Pool(1) as pool:
-                    results.append(pool.apply(curate_pool, given))
-    small, large = results
+                    results.append(pool.apply(curate_pool, (folder, n, n_captions, peer)))
+    large = results[2]
     n_pairs = sizes[1] * n_captions
     return {
         "name": "curate",
