@@ -22,8 +22,10 @@ import errno
 import fractions
 import functools
 import inspect
+import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -282,11 +284,11 @@ def read_audio(
 
 
 def write_audio(path: Path, waveform: np.ndarray, rate: int) -> None:
-    """waveform (S,) -> a 16-bit file of the kind its suffix names; under a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
-    # the format is given because soundfile cannot tell it from .tmp
-    sf.write(temporary, waveform, rate, subtype="PCM_16", format=path.suffix[1:].upper())
-    os.replace(temporary, path)
+    """waveform (S,) -> a 16-bit file of the kind its suffix names, whole or not at all."""
+    held = io.BytesIO()  # libsndfile's own error would not say that the disk is full
+    sf.write(held, waveform, rate, subtype="PCM_16", format=path.suffix[1:].upper())
+    with written_whole(path) as file:
+        file.write(held.getbuffer())
 
 
 def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
@@ -698,6 +700,11 @@ def _parse_row(line: bytes, where: str) -> dict:
             if segment != [0, 0]:  # AudioGrounding's mark for "not in the clip"
                 times = dict(zip(("onset", "offset"), segment))
                 _check_times(times, row.get("duration"), f"{where}: phrase {phrase['phrase']!r}")
+    for number, pair in enumerate(row.get("qa", []), 1):
+        if not isinstance(pair, dict):
+            raise ValueError(f"{where}: qa {number} needs a question and an answer, found {pair!r}")
+        for key in ("question", "answer"):
+            check_text(pair.get(key), f"the {key} of qa {number}", where)
     row["where"] = where
     return row
 
@@ -732,23 +739,27 @@ def _check_times(times: dict, duration, where: str) -> None:
         )
 
 
+def read_lines(path) -> list[str]:
+    """The lines of a text file that are not empty, without blanks around them."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8, one class a line") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    for line in lines:
+        check_text(line, "a class", str(path))
+    return lines
+
+
 def read_classes(data: list[str], rows: list[dict]) -> list[str]:
     """Class list: classes.txt beside the first manifest (order kept), else all labels, sorted."""
     path = manifest_path(data if isinstance(data, str) else data[0]).parent / "classes.txt"
     if path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()  # drops a byte order mark
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"{path}: not UTF-8 text; save it as UTF-8, one class a line"
-            ) from None
-        classes = [line.strip() for line in lines if line.strip()]
+        classes = read_lines(path)
         if not classes:
             raise ValueError(
                 f"{path}: the class list is empty; write one class a line, or remove the file"
             )
-        for name in classes:
-            check_text(name, "a class", str(path))
         twice = sorted({c for c in classes if classes.count(c) > 1})
         if twice:
             raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
@@ -968,7 +979,9 @@ def save_checkpoint(path: Path, payload: dict) -> None:
     with written_whole(path) as file:
         try:
             torch.save(payload, file)
-        except RuntimeError:  # what torch makes of a failed write
+        except RuntimeError as error:  # what torch makes of a failed write, or another's
+            if not re.search("inline_container|PytorchStreamWriter", str(error)):
+                raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
@@ -1857,6 +1870,14 @@ class Loader(torch.utils.data.DataLoader):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         try:
             return super().__iter__()
+        except OSError as error:  # no more files or processes
+            # those that did start would not hear the SIGTERM of Python's end, which waits for them
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise OSError(
+                f"--workers {self.num_workers}: they cannot all be started ({error.strerror}); "
+                "give fewer"
+            ) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -1944,6 +1965,7 @@ def embed_files(
     frames=False,
     desc="embedding audio",
     quiet=False,
+    autocast=contextlib.nullcontext(),
 ):
     """Embed every readable file of `rows`.
 
@@ -1966,7 +1988,9 @@ def embed_files(
         if not indices:
             continue
         waveform = waveform.to(device)
-        embeds = model.embed_audio(waveform, n_samples).cpu().numpy()  # (B, D)
+        with autocast:  # of the model alone: reading audio resamples it, in fp32
+            embeds = model.embed_audio(waveform, n_samples)
+        embeds = embeds.float().cpu().numpy()
         if not np.isfinite(embeds).all():
             raise FloatingPointError(
                 "some embeddings are NaN or infinite; the model's weights are broken"
@@ -2309,6 +2333,31 @@ def flags_of(cfg, **changed) -> str:
     return shlex.join(words)
 
 
+class UntilClosed:
+    """A stream whose reader may stop reading, as in `| head`: what is written then is dropped, and
+    the work goes on.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.stream = open(os.devnull, "w")
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.stream = open(os.devnull, "w")
+
+
 END_SIGNALS = []  # signals that asked a training, started as a script, to save and end
 
 
@@ -2328,6 +2377,7 @@ def run_entry(main, parse, *given):
     code 1; SIGTERM and Ctrl-C let a training save first. TRACEBACK=1 shows where it came from.
     """
     settings, before = None, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    sys.stdout = UntilClosed(sys.stdout)
     try:
         settings = parse(*given)
         if hasattr(settings, "resume"):  # a training
@@ -2349,6 +2399,9 @@ def run_entry(main, parse, *given):
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
     finally:
+        sys.stdout.flush()
+        # the stream it began with, or the one that took its place when its reader had gone
+        sys.stdout = sys.stdout.stream
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: a handler not set from Python
 
@@ -2356,14 +2409,20 @@ def run_entry(main, parse, *given):
 def what_torch_says(error: RuntimeError, settings) -> str | None:
     """A sentence for too little memory or a lost process; None for any other error."""
     text, first_line = str(error), (str(error).splitlines() or [""])[0]
-    # torch has a type for a full GPU and only these words for a full main memory
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    # torch has a type for a full GPU and only words for a full main memory; the last are oneDNN's
+    full = re.search("can't allocate memory|could not create a (primitive|memory)", text)
+    if isinstance(error, torch.OutOfMemoryError) or full:
         size = getattr(settings, "batch_size", None)
         where = f" at --batch-size {size}" if size else ""
         smaller = "a smaller --batch-size"
         if hasattr(settings, "micro_batch"):
             smaller = "--micro-batch (gradient caching, the same gradients), " + smaller
         return f"out of memory{where}; try {smaller}, or --precision bf16 ({first_line})"
+    if re.search(r"DataLoader worker .* (killed|exited)", text):
+        return (
+            "a process that reads audio was killed, as systems do when memory runs out; try fewer "
+            f"--workers, then continue with --resume ({first_line})"
+        )
     lost = re.search("connection|peer|timed out|timeout", text, re.I)
     if dist.is_initialized() and (lost or isinstance(error, dist.DistError)):
         return (

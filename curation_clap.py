@@ -758,10 +758,16 @@ def training_clips(item):
 
 def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, desc: str):
     """-> indices into rows of the clips that can be read, embeds (n, D) fp16, error texts."""
-    with run.autocast:
-        kept, embeds, _, bad = common.embed_files(  # D4
-            model, rows, EMBED_BATCH, cfg.workers, CURATION_S, desc=desc, quiet=run.rank > 0
-        )
+    kept, embeds, _, bad = common.embed_files(
+        model,
+        rows,
+        EMBED_BATCH,
+        cfg.workers,
+        CURATION_S,  # D4
+        desc=desc,
+        quiet=run.rank > 0,
+        autocast=run.autocast,
+    )
     return np.array(kept), half(embeds), bad
 
 
@@ -861,8 +867,7 @@ def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
             raise FileNotFoundError(
                 f"--labels {item}: no such file; expected one class a line, or a manifest"
             )
-        lines = Path(item).read_text(encoding="utf-8-sig").splitlines()
-        classes += [line.strip() for line in lines if line.strip()]
+        classes += common.read_lines(item)
     if not cfg.labels:
         classes = common.read_classes(cfg.data, rows)
     if not classes:

@@ -36,9 +36,8 @@ Deviations from the paper, and what it leaves open
       often as it fits whole, then zero-padded, as LAION does.
   D3  Frames (embed_frames) are projected one by one; neither T-CLAP nor LAION uses frames.
   D4  Eq. (3) is printed as a sum over N samples; N is the size of the data set in Sec. 2.1, we read
-  it
-      as the batch. Here it is a mean over the clips that have a negative: the sum would swamp L_c,
-      which is a mean.
+      it as the batch. Here it is a mean over the clips that have a negative: the sum would swamp
+      L_c, which is a mean.
   D5  Not stated: Adam without weight decay and the cosine to 0 after the warm-up are LAION's, and
       so is the choice of the checkpoint by mAP@10 of both directions. LAION averages it over Clotho
       and AudioCaps; here all clips of split val are one gallery.

@@ -782,6 +782,8 @@ def test_nested_batches_reach_the_device_and_keep_their_types():
         ),
         (r'{"audio": "a.wav", "phrases": [{"phrase": 3, "segments": []}]}', "a phrase is empty"),
         (r'{"audio": "a.wav", "captions": ["x"], "negatives": ["\ud83d y"]}', "negative 1 holds"),
+        (r'{"audio": "a.wav", "qa": ["why"]}', "qa 1 needs a question and an answer"),
+        (r'{"audio": "a.wav", "qa": [{"question": "why?"}]}', "the answer of qa 1 is empty"),
     ],
 )
 def test_text_that_no_file_name_or_tokenizer_takes_is_said_when_it_is_read(tmp_path, row, sentence):

@@ -643,8 +643,8 @@ def rows_on_disk(tmp_path, corpus, edit):
         ("phrases", [{"phrase": "a dog"}], "a phrase needs 'phrase' and 'segments'"),
         ("phrases", ["dog"], "a phrase needs"),
         ("phrases", [{"phrase": "a dog", "segments": [1, 2]}], r"expected \[onset, offset\]"),
-        ("labels", [3], "expected a list of class names"),
-        ("negatives", [3, 4], "expected for each caption a text or null"),
+        ("labels", [3], "label 1 is empty .3."),
+        ("negatives", [3, 4], "negative 1 is empty .3."),
     ],
 )
 def test_a_bad_value_in_a_manifest_is_named_with_its_line(corpus, tmp_path, key, value, message):

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -512,3 +513,84 @@ def test_compiled_training_takes_the_same_steps(
     assert not any(
         "_orig_mod" in key for key in common.read_checkpoint(tmp_path / "c/last.pt")["model"]
     )
+
+
+def test_what_torch_says_of_memory_and_of_a_killed_worker_is_a_sentence():
+    settings = argparse.Namespace(batch_size=8)
+    for error, sentence in (
+        ("could not create a primitive", "out of memory at --batch-size 8"),
+        ("[enforce fail] can't allocate memory: you tried", "out of memory at --batch-size 8"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed.",
+            "a process that reads audio was killed.*try fewer --workers",
+        ),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "a process that reads audio was"),
+    ):
+        said = common.what_torch_says(RuntimeError(error), settings)
+        assert re.match(sentence, said) and "\n" not in said
+    assert common.what_torch_says(RuntimeError("shape mismatch"), settings) is None
+
+
+def test_a_killed_loader_worker_ends_the_training_with_a_sentence(corpus, tmp_path):
+    source = training("mga_clap", corpus, tmp_path, fresh=True, workers=2, epochs=500)
+    dies = """
+import multiprocessing, os
+step_done = common.Run.step_done
+def dies(run, *args, **values):
+    step_done(run, *args, **values)
+    if run.step == 3:
+        os.kill(multiprocessing.active_children()[0].pid, 9)
+common.Run.step_done = dies
+common.run_entry"""
+    source = source.replace("common.run_entry", dies)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1
+    assert "error: a process that reads audio was killed" in done.stderr, done.stderr[-2000:]
+
+
+def test_more_workers_than_files_may_be_open_ends_with_a_sentence(corpus, tmp_path):
+    """Those that had started used to be waited for without end."""
+    source = training("mga_clap", corpus, tmp_path, fresh=True, workers=20)
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))\n{source}"
+    done = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, timeout=100
+    )
+    assert "error: --workers 20: they cannot all be started" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 1
+
+
+def test_a_reader_that_leaves_the_pipe_ends_neither_a_training_nor_an_evaluation(corpus, tmp_path):
+    source = training("mga_clap", corpus, tmp_path, fresh=True, epochs=1)
+    (tmp_path / "train.py").write_text(source)
+    head = f"{sys.executable} {{}} | head -c 1; exit ${{{{PIPESTATUS[0]}}}}"
+    words = ["bash", "-c", head.format(tmp_path / "train.py").replace("{{", "{").replace("}}", "}")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and (tmp_path / "a/eval.json").exists(), done.stderr[-2000:]
+    score = (
+        f"{ROOT / 'eval.py'} {tmp_path / 'a/best.pt'} --data {corpus} --bootstrap 0 "
+        f"--json {tmp_path / 'scores.json'}"
+    )
+    words = ["bash", "-c", head.format(score).replace("{{", "{").replace("}}", "}")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads((tmp_path / "scores.json").read_text())) > 3
+
+
+def test_a_full_disk_is_a_sentence_for_sounds_and_pictures_too(tmp_path):
+    import matplotlib.figure
+    import numpy as np
+
+    from tools import figures
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="a.wav cannot be written .File too large.; what was"):
+            common.write_audio(tmp_path / "a.wav", np.zeros(20000), 16000)
+        with pytest.raises(OSError, match="p.png cannot be written"):
+            figures.save(matplotlib.figure.Figure(), tmp_path / "p.png", 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

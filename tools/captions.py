@@ -386,18 +386,24 @@ def ask_llm(
         stored_answers(cache, key, field),
         {(text, version) for text in texts for version in range(versions)},
     )
-    todo = sorted(
-        asked - set(answers), key=lambda question: (len(question[0]), question)
-    )  # alike in length: little padding
-    print(f"{cache}: {len(asked) - len(todo):,} of {len(asked):,} questions answered before")
+    # alike in length: little padding. The batches are the same ones in every call, as what a batch
+    # draws depends on all of it; one that was cut off is asked again
+    ordered = sorted(set(texts), key=lambda text: (len(text), text))
+    batches = [
+        [(text, version) for text in ordered[i : i + args.batch_size]]
+        for version in range(versions)
+        for i in range(0, len(ordered), args.batch_size)
+    ]
+    todo = [batch for batch in batches if not set(batch) <= set(answers)]
+    n_todo = sum(map(len, todo))
+    print(f"{cache}: {len(asked) - n_todo:,} of {len(asked):,} questions answered before")
     if todo:
         llm = load_llm(args.llm, args.device)
         with (
             open(cache, "a", encoding="utf-8") as file,
-            tqdm(total=len(todo), desc=args.llm, unit=field) as bar,
+            tqdm(total=n_todo, desc=args.llm, unit=field) as bar,
         ):
-            for start in range(0, len(todo), args.batch_size):
-                batch = todo[start : start + args.batch_size]
+            for batch in todo:
                 torch.manual_seed(draw_seed(args.seed, batch))
                 made = generate(
                     llm,

@@ -187,6 +187,9 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
         header = columns
     else:
         lines = lines[1:]
+    twice = [name for name in need if list(header).count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: two columns are called '{twice[0]}'; rename one")
     missing = [name for name in need if name not in header]
     if missing:
         raise ValueError(
@@ -1625,6 +1628,8 @@ def records_of(file: Path, args, need=()) -> list[dict]:
         delimiter = {"tab": "\t", "\\t": "\t", None: delimiter_of(file)}.get(
             args.delimiter, args.delimiter
         )
+        if len(delimiter) != 1:
+            raise ValueError(f"--delimiter {delimiter}: expected one character, or the word tab")
         return read_table(file, *need, columns=args.columns, delimiter=delimiter)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{file}: expected a list of JSON objects, one a clip, caption or event")
@@ -2048,8 +2053,6 @@ def resample(args) -> dict:
     """Write the audio of manifests as 16-bit wav files of one rate, mono, and their manifest."""
     if not 1000 <= args.rate <= 1_000_000:
         raise ValueError(f"--rate {args.rate}: expected 1000 to 1000000 Hz")
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected at least 1 process")
     out, rows = Path(args.out), common.read_manifest(args.data)
     classes = common.read_classes(args.data, rows)
     check_output(out / "manifest.jsonl")  # written last, so an interrupted call has none
@@ -2098,6 +2101,13 @@ def resample(args) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 
+def at_least_one(text: str) -> int:
+    """An argparse type, of --workers and other counts."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return int(text)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m tools.datasets", description=__doc__.splitlines()[0], allow_abbrev=False
@@ -2135,7 +2145,10 @@ def parse(argv=None):
             help="leave out what these hold, by YouTube id, Freesound id or the file's SHA-256",
         )
         p.add_argument(
-            "--workers", type=int, default=os.cpu_count(), help="threads that read file headers"
+            "--workers",
+            type=at_least_one,
+            default=os.cpu_count(),
+            help="threads that read file headers",
         )
         p.set_defaults(run=convert, adapter=adapter)
         if adapter is audiocaps:
@@ -2216,7 +2229,7 @@ def parse(argv=None):
         "splits or manifests",
     )
     p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    p.add_argument("--workers", type=at_least_one, default=os.cpu_count(), help="processes")
     p.set_defaults(run=check)
     p = commands.add_parser(
         "resample",
@@ -2234,7 +2247,7 @@ def parse(argv=None):
         "curation-CLAP",
     )
     p.add_argument("--out", required=True, help="folder for audio/, manifest.jsonl, classes.txt")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    p.add_argument("--workers", type=at_least_one, default=os.cpu_count(), help="processes")
     p.set_defaults(run=resample)
     return parser.parse_args(argv)
 

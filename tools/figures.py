@@ -55,6 +55,12 @@ def pyplot():
 # ------------------------------------------------------------------------------------------------
 
 
+def save(figure, path: Path, dpi: int) -> None:
+    """Write a picture, whole or not at all."""
+    with common.written_whole(Path(path)) as file:
+        figure.savefig(file, dpi=dpi, format="png")
+
+
 def clip_order(clips, class_embeds, classes, frame_s) -> list[int]:
     """Clips with events in some but not all frames, best first: mean over the clip's classes of the
     average precision of that class's cosine over the clip's own frames."""
@@ -113,7 +119,7 @@ def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
         axes[-1, 0].set_xlim(0, row.get("duration") or len(cosines) * model.frame_s)
         figure.suptitle(f"{label}: {Path(row['audio']).name}", fontsize=10)
         paths.append(folder / f"frames_{label}.png")
-        figure.savefig(paths[-1], dpi=110)
+        save(figure, paths[-1], 110)
         plt.close(figure)
     return paths
 
@@ -144,7 +150,7 @@ def plot_gap(model, clips, folder: Path) -> list[Path]:
     axis.set_ylabel(f"second ({share[1]:.0%})")
     axis.set_title("embeddings of clips and captions, PCA of both together", fontsize=10)
     axis.legend()
-    figure.savefig(folder / "gap.png", dpi=110)
+    save(figure, folder / "gap.png", 110)
     plt.close(figure)
     return [folder / "gap.png"]
 
@@ -184,7 +190,7 @@ def plot_order(results: dict, folder: Path) -> Path:
         axis.set_xlabel(text)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("pairs")
-    figure.savefig(folder / "order.png", dpi=100)
+    save(figure, folder / "order.png", 100)
     plt.close(figure)
     return folder / "order.png"
 
@@ -218,7 +224,7 @@ def plot_noise(r: dict, folder: Path) -> Path:
     axis.set_ylim(0, 1.02)
     axis.set_title(f"zero-shot scores under Gaussian noise, {r['n_clips']} clips", fontsize=10)
     axis.legend(fontsize=8)
-    figure.savefig(folder / "noise.png", dpi=110)
+    save(figure, folder / "noise.png", 110)
     plt.close(figure)
     return folder / "noise.png"
 
@@ -302,7 +308,7 @@ def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> 
             axis.set_visible(bool(axis.images))
         [axis for axis in column if axis.images][-1].set_xlabel("time (s)", fontsize=8)
     axes[0, 0].set_ylabel("mel band", fontsize=8)
-    figure.savefig(folder / "attention.png", dpi=80)
+    save(figure, folder / "attention.png", 80)
     plt.close(figure)
     return folder / "attention.png"
 
@@ -339,7 +345,7 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
             axis.axhline(lines[0]["ln_B"], color="gray", ls=":", label="ln B (chance)")
             axis.legend()
     axes[-1, 0].set_xlabel("step")
-    figure.savefig(folder / "learning.png", dpi=110)
+    save(figure, folder / "learning.png", 110)
     plt.close(figure)
     return [folder / "learning.png"]
 
@@ -407,7 +413,7 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
         ),
         fontsize=10,
     )
-    figure.savefig(paths[0], dpi=110)
+    save(figure, paths[0], 110)
     plt.close(figure)
     if model.cfg.aggregator == "codebook":
         with common.evaluating(model), torch.no_grad():
@@ -454,7 +460,7 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
         figure.supylabel("affinity", fontsize=9)
         figure.suptitle(f"the five heaviest codewords of {Path(row['audio']).name}", fontsize=10)
         paths.append(folder / "codewords.png")
-        figure.savefig(paths[-1], dpi=110)
+        save(figure, paths[-1], 110)
         plt.close(figure)
     return paths
 
@@ -510,7 +516,7 @@ def plot_reconstructions(
             axis.set_title(title, fontsize=9)
             axis.set_ylabel("mel bin")
         column[-1].set_xlabel("time (s)")
-    figure.savefig(path, dpi=dpi)
+    save(figure, path, dpi)
     plt.close(figure)
     return path
 
@@ -649,7 +655,7 @@ def curation(args) -> Path:
     axis.set_title(
         f"{len(kept):,} clips without captions, {len(sounds):,} annotated captions", fontsize=10
     )
-    figure.savefig(args.out / "curation.png", dpi=100)
+    save(figure, args.out / "curation.png", 100)
     plt.close(figure)
     return args.out / "curation.png"
 
@@ -694,7 +700,7 @@ def one_ground(args) -> Path:
         fontsize=8,
     )
     figure.suptitle("dotted: CLAP; gray: chance", fontsize=8)
-    figure.savefig(args.out / "one_ground.png", dpi=100)
+    save(figure, args.out / "one_ground.png", 100)
     plt.close(figure)
     return args.out / "one_ground.png"
 

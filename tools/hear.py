@@ -143,9 +143,12 @@ def read_hear_task(folder: Path, sample_rate: int) -> dict:
         raise ValueError(
             f"{folder}: holds no folder of audio, which is named by its sample rate, as 48000"
         )
-    onset_ms = re.findall(
-        r"event_onset_(\d+)ms_fms", " ".join(map(str, metadata.get("evaluation") or []))
-    )
+    scores = metadata.get("evaluation") or []
+    if not isinstance(scores, list):
+        raise ValueError(
+            f"{folder}: task_metadata.json: 'evaluation' is {scores!r}; expected a list of names"
+        )
+    onset_ms = re.findall(r"event_onset_(\d+)ms_fms", " ".join(map(str, scores)))
     return {
         "name": metadata.get("task_name", folder.name),
         "kind": kind,
@@ -166,10 +169,12 @@ def hear_rows(path: Path, audio: Path, kind: str, classes: list[str]) -> list[di
             not isinstance(told, list)
             or kind == "event"
             and not all(isinstance(e, dict) and {"label", "start", "end"} <= e.keys() for e in told)
+            or kind == "event"
+            and not all(isinstance(e[key], (int, float)) for e in told for key in ("start", "end"))
         ):
             raise ValueError(
                 f"{path}: {name}: expected a list of "
-                + ("{label, start, end}" if kind == "event" else "labels")
+                + ("{label, start, end}, times in milliseconds" if kind == "event" else "labels")
             )
         labels = [
             str(e["label"] if kind == "event" else e) for e in told

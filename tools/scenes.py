@@ -8,8 +8,8 @@ The manifest format is described in README.md; no recording is in two splits.
 
 import argparse
 import collections
-import csv
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,7 +21,14 @@ import torch
 from tqdm import tqdm
 
 import common
-from tools.datasets import AUDIO_SUFFIXES, check_output, exclude
+from tools.datasets import (
+    AUDIO_SUFFIXES,
+    at_least_one,
+    check_output,
+    exclude,
+    number,
+    read_table,
+)
 
 
 def list_sounds(folder: Path) -> list[dict]:
@@ -32,16 +39,16 @@ def list_sounds(folder: Path) -> list[dict]:
     """
     table = folder / "meta" / "esc50.csv"
     if table.is_file():
-        with open(table, newline="", encoding="utf-8-sig") as f:
-            return [
-                {
-                    "audio": str(folder / "audio" / r["filename"]),
-                    "label": r["category"],
-                    "recording": r["src_file"],
-                    "fold": int(r["fold"]),
-                }
-                for r in csv.DictReader(f)
-            ]
+        rows = read_table(table, "filename", "category", "src_file", "fold")
+        return [
+            {
+                "audio": str(folder / "audio" / row["filename"]),
+                "label": row["category"],
+                "recording": row["src_file"],
+                "fold": int(number(table, row["fold"])),
+            }
+            for row in rows
+        ]
     if not folder.is_dir():
         raise FileNotFoundError(f"--sounds {folder}: no such folder")
     sounds = [
@@ -196,6 +203,8 @@ def scenes(args) -> dict:
     args = argparse.Namespace(**{**SCENES[args.preset], **vars(args)})
     out, mixed = Path(args.out), args.preset == "esc-mixed-up"
     check_output(out / "manifest.jsonl")
+    if args.rate and not 1000 <= args.rate <= 1_000_000:
+        raise ValueError(f"--rate {args.rate}: expected 1000 to 1000000 Hz")
     if not 0 <= args.overlay <= 1 or (args.overlay and not mixed):
         raise ValueError(
             f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset "
@@ -237,9 +246,11 @@ def scenes(args) -> dict:
             raise ValueError(
                 f"the {split} split has recordings of one class only; a clip needs two"
             )
-    settings = json.dumps(
-        {k: v for k, v in sorted(vars(args).items()) if k not in ("run", "out", "workers")}
-    )
+    # the scenes are a function of these and of the sounds, by name and size
+    told = {k: v for k, v in sorted(vars(args).items()) if k not in ("run", "out", "workers")}
+    sizes = [(sound["audio"], os.path.getsize(sound["audio"])) for sound in sounds]
+    told["sounds_found"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+    settings = json.dumps(told)
     try:
         (out / "audio").mkdir(parents=True, exist_ok=True)
         if (
@@ -248,8 +259,8 @@ def scenes(args) -> dict:
             and (out / "settings.json").read_text().strip() != settings
         ):
             raise FileExistsError(
-                f"--out {out}: holds a part of a set made with other settings (settings.json "
-                "there); choose another folder"
+                f"--out {out}: holds a part of a set made with other settings or of other sounds "
+                "(settings.json there); choose another folder, or remove this one"
             )
         common.write_lines(out / "settings.json", [settings])
     except PermissionError as error:
@@ -365,7 +376,7 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0, help="every scene is a function of it")
     p.add_argument(
         "--workers",
-        type=int,
+        type=at_least_one,
         default=os.cpu_count(),
         help="processes; the result does not depend on it",
     )

@@ -1692,7 +1692,6 @@ datasets.resample(datasets.parse([*words, "--workers", "1"]))
     "flags, sentence",
     [
         (["--rate", "-1"], "--rate -1: expected 1000 to 1000000 Hz"),
-        (["--rate", "8000", "--workers", "0"], "--workers 0: expected at least 1 process"),
         (["--rate", "8000", "--out", "FILE/x"], "cannot be written|cannot be made"),
     ],
 )
@@ -1826,3 +1825,56 @@ def test_native_files_to_a_printed_score(make, protocol, mga_run, tmp_path, caps
         np.isfinite(score["value"]) for score in results[0]["scores"].values()
     ) or protocol in ("sed", "grounding")
     assert f"{protocol}: {results[0]['n_clips']} clips" in capsys.readouterr().out
+
+
+def test_two_columns_of_one_name_and_a_long_delimiter_are_refused(tmp_path):
+    wav(tmp_path / "a.wav")
+    table = tmp_path / "t.csv"
+    table.write_text("file,text,text\na.wav,one,two\n")
+    words = [
+        "csv",
+        str(table),
+        "--audio",
+        "file",
+        "--caption",
+        "text",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(ValueError, match="t.csv: two columns are called 'text'; rename one"):
+        datasets.main(datasets.parse(words))
+    table.write_text("file::text\na.wav::one\n")
+    with pytest.raises(ValueError, match="--delimiter ::: expected one character, or the word tab"):
+        datasets.main(datasets.parse([*words, "--delimiter", "::"]))
+
+
+@pytest.mark.parametrize("workers", ["0", "-2", "two"])
+def test_workers_are_at_least_one(workers, capsys):
+    with pytest.raises(SystemExit):
+        datasets.parse(["check", "x", "--workers", workers])
+    assert f"{workers}: expected a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "table, sentence",
+    [
+        ("filename,category\na.wav,dog\n", "no column 'fold'"),
+        ("filename,fold,target,category,esc10,src_file,take\na.wav,1\n", "row 1 has 2 cells"),
+        (
+            "filename,fold,target,category,esc10,src_file,take\n"
+            + ",".join(["a" * 200_000, "1", "0", "dog", "False", "1", "A"])
+            + "\n",
+            "cannot be read as a table|found no audio|field larger|not found",
+        ),
+    ],
+    ids=["no fold", "short row", "a cell of 200 kB"],
+)
+def test_a_broken_esc50_table_is_one_sentence(tmp_path, table, sentence):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "audio").mkdir()
+    wav(tmp_path / "audio/a.wav")
+    (tmp_path / "meta/esc50.csv").write_text(table)
+    words = ["esc50", str(tmp_path), "--out", str(tmp_path / "o")]
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as error:
+        datasets.main(datasets.parse(words))
+    assert len(str(error.value)) < 1000

@@ -539,6 +539,11 @@ def test_a_probe_stops_when_its_patience_ends_and_keeps_the_first_of_the_best():
         ),
         ("labelvocabulary.csv", "label\n7\n", "expected the columns idx,label"),
         ("labelvocabulary.csv", "idx,label\n0,7\n1,8\n", "label '9' is not in labelvocabulary.csv"),
+        (
+            "task_metadata.json",
+            '{"embedding_type": "scene", "prediction_type": "multiclass", "evaluation": 5}',
+            "'evaluation' is 5; expected a list of names",
+        ),
         ("valid.json", None, "valid.json: no such file"),
         ("valid.json", "{}", "valid.json: not one label in it"),
         ("test.json", '{"a.wav": "7"}', "test.json: a.wav: expected a list of labels"),
@@ -564,6 +569,11 @@ def test_other_bad_input(tmp_path, hear, monkeypatch, capsys):
     (folder / "test.json").write_text('{"test0.wav": ["low"]}')
     with pytest.raises(ValueError, match="test0.wav: expected a list of {label, start, end}"):
         hear(folder)
+    for start in (None, "1"):
+        told = {"test0.wav": [{"label": "low", "start": start, "end": 2}]}
+        (folder / "test.json").write_text(json.dumps(told))
+        with pytest.raises(ValueError, match="expected a list of .*times in milliseconds"):
+            hear(folder)
     (folder / "test.json").write_text('{"test0.wav": [{"label": "low", "start": 1, "end": 2}]}')
     monkeypatch.delattr(Ear, "embed_frames")
     with pytest.raises(

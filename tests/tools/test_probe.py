@@ -348,16 +348,6 @@ def test_noise_is_as_loud_as_said_and_belongs_to_the_clip(tmp_path, run, capsys)
     )
 
 
-def test_noise_is_kept_in_the_cache(tmp_path, run):
-    model, data = Recorder(), noisy_clips(tmp_path / "d")
-    model.embed_audio(torch.zeros(1, 8), torch.tensor([8]))
-    flags = ["--protocol", "noise", "--cache", tmp_path / "cache", "--bootstrap", 20]
-    (r,) = run(model, data, *flags)
-    count = len(model.heard[4000])
-    assert run(model, data, *flags)[0]["scores"] == r["scores"]
-    assert len(model.heard[4000]) == count
-
-
 def test_noise_of_clips_with_several_labels_is_scored_by_mean_average_precision(tmp_path, run):
     data = noisy_clips(tmp_path / "d")
     rows = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]

@@ -157,6 +157,13 @@ def test_esc_mixed_up_is_two_recordings_in_order_with_the_swapped_caption_and_au
         (tmp_path / "m/audio" / name).unlink()
     with pytest.raises(FileExistsError, match="made with other settings"):
         build(*flags, "--out", tmp_path / "m", "--seed", 1)
+    extra = next(class_folders.glob("*/*"))
+    extra = extra.with_name("another" + extra.suffix)
+    sf.write(extra, 0.3 * np.sin(np.arange(22050)), 22050)
+    # the folder of sounds has grown: old audio must not stand under new captions
+    with pytest.raises(FileExistsError, match="other settings or of other sounds"):
+        build(*flags, "--out", tmp_path / "m")
+    extra.unlink()
     build(*flags, "--out", tmp_path / "m", "--workers", 1)
     assert (
         kept.stat().st_mtime_ns == stamp
