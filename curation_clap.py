@@ -709,8 +709,9 @@ def stored_embeds(folder, name: str) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; eval.py embed writes one") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not an array that eval.py embed writes ({error})") from None
+    except Exception as error:  # of many types: a header may say anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path}: not an array that eval.py embed writes ({reason})") from None
     if array.ndim != 2 or array.dtype.kind != "f" or not array.flags.c_contiguous:
         raise ValueError(
             f"{path}: shape {array.shape} of {array.dtype}; expected one row of floats a clip or "

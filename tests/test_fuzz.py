@@ -4,6 +4,7 @@ hang, bounded memory.
 
 import io
 import json
+import math
 import os
 import resource
 import struct
@@ -18,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import common
+import curation_clap
+from test_scripts import SCRIPTS
 
 CASES = int(os.environ.get("FUZZ_CASES", 200))  # the same ones every time; more are drawn at random
 cases = settings(
@@ -48,19 +51,22 @@ def bounded_memory():
 
 
 # Manifests: known keys with any JSON value, other JSON, other text, other bytes
+texts = st.text(st.characters(), max_size=20)  # half surrogate pairs and NUL, too
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
     ),
     max_leaves=8,
 )
 plausible = st.fixed_dictionaries(
-    {"audio": st.just("a.wav")},
+    {"audio": st.just("a.wav") | texts},
     optional={
         "duration": st.floats(0.1, 100) | anything,
-        "captions": st.lists(st.text(max_size=20), max_size=3) | anything,
-        "labels": st.lists(st.text(max_size=9)) | anything,
+        "captions": st.lists(texts, max_size=3) | anything,
+        "synthetic": st.lists(texts, max_size=3),
+        "image": texts,
+        "labels": st.lists(texts, max_size=3) | anything,
         "events": st.lists(
             st.fixed_dictionaries(
                 {"label": st.text(max_size=5), "onset": st.floats(), "offset": st.floats()}
@@ -104,9 +110,10 @@ def test_any_manifest(place, content):
     except ValueError as error:
         one_sentence(error, path)
         return
-    assert rows and all(
-        isinstance(row["audio"], str) and isinstance(row.get("captions", []), list) for row in rows
-    )
+    for row in rows:
+        held = [row["audio"], *row.get("captions", []), *row.get("labels", [])]
+        assert all("\0" not in text and text.encode("utf-8") for text in held)
+        assert len(row.get("negatives", [])) in (0, len(row.get("captions", [])))
     classes = common.read_classes([str(path)], rows)
     if classes:
         common.label_targets(rows, classes)
@@ -245,6 +252,79 @@ def test_any_content_of_a_checkpoint(place, content):
         common.read_checkpoint(path)
     except ValueError as error:
         one_sentence(error, path)
+
+
+absurd = st.sampled_from(
+    [None, True, 0, -1, 10**6, 10**12, 2**63, math.nan, math.inf, "", "x", [], {}, [10**9], b"x"]
+)
+
+
+@settings(cases, max_examples=max(60, CASES // 4) if CASES == 200 else CASES)
+@given(data=st.data())
+def test_any_part_of_a_trained_checkpoint(place, runs_of, data):
+    """A key dropped, of another type, or absurd; in the file, its config, shape or text encoder."""
+    method = data.draw(st.sampled_from(list(SCRIPTS)))
+    content = torch.load(runs_of(method)[0] / "best.pt", weights_only=True)
+    of_text = json.loads(content["text_encoder"]["config"])
+    parts = [content, content["config"], content.get("shape", {}), content["text_encoder"], of_text]
+    part = data.draw(st.sampled_from([part for part in parts if part]))
+    key = data.draw(st.sampled_from(sorted(part)))
+    if data.draw(st.booleans()):
+        del part[key]
+    else:
+        part[key] = data.draw(absurd | anything)
+    if part is of_text:
+        content["text_encoder"]["config"] = json.dumps(of_text, default=repr)
+    path = place / "part.pt"
+    torch.save(content, path)
+    try:
+        SCRIPTS[method].Model.from_checkpoint(path)
+    except ValueError as error:
+        one_sentence(error, path)
+
+
+# Settings
+@cases
+@given(data=st.data())
+def test_any_setting(data):
+    config_class = SCRIPTS[data.draw(st.sampled_from(list(SCRIPTS)))].Config
+    name = data.draw(st.sampled_from(list(common.settings_of(config_class))))
+    try:
+        config_class(**{"data": ["x"], name: data.draw(absurd | anything)})
+    except ValueError as error:
+        assert str(error).startswith(("--", "the setting")) and "\n" not in str(error)[:100]
+
+
+# Arrays of embeddings
+def saved(array) -> bytes:
+    held = io.BytesIO()
+    np.save(held, array)
+    return held.getvalue()
+
+
+ARRAYS = [
+    saved(np.ones((6, 4), kind)) for kind in ("f4", "f2", "f8", ">f4", "i4", "c8", "U3", "?")
+] + [saved(np.ones(shape, "f4")) for shape in ((24,), (6, 2, 2), (0, 4), (5, 4), (7, 4))]
+
+
+@cases
+@given(which=st.integers(0, len(ARRAYS) - 1), changes=edits, cut=st.just(0) | st.integers(0, 100))
+def test_any_array(place, which, changes, cut):
+    folder = place / "embeds"
+    folder.mkdir(exist_ok=True)
+    common.write_lines(folder / "audio.jsonl", [f'{{"audio": "{i}.wav"}}' for i in range(6)])
+    content = bytearray(ARRAYS[which])
+    for start, new in changes:
+        start %= len(content)
+        content[start : start + len(new)] = new
+    (folder / "audio.npy").write_bytes(bytes(content[: max(0, len(content) - cut)]))
+    try:
+        blocks = list(curation_clap.pool_blocks([str(folder)], 4))
+    except ValueError as error:
+        one_sentence(error, folder)
+        return
+    assert [len(rows) for rows, _ in blocks] == [4, 2]
+    assert all(embeds.dtype.kind == "f" and embeds.ndim == 2 for _, embeds in blocks)
 
 
 @pytest.mark.slow
