@@ -2219,10 +2219,12 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
     """Build a Config from --dash-flags; the comment on each field is its help text.
 
     Args
-        doc: module docstring; its first line heads the help.
+        doc: module docstring; its first line heads the help, its "Run:" lines end it.
     """
     parser = argparse.ArgumentParser(
         description=doc.strip().splitlines()[0],
+        epilog=doc[doc.find("Run:") :] if "Run:" in doc else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # those lines as they stand
         allow_abbrev=False,  # the beginning of a flag's name is an error too
         argument_default=argparse.SUPPRESS,  # a flag not given leaves room for a preset
     )
@@ -2592,6 +2594,17 @@ def training_batches(
             if start_step <= step < total_steps:
                 # shares may differ by one clip; `gather_with_grad` allows that
                 yield [(epoch, int(i)) for i in np.array_split(batch, world)[rank]]
+
+
+def say_if_few(run, flag: str, epochs: int, total_steps: int, captions: list[str]) -> None:
+    """Say before a training of few steps what would give it enough, and how many captions differ."""
+    enough = 300  # where small models from random weights have left ln B
+    if total_steps < enough:
+        wanted = math.ceil(enough * epochs / max(1, total_steps))
+        run.say(
+            f"only {total_steps} steps: random weights need some {enough} ({flag} {wanted}), "
+            f"published ones fewer; {len(set(captions))} of {len(captions)} captions are distinct"
+        )
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:

@@ -799,6 +799,7 @@ def main(cfg: Config) -> dict:
         f"validation; batches of {batch_size}, ln B = {math.log(batch_size):.2f}",
         checkpoint,
     )
+    common.say_if_few(run, "--epochs", cfg.epochs, total_steps, captions)
     sampler = common.training_batches(  # D10
         len(captions), batch_size, cfg.seed, run.step, total_steps, pairs.durations
     )

@@ -130,6 +130,7 @@ def test_help_is_in_groups_with_those_of_the_paper_first(method, capsys):
     with pytest.raises(SystemExit):
         common.cli(SCRIPTS[method].Config, SCRIPTS[method].__doc__, ["--help"])
     text = capsys.readouterr().out
+    assert f"python {method}.py --data demo" in text.partition("Run:")[2]  # the example
     groups = [line[:-1] for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert groups[:2] == ["options", "data"] and groups[-1] == "run" and len(groups) >= 6
     comments = common.field_comments(SCRIPTS[method].Config)

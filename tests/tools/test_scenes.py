@@ -2,6 +2,11 @@
 
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -306,3 +311,47 @@ def test_bad_input_is_one_clear_sentence(tmp_path, flags, message):
         common.run_entry(run, lambda: tool.parse([str(names.get(w, w)) for w in words]))
     assert str(stop.value).startswith("error: ") and message in str(stop.value)
     assert "\n" not in str(stop.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["scenes", "resample"])
+def test_kill_9_at_random_moments_and_again_gives_the_uninterrupted_result(
+    class_folders, tmp_path, tool
+):
+    words = ["-m", f"tools.{tool}", "--preset", "esc-mixed-up", "--sounds", str(class_folders)]
+    words += ["--train", "400", "--val", "20", "--test", "40", "--rate", "8000", "--seed", "1"]
+    if tool == "resample":
+        lines = [
+            json.dumps({"audio": str(path), "captions": ["x"]})
+            for path in sorted(class_folders.glob("*/*"))
+        ]
+        common.write_lines(tmp_path / "m.jsonl", lines)
+        words = ["-m", "tools.datasets", "resample", str(tmp_path / "m.jsonl"), "--rate", "8000"]
+
+    def files(folder):
+        found = sorted(p for p in folder.rglob("*") if p.is_file())
+        return {p.relative_to(folder): p.read_bytes() for p in found if p.suffix != ".tmp"}
+
+    def start(folder):
+        call = [sys.executable, *words, "--out", str(folder), "--workers", "2"]
+        return subprocess.Popen(
+            call,
+            cwd=ROOT,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    seconds, draw, kills = time.monotonic() - began, random.Random(0), 0
+    for _ in range(6):
+        process = start(tmp_path / "killed")
+        time.sleep(draw.uniform(0.5, 1.0) * seconds)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    if not (tmp_path / "killed/manifest.jsonl").exists():
+        assert start(tmp_path / "killed").wait() == 0
+    assert kills and files(tmp_path / "killed") == files(tmp_path / "whole")
