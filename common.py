@@ -2597,8 +2597,8 @@ def training_batches(
 
 
 def say_if_few(run, flag: str, epochs: int, total_steps: int, captions: list[str]) -> None:
-    """Say before a training of few steps what would give it enough, and how many captions differ."""
-    enough = 300  # where small models from random weights have left ln B
+    """Say before a training of few steps what would be enough, and how many captions differ."""
+    enough = 200  # where small models from random weights have left ln B
     if total_steps < enough:
         wanted = math.ceil(enough * epochs / max(1, total_steps))
         run.say(

@@ -1252,8 +1252,9 @@ def train(
         scheduler=scheduler,
         continues=stage == "student" and (run.path / "log.jsonl").exists(),
     )
-    captions = [text for rows in sets for row in rows for text in row["captions"]]
-    common.say_if_few(run, f"--{stage}-epochs", epochs, steps, captions)
+    if stage == "teacher":
+        captions = [text for row in corpus["train"] for text in row["captions"]]
+        common.say_if_few(run, "--teacher-epochs", epochs, steps, captions)
     best_file = "teacher.pt" if stage == "teacher" else "best.pt"
     sampler = mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, run.step, steps)
 

@@ -319,10 +319,10 @@ def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(
 def test_a_training_of_few_steps_says_what_would_be_enough(corpus, tmp_path, capsys):
     mga_clap.main(config(corpus, tmp_path, epochs=1))
     said = capsys.readouterr().out  # 12 clips of 2 captions in batches of 6: 4 steps an epoch
-    assert "only 4 steps: random weights need some 300 (--epochs 75)" in said
+    assert "only 4 steps: random weights need some 200 (--epochs 50)" in said
     assert "of 24 captions are distinct" in said
     run = common.Run(common.RunConfig(), "x")
-    common.say_if_few(run, "--epochs", 15, 300, ["a"])
+    common.say_if_few(run, "--epochs", 15, 200, ["a"])
     assert "only" not in capsys.readouterr().out
 
 
