@@ -15,6 +15,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -667,7 +668,7 @@ def _parse_row(line: bytes, where: str) -> dict:
         check_text(label, f"label {number}", where)
     duration = row.get("duration", 1.0)
     # json reads NaN, which fails here
-    if isinstance(duration, bool) or not 0 < duration < math.inf:
+    if isinstance(duration, bool) or not 0 < duration < 1e9:
         raise ValueError(
             f"{where}: duration {duration!r}; expected seconds above 0, or no such key"
         )
@@ -725,7 +726,7 @@ def check_text(value, what: str, where: str, words: bool = False) -> None:
 def _check_times(times: dict, duration, where: str) -> None:
     onset, offset = times["onset"], times["offset"]
     for t in (onset, offset):
-        if not isinstance(t, (int, float)) or isinstance(t, bool) or not math.isfinite(t):
+        if not isinstance(t, (int, float)) or isinstance(t, bool) or not abs(t) < 1e9:
             raise ValueError(
                 f"{where}: onset {onset!r}, offset {offset!r}; expected seconds as numbers"
             )
@@ -979,9 +980,11 @@ def save_checkpoint(path: Path, payload: dict) -> None:
     with written_whole(path) as file:
         try:
             torch.save(payload, file)
-        except RuntimeError as error:  # what torch makes of a failed write, or another's
-            if not re.search("inline_container|PytorchStreamWriter", str(error)):
-                raise
+        except RuntimeError as error:
+            # torch closes its file after a failed write, which then fails with other words
+            first = error.__context__ or error
+            if not re.search("inline_container|PytorchStreamWriter", str(first)):
+                raise first from None
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
@@ -1049,7 +1052,8 @@ def check_sizes(path, sizes: dict, state: dict) -> None:
     """ValueError for a size that a file's weights cannot have: a model of it would take all memory,
     or no end of time, before the two are compared.
     """
-    n_weights = sum(tensor.numel() for tensor in state.values())
+    # at least a million: rates and the like are sizes of no tensor
+    n_weights = max(10**6, sum(tensor.numel() for tensor in state.values()))
     for name, value in sizes.items():
         if isinstance(value, dict):
             check_sizes(path, value, state)
@@ -1058,8 +1062,8 @@ def check_sizes(path, sizes: dict, state: dict) -> None:
         for size in value if isinstance(value, list) else [value]:
             if isinstance(size, int) and size > (len(state) if of_layers else n_weights):
                 raise ValueError(
-                    f"{path}: {name} is {size}, and the file holds {n_weights:,} weights in "
-                    f"{len(state):,} tensors"
+                    f"{path}: {name} is {size}, and the file holds at most {n_weights:,} weights "
+                    f"in {len(state):,} tensors"
                 )
 
 
@@ -1966,6 +1970,7 @@ def embed_files(
     desc="embedding audio",
     quiet=False,
     autocast=contextlib.nullcontext(),
+    none_is_fine=False,
 ):
     """Embed every readable file of `rows`.
 
@@ -1973,6 +1978,8 @@ def embed_files(
         crop: "all": every consecutive window; "first": the first window only; a number: the windows
             of the first so many seconds.
         frames: the name of the model's method that gives them (True: embed_frames), or False.
+        autocast: around the model alone; none_is_fine: no readable file is no error, and gives None
+            in place of arrays.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
             frames cut off, or None; bad: error texts of the files left out.
@@ -2005,6 +2012,8 @@ def embed_files(
                     n = max(n, round(model.window_s * model.sample_rate))
                 clip = clip[: frames_in(model, n)]  # (T_i, D)
             found[i] = embed, clip
+    if not found and none_is_fine:
+        return [], None, None, [bad[i] for i in sorted(bad)]
     if not found:
         first = bad[min(bad)] if bad else "no rows"
         raise ValueError(f"none of {len(rows)} audio files could be read; first: {first}")
@@ -2068,12 +2077,13 @@ def file_key(row: dict) -> str:
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
     """(Q, D) float32; equal texts are embedded once, so their scores tie exactly."""
-    unique, inverse = np.unique(texts, return_inverse=True)
+    unique = sorted(set(texts))  # np.unique would give every text the room of the longest
+    place = {text: i for i, text in enumerate(unique)}
     parts = [
-        model.embed_text(unique[i : i + batch_size].tolist()).cpu().numpy()
+        model.embed_text(unique[i : i + batch_size]).cpu().numpy()
         for i in range(0, len(unique), batch_size)
     ]
-    return np.concatenate(parts)[inverse]
+    return np.concatenate(parts)[[place[text] for text in texts]]
 
 
 def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndarray:
@@ -2146,7 +2156,7 @@ class RunConfig:
         chosen = {}
         for (name, choice), preset in self.presets.items():
             if given.get(name) == choice:
-                chosen |= preset
+                chosen |= copy.deepcopy(preset)  # its lists are this Config's own
         names = [field.name for field in dataclasses.fields(self)]
         unknown = sorted(set(given) - set(names))
         if unknown:
@@ -2371,7 +2381,8 @@ def ask_for_the_end(number, _frame) -> None:
     # a batch system and torchrun both send one to the processes of a torchrun
     signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL)
     if number == signal.SIGINT:  # print() could be what the signal interrupts
-        os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
+        with contextlib.suppress(OSError):  # whoever read it may have ended by the same Ctrl-C
+            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
 
 
 def run_entry(main, parse, *given):
@@ -2379,7 +2390,9 @@ def run_entry(main, parse, *given):
     code 1; SIGTERM and Ctrl-C let a training save first. TRACEBACK=1 shows where it came from.
     """
     settings, before = None, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    sys.stdout = UntilClosed(sys.stdout)
+    streams = sys.stdout, sys.stderr
+    if None not in streams:  # as pythonw has them
+        sys.stdout, sys.stderr = map(UntilClosed, streams)
     try:
         settings = parse(*given)
         if hasattr(settings, "resume"):  # a training
@@ -2401,9 +2414,11 @@ def run_entry(main, parse, *given):
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
     finally:
-        sys.stdout.flush()
-        # the stream it began with, or the one that took its place when its reader had gone
-        sys.stdout = sys.stdout.stream
+        if None not in streams:
+            sys.stdout.flush()
+            # the streams it began with, or those that took their place when a reader had gone
+            sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
+        END_SIGNALS.clear()
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: a handler not set from Python
 
@@ -2774,9 +2789,10 @@ class Run:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if fcntl and self.path not in Run.locks:  # a second stage has it already
                     Run.locks.clear()  # earlier runs of this process are over
-                    Run.locks[self.path] = open(self.path / "lock", "w")
+                    held = open(self.path / "lock", "w")
                     # the system takes it back from a killed process
-                    fcntl.lockf(Run.locks[self.path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    Run.locks[self.path] = held
                 if not continues:
                     (self.path / "log.jsonl").write_text("")
                     (self.path / "skipped.txt").write_text("")

@@ -679,24 +679,26 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
 
     -> row, caption (P,) int, cosine (P,) fp32; by row, the most similar caption first. Sec. 2.2.
     """
-    # TF32, which start_device allows, would move a cosine by 1e-3
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     text = torch.from_numpy(text_embeds).to(device).float().T  # (D, Q)
     # a product of so many rows is held at a time: on a CPU it stays in the caches
     n_rows = max(1, (2**28 if text.is_cuda else 2**22) // len(text_embeds))
     found = []
-    for start in range(0, len(embeds), n_rows):
-        part = torch.from_numpy(embeds[start : start + n_rows]).to(device).float()
-        sim = part @ text  # (rows, Q)
-        if top_k:
-            cosine, caption = sim.topk(min(top_k, len(text_embeds)))  # (rows, top_k)
-            row = torch.arange(len(sim), device=device)[:, None].expand_as(caption)
-        else:
-            row, caption = (sim >= threshold).nonzero(as_tuple=True)
-            cosine = sim[row, caption]
-        found.append([x.flatten().cpu().numpy() for x in (row + start, caption, cosine)])
-    torch.set_float32_matmul_precision(precision)
+    # TF32, which start_device allows, would move a cosine by 1e-3
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for start in range(0, max(1, len(embeds)), n_rows):
+            part = torch.from_numpy(embeds[start : start + n_rows]).to(device).float()
+            sim = part @ text  # (rows, Q)
+            if top_k:
+                cosine, caption = sim.topk(min(top_k, len(text_embeds)))  # (rows, top_k)
+                row = torch.arange(len(sim), device=device)[:, None].expand_as(caption)
+            else:
+                row, caption = (sim >= threshold).nonzero(as_tuple=True)
+                cosine = sim[row, caption]
+            found.append([x.flatten().cpu().numpy() for x in (row + start, caption, cosine)])
+    finally:
+        torch.set_float32_matmul_precision(precision)
     row, caption, cosine = (np.concatenate(x) for x in zip(*found))
     order = np.lexsort((caption, -cosine, row))
     return row[order], caption[order], cosine[order]
@@ -768,8 +770,11 @@ def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, de
         desc=desc,
         quiet=run.rank > 0,
         autocast=run.autocast,
+        none_is_fine=True,  # --max-bad decides, over the whole pool
     )
-    return np.array(kept), half(embeds), bad
+    if not kept:
+        embeds = np.zeros((0, model.shape["joint_dim"]))
+    return np.array(kept, int), half(embeds), bad
 
 
 def stored_block(model: Model, rows, cfg: Config, run: common.Run, key: str, number: int):
@@ -839,10 +844,11 @@ def stored_captions(folder, rows: list[dict]):
     """captions.jsonl of `eval.py embed` -> (caption, row of its clip) of each line, checked."""
     path = Path(folder) / "captions.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which would cut at U+2028 inside a caption
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); eval.py embed writes it") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         where = f"{path}:{number}"
         try:
             told = json.loads(line)
@@ -899,7 +905,12 @@ def count_pool(cfg: Config, corpus: dict) -> int:
             f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool "
             "(manifests, or folders of eval.py embed)"
         )
-    n_pool = sum(len(rows) for rows, _ in pool_blocks(corpus["pool"], cfg.block))
+    n_pool = 0
+    for item in corpus["pool"]:
+        if is_stored(item):
+            n_pool += len(stored_embeds(item, "audio"))
+        else:
+            n_pool += sum(1 for _ in training_clips(item))
     if not n_pool:
         raise ValueError(
             "--pool: no training row in it (rows of split val and test are never curated)"
@@ -989,7 +1000,8 @@ def mine(
             if embeds is None:
                 of_block = digest(key, [common.file_key(row) for row in rows])
             else:
-                of_block = hashlib.sha256(embeds.tobytes()).hexdigest()
+                told = [[row["audio"], row.get("duration")] for row in rows]
+                of_block = digest(hashlib.sha256(embeds.tobytes()).hexdigest(), told)
             path = folder / f"{number:06d}_{digest(of_block, settings)}.jsonl"
             if not path.exists():
                 for old in folder.glob(f"{number:06d}_*"):
@@ -1009,7 +1021,7 @@ def mine(
         if number % run.world == run.world - 1:  # all processes have had a block
             run.settle_skipped(bad)
             bad = []
-            run.end_if_told(f"the pairs of {number + 1} blocks")
+            run.end_if_told(f"the pairs of {number + 1} blocks (or give the same call again)")
     bar.close()
     run.settle_skipped(bad)
     common.barrier()

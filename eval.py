@@ -1388,8 +1388,14 @@ def embed_command(flags) -> None:
     each caption with its `owner`, the place of its clip in audio.jsonl, from 0.
     """
     out = Path(flags.out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out {out}: a file; expected a folder, new or of an earlier call")
+    try:  # said before hours of embedding
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(
+            f"--out {out}: no such folder can be made ({error.strerror})"
+        ) from None
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"--out {out}: cannot be written")
     manifest, split, rows = read_rows(flags)
     model, settings = open_model(flags.checkpoint[0], flags, split, manifest)
     kept, audio_embeds, _ = embed(model, rows, settings)
@@ -1405,14 +1411,13 @@ def embed_command(flags) -> None:
         clips.append({"audio": os.path.abspath(rows[k]["audio"])})
         if "duration" in rows[k]:
             clips[-1]["duration"] = rows[k]["duration"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"--out {out}: cannot be made ({error.strerror})") from None
+    # a folder of embeddings is known by its audio.jsonl: removed first, written last, so that an
+    # interrupted call leaves no arrays beside the lines of another
+    (out / "audio.jsonl").unlink(missing_ok=True)
     for name, array in (("audio", audio_embeds), ("text", text_embeds)):
         with common.written_whole(out / f"{name}.npy") as file:
             np.save(file, array)
-    for name, lines in (("audio", clips), ("captions", told)):
+    for name, lines in (("captions", told), ("audio", clips)):
         text = [json.dumps(line, ensure_ascii=False) for line in lines]
         common.write_lines(out / f"{name}.jsonl", text)
     print(f"{out}: {len(kept)} clips, {len(told)} captions, {audio_embeds.shape[1]} dimensions")

@@ -855,6 +855,44 @@ def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_o
     ) and divergence > math.log(n)
 
 
+def test_a_block_without_a_readable_clip_is_counted_and_a_dry_run_may_draw_none(
+    corpus, tmp_path, runs_of, monkeypatch, capsys
+):
+    data = tmp_path / "pool"
+    shutil.copytree(corpus, data)
+    (data / "audio/train11.wav").unlink()  # the last of 12, a block of its own below
+    teacher = str(runs_of("curation_clap")[0] / "teacher.pt")
+    flags = dict(stage="curate", name="a", teacher=teacher, pool=[str(data)], max_bad=0.5, block=11)
+    curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
+    assert len(common.read_manifest([str(tmp_path / "a/curated.jsonl")])) == 11
+    assert "train11.wav: file not found" in (tmp_path / "a/skipped.txt").read_text()
+    monkeypatch.setattr(curation_clap, "SAMPLE_CLIPS", 1)
+    flags |= dict(name="dry", block=2, dry_run=True)
+    curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
+    assert "Cosines of 1 of 12 clips of the pool" in capsys.readouterr().out
+
+
+def test_moved_sounds_of_stored_embeddings_are_noticed_and_a_line_separator_is_no_line(
+    embeds, corpus, tmp_path
+):
+    folder = tmp_path / "pool"
+    store(folder, unit(500, 16, 3), [f"/old/{i}.wav" for i in range(500)])
+    first = curated(embeds, corpus, tmp_path, "moved", pool=[str(folder)])
+    names = [json.dumps({"audio": f"/new/{i}.wav"}) for i in range(500)]
+    common.write_lines(folder / "audio.jsonl", names)
+    assert curated(embeds, corpus, tmp_path, "moved", pool=[str(folder)]) == first.replace(
+        b"/old/", b"/new/"
+    )
+    captions = [{"caption": "a dog\u2028barks", "owner": 0}, {"caption": "rain", "owner": 1}]
+    told = tmp_path / "told"
+    store(told, unit(2, 16), ["a.wav", "b.wav"], unit(2, 16), [])
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in captions)
+    (told / "captions.jsonl").write_text(text, encoding="utf-8")
+    rows = [{"audio": "a.wav"}, {"audio": "b.wav"}]
+    read = [caption for caption, _ in curation_clap.stored_captions(told, rows)]
+    assert read == ["a dog\u2028barks", "rain"]
+
+
 def hostile(folder):
     """What may stand in a folder that claims to be one of eval.py embed: file -> bytes."""
     held = io.BytesIO()

@@ -371,6 +371,8 @@ time.sleep(600)"""
             match=f"{tmp_path}/a is being written by another process; choose another --name",
         ):
             opened(tmp_path, continues=True)
+        with pytest.raises(FileExistsError, match="is being written by another process"):
+            opened(tmp_path)  # a second attempt, as a notebook's user makes it
         opened(tmp_path, "b")
     finally:
         process.kill()
@@ -594,3 +596,38 @@ def test_a_full_disk_is_a_sentence_for_sounds_and_pictures_too(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_saves_although_whoever_read_its_output_has_gone(corpus, tmp_path, number, code):
+    """`2>&1 | tee log`, and a Ctrl-C that ends tee, too."""
+    source = training("mga_clap", corpus, tmp_path, fresh=True, epochs=500)
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", source], stdout=write, stderr=write)
+    os.close(write)
+    log, end = tmp_path / "a/log.jsonl", time.monotonic() + 100
+    while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < end:
+        time.sleep(0.1)
+    os.close(read)
+    time.sleep(0.5)
+    process.send_signal(number)
+    assert process.wait(timeout=100) == code
+    assert common.read_checkpoint(tmp_path / "a/last.pt")["step"] > 2
+
+
+def test_nothing_of_one_call_stays_for_the_next(monkeypatch):
+    streams = sys.stdout, sys.stderr
+
+    def main(_):
+        common.END_SIGNALS.append(signal.SIGTERM)
+        raise ValueError("x")
+
+    with pytest.raises(SystemExit, match="error: x"):
+        common.run_entry(main, lambda: None)
+    assert (sys.stdout, sys.stderr) == streams and common.END_SIGNALS == []
+    curation = SCRIPTS["curation_clap"]
+    curation.Config(data=["demo"]).audio_channels.append(7)
+    assert curation.Config(data=["demo"]).audio_channels == curation.TINY["audio_channels"]
+    assert 7 not in curation.TINY["audio_channels"]
+    monkeypatch.setattr(sys, "stdout", None)  # as pythonw has it
+    common.run_entry(lambda _: None, lambda: None)

@@ -10,6 +10,8 @@ The manifest format is described in README.md; training and evaluation read noth
 
 import argparse
 import collections
+import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import csv
 import functools
@@ -31,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile as sf
+import torch
 from tqdm import tqdm
 
 import common
@@ -2036,6 +2039,12 @@ def resampled_name(row: dict, rate: int) -> str:
     return f"{Path(row['audio']).stem}_{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.wav"
 
 
+def _start_resampling() -> None:
+    """In a new process: Ctrl-C is for the main one, and torch's threads do not survive a fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 def _resample_file(job):
     """-> error text or None. A file that is there already was written whole by an earlier call."""
     row, rate, path = job
@@ -2066,7 +2075,8 @@ def resample(args) -> dict:
         row["audio"]: (row, args.rate, out / "audio" / resampled_name(row, args.rate))
         for row in rows
     }
-    todo = [job for job in jobs.values() if not job[2].exists()]
+    # by the file to write: two manifests may name one source in two ways
+    todo = list({job[2]: job for job in jobs.values() if not job[2].exists()}.values())
     size = sum(2 * args.rate * (row.get("duration") or 10.0) for row, _, _ in todo)
     free = shutil.disk_usage(out).free
     print(
@@ -2077,15 +2087,18 @@ def resample(args) -> dict:
         raise ValueError(
             f"--out {out}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
         )
-    # Ctrl-C is for the main process, which ends the others
-    on_start = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    with multiprocessing.get_context("fork").Pool(args.workers, *on_start) as pool:
-        errors = pool.imap(_resample_file, todo, chunksize=8)
-        bad = [
-            error
-            for error in tqdm(errors, total=len(todo), desc="resampling", unit="file")
-            if error
-        ]
+    # not multiprocessing.Pool, which would wait forever for a process that the system has killed
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, context, _start_resampling) as pool:
+        errors = pool.map(_resample_file, todo, chunksize=8)
+        bar = tqdm(errors, total=len(todo), desc="resampling", unit="file")
+        try:
+            bad = [error for error in bar if error]
+        except concurrent.futures.process.BrokenProcessPool:
+            raise OSError(
+                "a process that resamples was killed, as systems do when memory runs out; give "
+                "fewer --workers, the same call continues"
+            ) from None
     for error in bad:
         print(f"kept at its place: {error}")
     for row in rows:

@@ -1688,6 +1688,35 @@ datasets.resample(datasets.parse([*words, "--workers", "1"]))
     assert len(common.read_audio(rows[0]["audio"], 8000)) == 16000  # the new file, not the old one
 
 
+def test_resample_of_manifests_that_share_their_audio_and_of_a_killed_worker(tmp_path):
+    (tmp_path / "audio").mkdir()
+    for n in range(12):
+        wav(tmp_path / f"audio/{n}.wav", seed=n)
+    lines = [json.dumps({"audio": f"../audio/{n}.wav"}) for n in range(12)]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        common.write_lines(tmp_path / name / "manifest.jsonl", lines)
+    report = resample([tmp_path / "a", tmp_path / "b"], tmp_path / "out", 8000)
+    assert report["written"] == 12 and len(list((tmp_path / "out/audio").iterdir())) == 12
+    source = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import os, common
+from tools import datasets
+read = common.read_audio
+def dies(path, *args, **given):
+    if path.endswith("7.wav"):
+        os.kill(os.getpid(), 9)
+    return read(path, *args, **given)
+common.read_audio = dies
+words = ["resample", {str(tmp_path / "a")!r}, "--out", {str(tmp_path / "o")!r}, "--rate", "8000"]
+common.run_entry(datasets.main, datasets.parse, [*words, "--workers", "2"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60
+    )
+    assert "error: a process that resamples was killed" in done.stderr, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
