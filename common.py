@@ -2276,6 +2276,7 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
         parser.error(str(error))
 
 
+@functools.cache
 def field_comments(config_class) -> dict[str, tuple[str, str]]:
     """Field name -> the heading it stands under, and its comment, above it or behind it.
 
