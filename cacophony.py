@@ -136,10 +136,14 @@ class Config(common.RunConfig):
     variant: Literal["paper", "jax", "official"] = "paper"
     # masked autoencoder, contrastive captioning, or both in order
     stage: Literal["all", "mae", "contrastive"] = "all"
+    # stage 2 goes on from a whole model: a run's best.pt or the authors' torch file, with the
+    # model's own settings; none: from the two below
+    weights: str = "none"
     # stage 2's audio encoder: a run's mae.pt, the authors' torch file, or none; empty:
     # runs/NAME/mae.pt
     audio_weights: str = ""
-    # start of the text encoder: hub id or folder (RoBERTa: Sec. III-B; base: code, D6), or none
+    # start of the text encoder, and the tokenizer of the authors' file: hub id or folder (RoBERTa:
+    # Sec. III-B; base: code, D6), or none
     text_model: str = "roberta-base"
     max_tokens: common.Tokens = 77  # captions are cut there (Sec. IV-A)
     # where a clip has synthetic captions, the probability of taking one of them (code, D16)
@@ -182,6 +186,11 @@ class Config(common.RunConfig):
     eval_steps: common.Count = 1000  # steps of stage 2 between validations (each may write best.pt)
 
     def check(self):
+        if self.weights != "none" and self.stage != "contrastive":
+            raise ValueError(
+                f"--weights {self.weights} with --stage {self.stage}: stage 1 has nothing to do "
+                "for a whole model; give --stage contrastive"
+            )
         if self.stage == "all" and self.audio_weights:
             raise ValueError(
                 f"--audio-weights {self.audio_weights} with --stage all: stage 2 would not use "
@@ -830,9 +839,22 @@ def audio_shape(cfg: Config) -> dict:
 
 
 def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
-    """A new model: the audio encoder from stage 1, the text encoder from --text-model, the rest
-    from nothing.
+    """--weights, or a new model: the audio encoder from stage 1, the text encoder from
+    --text-model, the rest from nothing.
     """
+    if cfg.weights != "none":
+        own = "method" in common.read_weights(cfg.weights)
+        model = (
+            Model.from_checkpoint(cfg.weights)
+            if own
+            else Model.from_published(cfg.weights, cfg.text_model)
+        )
+        if cfg.caption_weight and not model.decoder:
+            raise ValueError(f"--weights {cfg.weights}: has no captioner; give --caption-weight 0")
+        if model.decoder and not cfg.caption_weight:  # weights without a gradient would stop DDP
+            model.shape["decoder_layers"], model.decoder = 0, nn.ModuleList()
+            del model.head
+        return model
     text_encoder = common.start_text_encoder(cfg, captions, cfg.max_tokens)
     shape = dict(
         audio=audio_shape(cfg),
@@ -1121,6 +1143,10 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
             for text in (*row.get("captions", []), *row.get("synthetic", []))
         ]
         model = start_model(cfg, texts, run.path / "mae.pt")
+        if cfg.weights != "none":
+            cfg = run.starts_from(
+                variant=model.shape["variant"], max_tokens=model.text_encoder.max_tokens
+            )
     model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -1138,6 +1164,8 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     )
     if not checkpoint:
         run.save("last.pt")  # from here on --resume continues in this stage
+        if cfg.weights != "none" and val_rows and run.rank == 0:
+            run.log_scores(validate(model, val_rows, cfg)[0])  # of the model that is fine-tuned
     clips = Clips(train_rows, cfg, model.text_encoder.tokenize)
     sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
 
@@ -1181,13 +1209,9 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     result = run.finish(scores, chance, len(val_rows))
     if model.decoder:
         show_captions(model, val_rows[:3])
-    plain = dict(
-        name="",
-        stage="contrastive",
-        audio_weights=cfg.audio_weights or str(run.path / "mae.pt"),
-        rho=0.0,
-        caption_weight=0.0,
-    )
+    plain = dict(name="", stage="contrastive", rho=0.0, caption_weight=0.0)
+    if cfg.weights == "none":
+        plain["audio_weights"] = cfg.audio_weights or str(run.path / "mae.pt")
     print(
         "\nNext:\n"
         f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"

@@ -114,6 +114,9 @@ class Config(common.RunConfig):
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
     # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
     size: Literal["paper", "tiny"] = "paper"
+    # start from a whole model, a run's best.pt, with the model's own settings; none: from the two
+    # below
+    weights: str = "none"
     # AST's start, pre-trained on AudioSet as in Fig. 4b (which Sec. 5.1 calls Table 4b):
     # transformers folder or hub id, AST's own file, or none
     audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -561,9 +564,13 @@ class Model(nn.Module):
 
 
 def start_model(cfg: Config, texts: list[str]) -> Model:
-    """AST from --audio-weights, the locked text encoder from --text-model, the token interaction
-    module from nothing.
+    """--weights, or AST from --audio-weights, the locked text encoder from --text-model, the token
+    interaction module from nothing.
     """
+    if cfg.weights != "none":
+        model = Model.from_checkpoint(cfg.weights)
+        check_token_layer(cfg, model)
+        return model
     text_encoder = (
         common.start_text_encoder(cfg, texts, cfg.max_tokens)
         if cfg.text_model == "none"
@@ -577,16 +584,20 @@ def start_model(cfg: Config, texts: list[str]) -> Model:
         stride=cfg.audio_stride,
     )
     model = Model(dict(audio=audio, blocks=cfg.blocks), text_encoder)
-    n_layers = text_encoder.model.config.num_hidden_layers
-    if not 0 <= cfg.token_layer <= n_layers:
-        raise ValueError(
-            f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 "
-            "for its static embeddings"
-        )
+    check_token_layer(cfg, model)
     start_at_the_mean_token(model)
     if cfg.audio_weights != "none":
         load_ast(model.audio_encoder, cfg.audio_weights)
     return model
+
+
+def check_token_layer(cfg: Config, model: Model) -> None:
+    n_layers = model.text_encoder.model.config.num_hidden_layers
+    if cfg.token_layer > n_layers:
+        raise ValueError(
+            f"--token-layer {cfg.token_layer}: the text encoder has layers 1 to {n_layers}, and 0 "
+            "for its static embeddings"
+        )
 
 
 @torch.no_grad()
@@ -773,6 +784,8 @@ def main(cfg: Config) -> dict:
         classes = sorted({label for row in train_rows for label in row.get("labels", [])})
         texts = [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))]
         model = start_model(cfg, texts + classes)
+        if cfg.weights != "none":
+            cfg = run.starts_from(max_tokens=model.text_encoder.max_tokens)
     model.to(run.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     of_audio = [p for name, p in trained.items() if name.startswith("audio_encoder.")]
@@ -794,6 +807,8 @@ def main(cfg: Config) -> dict:
         checkpoint,
         shape=model.shape,
     )
+    if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:
+        run.log_scores(validate(model, val_rows)[0])  # of the model that is fine-tuned
     clips = Clips(train_rows, cfg, model.text_encoder.tokenize)
     sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
     options = dict(token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
@@ -892,7 +907,7 @@ def load_ast(encoder: AST, source: str) -> None:
     of this AST's state.
     """
     if Path(source).is_file():
-        weights = common.read_weights(source)
+        weights = common.read_encoder_weights(source)
     else:
         transformers = common.quiet_transformers()
         try:

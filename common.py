@@ -1025,6 +1025,15 @@ def read_weights(path) -> dict:
     return content
 
 
+def read_encoder_weights(path) -> dict:
+    """read_weights of --audio-weights, which is not for a whole model."""
+    content = read_weights(path)
+    keys = [str(key) for key in (*content, *content.get("model", ()))]
+    if any(key in ("method", "codebook") or key.startswith("caption_encoder.") for key in keys):
+        raise ValueError(f"--audio-weights {path}: a whole model; give it as --weights")
+    return content
+
+
 def read_checkpoint(path, method: str | None = None) -> dict:
     """One of this project's checkpoints; `method` checks whose it is."""
     content = read_weights(path)
@@ -1413,7 +1422,7 @@ def load_htsat(encoder: HTSAT, path: str) -> None:
             if k.startswith(("audio_model.audio_encoder.", "audio_encoder."))
         }
     else:
-        weights = read_weights(path)
+        weights = read_encoder_weights(path)
         weights = weights.get("state_dict", weights)  # Lightning nests them
         if any(key.startswith("sed_model.") for key in weights):
             weights = {k: v for k, v in weights.items() if k.startswith("sed_model.")}
@@ -1972,9 +1981,10 @@ def embed_files(
     autocast=contextlib.nullcontext(),
     none_is_fine=False,
 ):
-    """Embed every readable file of `rows`.
+    """Embed every readable file of `rows`, whatever their length.
 
     Args
+        rows: manifest rows, or paths of files.
         crop: "all": every consecutive window; "first": the first window only; a number: the windows
             of the first so many seconds.
         frames: the name of the model's method that gives them (True: embed_frames), or False.
@@ -1985,6 +1995,7 @@ def embed_files(
             frames cut off, or None; bad: error texts of the files left out.
     """
     found, bad = {}, {}
+    rows = [row if isinstance(row, dict) else {"audio": os.fspath(row)} for row in rows]
     frames = "embed_frames" if frames is True else frames
     device = next(model.parameters()).device
     loader = file_batches(model, rows, batch_size, workers, crop)
@@ -2751,6 +2762,20 @@ class Run:
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text)
+
+    def starts_from(self, **settings) -> RunConfig:
+        """Say that the training starts from --weights. `settings`, which belong to that model, take
+        the place of this run's -> the settings from here on.
+        """
+        kept = {k: v for k, v in settings.items() if v != getattr(self.cfg, k)}
+        self.cfg = dataclasses.replace(self.cfg, **kept)
+        line = f"starts from --weights {self.cfg.weights}"
+        if hasattr(self.cfg, "audio_weights"):
+            line += "; --audio-weights is not read"
+        if kept:
+            line += "; its own settings: " + " ".join(f"{k}={v}" for k, v in kept.items())
+        self.say(line)
+        return self.cfg
 
     def checkpoint(self) -> dict | None:
         """last.pt of the run that --resume continues."""

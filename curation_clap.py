@@ -177,9 +177,12 @@ class Config(common.RunConfig):
     block_dropout: common.Dropout = 0.2  # after each of CNN14's blocks (PANNs)
     # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
     dropout: common.Dropout = 0.5
-    # the teacher's audio encoder: PANNs' file, MS-CLAP 2022's (then all of it), or none
-    audio_weights: str = "Cnn14_mAP=0.431.pth"
-    # the teacher's text encoder: hub id or folder (Sec. 3.2: BERT; D21), or none
+    # start the teacher from a whole model: a run's teacher.pt or MS-CLAP 2022's file, with the
+    # model's own settings; none: from the two below
+    weights: str = "none"
+    audio_weights: str = "Cnn14_mAP=0.431.pth"  # the teacher's audio encoder: PANNs' file, or none
+    # the teacher's text encoder, and the tokenizer of MS-CLAP's file: hub id or folder (Sec. 3.2:
+    # BERT; D21), or none
     text_model: str = "bert-base-uncased"
     text_dim: common.Count = 768  # text encoder width, read only when --text-model none
     text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
@@ -449,6 +452,8 @@ class Model(nn.Module):
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """The teacher that training starts from."""
+    if cfg.weights != "none":
+        return whole_model(cfg.weights, cfg.text_model)
     if cfg.audio_weights != "none":
         if not Path(cfg.audio_weights).is_file():
             raise FileNotFoundError(
@@ -456,12 +461,8 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
                 "in its authors' Zenodo record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in "
                 "record 7312125 (or give none)"
             )
-        weights = common.read_weights(cfg.audio_weights)
+        weights = common.read_encoder_weights(cfg.audio_weights)
         weights = weights.get("model", weights)
-        if any(
-            str(key).startswith("caption_encoder.base.") for key in weights
-        ):  # MS-CLAP 2022's file
-            return Model.from_published(cfg.audio_weights, cfg.text_model)
     text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS)
     audio = dict(
         channels=cfg.audio_channels,
@@ -490,8 +491,14 @@ def load_teacher(cfg: Config, folder: Path) -> tuple[Model, Path]:
             f"{path}: no such teacher; run --stage teacher --name {cfg.name or 'NAME'} first, or "
             "give --teacher (a run's teacher.pt, or MS-CLAP 2022's file)"
         )
-    own = "method" in common.read_weights(path)
-    return Model.from_checkpoint(path) if own else Model.from_published(path, cfg.text_model), path
+    return whole_model(path, cfg.text_model), path
+
+
+def whole_model(path, text_model: str) -> Model:
+    """A run's checkpoint, or MS-CLAP 2022's file with `text_model`'s tokenizer."""
+    if "method" in common.read_weights(path):
+        return Model.from_checkpoint(path)
+    return Model.from_published(path, text_model)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1155,7 +1162,8 @@ def histogram(counts) -> None:
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     """Retrieval among whole validation clips -> scores, what chance gives."""
     rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
-    captions = [[clean_caption(text) for text in row["captions"]] for row in rows]
+    # MS-CLAP's file takes captions as they are, and eval.py too
+    captions = [[model.clean_caption(text) for text in row["captions"]] for row in rows]
     return common.caption_retrieval(model, audio_embeds, None, captions)[:2]
 
 
@@ -1267,6 +1275,8 @@ def train(
     if stage == "teacher":
         captions = [text for row in corpus["train"] for text in row["captions"]]
         common.say_if_few(run, "--teacher-epochs", epochs, steps, captions)
+        if cfg.weights != "none" and corpus["val"] and run.rank == 0 and not checkpoint:
+            run.log_scores(validate(model, corpus["val"])[0])  # of the model that is fine-tuned
     best_file = "teacher.pt" if stage == "teacher" else "best.pt"
     sampler = mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, run.step, steps)
 
@@ -1360,6 +1370,8 @@ def main(cfg: Config) -> dict:
         else:
             captions = [clean_caption(text) for row in corpus["train"] for text in row["captions"]]
             model = start_model(cfg, captions)
+            if cfg.weights != "none":
+                run.starts_from()
         result = train(cfg, run, "teacher", model, None, [corpus["train"]], corpus, checkpoint)
     if curates:
         result = curate(cfg, run, corpus, n_pool, prompts) or result

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -1443,8 +1444,10 @@ def main(flags, protocols: dict = PROTOCOLS) -> list[dict]:
     return write_json(flags.json, all_results)
 
 
-def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentParser:
-    """The flags of what scores or draws a model; data: those of a manifest's rows."""
+def make_parser(doc: str, data=True, json=True, scores=True, **given) -> argparse.ArgumentParser:
+    """The flags of what scores or draws a model; data: those of a manifest's rows; scores: those of
+    protocols.
+    """
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0],
         allow_abbrev=False,
@@ -1455,7 +1458,7 @@ def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentPar
         "checkpoint",
         nargs="+",
         help="one or more models: a run's best.pt or last.pt, MGA-CLAP's released model.pt, "
-        "LAION-CLAP's .pt, MS-CLAP 2022's, a transformers CLAP folder or hub id",
+        "LAION-CLAP's .pt, MS-CLAP 2022's, Cacophony's, a transformers CLAP folder or hub id",
     )
     parser.add_argument(
         "--crop", choices=["all", "first"], default="all", help="windows of longer audio"
@@ -1471,9 +1474,10 @@ def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentPar
         "2022's file (default bert-base-uncased), LAION-CLAP's .pt and Cacophony's (default "
         "roberta-base)",
     )
-    parser.add_argument(
-        "--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none"
-    )
+    if scores:
+        parser.add_argument(
+            "--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none"
+        )
     parser.add_argument(
         "--batch-size", type=int, default=32, help="clips at once; never changes a score"
     )
@@ -1504,6 +1508,9 @@ def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentPar
         "default: test where there is one, else all rows",
     )
     parser.add_argument("--fold", metavar="N", help="only this fold of a set that has folds")
+    if not scores:
+        parser.set_defaults(prompt="bare", median_s=0.94, bootstrap=0, json=None)
+        return parser
     parser.add_argument(
         "--prompt",
         default="bare",
@@ -1520,7 +1527,20 @@ def make_parser(doc: str, data=True, json=True, **given) -> argparse.ArgumentPar
 
 
 def parse(argv=None):
-    parser = make_parser(__doc__, epilog="embed MODEL: write its embeddings to --out instead")
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["embed"]:
+        told = "Write the embeddings of a manifest's clips and captions to a folder."
+        parser = make_parser(told, json=False, scores=False, prog="eval.py embed")
+        parser.add_argument("--out", default="embeds", help="folder for the embeddings")
+        flags = parser.parse_args(given[1:])
+        flags.command = "embed"
+        if len(flags.checkpoint) > 1:
+            parser.error("embed takes exactly one model")
+        return flags
+    parser = make_parser(
+        __doc__,
+        epilog="eval.py embed MODEL writes a model's embeddings; see eval.py embed --help",
+    )
     parser.add_argument(
         "--protocol",
         nargs="+",
@@ -1528,13 +1548,8 @@ def parse(argv=None):
         default=["all"],
         help="all: those the manifest has labels for",
     )
-    parser.add_argument("--out", default="embeds", help="embed: folder for the embeddings")
-    flags = parser.parse_args(argv)
-    flags.command = flags.checkpoint.pop(0) if flags.checkpoint[0] == "embed" else "scores"
-    if not flags.checkpoint or (flags.command == "embed" and len(flags.checkpoint) > 1):
-        parser.error(f"{flags.command} takes exactly one checkpoint")
-    if flags.command == "embed" and flags.json:
-        parser.error("embed writes to --out; --json is for scores")
+    flags = parser.parse_args(given)
+    flags.command = "scores"
     return flags
 
 

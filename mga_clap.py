@@ -140,10 +140,14 @@ class Config(common.RunConfig):
     variant: Literal["paper", "official"] = "paper"
     # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
     encoder: Literal["htsat", "atst"] = "htsat"
-    # its initial weights: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers
+    # start from a whole model: a run's best.pt or the authors' model.pt, with the model's own
+    # settings; none: from the two below
+    weights: str = "none"
+    # initial audio encoder: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers
     # CLAP folder, or none
     audio_weights: str = "HTSAT.ckpt"
-    # initial text encoder: hub id or folder, or none (Sec. 4.1: BERT base; uncased: code)
+    # initial text encoder, and the tokenizer of model.pt: hub id or folder, or none (Sec. 4.1: BERT
+    # base; uncased: code)
     text_model: str = "bert-base-uncased"
     # captions are cut there, [CLS] and [SEP] included (code; Sec. 4.1: 30 words, D12)
     max_tokens: common.Tokens = 30
@@ -230,6 +234,13 @@ Config.presets = {
 }
 WINDOW_S = 10.0  # training crop (Sec. 4.1); evaluation windows (D20)
 SAMPLE_RATE = {"htsat": 32000, "atst": 16000}
+PUBLISHED = dict(variant="official")  # settings of the authors' model.pt, the others as in Config
+# settings that a model is made of; of a training from --weights they are the file's
+MODEL_SETTINGS = (
+    *("variant", "encoder", "max_tokens", "aggregator", "affinity", "sparsity", "codewords"),
+    *("affinity_scale", "locality_blocks", "joint_dim", "audio_dim", "audio_depths"),
+    *("audio_heads", "audio_patch", "drop_path"),
+)
 METHOD = "mga_clap"
 
 
@@ -548,10 +559,9 @@ class Model(nn.Module):
         """
         content = common.read_weights(path)
         if "codebook" in content.get("model", {}) and "method" not in content:
-            model = cls(
-                Config(data=[], variant=variant or "official"),
-                common.text_encoder_from_pretrained(text_model, 30),
-            )
+            cfg = Config(data=[], **PUBLISHED)
+            cfg = dataclasses.replace(cfg, variant=variant or cfg.variant)
+            model = cls(cfg, common.text_encoder_from_pretrained(text_model, cfg.max_tokens))
             common.load_strict(model, official_state(content["model"]), path)
         else:
             content = common.read_checkpoint(path, METHOD)
@@ -581,7 +591,11 @@ def repeated(waveform, n_samples, length: int):
 
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
-    """A new model: encoders from --audio-weights and --text-model, the rest from nothing."""
+    """--weights, or a new model: encoders from --audio-weights and --text-model, the rest from
+    nothing.
+    """
+    if cfg.weights != "none":
+        return Model.from_checkpoint(cfg.weights, cfg.text_model)
     # a folder or hub id has no suffix; a missing file is said before a text encoder is fetched
     if Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists():
         raise FileNotFoundError(
@@ -781,6 +795,8 @@ def main(cfg: Config) -> dict:
         model = Model.from_checkpoint(run.path / "last.pt")
     else:
         model = start_model(cfg, captions)
+        if cfg.weights != "none":
+            cfg = run.starts_from(**{name: getattr(model.cfg, name) for name in MODEL_SETTINGS})
     model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
@@ -800,6 +816,8 @@ def main(cfg: Config) -> dict:
         checkpoint,
     )
     common.say_if_few(run, "--epochs", cfg.epochs, total_steps, captions)
+    if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:
+        run.log_scores(validate(model, val_rows, [])[0])  # of the model that is fine-tuned
     sampler = common.training_batches(  # D10
         len(captions), batch_size, cfg.seed, run.step, total_steps, pairs.durations
     )
@@ -873,7 +891,7 @@ def load_atst(encoder: ATSTFrame, path: str) -> None:
     """Start from a released atstframe_*.ckpt (its teacher), from a fine-tuned one, or from a saved
     state dict.
     """
-    weights = common.read_weights(path)
+    weights = common.read_encoder_weights(path)
     weights = weights.get("state_dict", weights)
     prefixes = ("model.teacher.encoder.", "encoder.encoder.")
     found = [p for p in prefixes if any(key.startswith(p + "blocks.") for key in weights)]

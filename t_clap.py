@@ -627,6 +627,8 @@ def main(cfg: Config) -> dict:
         model = Model.from_checkpoint(run.path / "last.pt")
     else:
         model = start_model(cfg, texts_of(train_rows))
+        if cfg.weights != "none":
+            run.starts_from()
     model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)  # no weight decay (D5)
@@ -644,7 +646,7 @@ def main(cfg: Config) -> dict:
         checkpoint,
         shape=model.shape,
     )
-    if val_rows and run.rank == 0 and run.step == 0 and cfg.weights != "none":
+    if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:
         run.log_scores(validate(model, val_rows)[0])  # of the model that is fine-tuned
     sampler = mixed_batches(sizes, counts, cfg.seed, run.step, cfg.steps)
 

@@ -361,7 +361,7 @@ def test_ms_clap_file_is_recognised_by_its_keys_and_loads_strictly(tmp_path, mon
     cfg = common.configure(
         curation_clap.Config,
         data=["x"],
-        audio_weights=str(tmp_path / "CLAP_weights_2022.pth"),
+        weights=str(tmp_path / "CLAP_weights_2022.pth"),
         text_model=str(tmp_path / "bert"),
     )
     assert torch.equal(
@@ -370,6 +370,9 @@ def test_ms_clap_file_is_recognised_by_its_keys_and_loads_strictly(tmp_path, mon
     torch.save(
         {"model": panns_names(encoder)}, tmp_path / "Cnn14.pth"
     )  # PANNs' own: the audio encoder only
+    cfg.weights, cfg.audio_weights = "none", str(tmp_path / "CLAP_weights_2022.pth")
+    with pytest.raises(ValueError, match="2022.pth: a whole model; give it as --weights"):
+        curation_clap.start_model(cfg, [])
     cfg.audio_weights, cfg.audio_channels, cfg.joint_dim = str(tmp_path / "Cnn14.pth"), [4, 6], 16
     started = curation_clap.start_model(cfg, [])
     assert torch.equal(

@@ -926,7 +926,7 @@ def test_flags_of_a_config_give_it_again(method, data):
         else:
             others = [plain + 1, plain * 2, plain / 2, 0.5]
         made, stage = [], {}
-        if method == "cacophony" and field.name == "audio_weights":
+        if method == "cacophony" and field.name in ("audio_weights", "weights"):
             stage = {"stage": "contrastive"}
         for value in others:
             with contextlib.suppress(ValueError):  # not every one is in the field's range
