@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -623,6 +624,18 @@ def test_readme_commands_that_need_no_outside_data_run(
     ):
         assert (tmp_path / made).exists(), made
     assert "less runs/mga_clap-1/best.pt (paired over clips" in capsys.readouterr().out
+    # and its lines of Python
+    (tmp_path / "data/demo/audio").mkdir()
+    for row in common.read_manifest(["demo"])[:8]:
+        shutil.copy(row["audio"], tmp_path / "data/demo/audio")
+    shutil.copy(row["audio"], tmp_path / "dog.wav")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for block in blocks:
+        exec(block, {})
+    found = capsys.readouterr().out.splitlines()[-5:]
+    scores = [float(line.split()[0]) for line in found]
+    assert len(blocks) == 2 and scores == sorted(scores, reverse=True)
+    assert all(re.search(r"data/demo/audio/\w+\.wav at \d+\.\d s$", line) for line in found)
 
 
 def test_pictures_of_the_readme_in_miniature(corpus, tmp_path, monkeypatch):

@@ -250,6 +250,7 @@ def test_every_readme_command_of_ours_parses():
         "hear",
         "figures",
         "figures results",
+        "demo",
     ],
 )
 def test_every_tool_has_its_own_help(words, capsys):

@@ -163,7 +163,7 @@ def main(flags) -> None:
     captions = read_captions(flags)
     model = evaluation.load_model(flags.model, flags.text_model)
     sounds = Sounds(model.to(common.start_device(flags.device)), flags.audio, captions)
-    blocks = page(sounds, Path(flags.model).name)
+    blocks = page(sounds, flags.model)
     blocks.launch(server_port=flags.port, allowed_paths=[str(flags.audio.resolve())])
 
 
