@@ -9,8 +9,14 @@ Protocols: retrieval, classification, tagging, frames, sed (sound event detectio
 unless --protocol names some. What needs training or generation to be scored is in
 tools/downstream.py. Audio is never cropped at random: it is zero-padded to the model's window,
 longer audio is cut into consecutive windows whose embeddings are averaged by their seconds and
-renormalised (`--crop first`: the first window only). Scores carry a 95 % bootstrap interval over
-clips.
+renormalised (`--crop first`: the first window only). Windows of LAION-CLAP are tiled, then padded,
+as it was trained; those of curation-CLAP are repeated to 5 s. Cacophony hears a clip whole, without
+padding, over 60 s in pieces that are pooled together. Frames end with the clip, and a last window
+shorter than one frame adds none. Scores carry a 95 % bootstrap interval over clips.
+
+--variant computes as another variant of the model's script does: MGA-CLAP's official repeats clips
+under 10 s and scores all of their frames; Cacophony has paper, jax and official. Without it a model
+computes as it was trained.
 """
 
 import argparse

@@ -531,6 +531,13 @@ def described(method: str, flags: dict, seed: int, args) -> tuple:
         }
     if method == "t_clap" and not cfg.lt_weight:
         settings.pop("lt_scale")
+    # what the scripts could not do, or could do otherwise, when the stored runs were made
+    if method != "t_clap" and cfg.weights == "none":
+        settings.pop("weights")
+    if method == "mga_clap" and not cfg.micro_batch:
+        settings.pop("micro_batch")
+    if method == "collat":
+        settings["matching"] = "greedy"
     if method == "cacophony":
         settings["audio_weights"] = cfg.audio_weights or "stage 1"
         settings = {

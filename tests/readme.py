@@ -4,7 +4,7 @@
 
 A table stands below a comment `<!-- results/FILE.json -->` or `<!-- results/FILE.json TABLE -->`;
 its two header lines are kept (in bench.json's written, too), and name the metrics where there are
-many.
+many. Below `<!-- outcomes -->` stand all claims, first those that do not hold.
 """
 
 import json
@@ -40,6 +40,19 @@ def body(name: str, table: str, header: str) -> list[str]:
     ]
 
 
+def outcomes() -> list[str]:
+    """A line for each claim of results/claims_*.json, those that do not hold first."""
+    lines = []
+    for path in sorted((ROOT / "results").glob("claims_*.json")):
+        for c in json.loads(path.read_text()):
+            said = "holds" if c["holds"] else "does not hold"
+            means = f"{c['baseline_mean']:.3f} -> {c['method_mean']:.3f}"
+            table = path.stem.removeprefix("claims_")
+            line = f"| {said} | {table} | {c['claim']} | {means} | {c['seeds']} |"
+            lines.append((c["holds"], line))
+    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+
+
 def written(text: str) -> str:
     """The text with every table of results as its file says."""
 
@@ -56,6 +69,13 @@ def written(text: str) -> str:
             + "\n\n"
         )
 
+    head = [
+        "<!-- outcomes -->",
+        "| outcome | runs | claim | means | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    opening = "\n".join([*head, *outcomes()]) + "\n\n"
+    text = re.sub(r"<!-- outcomes -->\n.*?\n\n", lambda _: opening, text, flags=re.S)
     return re.sub(r"<!-- results/(\w+)\.json(?: (\w+))? -->\n(.*?)\n\n", block, text, flags=re.S)
 
 

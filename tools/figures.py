@@ -80,7 +80,8 @@ def clip_order(clips, class_embeds, classes, frame_s) -> list[int]:
 
 
 def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
-    """Cosine of frames to the prompt of each class that sounds, over time, the true events shaded.
+    """Cosine of frames to the prompt of each class that sounds, over time, the true events shaded:
+    as it is, and beside it without the frame's mean over all classes.
 
     The two best and the two worst clips by `clip_order`: a rule, not a choice by hand. As Fig. 1, 8
     and 9 of MGA-CLAP.
@@ -95,28 +96,28 @@ def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
         names = [c for c in classes if any(e["label"] == c for e in row["events"])]
         figure, axes = plt.subplots(
             len(names),
-            1,
-            figsize=(8, 1.2 + 1.6 * len(names)),
+            2,
+            figsize=(11, 1.2 + 1.6 * len(names)),
             sharex=True,
             squeeze=False,
             layout="constrained",
         )
-        centre = (np.arange(len(cosines)) + 0.5) * model.frame_s
-        for axis, name in zip(axes[:, 0], names):
-            axis.step(centre, cosines[:, classes.index(name)], where="mid")
-            for event in row["events"]:
-                if event["label"] == name:
-                    axis.axvspan(
-                        event["onset"], event["offset"], alpha=0.25, color="tab:green", lw=0
-                    )
-            axis.set_ylabel("cosine")
-            axis.set_title(
-                repr(settings.prompt.format(name.replace("_", " "))) + ", true event shaded",
-                fontsize=9,
-                loc="left",
-            )
-        axes[-1, 0].set_xlabel("time (s)")
-        axes[-1, 0].set_xlim(0, row.get("duration") or len(cosines) * model.frame_s)
+        edges = np.arange(len(cosines) + 1) * model.frame_s
+        centred = cosines - cosines.mean(1, keepdims=True)
+        for column, (what, shown) in enumerate((("cosine", cosines), ("centred", centred))):
+            for axis, name in zip(axes[:, column], names):
+                # stairs, so that the first and the last frame are as wide as the others
+                axis.stairs(shown[:, classes.index(name)], edges, baseline=None, linewidth=1.5)
+                for event in row["events"]:
+                    if event["label"] == name:
+                        axis.axvspan(
+                            event["onset"], event["offset"], alpha=0.25, color="tab:green", lw=0
+                        )
+                axis.set_ylabel(what)
+                prompt = repr(settings.prompt.format(name.replace("_", " ")))
+                axis.set_title(prompt + ", true event shaded", fontsize=9, loc="left")
+            axes[-1, column].set_xlabel("time (s)")
+            axes[-1, column].set_xlim(0, row.get("duration") or edges[-1])
         figure.suptitle(f"{label}: {Path(row['audio']).name}", fontsize=10)
         paths.append(folder / f"frames_{label}.png")
         save(figure, paths[-1], 110)
@@ -155,9 +156,9 @@ def plot_gap(model, clips, folder: Path) -> list[Path]:
     return [folder / "gap.png"]
 
 
-def plot_order(results: dict, folder: Path) -> Path:
+def plot_order(results: dict, folder: Path, note: str = "") -> Path:
     """{name: a result of t_classify}: by how much the true order is preferred, a histogram a
-    direction and model.
+    direction and model, counts on a logarithmic axis. note: above it.
     """
     plt = pyplot()
     ways = {
@@ -186,10 +187,17 @@ def plot_order(results: dict, folder: Path) -> Path:
                     f"{len(r['details']['margins'][way])} pairs",
                 )
         axis.axvline(0, color="black", lw=1)
+        axis.set_yscale("log")
+        # bars of one pair are seen, and the legend stands above all
+        axis.set_ylim(0.5, 6 * axis.get_ylim()[1])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.locator_params(axis="x", nbins=5)
         axis.set_xlabel(text)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("pairs")
+    if note:
+        figure.suptitle(note, fontsize=9)
     save(figure, folder / "order.png", 100)
     plt.close(figure)
     return folder / "order.png"
@@ -236,18 +244,27 @@ FUNCTION_WORDS = set(
 
 
 def content_tokens(tokens: list[str]) -> list[tuple[int, str]]:
-    """Number and text of the tokens that say something: neither special ones nor punctuation nor
-    function words.
+    """Number and text of the tokens that say something: neither special ones, punctuation,
+    function words nor pieces of words.
     """
-    bare = [
-        (k, token.replace("</w>", "").lstrip("\u0120\u2581").replace("##", ""))
-        for k, token in enumerate(tokens)
-    ]
-    return [
-        (k, word)
-        for k, word in bare
-        if re.fullmatch(r"[\w'-]+", word) and word.lower() not in FUNCTION_WORDS
-    ]
+    # marks of whole words: </w> ends one for CLIP, \u0120 or \u2581 begins one for byte-level
+    # tokenizers, ## continues one for WordPiece
+    ends = any(token.endswith("</w>") for token in tokens)
+    begins = any(token[:1] in ("\u0120", "\u2581") for token in tokens)
+    found = []
+    for k, token in enumerate(tokens):
+        before, after = tokens[k - 1] if k else "", tokens[k + 1] if k + 1 < len(tokens) else ""
+        if ends:
+            whole = token.endswith("</w>") and (before.endswith("</w>") or before.startswith("<"))
+        elif begins:
+            next_ends = after[:1] in ("\u0120", "\u2581", "<", "") or not after[:1].isalnum()
+            whole = (token[:1] in ("\u0120", "\u2581") or before.startswith("<")) and next_ends
+        else:
+            whole = not token.startswith("##") and not after.startswith("##")
+        word = token.removesuffix("</w>").lstrip("\u0120\u2581")
+        if whole and re.fullmatch(r"[\w'-]+", word) and word.lower() not in FUNCTION_WORDS:
+            found.append((k, word))
+    return found
 
 
 def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> Path:
@@ -314,7 +331,9 @@ def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> 
 
 
 def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
-    """Loss, in-batch R@1 and what else the run logged in its last stage, beside the checkpoint."""
+    """Loss, in-batch R@1 and what else the run logged in its last stage, and its validations, from
+    the log beside the checkpoint.
+    """
     path = Path(checkpoint).parent / "log.jsonl"
     if not path.exists():
         return []
@@ -327,7 +346,10 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
     if not lines:
         return []
     lines = [line for line in lines if line.get("stage") == lines[-1].get("stage")]
+    validations = [line for line in lines if "validation" in line]
     lines = [line for line in lines if "validation" not in line]
+    if not lines:
+        return []
     keys = [
         k
         for k in lines[0]
@@ -335,8 +357,9 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
         and all(k in line for line in lines)
         and k not in ("step", "epoch", "ln_B", "skipped", "pairs_per_s")
     ]
+    n = len(keys) + bool(validations)
     figure, axes = plt.subplots(
-        len(keys), 1, figsize=(7, 1.7 * len(keys)), sharex=True, squeeze=False, layout="constrained"
+        n, 1, figsize=(7, 1.7 * n), sharex=True, squeeze=False, layout="constrained"
     )
     for axis, key in zip(axes[:, 0], keys):
         axis.plot([line["step"] for line in lines], [line[key] for line in lines])
@@ -344,6 +367,15 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
         if key == "loss" and "ln_B" in lines[0]:
             axis.axhline(lines[0]["ln_B"], color="gray", ls=":", label="ln B (chance)")
             axis.legend()
+    if validations:
+        steps = [line["step"] for line in validations]
+        of_all = set.intersection(*(set(line["validation"]) for line in validations))
+        for name in ("t2a_R@5", "a2t_R@5", "t_classify_t2a", "tagging_mAP", "val_loss"):
+            if name in of_all:
+                scores = [line["validation"][name] for line in validations]
+                axes[-1, 0].plot(steps, scores, marker="o", markersize=4, label=name)
+        axes[-1, 0].set_ylabel("validation")
+        axes[-1, 0].legend(fontsize=8)
     axes[-1, 0].set_xlabel("step")
     save(figure, folder / "learning.png", 110)
     plt.close(figure)
@@ -467,17 +499,19 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
 
 @torch.no_grad()
 def plot_reconstructions(
-    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 3, dpi: int = 100
+    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 2, dpi: int = 80
 ) -> Path:
-    """The first readable clips: their spectrogram, what the encoder saw of it, each patch
-    normalised (the target), and painted.
+    """Of the first twenty readable clips the first of those louder than the median: their
+    spectrogram, what the encoder saw of it, each patch normalised (the target), and painted.
     """
     plt = pyplot()
     readable = common.Readable(dataset, 0)
     items = [readable[0, i] for i in range(min(20, len(dataset.rows)))]
-    items = [item for item in items if not isinstance(item, common.AudioError)][:clips]
+    items = [item for item in items if not isinstance(item, common.AudioError)]
+    levels = [float(dataset.collate([item])["patches"].mean()) for item in items]
+    items = [item for item, level in zip(items, levels) if level >= np.median(levels)][:clips]
     figure, axes = plt.subplots(
-        4, len(items), figsize=(4 * len(items), 7.5), squeeze=False, layout="constrained"
+        4, len(items), figsize=(5.5 * len(items), 9), squeeze=False, layout="constrained"
     )
     device = model.mask_token.device
     for column, item in zip(axes.T, items):
@@ -500,7 +534,7 @@ def plot_reconstructions(
                 .T.cpu()
             )
             low, high = (whole.min(), whole.max()) if row < 2 else (-2, 2)
-            axis.imshow(
+            drawn = axis.imshow(
                 image,
                 origin="lower",
                 aspect="auto",
@@ -513,6 +547,7 @@ def plot_reconstructions(
                     cacophony.N_MELS,
                 ),
             )
+            figure.colorbar(drawn, ax=axis, label="log magnitude" if row < 2 else "deviations")
             axis.set_title(title, fontsize=9)
             axis.set_ylabel("mel bin")
         column[-1].set_xlabel("time (s)")
@@ -578,7 +613,7 @@ def order(args) -> Path:
                 ]
             )
         )
-    return plot_order(results, args.out)
+    return plot_order(results, args.out, "one run each, seed 0")
 
 
 def reconstructions(args) -> Path:
@@ -590,7 +625,7 @@ def reconstructions(args) -> Path:
     rows = [
         row for row in rows if row["labels"] in (["rooster"], ["crying_baby"])
     ] or rows  # sounds with a pattern, rather than noises
-    return draw_stage_1(folder / "last.pt", rows, args.out, clips=2, dpi=55)
+    return draw_stage_1(folder / "last.pt", rows, args.out)
 
 
 def attention(args) -> Path:
@@ -649,7 +684,8 @@ def curation(args) -> Path:
     second.plot(levels, [right[cosines >= level].mean() for level in levels], marker="o")
     second.axhline(right.mean(), color="tab:blue", ls=":", lw=1)
     second.set_ylabel(
-        "sounds told that are there,\nof pairs above the cosine (dotted: all)", color="tab:blue"
+        "share of the caption's sounds present,\nof pairs above the cosine (dotted: all)",
+        color="tab:blue",
     )
     second.set_ylim(0, 1)
     axis.set_title(
@@ -729,7 +765,7 @@ def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[P
     if "order" in names and has["negatives"]:
         clips["swapped"] = evaluation.embed_swapped(model, clips["rows"], settings)
         r = evaluation.t_classify(model, clips, classes, settings)
-        paths.append(plot_order({Path(settings.checkpoint).name: r}, folder))
+        paths.append(plot_order({Path(settings.checkpoint).name: r}, folder, seed_of(settings)))
     if "attention" in names and hasattr(model, "token_attention") and has["captions"]:
         paths.append(plot_attention(model, clips["rows"], folder))
     if "maps" in names and isinstance(model, mga_clap.Model) and classes:
@@ -739,6 +775,13 @@ def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[P
             best = clip_order(clips, class_embeds, classes, model.frame_s)[0]
         paths += plot_maps(model, clips["rows"][best], prompts, folder)
     return paths
+
+
+def seed_of(settings) -> str:
+    """ "seed 0" of a run's checkpoint, "" of other models."""
+    path = Path(settings.checkpoint)
+    config = common.read_weights(path).get("config", {}) if path.is_file() else {}
+    return f"seed {config['seed']}" if "seed" in config else ""
 
 
 def draw_stage_1(path: Path, rows: list[dict], folder: Path, **given) -> Path:

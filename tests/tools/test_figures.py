@@ -74,8 +74,13 @@ def test_content_tokens_of_three_tokenizers():
             "<|endoftext|>",
         ]
     ) == [(2, "dog"), (3, "barks"), (6, "rain")]
-    assert said(["[CLS]", "the", "whist", "##ling", ".", "[SEP]"]) == [(2, "whist"), (3, "ling")]
+    # pieces of words say nothing
+    assert said(["[CLS]", "the", "whist", "##ling", "dog", ".", "[SEP]"]) == [(4, "dog")]
     assert said(["<s>", "A", "\u0120dog", "</s>"]) == [(2, "dog")]
+    words = ["<s>", "Rain", "\u0120snee", "zing", "\u0120dog", ".", "</s>"]
+    assert said(words) == [(1, "Rain"), (4, "dog")]
+    clip = ["<|startoftext|>", "snee", "zing</w>", "dog</w>", ".</w>", "<|endoftext|>"]
+    assert said(clip) == [(3, "dog")]
 
 
 def test_the_picture_of_attention(tmp_path, draw, capsys):
