@@ -357,6 +357,8 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
         and all(k in line for line in lines)
         and k not in ("step", "epoch", "ln_B", "skipped", "pairs_per_s")
     ]
+    # the loss of guessing: ln B, or 2 ln B where both directions are added (Cacophony)
+    guessing = {"loss_con": (2, "2 ln B")} if "loss_cap" in keys else {"loss": (1, "ln B")}
     n = len(keys) + bool(validations)
     figure, axes = plt.subplots(
         n, 1, figsize=(7, 1.7 * n), sharex=True, squeeze=False, layout="constrained"
@@ -364,8 +366,10 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
     for axis, key in zip(axes[:, 0], keys):
         axis.plot([line["step"] for line in lines], [line[key] for line in lines])
         axis.set_ylabel(key)
-        if key == "loss" and "ln_B" in lines[0]:
-            axis.axhline(lines[0]["ln_B"], color="gray", ls=":", label="ln B (chance)")
+        if key in guessing and "ln_B" in lines[0]:
+            times, name = guessing[key]
+            height = times * lines[0]["ln_B"]
+            axis.axhline(height, color="gray", ls=":", label=f"{name} (guessing)")
             axis.legend()
     if validations:
         steps = [line["step"] for line in validations]
