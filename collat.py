@@ -1,16 +1,15 @@
-"""CoLLAT: audio put into the words of a locked text encoder, token by token.
+"""CoLLAT: audio mapped to the input token embeddings of a locked text encoder.
 
 Silva, Whitehead, Lengerich, Leather: "CoLLAT: On Adding Fine-grained Audio Understanding to
 Language Models using Token-Level Locked-Language Tuning", NeurIPS 2023 (OpenReview 2NncD8AaFK). No
 code or weights were released.
 
-The idea: CLAP tunes both encoders on audio, and its text encoder loses language understanding by
-it. Here the text encoder (CLIP's) is locked, and the audio side must produce what it reads. Random
-slots are turned, block by block, into token embeddings, one embedding a slot. The same locked
-encoder then gives both global embeddings. Three losses: the tokens must be those of the label
-prompt, in any order; the global embeddings must tell the clips of a batch apart; noise on the
-audio must not move the tokens. The tokens can guide any application that was built on that text
-encoder.
+The idea: CLAP tunes both encoders on audio, so its text encoder loses language understanding. Here
+the text encoder (CLIP's) is locked, and the audio branch must produce its input. Cross-attention
+blocks turn random slots into token embeddings, one per slot. The locked encoder then computes the
+global embeddings of both branches. There are three losses: the tokens must match those of the label
+prompt, in any order; the global embeddings must tell the clips of a batch apart; noise on the audio
+must not change the tokens. The tokens can guide any application built on that text encoder.
 
 Equations (paper) -> code
   Eq. (1)  cross-token loss: L1 of matched tokens       cross_token_loss
@@ -19,54 +18,54 @@ Equations (paper) -> code
   Eq. (4)  the weighted sum of the three                training_loss
 
 Letters: B clips in a batch [|B|], S samples, 1024 frames [T] of 10 ms, 128 mel bins [F], P audio
-patches [M] (12 bands x 101 times; the states hold two class tokens more, D12), N slots 77 [N], L
-tokens of a batch's longest text, C width of the text encoder, D joint dimension. In the paper C is
-the number of a clip's labels, and N in Sec. 4.1 the number of patches.
+patches [M] (12 bands x 101 times; AST's states also include two class tokens, D12), N slots 77 [N],
+L tokens of a batch's longest text, C width of the text encoder, D joint dimension. In the paper C
+is the number of a clip's labels, and in Sec. 4.1 N is the number of patches.
 
 Deviations from the paper, and what it leaves open
-  D1  Not stated: 16 kHz, AST's normalisation. The paper's input has "128 x 100t" bins for t
-      seconds; ours is zero-padded to AST's 1024 frames (10.24 s). The "25ms Hamming window" is the
-      paper's; AST's weights were trained with a Hann window.
+  D1  Not stated: sample rate and normalisation. Ours: 16 kHz, AST's. The paper's input has
+      "128 x 100t" bins for t seconds; ours is zero-padded to AST's 1024 frames (10.24 s). The "25ms
+      Hamming window" is the paper's; AST's weights were trained with a Hann window.
   D2  Not stated: which "pretrained CLIP text encoder", and where it pools audio. Ours: ViT-L/14's,
-      as wide as AST. It takes a text's embedding at the end token. Predicted tokens have no end
-      token: there it is taken at the last slot. Other transformers encoders pool the mean of their
-      tokens.
-  D3  The "cross-attention-based blocks [37]" are drawn in Fig. 3b; neither the figure nor [37] was
-      at hand. Ours: pre-norm cross-attention to the audio, then a feed-forward layer, no
-      self-attention, at AST's width; at the end LayerNorm and a linear layer to C, which starts at
-      mean and deviation of the text encoder's tokens. The paper's blocks "take the currently
-      predicted text token embeddings from the previous block as input"; between ours stand hidden
-      states, and only the last layer makes token embeddings of them.
+      as wide as AST. It pools a text at its end token. Predicted tokens have no end token, so they
+      are pooled at the last slot. Other transformers encoders pool by the mean of their tokens.
+  D3  The "cross-attention-based blocks [37]" are drawn in Fig. 3b; we had neither the figure nor
+      [37]. Ours: pre-norm cross-attention to the audio, then a feed-forward layer, no
+      self-attention, at AST's width; at the end LayerNorm and a linear layer to C, initialised to
+      the mean and standard deviation of the text encoder's token embeddings. The paper's blocks
+      "take the currently predicted text token embeddings from the previous block as input". Ours
+      pass on hidden states, and only the last layer turns them into token embeddings.
   D4  Slots are "randomly initialized" from a normal distribution. Not stated: how often. Ours: anew
-      for every clip and step, one fixed draw in evaluation; the same for the clean and the noisy
-      view.
+      for every clip and step in training, one fixed draw in evaluation. The clean and the noisy
+      view share the draw.
   D5  The paper matches "all the tokens" to the "closest" one. Not stated: the distance (ours is L1,
-      the loss's own) and what padding does. Ours: only tokens that are not padding are matched,
-      slots left over get no token loss, and no gradient flows through the choice of the pairs.
-      The best assignment, the paper's "future work", was tried once and is not here: tagging mAP
-      .440, greedy .443 (one seed, results/README.md). f_t reads the slots in their own order, as
-      Sec. 3.1 has it.
-  D6  Eq. (1) and (3) print the L1 norm, "||.||_1": a sum, over 77 x 768 values 59,136 times their
-      mean. Not stated: how clips are averaged. Ours: Eq. (1) is the mean over the values of all
-      real tokens of the batch together, so long prompts weigh more; Eq. (3) that over values, slots
-      and clips. At the paper's weights the first two terms of Eq. (4) then differ by a factor of
-      about ten in value and five in gradient (first 120 steps of the demo, weighted: values 0.02 to
-      0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums at such distances Eq. (2)
-      would be less than a thousandth of the loss. So the weights are the paper's, but if its losses
-      are sums, the three terms do not have its proportions here. The gradient of Eq. (3) at 0.01 is
-      three to four orders below the others (there: 0.0001), so it hardly acts. --token-weight 59136
-      --uni-weight 591 weigh as sums do (at 77 slots of 768).
-  D7  Eq. (2) is printed without its minus sign. tau is "a temperature parameter"; not stated: its
-      value and whether embeddings are normalised. Ours are; tau starts at 1 / 0.07 and is learnt,
-      as CLIP's, between 1 (ours) and 100 (CLIP).
-  D8  Eq. (3) adds "a Gaussian noise" to x^a, the log-mel. Not stated: its deviation. Ours: 0.1 on
-      the normalised log-mel; the paper prints 0.1 for the noisy clips of its evaluation (Sec. 5.1).
-      Both views give a gradient.
-  D9  Stated: the loss weights, 8 V100, "approximately 320 GPU hours". Not stated: AdamW, learning
-      rates, that AST is trained too (at a tenth of the rate), weight decay, warm-up, batch, steps,
-      gradient norm at most 1, and the choice of the checkpoint (mean of the validation scores that
-      the manifest has labels or captions for).
-  D10 Rows with labels give the prompt "This is a sound of A, B, and C"; not stated: the form for
+      as in the loss) and the treatment of padding. Ours: padding tokens are not matched, slots left
+      over get no token loss, and no gradient flows through the choice of the pairs. The optimal
+      assignment, the paper's "future work", was tried once and is not included: tagging mAP .440,
+      greedy .443 (one seed, results/README.md). f_t reads the slots in their own order, as in
+      Sec. 3.1.
+  D6  Eq. (1) and (3) print the L1 norm, "||.||_1". It is a sum: over 77 x 768 values it is 59,136
+      times the mean. Not stated: how clips are averaged. Ours: Eq. (1) is the mean over the values
+      of all real tokens of the batch together, so long prompts weigh more; Eq. (3) is the mean over
+      values, slots and clips. With the paper's weights the first two terms of Eq. (4) then differ
+      by a factor of about ten in value and five in gradient (first 120 steps of the demo, weighted:
+      values 0.02 to 0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums at such
+      distances Eq. (2) would be less than a thousandth of the loss. So we keep the paper's weights,
+      but if its losses are sums, our three terms have other proportions. With weight 0.01 the
+      gradient of Eq. (3) is three to four orders of magnitude below the others (0.0001 in the same
+      steps), so it has little effect. --token-weight 59136 --uni-weight 591 weight the means as
+      sums (at 77 slots of 768).
+  D7  Eq. (2) is printed without its minus sign. tau is "a temperature parameter". Not stated: its
+      value and whether embeddings are normalised. Ours are normalised. As in CLIP, tau starts at
+      1 / 0.07 and is learnt; it stays between 1 (ours) and 100 (CLIP).
+  D8  Eq. (3) adds "a Gaussian noise" to x^a, the log-mel. Not stated: its standard deviation. Ours:
+      0.1 on the normalised log-mel; the paper prints 0.1 for the noisy clips of its evaluation
+      (Sec. 5.1). Gradients flow through both views.
+  D9  Stated: the loss weights, 8 V100, "approximately 320 GPU hours". Not stated, so ours: AdamW,
+      learning rates, training AST too (at a tenth of the rate), weight decay, warm-up, batch,
+      steps, gradient norm at most 1, and the choice of the checkpoint (mean of the validation
+      scores that the manifest has labels or captions for).
+  D10 Rows with labels give the prompt "This is a sound of A, B, and C". Not stated: the form for
       one or two labels (here "A" and "A, and B"), the order of labels (here the manifest's), names
       that hold commas (kept). Rows without labels give one of their captions; the paper decides "to
       not utilize natural language descriptions".
@@ -74,18 +73,18 @@ Deviations from the paper, and what it leaves open
       fp32 or higher.
   D12 The blocks attend to all of AST's states, its two class tokens included; the paper's h^a are
       those of "the audio tokens (i.e., patches in the log mel spectrogram)".
-  D13 The paper trains on 10 s clips. Audio over 10.24 s: a random window of it in training; in
-      evaluation the mean over consecutive windows by their seconds. Tokens and prompts
-      (token_embeds, prompt_embeds): the first window.
-  D14 Not stated: the prompt of zero-shot evaluation. Ours, in validation: that of training with one
-      label; with eval.py it is --prompt collat (its default is the bare name).
+  D13 The paper trains on 10 s clips. From audio over 10.24 s, training takes a random window, and
+      evaluation takes the mean over consecutive windows, weighted by duration. token_embeds and
+      prompt_embeds take the first window.
+  D14 Not stated: the prompt of zero-shot evaluation. Validation uses the training prompt with one
+      label. So does eval.py with --prompt collat; its default is the bare class name.
 
 Run:  python collat.py --data demo                              (two CPU cores, about 4 minutes)
       python collat.py --data audioset --batch-size 256 --micro-batch 32
       torchrun --nproc-per-node 8 collat.py --data ...          (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all --prompt collat
-Eq. (2) starts near ln B. Eq. (1) starts near what one mean token gives, as the slots start there
-(D3), and may rise in the first 100 steps.
+Eq. (2) starts near ln B. Eq. (1) starts near its value for the mean token embedding, because the
+slots start there (D3), and may rise in the first 100 steps.
 """
 
 import math
@@ -112,18 +111,19 @@ import common
 class Config(common.RunConfig):
     # data
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
-    # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST from nothing
+    # paper: AST + CLIP ViT-L/14's text tower; tiny: a small AST with random weights
     size: Literal["paper", "tiny"] = "paper"
-    # start from a whole model, a run's best.pt, with the model's own settings; none: from the two
-    # below
+    # whole model to start from, with its own settings: a run's best.pt; none: start from
+    # --audio-weights and --text-model
     weights: str = "none"
-    # AST's start, pre-trained on AudioSet as in Fig. 4b (which Sec. 5.1 calls Table 4b):
+    # initial AST, pre-trained on AudioSet as in Fig. 4b (which Sec. 5.1 calls Table 4b):
     # transformers folder or hub id, AST's own file, or none
     audio_weights: str = "MIT/ast-finetuned-audioset-10-10-0.4593"
-    # the locked text encoder: hub id or folder (D2), or none: random, from the training texts
+    # the locked text encoder: hub id or folder (D2), or none: random, vocabulary of the training
+    # texts
     text_model: str = "openai/clip-vit-large-patch14"
-    # number of slots, and of tokens a text is cut to: N, the longest text's (Sec. 3.1; not printed,
-    # CLIP's is 77)
+    # number N of slots, and maximum length of a text in tokens (Sec. 3.1: the longest text's, no
+    # number printed; CLIP's is 77)
     max_tokens: common.Tokens = 77
 
     # model
@@ -131,16 +131,16 @@ class Config(common.RunConfig):
     audio_layers: common.Layers = 12  # AST's layers (AST's own)
     audio_heads: common.Count = 12  # heads of AST (its own) and of the blocks (D3)
     audio_patch: Annotated[int, "[1, 128]"] = 16  # frames and mel bins of a patch (Sec. 4.1)
-    audio_stride: common.Count = 10  # from patch to patch; the paper's overlap of 6 (Sec. 4.1)
+    audio_stride: common.Count = 10  # step from patch to patch (Sec. 4.1: an overlap of 6)
     # cross-attention blocks of the token interaction module (Sec. 5.1, Fig. 4a)
     blocks: common.Layers = 8
     text_dim: common.Count = 768  # text encoder width, read only when --text-model none
     text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
 
     # loss
-    token_weight: common.NotNegative = 1.0  # lambda 1, of the cross-token loss (Sec. 4.1; D6)
-    global_weight: common.NotNegative = 0.1  # lambda 2, of the cross-global loss (Sec. 4.1)
-    # lambda 3, of the uni-token loss (Sec. 4.1; D6); 0: no noisy view
+    token_weight: common.NotNegative = 1.0  # lambda 1 of the cross-token loss (Sec. 4.1; D6)
+    global_weight: common.NotNegative = 0.1  # lambda 2 of the cross-global loss (Sec. 4.1)
+    # lambda 3 of the uni-token loss (Sec. 4.1; D6); 0: no noisy view
     uni_weight: common.NotNegative = 0.01
     # text encoder layer whose states the token losses compare; 0: its static embeddings (Sec. 5.1,
     # Fig. 4a)
@@ -150,22 +150,22 @@ class Config(common.RunConfig):
     # 10 passes over AudioSet's 2,041,792 clips at this batch size (ours, D9)
     steps: common.Count = 80000
     batch_size: common.Count = 256  # clips over all processes (ours, D9)
-    lr: common.Positive = 1e-4  # peak of AdamW's learning rate, all but AST (ours, D9)
-    audio_lr: common.Positive = 1e-5  # the same for AST (ours, D9)
+    lr: common.Positive = 1e-4  # peak learning rate of AdamW, except for AST (ours, D9)
+    audio_lr: common.Positive = 1e-5  # peak learning rate for AST (ours, D9)
     warmup_steps: common.Whole = 1000  # linear warm-up, then cosine to 0 (ours, D9)
-    weight_decay: common.NotNegative = 0.01  # AdamW's (ours, D9)
+    weight_decay: common.NotNegative = 0.01  # of AdamW (ours, D9)
     eval_steps: common.Count = 1000  # steps between validations (each may write best.pt)
 
     def check(self):
         if not (self.token_weight or self.global_weight):
             raise ValueError(
-                "--token-weight 0 --global-weight 0: nothing ties audio to text; at least one must "
-                "be above 0"
+                "--token-weight 0 --global-weight 0: no loss relates audio to text; at least one "
+                "weight must be above 0"
             )
         if self.audio_stride > self.audio_patch:
             raise ValueError(
-                f"--audio-patch {self.audio_patch} --audio-stride {self.audio_stride}: expected a "
-                "stride of at most the patch"
+                f"--audio-patch {self.audio_patch} --audio-stride {self.audio_stride}: the stride "
+                "must not exceed the patch"
             )
         if self.audio_dim % self.audio_heads:
             raise ValueError(
@@ -173,8 +173,8 @@ class Config(common.RunConfig):
             )
 
 
-# A start from nothing needs one larger learning rate; larger patches make a step affordable on a
-# CPU
+# Random weights need a larger learning rate, the same for AST; larger patches make a step
+# affordable on a CPU.
 TINY = dict(
     audio_weights="none",
     text_model="none",
@@ -226,7 +226,7 @@ def fbank(waveform):
         frame_shift=10,
     )[:N_FRAMES]
     features = F.pad(features, (0, 0, 0, N_FRAMES - len(features)))
-    # mean and deviation of AudioSet in AST's recipe (D1); divided by 2 deviations, as there
+    # AudioSet's mean and standard deviation in AST's recipe, which divides by twice the latter (D1)
     return (features + 4.2677393) / (2 * 4.5689974)
 
 
@@ -243,7 +243,7 @@ class AST(nn.Module):
         self.out_dim = dim
         # (bands, times), 12 x 101 at the paper's size
         self.grid = ((N_MELS - patch) // stride + 1, (N_FRAMES - patch) // stride + 1)
-        # two, because AST's weights come from a distilled DeiT
+        # two class tokens, because AST's weights come from a distilled DeiT
         self.cls_token, self.dist_token = (
             nn.Parameter(torch.randn(1, 1, dim) * 0.02) for _ in range(2)
         )
@@ -271,7 +271,7 @@ class AST(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """One step of the token interaction module: the slots look at the audio (D3)."""
+    """One block of the token interaction module: the slots attend to the audio (D3)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -318,10 +318,7 @@ class TokenInteraction(nn.Module):
         return self.out_proj(self.norm(slots))  # only here do slots become token embeddings (D3)
 
     def attention(self, slots, audio):
-        """Share of its attention that each slot gives to each audio state -> (B, N, 2 + P).
-
-        Of the last block, mean over heads.
-        """
+        """Attention of slots to audio states (B, N, 2 + P) in the last block, mean over heads."""
         for block in self.blocks[:-1]:
             slots = block(slots, audio)
         q, k, _ = self.blocks[-1].queries_keys_values(slots, audio)
@@ -330,10 +327,10 @@ class TokenInteraction(nn.Module):
 
 
 class LockedText(nn.Module):
-    """f_t: a transformers text encoder that is never trained and never in training mode, read from
-    token embeddings on.
+    """f_t: a transformers text encoder that is never trained and never in training mode.
 
-    Gradients pass through it to its input. Args: encoder: a common.TextEncoder.
+    Its input is token embeddings, and gradients flow through it to them. Args: encoder: a
+    common.TextEncoder.
     """
 
     def __init__(self, encoder: common.TextEncoder):
@@ -352,11 +349,11 @@ class LockedText(nn.Module):
         return self.encoder.model.get_input_embeddings()(input_ids)  # E_t of Sec. 3.1
 
     def states(self, token_embeds, attention_mask=None) -> list:
-        """Token embeddings (B, L, C) -> what enters the first layer, then what leaves each, the
+        """Token embeddings (B, L, C) -> input of the first layer, then output of each layer, the
         last normalised; (B, L, C) each.
         """
         if not self.is_clip:
-            # it adds positions to inputs_embeds by itself, as it does for ids
+            # the model itself adds positions to inputs_embeds, as it does for ids
             out = self.encoder.model(
                 inputs_embeds=token_embeds, attention_mask=attention_mask, output_hidden_states=True
             )
@@ -366,15 +363,14 @@ class LockedText(nn.Module):
         causal = torch.full(
             (L, L), -math.inf, dtype=states[0].dtype, device=token_embeds.device
         ).triu(1)[None, None]  # (1, 1, L, L), -inf where a token would see a later one
-        for layer in (
-            tower.encoder.layers
-        ):  # padding stands behind the end token, so the causal mask hides it
+        # padding follows the end token, so the causal mask hides it
+        for layer in tower.encoder.layers:
             out = layer(states[-1], attention_mask=causal)
             states.append(out[0] if isinstance(out, tuple) else out)
         return [*states[:-1], tower.final_layer_norm(states[-1])]
 
     def pool(self, last_states, attention_mask=None):
-        """(B, L, C) -> (B, D); attention_mask (B, L), 1 = a real token; none: all are slots."""
+        """(B, L, C) -> (B, D); attention_mask (B, L), 1 = a real token; None: all are slots."""
         if self.is_clip:
             end = -1 if attention_mask is None else attention_mask.sum(1) - 1  # D2
             return self.encoder.model.text_projection(
@@ -389,7 +385,7 @@ class LockedText(nn.Module):
 
 
 class Model(nn.Module):
-    """AST, token interaction module and the locked text encoder, which both branches end in.
+    """AST, the token interaction module, and the locked text encoder that both branches end in.
 
     Args: shape: audio (dim, layers, heads, patch, stride), blocks; text_encoder: a
     common.TextEncoder (kept in checkpoints).
@@ -407,11 +403,11 @@ class Model(nn.Module):
         )
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # D7
         self.patch_s = audio["stride"] / 100  # seconds from patch to patch: 100 frames a second
-        # a generator of its own: the draw does not depend on --seed
+        # a separate generator, so that the draw does not depend on --seed
         slots = torch.randn(
             1, text_encoder.max_tokens, audio["dim"], generator=torch.Generator().manual_seed(0)
         )
-        self.register_buffer("slots", slots)  # of evaluation (D4)
+        self.register_buffer("slots", slots)  # used in evaluation (D4)
 
     @property
     def text_encoder(self) -> common.TextEncoder:
@@ -431,7 +427,7 @@ class Model(nn.Module):
         views = log_mel
         if noisy:
             views = torch.cat([log_mel, log_mel + NOISE_STD * torch.randn_like(log_mel)])  # D8
-        slots = slots.repeat(len(views) // B, 1, 1)  # both views have the same ones
+        slots = slots.repeat(len(views) // B, 1, 1)  # both views have the same slots
         predicted = self.interaction(slots, self.audio_encoder(views))  # (B or 2 B, N, C)
         with torch.no_grad():
             text = self.text.token_embeds(input_ids)  # h^t (B, L, C)
@@ -465,7 +461,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
         """waveform (B, S) in [-1, 1] at 16 kHz, n_samples (B,) valid ones -> (B, D), normalised;
-        never random.
+        deterministic.
         """
         with common.evaluating(self):
             # D13
@@ -488,20 +484,18 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def token_embeds(self, waveform, n_samples=None):
-        """h^(a-t) of the first 10.24 s: (B, N, C), to be read where the text encoder's static token
-        embeddings are.
+        """h^(a-t) (B, N, C) of the first 10.24 s, to use instead of the text encoder's static token
+        embeddings.
         """
         with common.evaluating(self):
             return self._tokens(self.first_window(waveform, n_samples)).float()
 
     @torch.no_grad()
     def prompt_embeds(self, waveform, n_samples=None):
-        """The text encoder's last states (B, N, C) for the first 10.24 s, as if it had read a
-        prompt.
+        """The text encoder's last states (B, N, C) for the first 10.24 s, in place of a prompt's.
 
-        What `prompt_embeds` means in diffusers:
-        pipeline(prompt_embeds=model.prompt_embeds(waveform)), for a pipeline built on this text
-        encoder (Stable Diffusion 1.x on CLIP ViT-L/14).
+        For diffusers: pipeline(prompt_embeds=model.prompt_embeds(waveform)), where the pipeline is
+        built on this text encoder (Stable Diffusion 1.x on CLIP ViT-L/14).
         """
         with common.evaluating(self):
             return self.text.states(self._tokens(self.first_window(waveform, n_samples)))[
@@ -512,8 +506,8 @@ class Model(nn.Module):
     def token_attention(self, waveform, texts: list[str]):
         """Which audio patches the slot of each text token attends to, in the first 10.24 s.
 
-        -> tokens: of each clip its text's tokens; maps: of each (tokens, bands, times), shares of
-        the attention to patches.
+        -> two lists with an entry per clip: the tokens of its text, and their attention weights
+        (tokens, bands, times).
         """
         with common.evaluating(self):
             ids = common.to_device(self.text_encoder.tokenize(texts), self.slots.device)
@@ -524,7 +518,7 @@ class Model(nn.Module):
                 self.text.token_embeds(ids["input_ids"]),
                 ids["attention_mask"],
             )
-            # (B, N, bands, times); without the class tokens a slot's shares sum to below 1
+            # (B, N, bands, times); without the class tokens a slot's weights sum to less than 1
             shares = self.interaction.attention(slots, audio)[:, :, 2:].unflatten(
                 2, self.audio_encoder.grid
             )
@@ -564,8 +558,8 @@ class Model(nn.Module):
 
 
 def start_model(cfg: Config, texts: list[str]) -> Model:
-    """--weights, or AST from --audio-weights, the locked text encoder from --text-model, the token
-    interaction module from nothing.
+    """The model of --weights, or a new one: AST from --audio-weights, the locked text encoder from
+    --text-model, the token interaction module with random weights.
     """
     if cfg.weights != "none":
         model = Model.from_checkpoint(cfg.weights)
@@ -604,12 +598,12 @@ def check_token_layer(cfg: Config, model: Model) -> None:
 def start_at_the_mean_token(model: Model) -> None:
     """Start every slot near the mean of the token-embedding table (D3).
 
-    The random differences are as large as the table's standard deviation in each dimension.
+    In each dimension, slots vary around it by the table's standard deviation.
     """
     table = model.text_encoder.model.get_input_embeddings().weight
     out_proj = model.interaction.out_proj
     out_proj.bias.copy_(table.mean(0))
-    # of normalised input, torch's first weights make a deviation of 1 / sqrt(3)
+    # for normalised input, torch's initial weights give a standard deviation of 1 / sqrt(3)
     out_proj.weight.mul_(math.sqrt(3) * table.std(0)[:, None])
 
 
@@ -620,10 +614,10 @@ def start_at_the_mean_token(model: Model) -> None:
 
 @torch.no_grad()
 def match(predicted, text, attention_mask):
-    """A slot of its own for every text token -> (B, L) numbers of slots.
+    """Assign a different slot to every text token -> slot indices (B, L).
 
-    From a text's last token to its first, each takes the nearest slot that is left, of equally near
-    ones the first. The numbers are arbitrary where the text is padded. Source: Sec. 3.2.
+    From a text's last token to its first, each takes the nearest free slot, the first one in a tie.
+    Indices at padding are arbitrary. Source: Sec. 3.2.
     predicted (B, N, C), text (B, L, C), attention_mask (B, L), 1 = a real token; N >= L.
     """
     distance = torch.cdist(text.float(), predicted.float(), p=1)  # (B, L, N); D5
@@ -631,12 +625,12 @@ def match(predicted, text, attention_mask):
 
 
 def match_greedy(distance, real):
-    """`match` by distance (B, L, N); real (B, L) bool, True = not padding -> (B, L)."""
+    """`match` from distance (B, L, N); real (B, L) bool, True = not padding -> (B, L)."""
     B, L, N = distance.shape
     taken, matched = torch.zeros(B, N, dtype=torch.bool, device=distance.device), []
     for column in range(L - 1, -1, -1):  # from the right-most token on (Sec. 3.2)
         nearest = distance[:, column].masked_fill(taken, math.inf).argmin(1, keepdim=True)  # (B, 1)
-        # a padded token takes no slot away
+        # a padding token does not occupy a slot
         taken = taken.scatter(1, nearest, taken.gather(1, nearest) | real[:, column, None])
         matched.append(nearest)
     return torch.cat(matched[::-1], 1)  # (B, L), in the text's order again
@@ -656,8 +650,9 @@ def cross_token_loss(predicted, text, attention_mask, matched):
 
 
 def cross_global_loss(sim, scale):
-    """sim (B, B) cosine, audio in rows; mean cross-entropy of the right partner, half of it in each
-    direction (D7).
+    """Cross-entropy with the matching pair as target, mean of both directions (D7).
+
+    sim (B, B) cosine, audio in rows.
     """
     target = torch.arange(len(sim), device=sim.device)
     return (
@@ -677,7 +672,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_coun
     processes.
     """
     audio_embeds, text_embeds, token_sums, token_counts, uni = (
-        # sums and counts apart, so that the mean is over all tokens of the batch (D6)
+        # separate sums and counts, so that the mean is over all tokens of the batch (D6)
         common.gather_with_grad(x)
         for x in (audio_embeds, text_embeds, token_sums, token_counts, uni)
     )
@@ -707,8 +702,8 @@ def texts_of(row: dict) -> list[str]:
 
 
 class Clips(Dataset):
-    """One item a clip with its text. Items are asked for as (epoch, index), which seeds the crop
-    and the choice of a caption.
+    """One item per clip, with its text. A key is (epoch, index), which seeds the crop and the
+    choice of the caption.
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
@@ -724,7 +719,7 @@ class Clips(Dataset):
         return fbank(torch.from_numpy(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
 
     def collate(self, items) -> dict:
-        """-> what Model.forward takes."""
+        """-> the arguments of Model.forward."""
         features, texts, _ = zip(*items)
         tokens = self.tokenize(list(texts))
         return {
@@ -741,7 +736,7 @@ class Clips(Dataset):
 
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     """Tagging by single-label prompts where rows have labels, retrieval where they have captions ->
-    scores, what chance gives.
+    scores, chance levels.
     """
     rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
     scores, chance = {}, {}
@@ -762,7 +757,7 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
 
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
-    split, as in eval.json; {} without one.
+    split, as in eval.json; {} without validation clips.
     """
     run = common.Run(cfg, METHOD)
 
@@ -791,7 +786,7 @@ def main(cfg: Config) -> dict:
     of_audio = [p for name, p in trained.items() if name.startswith("audio_encoder.")]
     others = [p for name, p in trained.items() if not name.startswith("audio_encoder.")]
     optimiser = torch.optim.AdamW(
-        # the optimiser keeps a key that it does not know; the loop reads it
+        # the optimiser keeps the unknown key "peak", which the loop reads
         [{"params": of_audio, "peak": cfg.audio_lr}, {"params": others, "peak": cfg.lr}],
         lr=cfg.lr,
         weight_decay=cfg.weight_decay,
@@ -808,7 +803,7 @@ def main(cfg: Config) -> dict:
         shape=model.shape,
     )
     if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:
-        run.log_scores(validate(model, val_rows)[0])  # of the model that is fine-tuned
+        run.log_scores(validate(model, val_rows)[0])  # before fine-tuning
     clips = Clips(train_rows, cfg, model.text_encoder.tokenize)
     sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
     options = dict(token_layer=cfg.token_layer, noisy=cfg.uni_weight > 0)
@@ -831,7 +826,7 @@ def main(cfg: Config) -> dict:
         nn.utils.clip_grad_norm_(trained.values(), 1.0)  # D9
         optimiser.step()
         with torch.no_grad():
-            model.log_scale.clamp_(0, math.log(100))  # tau stays in 1 to 100 (D7)
+            model.log_scale.clamp_(0, math.log(100))  # tau stays in [1, 100] (D7)
 
         run.step_done(loss, sim, **losses, scale=model.log_scale.exp())
         if run.is_due(cfg.eval_steps):
@@ -891,10 +886,9 @@ def ast_state(weights: dict) -> dict:
             state.pop(key.replace("q_proj", name), None) for name in ("q_proj", "k_proj", "v_proj")
         ]
         if all(part is not None for part in parts):
-            # rows of q, k, v below one another, as in AST's own file
+            # q, k and v are stacked in rows, as in AST's own file
             state[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-    # AST's file also has the head of its image model, and its own (module.mlp_head.*); neither is
-    # used
+    # AST's file also has its own head (module.mlp_head.*) and its image model's; neither is used
     return {
         k: v
         for k, v in state.items()
@@ -903,8 +897,8 @@ def ast_state(weights: dict) -> dict:
 
 
 def load_ast(encoder: AST, source: str) -> None:
-    """Start the audio encoder from a transformers folder or hub id, AST's own .pth file, or a file
-    of this AST's state.
+    """Load the audio encoder's weights from a transformers folder or hub id, AST's own .pth file,
+    or a saved state dict of `AST`.
     """
     if Path(source).is_file():
         weights = common.read_encoder_weights(source)
@@ -922,7 +916,7 @@ def load_ast(encoder: AST, source: str) -> None:
 
 
 def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
-    """A pre-trained text encoder and its tokenizer: of a CLIP only the text tower and its
+    """A pre-trained text encoder and its tokenizer; of a CLIP, only the text tower and its
     projection.
     """
     transformers = common.quiet_transformers()
@@ -937,7 +931,7 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
     if not config.model_type.startswith("clip"):
         return common.text_encoder_from_pretrained(name, max_tokens)
     if config.model_type == "clip":
-        # the width of the common space stands outside the text tower's own settings
+        # the joint dimension is a setting of the whole CLIP, not of the text tower
         config.text_config.projection_dim = config.projection_dim
         config = config.text_config
     model = transformers.CLIPTextModelWithProjection.from_pretrained(

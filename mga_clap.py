@@ -1,112 +1,112 @@
-"""MGA-CLAP: CLAP whose clip and caption vectors are sparse mixtures of one codebook shared by both.
+"""MGA-CLAP: CLAP whose clip and caption embeddings are sparse mixtures of shared codewords.
 
 Yiming Li, Zhifang Guo, Xiangdong Wang, Hong Liu: "Advancing Multi-grained Alignment for Contrastive
 Language-Audio Pre-training", ACM Multimedia 2024, arXiv:2408.07919v1. Official code:
-github.com/Ming-er/MGA-CLAP (HTS-AT only); "the code" below is this one.
+github.com/Ming-er/MGA-CLAP (HTS-AT only), called "the code" below.
 
-The idea: plain CLAP pools frames and words into one vector each and only aligns those, so single
-frames need not agree with single words. Here (1) every frame (or word) is compared with every
-codeword of one shared codebook; for each codeword the largest value over the frames is kept;
-sparsemax turns these K values into weights, most of them 0; the embedding is the weighted sum of
-the codewords; (2) the encoder's last block mixes nothing over time, so a frame stays local; (3)
-negatives that lie close to the clip (or caption) count more. Frames then match words without frame
-labels.
+The idea: plain CLAP pools the frames into one vector and the words into another, and aligns only
+these two. A single frame need not match a single word. Three changes make frames match words
+without frame labels. (1) Both modalities share a codebook. Every frame (or word) is compared with
+every codeword, and each codeword keeps its largest value over the frames. Sparsemax turns these K
+values into weights, most of them 0. The embedding is the weighted sum of the codewords. (2) The
+encoder's last block mixes nothing over time, so a frame stays local. (3) Negatives that lie close
+to the clip (or caption) weigh more.
 
 Equations (paper) -> code
   Eq. (1)  symmetric contrastive loss (plain CLAP)           clap_loss
-  Eq. (2)  affinity to a codeword: maximum over frames, / eta   codebook_weights
+  Eq. (2)  affinity to a codeword: maximum over frames / eta  codebook_weights
   Eq. (3)  affinities to weights: sparsemax                  codebook_weights
   Sec. 3.2.2  mixture of codewords (no number)               Model.aggregate
   Eq. (4)  query, key, value of an ordinary block            common.Attention.forward
   Eq. (5)  its softmax over positions                        common.Attention.forward
   Eq. (6)  its weighted sum of values                        common.Attention.forward
-  Sec. 3.3  locality-aware block: U' = V, (5) and (6) gone   common.Block.forward
+  Sec. 3.3  locality-aware block: U' = V, no (5) and (6)     common.Block.forward
   Eq. (7)  hard-negative guided loss                         hard_negative_loss
   Eq. (8)  its weights alpha and beta                        hard_negative_loss
-  Table 4  UACA, WSTAG, PACL, to compare with                *_similarity
+  Table 4  compared methods UACA, WSTAG, PACL                *_similarity
 
-Letters, in brackets the paper's: B pairs, S samples, T frames (HTS-AT: 32 of 0.3125 s in 10 s),
+Letters (the paper's in brackets): B pairs, S samples, T frames (HTS-AT: 32 of 0.3125 s in 10 s),
 L words [N], D joint dimension 1024, K codewords [M] 4096, M mel bins, gamma 0.15, temperature
 [tau], eta affinity divisor.
 
 Deviations from the paper (and what --variant official does)
-  D1  Eq. (1) and (7) are sums over the batch and both directions. Ours is the mean over both, so
-      that it can be compared with ln B; Adam's step does not change with the scale of the loss.
-  D2  The paper prints neither eta ("a scaling term") nor the codewords' start. As in the code:
-      sqrt(D) * 1000, and N(0, 1); with 256 codewords sqrt(D) * 70 (README). Sec. 1 speaks of the
-      "maximum cosine similarity", Eq. (2) prints an inner product. We and the code follow Eq. (2):
-      frames, words and codewords are not normalised.
-  D3  The paper does not speak of masking. Here [SEP] and the padding of a caption never win the
-      maximum of Eq. (2); official: they enter the maximum with affinity 0. Zero-padded audio counts
-      like any other audio, in both.
+  D1  Eq. (1) and (7) are sums over the batch and both directions. Ours are means over both, so that
+      they can be compared with ln B. Adam's step does not depend on the scale of the loss.
+  D2  The paper gives neither eta ("a scaling term") nor the initial codewords. Ours are the code's:
+      eta = sqrt(D) * 1000, codewords from N(0, 1). With 256 codewords eta is sqrt(D) * 70 (README).
+      Sec. 1 speaks of the "maximum cosine similarity", but Eq. (2) is an inner product. We and the
+      code follow Eq. (2): frames, words and codewords are not normalised.
+  D3  The paper does not mention masking. Here the maximum of Eq. (2) excludes [SEP] and the padding
+      of a caption. Official: they enter the maximum with affinity 0. Both variants treat
+      zero-padded audio like any other audio.
   D4  If a clip has two captions in the batch, its other caption is ignored: it enters neither the
       denominator of Eq. (1) and (7) nor the sum and B of Eq. (8) (the paper has one positive per
       row). Official: soft targets over all captions of the clip.
-  D5  Official: weights (B - 1) E_ij / (S_j - E_ij), where E_ij = e^(gamma (s_ij / tau - m_i)), m_i
-      is the maximum of row i of s / tau, and S_j is by mistake the sum of row j, not i; positives'
-      weight 1; 1e-7 inside the log.
-  D6  The block "removes the q-k attention", "with other components unchanged": the output
-      projection after V, the residuals, the LayerNorms and the feed-forward stay. Official: no
+  D5  Official: weights (B - 1) E_ij / (S_j - E_ij) with E_ij = e^(gamma (s_ij / tau - m_i)), where
+      m_i is the maximum of row i of s / tau. By mistake S_j is the sum of row j, not i. Positives
+      have weight 1, and 1e-7 is added inside the log.
+  D6  The block "removes the q-k attention", "with other components unchanged". Ours keeps the
+      output projection after V, the residuals, the LayerNorms and the feed-forward. Official: no
       feed-forward (common.Block).
-  D7  Official: + mean|A| / ||A|| for the matrix A of the batch's clip embeddings, and the same for
-      its text embeddings.
-  D8  Official: clips are padded to the longest of the batch, and HTS-AT stretches them to 10 s. The
-      paper, and we: padded to 10 s.
+  D7  Official: the loss also has the term mean|A| / ||A||, where A is the matrix of the batch's
+      clip embeddings, and the same term for its text embeddings.
+  D8  Official: clips are padded to the longest clip of the batch, and HTS-AT stretches them to
+      10 s. We pad to 10 s, as the paper does.
   D9  Official: 10 epochs (paper 15). The schedule (warm-up of 2 epochs, cosine) is the code's; the
       paper names none.
-  D10 bf16 autocast (code: fp16 with loss scaling; the paper names none). Clips of "similar
-      durations are grouped within a batch": pairs that do not fill a batch of their length group
-      are mixed into further batches here, and only N mod B pairs, drawn anew every epoch, are left
-      out (common.bucketed_batches); the code drops the rest of every group.
-  D11 Checkpoint choice on the validation split, as in the paper; the code chooses on the test sets.
-      The paper names no score: the code's, R@1 + R@5 of both directions. The code keeps a best
-      checkpoint for each of its two sets; ours is one, on the validation clips of all data
-      together.
+  D10 bf16 autocast (code: fp16 with loss scaling; the paper names no precision). Clips of "similar
+      durations are grouped within a batch". Pairs left over from a duration group form mixed
+      batches here, so only N mod B pairs, drawn anew every epoch, are left out
+      (common.bucketed_batches). The code drops the remainder of every group.
+  D11 The checkpoint is chosen on the validation split, as in the paper; the code chooses on the
+      test sets. The paper names no score. Ours is the code's, R@1 + R@5 of both directions. The
+      code keeps a best checkpoint for each of its two sets. We keep one, chosen on the validation
+      clips of all data together.
   D12 Captions are cut at 30 tokens, [CLS] and [SEP] included, as in the code; in the paper they are
       "randomly cropped or padded" to 30 words. They are cleaned first (clean_caption), as in the
-      code; the paper is silent.
-  D13 --encoder atst is ATST-Frame, the paper's "AST". No code is released for it: the last of its
-      blocks is the locality-aware one, only the last block's output is used, padded audio is
-      attended to, no SpecAugment, stochastic depth as in HTS-AT. --variant official does with it
-      what it does with HTS-AT.
-  D14 Clip and caption vectors are normalised, as in the code: cosines where Eq. (1), (7) and (8)
-      have "the inner product".
-  D15 The vector at [CLS] is not among the words, as in the code; the paper says "word-level
+      code; the paper does not say.
+  D13 --encoder atst is ATST-Frame, the paper's "AST". No code is released for it. In ours the last
+      block is locality-aware, only the last block's output is used, padded audio is attended to,
+      there is no SpecAugment, and stochastic depth is as in HTS-AT. --variant official changes it
+      as it changes HTS-AT.
+  D14 Clip and caption embeddings are normalised, as in the code, so similarities are cosines where
+      Eq. (1), (7) and (8) have "the inner product".
+  D15 The output at [CLS] is not used as a word, as in the code; the paper says "word-level
       features".
-  D16 The "two-layer MLP" behind an encoder has a LayerNorm before each layer and a GELU between, as
-      in the code.
+  D16 The "two-layer MLP" behind an encoder has a LayerNorm before each layer and a GELU between
+      them, as in the code.
   D17 HTS-AT trains with SpecAugment (2 time stripes narrower than 64 frames, 2 frequency stripes
       narrower than 8 mel bins) and stochastic depth, as in the code; the paper names neither.
   D18 A clip is "randomly cropped" from the whole file; code: from its first 300 s.
-  D19 Where no row has split val, 5 % of the clips (2 to 1,000) are held out for validation and not
-      trained on. The paper says "validation sets" and no more.
-  D20 The paper crops or pads "all the audio clips" at random to 10 s and has no rule of its own for
-      test clips. Here: consecutive windows of 10 s, the last one zero-padded, averaged by their
-      seconds. The code crops long clips at random for retrieval; for detection and grounding it
-      takes their first 10 s and repeats short ones to 10 s. Official repeats short clips for their
-      frames, too; give --crop first as well for the first 10 s.
+  D19 If no row has split val, 5 % of the clips (2 to 1,000) are held out for validation. The paper
+      says only "validation sets".
+  D20 The paper crops or pads "all the audio clips" at random to 10 s and has no separate rule for
+      test clips. Ours are cut into consecutive windows of 10 s, the last one zero-padded, whose
+      embeddings are averaged, weighted by duration. The code crops long clips at random for
+      retrieval; for detection and grounding it takes their first 10 s and repeats short ones to
+      10 s. Official also repeats short clips for their frames. For the first 10 s add --crop first.
   D21 --aggregator mean, uaca, wstag, pacl: the authors' versions are not released. Ours follow Sec.
       3.2.1 ("mean pooling or attention pooling": mean) and Sec. 2.3 and 5.1.2 ("mean-mean pooling",
       "max-mean", "cross-modal attention pooling"). With --locality-blocks 0 --no-hard-negatives
-      they are the paper's rows. In training their frames include those of zero-padded audio (D3),
-      in an evaluation they do not.
-  D22 The weights of Eq. (8) pass gradients, as in the code; the paper does not say.
+      they correspond to rows of the paper's tables. Their frames include those of zero-padded audio
+      (D3) in training, but not in evaluation.
+  D22 Gradients flow through the weights of Eq. (8), as in the code; the paper does not say.
   D23 Eq. (5) is printed for one head; HTS-AT has its own windows, heads and position bias. Its
       output is "decoupled to produce the final frame-wise features" by the mean over frequency, as
-      in the code. Fig. 5 replaces more blocks than the last stage has and does not say which; we
+      in the code. Fig. 5 replaces more blocks than the last stage has and does not say which. We
       replace the last ones, counted backwards through all stages.
-  D24 --micro-batch (ours): batch norm sees the parts of a batch, not the whole, and updates its
-      running statistics twice a part (common.cached_backward).
+  D24 --micro-batch (ours): batch norm sees the micro-batches, not the whole batch, and updates its
+      running statistics twice per micro-batch (common.cached_backward).
   D25 The paper trains a model "from scratch" for each task, on data without "the overlapped
-      samples", and averages three (Sec. 4.2). Here one training makes one model, and the overlap is
-      left out when the data are made (tools.datasets --exclude).
+      samples", and averages three runs (Sec. 4.2). Here one run trains one model, and the overlap
+      is removed when the data are prepared (tools.datasets --exclude).
 
 Run:  python mga_clap.py --data demo                              (two CPU cores, under 4 minutes)
       python mga_clap.py --data wavcaps.jsonl audiocaps.jsonl clotho.jsonl    (needs HTSAT.ckpt)
       torchrun --nproc-per-node 8 mga_clap.py --data ...           (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-The loss starts near ln B (4.85 at B = 128); flat for more than an epoch: see README, "Is my loss
-normal?".
+The loss starts near ln B (4.85 at B = 128). If it stays flat for more than an epoch, see README,
+"Is my loss normal?".
 """
 
 import dataclasses
@@ -136,12 +136,12 @@ class Config(common.RunConfig):
     data: list[str]  # manifests, folders that hold manifest.jsonl, or the word demo
     # paper: HTS-AT + BERT-base; tiny: same family, small, random weights
     size: Literal["paper", "tiny"] = "paper"
-    # official: do as the released code where it differs (D3 to D9)
+    # official: follow the released code where it differs (D3 to D9, D20)
     variant: Literal["paper", "official"] = "paper"
     # audio encoder (Sec. 4.1): HTS-AT at 32 kHz, or ATST-Frame, the paper's "AST", at 16 kHz
     encoder: Literal["htsat", "atst"] = "htsat"
-    # start from a whole model: a run's best.pt or the authors' model.pt, with the model's own
-    # settings; none: from the two below
+    # whole model to start from, with its own settings: a run's best.pt or the authors' model.pt;
+    # none: start from --audio-weights and --text-model
     weights: str = "none"
     # initial audio encoder: the AudioSet file (Sec. 4.1; atst: atstframe_base.ckpt), a transformers
     # CLAP folder, or none
@@ -149,21 +149,21 @@ class Config(common.RunConfig):
     # initial text encoder, and the tokenizer of model.pt: hub id or folder, or none (Sec. 4.1: BERT
     # base; uncased: code)
     text_model: str = "bert-base-uncased"
-    # captions are cut there, [CLS] and [SEP] included (code; Sec. 4.1: 30 words, D12)
+    # maximum length of a caption, [CLS] and [SEP] included (code; Sec. 4.1: 30 words, D12)
     max_tokens: common.Tokens = 30
 
     # model
-    # codebook: MGA-CLAP; with --locality-blocks 0 --no-hard-negatives: mean is plain CLAP (Tables 2
-    # to 4), the others are those of Table 4 (D21)
+    # codebook: MGA-CLAP; with --locality-blocks 0 --no-hard-negatives, mean is plain CLAP (Tables 2
+    # to 4) and the others are the methods of Table 4 (D21)
     aggregator: Literal["codebook", "mean", "uaca", "wstag", "pacl"] = "codebook"
-    # how frames or words vote for a codeword (Sec. 3.2.2, Table 6)
+    # pooling of a codeword's affinities over frames or words (Sec. 3.2.2, Table 6)
     affinity: Literal["max", "mean"] = "max"
-    # affinities to weights (Sec. 3.2.2, Table 6)
+    # function from affinities to weights (Sec. 3.2.2, Table 6)
     sparsity: Literal["sparsemax", "softmax"] = "sparsemax"
     codewords: common.Count = 4096  # size of the shared codebook (Sec. 4.1, Fig. 4)
     # affinities are divided by eta = affinity_scale * sqrt(joint_dim) (code, D2)
     affinity_scale: common.Positive = 1000.0
-    # last blocks that are locality-aware (Sec. 3.3, Fig. 5, D23); plain CLAP: 0
+    # number of locality-aware blocks, the last ones (Sec. 3.3, Fig. 5, D23); plain CLAP: 0
     locality_blocks: common.Whole = 1
     joint_dim: common.Count = 1024  # dimension shared by audio and text (Sec. 4.1)
     # channels in stage 1 of HTS-AT; each later stage has twice as many (atst: one stage of 768)
@@ -177,17 +177,17 @@ class Config(common.RunConfig):
     text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
 
     # loss
-    # weigh negatives by how close they are (Table 5); off: plain contrastive loss
+    # weight negatives by their similarity (Table 5); off: plain contrastive loss
     hard_negatives: bool = True
     gamma: common.NotNegative = 0.15  # sharpness of the hard-negative weights (Sec. 4.1, Fig. 6)
-    init_temperature: common.Positive = 0.07  # start of the learnt divisor tau (Sec. 4.1)
+    init_temperature: common.Positive = 0.07  # initial value of the learnt tau (Sec. 4.1)
 
     # optimisation
     epochs: common.Count = 15  # passes over the pairs (Sec. 4.1; code: 10, D9)
     batch_size: common.Count = 128  # pairs over all processes (Sec. 4.1)
-    lr: common.Positive = 5e-5  # peak of Adam's learning rate (Sec. 4.1)
+    lr: common.Positive = 5e-5  # peak learning rate of Adam (Sec. 4.1)
     warmup_epochs: common.NotNegative = 2.0  # linear warm-up, then cosine to 0 (code, D9)
-    # stochastic depth, 0 to this over the audio blocks (code, D17; atst: D13)
+    # stochastic depth, rising from 0 to this over the audio blocks (code, D17; atst: D13)
     drop_path: common.Dropout = 0.1
     eval_epochs: common.Count = 1  # epochs between validations (each may write best.pt)
 
@@ -234,8 +234,8 @@ Config.presets = {
 }
 WINDOW_S = 10.0  # training crop (Sec. 4.1); evaluation windows (D20)
 SAMPLE_RATE = {"htsat": 32000, "atst": 16000}
-PUBLISHED = dict(variant="official")  # settings of the authors' model.pt, the others as in Config
-# settings that a model is made of; of a training from --weights they are the file's
+PUBLISHED = dict(variant="official")  # settings of the authors' model.pt; others: Config's defaults
+# settings that define a model; with --weights they are read from the file
 MODEL_SETTINGS = (
     *("variant", "encoder", "max_tokens", "aggregator", "affinity", "sparsity", "codewords"),
     *("affinity_scale", "locality_blocks", "joint_dim", "audio_dim", "audio_depths"),
@@ -247,9 +247,10 @@ METHOD = "mga_clap"
 def clean_caption(text: str) -> str:
     """Captions (not class names) before tokenising: lower case, no punctuation.
 
-    Source: the code (D12), whose spaces stay as they fall: "a dog (big) barks" gets two.
+    Source: the code (D12). Neighbouring marks leave two spaces: "a dog (big). barks" becomes
+    "a dog big  barks".
     """
-    # no space before a mark, then a space in place of every mark
+    # remove the space before a punctuation mark, then replace every mark by a space
     text = re.sub(r"\s([,.!?;:|*\"](?:\s|$))", r"\1", text.lower())
     return re.sub(r"[(,.!?;:|*\")]", " ", text).replace("  ", " ").strip()
 
@@ -307,14 +308,14 @@ class ATSTMel(nn.Module):
 
     def forward(self, waveform):
         with torch.autocast(waveform.device.type, enabled=False):
-            # (B, 1, 64, T): without the channel axis torchaudio takes top_db from the loudest clip
-            # of the batch
+            # With the channel axis, (B, 1, 64, T), torchaudio applies top_db per clip. Without it,
+            # top_db would be relative to the loudest clip of the batch.
             decibels = self.decibel(self.mel(waveform.float()[:, None]))[:, 0]
             return (decibels + 79.6482) / (50.6842 + 79.6482) * 2 - 1
 
 
 class ATSTFrame(nn.Module):
-    """Frame-wise transformer: every token is 40 ms of the whole band (D13).
+    """Frame-wise transformer: a token covers 40 ms of all mel bins (D13).
 
     Source: Li et al., ATST-Frame (TASLP 2024).
 
@@ -361,7 +362,7 @@ class ATSTFrame(nn.Module):
             raise ValueError(
                 f"spectrogram of {T_mel} frames; this encoder takes at most {4 * self.n_frames + 3}"
             )
-        # mel-major, time-minor
+        # a token's values are ordered by mel bin first, then by time
         patches = log_mel[:, :, : 4 * T].reshape(B, M, T, 4).transpose(1, 2).reshape(B, T, 4 * M)
         # position 0 is for the published model's clip token, which is not used here
         x = self.patch_embed(patches) + self.pos_embed[:, 1 : T + 1]
@@ -371,7 +372,7 @@ class ATSTFrame(nn.Module):
 
 
 class Model(nn.Module):
-    """An audio encoder and BERT, joined by a codebook (or compared as CLAP, UACA, WSTAG or PACL).
+    """An audio encoder and BERT with a shared codebook (or compared as CLAP, UACA, WSTAG or PACL).
 
     Args: cfg; text_encoder: a common.TextEncoder (kept in checkpoints with its tokenizer).
     """
@@ -387,7 +388,7 @@ class Model(nn.Module):
         self.pairwise = cfg.aggregator in PAIRWISE
         if cfg.encoder == "atst":
             self.log_mel = ATSTMel()
-            # D13; of several stages (--size tiny) one is made, as wide as the last
+            # D13; several stages (--size tiny) become one, as wide as the last
             self.audio_encoder = ATSTFrame(
                 cfg.audio_dim * 2 ** (len(cfg.audio_depths) - 1),
                 sum(cfg.audio_depths),
@@ -423,7 +424,7 @@ class Model(nn.Module):
 
         self.frame_proj = two_layers(self.audio_encoder.out_dim)
         self.word_proj = two_layers(text_encoder.out_dim)
-        # learnt without a lower limit, as in the code; the gradient keeps it from 0
+        # learnt without a lower limit, as in the code; the gradient keeps it away from 0
         self.temperature = nn.Parameter(torch.tensor(cfg.init_temperature))
         self.eta = cfg.affinity_scale * math.sqrt(cfg.joint_dim)  # D2
         if cfg.aggregator == "codebook":
@@ -465,18 +466,18 @@ class Model(nn.Module):
         """One training batch -> audio_embeds (B, D), text_embeds (B, D), temperature, active
         codewords.
 
-        For a pairwise method frames (B, T, D) and words (B, max_tokens - 1, D) in place of the
+        A pairwise method returns frames (B, T, D) and words (B, max_tokens - 1, D) instead of
         embeds.
         """
         frames, words = self.frame_feats(waveform), self.word_feats(input_ids, attention_mask)
         if self.pairwise:
             words = unit_words(words, word_mask[:, 1:])
-            # one shape on all processes
+            # gathering needs the same shape on all processes
             words = F.pad(words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1]))
             # official batches are as long as their longest clip
             frames = F.pad(frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1]))
             return F.normalize(frames.float(), dim=-1), words, self.temperature, words.new_zeros(())
-        audio_embeds, audio_active = self.aggregate(frames)  # no mask: padding votes (D3)
+        audio_embeds, audio_active = self.aggregate(frames)  # no mask: padding counts (D3)
         text_embeds, text_active = self.aggregate(words, word_mask[:, 1:])
         active = (audio_active + text_active).detach() / 2
         return audio_embeds, text_embeds, self.temperature, active
@@ -486,8 +487,8 @@ class Model(nn.Module):
         """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D),
         normalised.
 
-        Never random: consecutive 10 s windows, the last zero-padded, averaged by their seconds
-        (D20).
+        Deterministic: the mean over consecutive 10 s windows, weighted by duration; the last window
+        is zero-padded (D20).
         """
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
@@ -495,11 +496,11 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
-        """As embed_audio -> frames (B, T, D), normalised, every `frame_s` seconds; zeros behind a
-        clip's last window.
+        """As embed_audio -> frames (B, T, D), normalised, one every `frame_s` seconds; zeros after
+        a clip's last window.
 
-        Projected frames before the codebook: Fig. 1 compares "frame features" with texts, and so
-        does the code.
+        Frames are taken after the projection and before the codebook: Fig. 1 compares "frame
+        features" with texts, and so does the code.
         """
         if self.repeats_short_clips:
             waveform, n_samples = repeated(waveform, n_samples, int(WINDOW_S * self.sample_rate))
@@ -520,9 +521,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, texts: list[str]):
-        """-> (B, D), normalised. The caller cleans captions (`clean_caption`), class names are used
-        as they are.
-        """
+        """-> (B, D), normalised. The caller applies `clean_caption` to captions, not to classes."""
         with common.evaluating(self):
             tokens = common.to_device(self.text_encoder.tokenize(texts), self.temperature.device)
             words = self.word_feats(tokens["input_ids"], tokens["attention_mask"])
@@ -530,11 +529,10 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def pair_scores(self, frame_embeds: list, texts: list[str]):
-        """frame_embeds: list of (T_i, D) arrays -> similarity (N, Q) of every clip and text;
-        pairwise methods only.
+        """frame_embeds: list of (T_i, D) arrays -> similarity (N, Q) of every clip and text.
 
-        Theirs is no product of one clip and one text vector, so retrieval and tagging score every
-        pair.
+        For pairwise methods only. Their similarity is not a product of a clip vector and a text
+        vector, so retrieval and tagging score every pair.
         """
         similarity, device = PAIRWISE[self.cfg.aggregator], self.temperature.device
         with common.evaluating(self):
@@ -554,8 +552,8 @@ class Model(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, text_model="bert-base-uncased", variant=None):
-        """A run's last.pt or best.pt, or the authors' model.pt (then with `text_model`'s
-        tokenizer). variant: None, as it was trained, which for model.pt is official.
+        """A run's last.pt or best.pt, or the authors' model.pt (with `text_model`'s tokenizer).
+        variant: None keeps the variant of the training, which is official for model.pt.
         """
         content = common.read_weights(path)
         if "codebook" in content.get("model", {}) and "method" not in content:
@@ -577,7 +575,7 @@ class Model(nn.Module):
 
 
 def repeated(waveform, n_samples, length: int):
-    """Clips shorter than `length` samples, played again and again until it is full (D20).
+    """Repeat clips that are shorter than `length` samples until they fill it (D20).
 
     waveform (B, S), n_samples (B,) or None -> the same with S at least `length`.
     """
@@ -591,12 +589,12 @@ def repeated(waveform, n_samples, length: int):
 
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
-    """--weights, or a new model: encoders from --audio-weights and --text-model, the rest from
-    nothing.
+    """The model of --weights, or a new one: encoders from --audio-weights and --text-model, the
+    rest with random weights.
     """
     if cfg.weights != "none":
         return Model.from_checkpoint(cfg.weights, cfg.text_model)
-    # a folder or hub id has no suffix; a missing file is said before a text encoder is fetched
+    # a folder or hub id has no suffix; report a missing file before fetching a text encoder
     if Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists():
         raise FileNotFoundError(
             f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at "
@@ -618,7 +616,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
 
 
 def clap_loss(sim, temperature, same_clip):
-    """Mean over both directions of the cross-entropy of the right partner. Source: Eq. (1)."""
+    """Cross-entropy with the matching pair as target, mean of both directions. Source: Eq. (1)."""
     diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     logits = (sim / temperature).masked_fill(same_clip & ~diagonal, float("-inf"))  # D4
     target = torch.arange(len(sim), device=sim.device)
@@ -626,20 +624,20 @@ def clap_loss(sim, temperature, same_clip):
 
 
 def hard_negative_loss(sim, temperature, gamma: float, same_clip):
-    """Cross-entropy in which each negative counts alpha times, more the closer it is; gamma 0 =
-    clap_loss. Source: Sec. 3.4, Eq. (7) and (8).
+    """clap_loss in which each negative has a weight alpha that grows with its similarity; all are
+    1 if gamma is 0. Source: Sec. 3.4, Eq. (7) and (8).
     """
     diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     twin = same_clip & ~diagonal  # D4
 
     def one_way(logits, twin):
-        # alpha_ij = B e^(gamma s_ij / tau) / sum over k of e^(gamma s_ik / tau), in logarithms; of
-        # the transposed matrix it is beta
+        # logarithm of alpha_ij = B e^(gamma s_ij / tau) / sum over k of e^(gamma s_ik / tau); for
+        # the transposed matrix it is that of beta
         gamma_logits = (gamma * logits).masked_fill(twin, float("-inf"))
         n_in_sum = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
         log_sum = gamma_logits.logsumexp(1, keepdim=True)
         log_alpha = n_in_sum.to(logits.dtype).log() + gamma_logits - log_sum  # Eq. (8), D22
-        log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive counts once
+        log_alpha = log_alpha.masked_fill(diagonal, 0.0)  # the positive has weight 1
         return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
 
     logits = sim / temperature
@@ -653,9 +651,8 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
     def one_way(logits, targets):
         logits = logits - logits.amax(1, keepdim=True).detach()
         hard = torch.exp(gamma * logits)
-        # no keepdim: column j gets row j's sum; 0 for a single pair
-        # the code's slip: without keepdim the sum of row j, not i, stands in column j (D5); it is 0
-        # for a single pair
+        # the code's mistake: without keepdim, column j gets the sum of row j, not i (D5); clamped,
+        # because the difference is 0 for a single pair
         others = (hard.sum(1) - hard).clamp(min=1e-30)
         weight = (len(sim) - 1) * hard / others  # D5
         weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
@@ -667,14 +664,14 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
 
 
 def embedding_regulariser(embeds):
-    """D7, as the code has it. embeds (B, D), normalised, so that their norm is sqrt(B) and only the
-    mean absolute value moves: few large entries are favoured.
+    """Extra term of the official loss (D7), which favours few large entries. embeds (B, D) are
+    normalised, so their norm is always sqrt(B) and only the mean absolute value varies.
     """
     return embeds.abs().mean() / embeds.norm()
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids):
-    """Embeddings of the whole batch (all processes), of a pairwise method frames and words ->
+    """Embeddings of the whole batch (all processes), or frames and words for a pairwise method ->
     loss, sim (B, B).
     """
     if cfg.aggregator in PAIRWISE:
@@ -697,9 +694,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids)
 
 
 class Pairs(Dataset):
-    """One item per (clip, caption) pair. Items are asked for as (epoch, index), which seeds the
-    crop.
-    """
+    """One item per (clip, caption) pair. A key is (epoch, index), which seeds the random crop."""
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
         # file -> number of the clip, the same in all rows of a file
@@ -720,10 +715,10 @@ class Pairs(Dataset):
         return waveform, clean_caption(caption), clip, row["audio"]
 
     def collate(self, items) -> dict:
-        """-> what Model.forward takes, and the clips' numbers."""
+        """-> the arguments of Model.forward, and the clips' numbers."""
         waveforms, captions, clips, _ = zip(*items)
         length = int(WINDOW_S * self.rate)
-        if self.cfg.variant == "official":  # D8; 1024: no spectrogram of less than one window
+        if self.cfg.variant == "official":  # D8; at least one STFT window of 1024 samples
             length = max(1024, *(len(w) for w in waveforms))
         return {
             "waveform": common.pad_batch(waveforms, length)[0],
@@ -733,7 +728,7 @@ class Pairs(Dataset):
 
 
 def same_length(waveforms: list) -> list:
-    """Parts of a batch (B_i, S_i), zero-padded to its longest clip (D8)."""
+    """Micro-batches (B_i, S_i), zero-padded to the longest clip of the batch (D8)."""
     longest = max(waveform.shape[1] for waveform in waveforms)
     return [F.pad(waveform, (0, longest - waveform.shape[1])) for waveform in waveforms]
 
@@ -744,8 +739,8 @@ def same_length(waveforms: list) -> list:
 
 
 def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> tuple[dict, dict]:
-    """Scores on `rows` and what chance would give: retrieval; tagging and frame-level mAP with
-    labels.
+    """-> scores on `rows` and their chance levels: retrieval; tagging and frame-level mAP where
+    rows are labelled.
     """
     frames = bool(classes) and any(row.get("events") for row in rows)
     rows, audio_embeds, frame_embeds = common.embed_validation(
@@ -761,7 +756,7 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
         chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
         if frames:
             class_embeds = common.embed_texts(model, names)
-            # centred: without what a frame has in common with all classes
+            # centred: each frame's mean over the classes is subtracted
             for name, centred in (("frame_mAP_raw", False), ("frame_mAP_centred", True)):
                 per_class, chance[name] = common.frame_average_precisions(
                     frame_embeds, class_embeds, rows, classes, model.frame_s, centred
@@ -772,7 +767,7 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
 
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
-    split, as in eval.json; {} without one.
+    split, as in eval.json; {} without validation clips.
     """
     run = common.Run(cfg, METHOD)
 
@@ -782,7 +777,7 @@ def main(cfg: Config) -> dict:
     common.require(train_rows + val_rows, "captions")
     classes = common.read_classes(cfg.data, val_rows)
     if classes and any(row.get("labels") or row.get("events") for row in val_rows):
-        # a wrong class list is said now, not after the training
+        # report a wrong class list now, not after the training
         common.label_targets(val_rows, classes)
     captions = [clean_caption(text) for row in train_rows for text in row["captions"]]
     batch_size = min(cfg.batch_size, len(captions))
@@ -801,7 +796,7 @@ def main(cfg: Config) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
 
-    # Steps: an epoch is floor(pairs / batch) of them
+    # Steps: floor(pairs / batch) per epoch
     pairs = Pairs(train_rows, cfg, model.text_encoder.tokenize)
     steps_per_epoch = len(captions) // batch_size
     total_steps = cfg.epochs * steps_per_epoch
@@ -817,15 +812,15 @@ def main(cfg: Config) -> dict:
     )
     common.say_if_few(run, "--epochs", cfg.epochs, total_steps, captions)
     if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:
-        run.log_scores(validate(model, val_rows, [])[0])  # of the model that is fine-tuned
+        run.log_scores(validate(model, val_rows, [])[0])  # before fine-tuning
     sampler = common.training_batches(  # D10
         len(captions), batch_size, cfg.seed, run.step, total_steps, pairs.durations
     )
 
     def loss_of(audio_embeds, text_embeds, temperature, active):
-        """Outputs of all parts of a batch -> loss, sim (B, B), active codewords.
+        """Outputs for all micro-batches of a batch -> loss, sim (B, B), active codewords.
 
-        clip_ids are those of the current batch, set in the loop.
+        The loop sets clip_ids to those of the current batch.
         """
         loss, sim = training_loss(
             cfg,
@@ -840,7 +835,7 @@ def main(cfg: Config) -> dict:
     for parts in run.batches(pairs, sampler):
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(run.step, warmup_steps, total_steps)
-        # parts: the micro-batches of a batch, usually one; the loss takes the clips' numbers
+        # parts: the micro-batches of a batch, usually one; clip_ids go to the loss, not the model
         clip_ids = common.gather_with_grad(torch.cat([part.pop("clip_ids") for part in parts]))
         for part, waveform in zip(parts, same_length([part["waveform"] for part in parts])):
             part["waveform"] = waveform  # D8
@@ -854,14 +849,14 @@ def main(cfg: Config) -> dict:
         run.step_done(
             loss,
             sim,
-            epoch=(run.step + 1) / steps_per_epoch,  # with this step, which is counted here
+            epoch=(run.step + 1) / steps_per_epoch,  # run.step does not count this step yet
             temperature=model.temperature,
             active_codewords=active,
         )
         if run.is_due(cfg.eval_epochs * steps_per_epoch):
             score, scores = run.step, {}  # without validation clips the last step wins
             if val_rows and run.rank == 0:
-                scores, _ = validate(model, val_rows, [])  # retrieval alone
+                scores, _ = validate(model, val_rows, [])  # retrieval only
                 used = ("t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5")
                 score = sum(scores[k] for k in used)  # D11
             run.keep_best(score, scores)
@@ -888,9 +883,7 @@ def main(cfg: Config) -> dict:
 
 
 def load_atst(encoder: ATSTFrame, path: str) -> None:
-    """Start from a released atstframe_*.ckpt (its teacher), from a fine-tuned one, or from a saved
-    state dict.
-    """
+    """Load a released atstframe_*.ckpt (its teacher), a fine-tuned one, or a saved state dict."""
     weights = common.read_encoder_weights(path)
     weights = weights.get("state_dict", weights)
     prefixes = ("model.teacher.encoder.", "encoder.encoder.")
@@ -901,7 +894,7 @@ def load_atst(encoder: ATSTFrame, path: str) -> None:
         if not key.startswith(prefix):
             continue
         key = key.removeprefix(prefix)
-        if key != "mask_embed":  # only pre-training masks
+        if key != "mask_embed":  # the mask token is used only in pre-training
             state[key.replace("patch_embed.patch_embed.", "patch_embed.")] = value
     common.load_strict(encoder, state, path)
 
@@ -925,8 +918,8 @@ def unit_words(words, mask):
     return F.normalize(words.float(), dim=-1) * mask[..., None]
 
 
-# The other methods of Table 4, our reading (D21). frames (A, T, D) and words (Q, L, D) are
-# normalised; a vector of zeros is padding, and any(-1) finds it -> similarity (A, Q).
+# The other methods of Table 4, as we read them (D21). Each maps normalised frames (A, T, D) and
+# words (Q, L, D) to similarity (A, Q). A vector of zeros is padding; any(-1) is False there.
 
 
 def uaca_similarity(frames, words, temperature=None):

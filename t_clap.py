@@ -1,15 +1,15 @@
-"""T-CLAP: LAION-CLAP fine-tuned to hear the order of events, with captions whose order is wrong.
+"""T-CLAP: LAION-CLAP fine-tuned to tell the order of events, with misordered captions as negatives.
 
 Yi Yuan, Zhuo Chen, Xubo Liu, Haohe Liu, Xuenan Xu, Dongya Jia, Yuanzhe Chen, Mark D. Plumbley,
 Wenwu Wang: "T-CLAP: Temporal-Enhanced Contrastive Language-Audio Pretraining", arXiv:2404.17806.
 The abstract says "Our code and models will be released soon"; we found neither. The paper
 fine-tunes LAION-CLAP (HTS-AT and RoBERTa, one vector each; Wu et al., ICASSP 2023,
-github.com/LAION-AI/CLAP). "LAION" below means that code; it fills what the paper leaves open.
+github.com/LAION-AI/CLAP). "LAION" below means that code; we follow it where the paper is silent.
 
 The idea: a batch rarely holds two captions with the same events in different orders, so the
-contrastive loss can be small although the model ignores the order. Here a caption that tells an
-order brings its own negative, the same events in another order (`tools.captions rewrite --task
-negatives`, `tools.scenes --preset esc-mixed-up`). A second loss asks each clip to lie closer to its
+contrastive loss can be small although the model ignores the order. Here a caption that states an
+order has its own negative, the same events in another order (`tools.captions rewrite --task
+negatives`, `tools.scenes --preset esc-mixed-up`). A second loss makes each clip lie closer to its
 caption than to the negative.
 
 Table 3 (T-Classify) compares T-CLAP with three published models: MMT, Microsoft's CLAP, and
@@ -20,64 +20,65 @@ Equations (paper) -> code
   Eq. (1)  cosine s_ij of clip i and caption j           training_loss
   Eq. (2)  the sum of the two losses, L_c + lambda L_t   training_loss
   Eq. (3)  temporal loss: caption against its negative   temporal_loss
-Eq. (1) is printed with the names of the two encoders exchanged. L_c, the contrastive loss, has no
-number: contrastive_loss.
+Eq. (1) is printed with the names of the two encoders exchanged. The contrastive loss L_c
+(contrastive_loss) has no equation number.
 
 Letters: B clips in a batch, S samples, T frames (32 of 0.3125 s in 10 s), L text tokens,
 D joint dimension 512.
 
 Deviations from the paper, and what it leaves open
-  D1  LAION clips each waveform to [-1, 1] and cuts it to int16 and back, in its training loader and
-      in its Python API. That moves a sample within [-1, 1] by less than 1 / 32,767, so it is left
-      out here.
-  D2  Evaluated audio over 10 s is cut into consecutive windows, whose vectors are averaged by their
-      seconds; LAION crops at random. Training crops at random as LAION does, so a crop of a longer
-      clip (Clotho) may lack an event of its caption. A window or crop that is not full is tiled as
-      often as it fits whole, then zero-padded, as LAION does.
+  D1  LAION's training loader and Python API clip each waveform to [-1, 1] and convert it to int16
+      and back. This changes a sample within [-1, 1] by less than 1 / 32,767, so we omit it.
+  D2  In evaluation, audio over 10 s is cut into consecutive windows, whose embeddings are averaged,
+      weighted by duration; LAION crops at random. Training crops at random as LAION does, so a crop
+      of a longer clip (Clotho) may lack an event of its caption. A window or crop shorter than 10 s
+      is tiled as often as it fits whole, then zero-padded, as LAION does.
   D3  Frames (embed_frames) are projected one by one; neither T-CLAP nor LAION uses frames.
-  D4  Eq. (3) is printed as a sum over N samples; N is the size of the data set in Sec. 2.1, we read
-      it as the batch. Here it is a mean over the clips that have a negative: the sum would swamp
-      L_c, which is a mean.
-  D5  Not stated: Adam without weight decay and the cosine to 0 after the warm-up are LAION's, and
-      so is the choice of the checkpoint by mAP@10 of both directions. LAION averages it over Clotho
-      and AudioCaps; here all clips of split val are one gallery.
+  D4  Eq. (3) is printed as a sum over N samples. In Sec. 2.1 N is the size of the data set; we read
+      it as the batch. Ours is a mean over the clips that have a negative: a sum would dominate L_c,
+      which is a mean.
+  D5  Not stated, so taken from LAION: Adam without weight decay, the cosine to 0 after the warm-up,
+      and the choice of the checkpoint by mAP@10 of both directions. LAION averages mAP@10 over
+      Clotho and AudioCaps; here all clips of split val are one gallery.
   D6  "a ratio of 1 : 4 to add the other three datasets within each batch" is read as one clip of
-      the sets with negatives to four of Auto-ACD; within each of the two parts clips are drawn
+      the sets with negatives to four of Auto-ACD. Within each of the two parts, clips are drawn
       uniformly.
-  D7  Not stated: a clip shows one of its captions, drawn anew at every visit.
-  D8  Not stated: bf16 autocast on a GPU; the losses are always in fp32.
-  D9  --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
-  D10 --size tiny starts from nothing, the paper from LAION-CLAP: small encoders, batches of 16,
-      sets mixed 1 : 1, a higher learning rate, a shorter schedule, no drop path, cosines times 14
-      in Eq. (3) and lambda 2. Every start from --weights none has initial weights that let order
-      through (feel_order). With lambda 0.5 one seed of three learns no order in 2,000 steps.
-  D11 L_c is not printed ("original contrastive loss", Fig. 2). It is LAION's: the mean of the
-      cross-entropies of both directions, of cosines times a learnt factor (at first the weight
-      file's, 1 / 0.07 with --weights none; held between 1 and 100).
-  D12 Not stated: the embeddings E of Eq. (3) have length 1, so its products are cosines.
-  D13 L_c sees the captions of all sets and no negative. The paper calls Auto-ACD "the primary
+  D7  Not stated: which caption a clip is paired with. Ours: one of its captions, drawn each time.
+  D8  Not stated: precision. Ours: bf16 autocast on a GPU; the losses are always in fp32.
+  D9  --micro-batch: batch norm sees micro-batches, not the whole batch (common.cached_backward).
+  D10 --size tiny starts from random weights, the paper from LAION-CLAP. It has small encoders,
+      batches of 16, sets mixed 1 : 1, a higher learning rate, a shorter schedule, no drop path,
+      cosines times 14 in Eq. (3) and lambda 2. Every model from --weights none has larger initial
+      weights, so that its embeddings depend on order (feel_order). With lambda 0.5 one seed of
+      three learns no order in 2,000 steps.
+  D11 The paper does not print L_c ("original contrastive loss", Fig. 2). Ours is LAION's: the mean
+      of the cross-entropies of both directions, with cosines times a learnt scale as logits. The
+      scale starts at the weight file's (1 / 0.07 with --weights none), clamped to 1 to 100.
+  D12 Not stated: the length of the embeddings E of Eq. (3). Ours is 1, so its products are cosines.
+  D13 L_c uses the captions of all sets and no negative. The paper calls Auto-ACD "the primary
       database for the contrastive loss", adds the other three sets to each batch, and does not say
-      whether L_c sees their captions.
+      whether L_c uses their captions.
   D14 The paper's LLM rewrites AudioCaps and Clotho so that "each sample is combined with a negative
-      caption"; its prompt is not printed. tools.captions does it by rules or by a language model. A
-      caption without an order gets no negative and no part in L_t.
+      caption"; its prompt is not printed. tools.captions uses rules or a language model. A caption
+      without an order gets no negative and does not enter L_t.
   D15 ESC-mixed-up is made "by mixing and concatenating". tools.scenes concatenates two recordings
-      of different classes; their labels are joined by the two phrases that the paper gives as
+      of different classes and joins their labels by the two phrases that the paper gives as
       examples; --overlay is ours.
-  D16 The file of LAION-CLAP is not named, nor whether it has feature fusion. 630k-best.pt (without)
-      fits the training sets that Table 1 lists for CLAP_l: AudioCaps, Clotho, LAION-Audio-630k.
+  D16 The paper does not say which LAION-CLAP file it starts from, nor whether that has feature
+      fusion. 630k-best.pt (without fusion) fits the training sets that Table 1 lists for CLAP_l:
+      AudioCaps, Clotho, LAION-Audio-630k.
   D17 Of the model only "HTSAT", "RoBERTa" and "multi-layer perceptron (MLP) layers and activation
       functions" are named. Sizes, 48 kHz log-mel, dropout, drop path and SpecAugment are LAION's.
-      Not stated: no weight is frozen, but for logit_scale_t, which no loss uses.
+      Not stated: which weights are frozen. Ours: only logit_scale_t, which no loss uses.
   D18 "we have excluded all the testing samples from the ESC-50 dataset in our mixed-up dataset and
-      VGGSound audio samples in Auto-ACD" (Sec. 3.3): here --exclude of the tools does that when the
+      VGGSound audio samples in Auto-ACD" (Sec. 3.3). Here the tools' --exclude does this when the
       sets are made (results/README.md).
 
 Run:  python t_clap.py --data demo                              (two CPU cores, about 8 minutes)
       python t_clap.py --data audiocaps_order clotho_order esc_mixed_up auto_acd
       torchrun --nproc-per-node 8 t_clap.py --data ...          (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-L_c starts near ln B from nothing, far below it from LAION's weights; L_t starts near ln 2 = 0.69.
+L_c starts near ln B with random weights and far below it with LAION's. L_t starts near ln 2 = 0.69.
 """
 
 import math
@@ -105,22 +106,23 @@ class Config(common.RunConfig):
     # manifests, folders that hold manifest.jsonl, or the word demo; manifests with negatives and
     # those without form the two parts of a batch (D6, D14, D15, D18)
     data: list[str]
-    # paper: HTS-AT + RoBERTa (Sec. 2.2; sizes: LAION, D17); tiny: same family, small, from nothing
-    # (D10)
+    # paper: HTS-AT + RoBERTa (Sec. 2.2; sizes: LAION, D17); tiny: same family, small, random
+    # weights (D10)
     size: Literal["paper", "tiny"] = "paper"
-    # start: a LAION-CLAP file (D16), a transformers CLAP folder or hub id, a T-CLAP checkpoint, or
-    # none
+    # initial model: a LAION-CLAP file (D16), a transformers CLAP folder or hub id, a T-CLAP
+    # checkpoint, or none
     weights: str = "630k-best.pt"
-    # tokenizer of a LAION-CLAP file; with --weights none the text encoder's start, or none
+    # tokenizer of a LAION-CLAP file; with --weights none: initial text encoder, or none
     text_model: str = "roberta-base"
 
     # model, read only when --weights none
     joint_dim: common.Count = 512  # dimension shared by audio and text (LAION, D17)
     # channels in stage 1 of HTS-AT; each later stage has twice as many
     audio_dim: common.Count = 96
-    # blocks a stage
+    # blocks per stage
     audio_depths: list[common.Layers] = field(default_factory=lambda: [2, 2, 6, 2])
-    audio_heads: list[common.Count] = field(default_factory=lambda: [4, 8, 16, 32])  # heads a stage
+    # heads per stage
+    audio_heads: list[common.Count] = field(default_factory=lambda: [4, 8, 16, 32])
     audio_patch: common.Count = 4  # HTS-AT patch, in mel bins and frames
     text_dim: common.Count = 768  # text encoder width, read only when --text-model none
     text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
@@ -135,12 +137,12 @@ class Config(common.RunConfig):
     # optimisation
     steps: common.Count = 30000  # Sec. 3.2
     batch_size: common.Count = 512  # clips over all processes (Sec. 3.2)
-    # clips of sets without negatives for each clip of sets with them (Sec. 3.2, D6)
+    # clips of sets without negatives per clip of sets with negatives (Sec. 3.2, D6)
     mix: common.NotNegative = 4.0
-    lr: common.Positive = 1e-4  # peak learning rate (Sec. 3.2), of Adam (D5)
+    lr: common.Positive = 1e-4  # peak learning rate (Sec. 3.2) of Adam (D5)
     warmup_steps: common.Whole = 10000  # linear warm-up (Sec. 3.2), then cosine to 0 (D5)
-    # stochastic depth in HTS-AT, 0 to this over its blocks (LAION, D17); a T-CLAP checkpoint keeps
-    # its own
+    # stochastic depth in HTS-AT, rising from 0 to this over its blocks (LAION, D17); a T-CLAP
+    # checkpoint keeps its own
     drop_path: common.Dropout = 0.1
     eval_steps: common.Count = 1000  # steps between validations (each may write best.pt)
 
@@ -161,8 +163,8 @@ TINY = dict(
     joint_dim=128,
     lt_weight=2.0,
     lt_scale=14.0,  # D10
-    # Few ordered clips a batch. There are few classes: with more of them two clips would often hold
-    # the same sounds in different orders, and L_c alone would learn order.
+    # Few ordered clips per batch. As there are few classes, a larger batch would often hold two
+    # clips with the same sounds in different orders, and L_c alone would learn order.
     steps=2000,
     batch_size=16,
     mix=1.0,  # D10
@@ -194,7 +196,7 @@ class Model(nn.Module):
     """LAION-CLAP without feature fusion (D16, D17).
 
     Args
-        text_encoder: a common.TextEncoder that kept its pooler (RoBERTa's tanh layer on <s>).
+        text_encoder: a common.TextEncoder with its pooler (RoBERTa's tanh layer on <s>).
         audio: HTS-AT's dim, depths, heads; joint_dim: D; mel: keyword arguments of common.LogMel.
     """
 
@@ -229,7 +231,7 @@ class Model(nn.Module):
             "audio": dict(audio),
             "joint_dim": joint_dim,
             "mel": mel,
-        }  # rebuilds the model, with the text encoder
+        }  # kept in checkpoints; rebuilds the model, with the text encoder
         self.sample_rate, self.log_mel = mel["sample_rate"], common.LogMel(**mel)
         self.audio_encoder, self.text_encoder = common.HTSAT(**audio), text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
@@ -241,18 +243,18 @@ class Model(nn.Module):
 
         self.audio_projection = head(self.audio_encoder.out_dim)
         self.text_projection = head(text_encoder.out_dim)
-        # logarithms of factors on cosines; LAION's plain loss uses the first alone (D11)
+        # logarithms of logit scales; LAION's plain loss uses only the first (D11)
         self.logit_scale_a = nn.Parameter(torch.tensor(1 / 0.07).log())
-        # not trained (D17); kept, so that LAION's files load with every key
+        # not trained (D17); kept so that LAION's files load with every key
         self.logit_scale_t = nn.Parameter(torch.tensor(1 / 0.07).log(), requires_grad=False)
 
     def clip_feats(self, waveform):
-        """waveform (B, S) of one window, tiled, not cut to int16 (D1) -> projected clips (B, D)."""
+        """waveform (B, S) of one window, tiled, no int16 (D1) -> projected clips (B, D)."""
         # (B, S) -> log-mel (B, T_mel, 64) -> frames (B, T, C) -> mean (B, C) -> (B, D)
         return self.audio_projection(self.audio_encoder(self.log_mel(waveform)).mean(1))
 
     def text_feats(self, input_ids, attention_mask):
-        """Token ids (B, L) -> projected texts (B, D), of the pooler's tanh(dense(<s>))."""
+        """Token ids (B, L) -> projected texts (B, D), from the pooler's tanh(dense(<s>))."""
         # token states (B, L, C) -> pooler (B, C) -> (B, D)
         return self.text_projection(
             self.text_encoder.model.pooler(self.text_encoder(input_ids, attention_mask))
@@ -261,7 +263,7 @@ class Model(nn.Module):
     def forward(self, waveform, input_ids, attention_mask, ordered):
         """One training batch -> audio_embeds, text_embeds, negative_embeds (B, D), scale.
 
-        Texts: the B captions, then the negatives of the clips whose numbers are in `ordered`; the
+        The texts are the B captions, then the negatives of the clips with indices `ordered`. The
         other rows of negative_embeds are 0.
         """
         B = len(waveform)
@@ -269,18 +271,18 @@ class Model(nn.Module):
         texts = F.normalize(
             self.text_feats(input_ids, attention_mask).float(), dim=-1
         )  # (B + len(ordered), D)
-        # a row of zeros says: no negative; temporal_loss leaves it out
+        # a row of zeros means no negative; temporal_loss ignores it
         negative_embeds = torch.zeros_like(texts[:B]).index_copy(0, ordered, texts[B:])
         return audio_embeds, texts[:B], negative_embeds, self.logit_scale_a.exp()
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
         """waveform (B, S) in [-1, 1] at `sample_rate`, n_samples (B,) valid ones -> (B, D),
-        normalised; never random.
+        normalised; deterministic.
         """
         with common.evaluating(self):
             frame_feats, owner, weight = self._window_feats(waveform, n_samples)
-            # each window is normalised before the mean by seconds: (windows, D) -> (B, D)
+            # each window is normalised before the weighted mean: (windows, D) -> (B, D)
             return common.join_windows(
                 F.normalize(self.audio_projection(frame_feats.mean(1)).float(), dim=-1),
                 owner,
@@ -289,8 +291,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embed_frames(self, waveform, n_samples=None):
-        """As embed_audio -> frames (B, T, D), normalised, every `frame_s` seconds (D3); zeros
-        behind a clip's last window.
+        """As embed_audio -> frames (B, T, D), normalised, one every `frame_s` seconds (D3); zeros
+        after a clip's last window.
         """
         with common.evaluating(self):
             frame_feats, owner, _ = self._window_feats(waveform, n_samples)
@@ -303,7 +305,7 @@ class Model(nn.Module):
     def _window_feats(self, waveform, n_samples):
         window = int(WINDOW_S * self.sample_rate)
         windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
-        # cut_windows fills the last window with zeros: cut them off, then tile (D2)
+        # cut_windows zero-pads the last window: remove the padding, then tile (D2)
         windows = torch.stack([tile(piece[:n], window) for piece, n in zip(windows, lengths)])
         # at most 32 windows at a time: bounded memory
         feats = torch.cat([self.audio_encoder(self.log_mel(part)) for part in windows.split(32)])
@@ -334,7 +336,7 @@ class Model(nn.Module):
 
     @classmethod
     def from_published(cls, source, text_model: str = "roberta-base", drop_path: float = 0.1):
-        """A transformers CLAP folder or hub id, or a LAION-CLAP .pt file (then with `text_model`'s
+        """A transformers CLAP folder or hub id, or a LAION-CLAP .pt file (with `text_model`'s
         tokenizer).
         """
         if Path(source).is_file():
@@ -373,7 +375,7 @@ class Model(nn.Module):
 
 
 def start_model(cfg: Config, captions: list[str]) -> Model:
-    """The model that training starts from: --weights, or a new one."""
+    """The model that training starts from: that of --weights, or a new one."""
     if cfg.weights == "none":
         text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS, pooler=True)
         model = Model(
@@ -389,10 +391,10 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
         )
         feel_order(model, text=cfg.text_model == "none")
         return model
-    # only checkpoints of this project hold a method; reading refuses one of another method
+    # only this project's checkpoints hold a method; from_checkpoint rejects another method's
     if Path(cfg.weights).is_file() and "method" in common.read_weights(cfg.weights):
         return Model.from_checkpoint(cfg.weights)
-    # a misspelt file name would else be looked for on the hub
+    # otherwise a misspelt file name would be looked up on the hub
     if cfg.weights.endswith((".pt", ".ckpt", ".pth")) and not Path(cfg.weights).is_file():
         raise FileNotFoundError(
             f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository "
@@ -403,20 +405,20 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
 
 @torch.no_grad()
 def feel_order(model: Model, text: bool) -> None:
-    """Larger initial weights for new encoders, so that their vectors depend on the order of what
-    they see (D10).
+    """Enlarge the initial weights of new encoders, so that embeddings depend on the order of events
+    (D10).
 
-    L_t compares a clip with two captions. If exchanging the events changes neither the clip's
-    vector nor the caption's, its gradient is almost zero and nothing is learnt, so the first
-    weights must already react to order. With the usual deviation of 0.02, made for wide encoders,
-    small ones do not: an exchange moves a caption by less than 1 % of the mean squared distance
-    between captions, and 500 steps change nothing. With these it is a quarter to a half of it.
-    Larger ones for the audio let the contrastive loss alone find order too, and then there is
-    nothing to compare with.
+    L_t compares a clip with two captions. If swapping the events changes neither the clip's
+    embedding nor the caption's, the gradient of L_t is almost zero and nothing is learnt. So the
+    initial weights must already react to order. The usual standard deviation of 0.02 suits wide
+    encoders. In small ones, a swap then moves a caption by less than 1 % of the mean squared
+    distance between captions, and 500 steps change nothing. With the weights here, a swap moves it
+    by a quarter to a half of that distance. With even larger audio weights the contrastive loss
+    alone also learns order, so the effect of L_t could not be measured.
     """
     for name, parameter in model.audio_encoder.named_parameters():
         if "bias_tables" in name:
-            parameter *= 2.0 / 0.02  # who attends to whom in time
+            parameter *= 2.0 / 0.02  # makes attention depend on relative position
         elif name.endswith("weight") and parameter.dim() == 2:
             parameter *= 0.05 / 0.02
     for module in model.text_encoder.model.modules() if text else ():
@@ -432,21 +434,21 @@ def feel_order(model: Model, text: bool) -> None:
 
 
 def contrastive_loss(sim, scale):
-    """L_c: mean over both directions of the cross-entropy of the right partner.
+    """L_c: cross-entropy with the matching pair as target, mean of both directions.
 
     sim (B, B) cosine, audio in rows. Source: LAION's loss; the paper prints none (D11).
     """
-    target = torch.arange(len(sim), device=sim.device)  # the partner of row i is column i
+    target = torch.arange(len(sim), device=sim.device)  # row i matches column i
     a2t = F.cross_entropy(sim * scale, target)
     t2a = F.cross_entropy(sim.T * scale, target)
     return (a2t + t2a) / 2  # L_c (D11)
 
 
 def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 1.0):
-    """L_t: each clip must tell its caption from the caption's negative (B, D; 0: it has none).
+    """L_t: each clip must tell its caption from the caption's negative (B, D; zeros: none).
 
-    -> mean over the clips that have one (D4) of log(1 + exp(a.n - a.t)), which is
-    -log(exp(a.t) / (exp(a.t) + exp(a.n))); share of them for which a.t > a.n. All vectors have
+    -> mean over the clips with a negative (D4) of log(1 + exp(a.n - a.t)), which is
+    -log(exp(a.t) / (exp(a.t) + exp(a.n))); share of these clips with a.t > a.n. All vectors have
     length 1 (D12). Source: Eq. (3), which has no factor lt_scale (D10).
     """
     ordered = negative_embeds.detach().any(-1).float()  # (B,)
@@ -491,12 +493,12 @@ def texts_of(rows: list[dict]) -> list[str]:
 
 
 def split_sets(rows: list[dict]) -> list[list[dict]]:
-    """Rows of the manifests that have negatives, and rows of those that have none."""
+    """-> rows of the manifests with negatives, rows of the manifests without."""
 
     def manifest(row):
         return row["where"].rpartition(":")[0]  # where: "FILE:LINE"
 
-    # by manifest, so that a clip without an order stays in the part of its set
+    # by manifest, so that a clip without a negative stays with the rest of its set
     ordered = {manifest(row) for row in rows if has_negatives(row)}
     return [
         [row for row in rows if manifest(row) in ordered],
@@ -505,8 +507,8 @@ def split_sets(rows: list[dict]) -> list[list[dict]]:
 
 
 def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
-    """Clips of each of the two groups in a batch, 1 : mix, or all from the group that is not empty
-    (D6).
+    """Number of clips per batch from each of the two groups: 1 : mix, or all from the non-empty
+    group if one is empty (D6).
     """
     if 0 in sizes:
         return [min(size, batch_size) for size in sizes]
@@ -517,16 +519,16 @@ def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
 def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
     """Yield this process's share of every batch as [(group, epoch, index), ...].
 
-    Each group is gone through in a new random order every epoch; what does not fill a batch's share
-    is left out of that epoch.
+    Each group is shuffled anew every epoch. Clips that do not fill a batch's share are left out of
+    that epoch.
     """
     rank, world = common.rank_and_world()
-    orders = [(None, None), (None, None)]  # of each group: its epoch, and the order in it
+    orders = [(None, None), (None, None)]  # per group: its epoch, and the order of its clips
     for step in range(start_step, total_steps):
         batch = []
         for group, (size, count) in enumerate(zip(sizes, counts)):
             if count:
-                epoch, place = divmod(step, size // count)  # of the step alone, for --resume
+                epoch, place = divmod(step, size // count)  # from the step alone, for --resume
                 if orders[group][0] != epoch:
                     orders[group] = (
                         epoch,
@@ -534,13 +536,13 @@ def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
                     )
                 chosen = orders[group][1][place * count : (place + 1) * count]
                 batch += [(group, epoch, int(i)) for i in chosen]
-        # ordered clips stand first: dealt out in turn, each process gets its share
+        # ordered clips come first, so the stride gives each process its share of them
         yield batch[rank::world]
 
 
 class Clips(Dataset):
-    """One item a clip with one of its captions. Items are asked for as (group, epoch, index), which
-    seeds both draws.
+    """One item per clip, with one of its captions. A key is (group, epoch, index), which seeds the
+    crop and the choice of the caption.
     """
 
     def __init__(self, groups: list[list[dict]], cfg: Config, tokenize, sample_rate: int):
@@ -559,7 +561,7 @@ class Clips(Dataset):
         return waveform, row["captions"][chosen], negative, row["audio"]
 
     def collate(self, items) -> dict:
-        """-> what Model.forward takes."""
+        """-> the arguments of Model.forward."""
         waveforms, captions, negatives, _ = zip(*items)
         window = int(WINDOW_S * self.rate)
         ordered = [i for i, negative in enumerate(negatives) if negative]
@@ -578,8 +580,8 @@ class Clips(Dataset):
 
 
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
-    """Retrieval and, where rows have negatives, T-Classify (text to audio) -> scores, what chance
-    gives.
+    """Retrieval and, where rows have negatives, T-Classify (text to audio) -> scores, chance
+    levels.
     """
     rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
     captions = [row["captions"] for row in rows]
@@ -601,7 +603,7 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
 
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
-    split, as in eval.json; {} without one.
+    split, as in eval.json; {} without validation clips.
     """
     run = common.Run(cfg, METHOD)
 
@@ -647,7 +649,7 @@ def main(cfg: Config) -> dict:
         shape=model.shape,
     )
     if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:
-        run.log_scores(validate(model, val_rows)[0])  # of the model that is fine-tuned
+        run.log_scores(validate(model, val_rows)[0])  # before fine-tuning
     sampler = mixed_batches(sizes, counts, cfg.seed, run.step, cfg.steps)
 
     def loss_of(*embeds):
@@ -664,7 +666,7 @@ def main(cfg: Config) -> dict:
         )
         optimiser.step()
         with torch.no_grad():
-            model.logit_scale_a.clamp_(0, math.log(100))  # the factor stays in 1 to 100 (D11)
+            model.logit_scale_a.clamp_(0, math.log(100))  # the scale stays in [1, 100] (D11)
 
         run.step_done(loss, sim, **losses, scale=model.logit_scale_a.exp())
         if run.is_due(cfg.eval_steps):
@@ -702,7 +704,7 @@ FUSED = (
 
 
 def htsat_size(weights: dict, prefix: str) -> dict:
-    """dim, depths, heads of an HTS-AT, from the shapes of its weights; LAION's where keys are
+    """dim, depths, heads of an HTS-AT, from the shapes of its weights; LAION's if keys are
     missing.
     """
     depths, heads = {}, {}
@@ -763,9 +765,7 @@ def transformers_state(weights: dict) -> dict:
 
 
 def _transformers_clap(name):
-    """-> TextEncoder (its weights not yet those of the file), ClapConfig, state dict, LogMel
-    arguments.
-    """
+    """-> TextEncoder (weights not loaded yet), ClapConfig, state dict, LogMel arguments."""
     transformers = common.quiet_transformers()
     try:
         try:

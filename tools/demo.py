@@ -1,11 +1,11 @@
-"""A page that searches a folder of sounds by a sentence, and names an uploaded sound.
+"""A web page that searches a folder of sounds by a sentence and captions an uploaded sound.
 
   python -m tools.demo runs/mga_clap-1/best.pt --audio sounds
   python -m tools.demo CLAP_weights_2022.pth --audio sounds --captions captions.txt
 
-Needs gradio and matplotlib. Below every sound that is found stands its spectrogram; a model with
-frames adds the cosine of every frame to the sentence. An uploaded sound gets the nearest of
---captions.
+Needs gradio and matplotlib. Each sound found is shown with its spectrogram. If the model embeds
+frames, a curve shows the cosine of every frame to the sentence. For an uploaded sound, the page
+lists the nearest of --captions.
 """
 
 import argparse
@@ -19,19 +19,19 @@ import common
 import eval as evaluation
 from tools import datasets, figures
 
-SHOWN = 5  # sounds or captions an answer
+SHOWN = 5  # sounds or captions per answer
 
 
 def best(names: list[str], scores: np.ndarray) -> list[tuple[str, float]]:
-    """Those of the largest scores, and their scores."""
+    """The SHOWN names with the largest scores, each with its score."""
     return [(names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:SHOWN]]
 
 
 class Sounds:
-    """A folder of sounds embedded by a model, and captions to name other sounds with.
+    """A folder of sounds, embedded by a model, and captions for other sounds.
 
     Raises
-        ValueError, FileNotFoundError: no folder, no sound, or none that can be read.
+        ValueError, FileNotFoundError: no folder, no sound in it, or no readable sound.
     """
 
     def __init__(self, model, folder: Path, captions: list[str]):
@@ -65,7 +65,7 @@ class Sounds:
         return best(self.captions, scores[0])
 
     def picture(self, path: str, sentence: str) -> np.ndarray:
-        """A file's log-mel spectrogram, with the cosine of every frame to the sentence over it ->
+        """A file's log-mel spectrogram, overlaid with the cosine of every frame to the sentence ->
         (H, W, 3) uint8.
         """
         plt, rate = figures.pyplot(), self.model.sample_rate
@@ -90,7 +90,7 @@ class Sounds:
 
 
 def page(sounds: Sounds, name: str):
-    """The gradio page: a tab for search and, with captions, one for naming."""
+    """The gradio page: a tab for search and, if there are captions, a tab for uploaded sounds."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -108,7 +108,7 @@ def page(sounds: Sounds, name: str):
         return (shown + hidden)[: 2 * SHOWN]  # a folder may hold fewer sounds
 
     def captions_of(path: str | None) -> list:
-        try:  # None: the sound was taken away
+        try:  # path is None when the sound is removed
             found = sounds.captions_of(path) if path else []
             return [[f"{score:.3f}", caption] for caption, score in found]
         except ValueError as error:
@@ -139,12 +139,12 @@ def parse(argv=None):
     parser.add_argument(
         "--captions",
         nargs="+",
-        help="what an uploaded sound can be named: a .txt, one a line, or manifests; default: the "
+        help="captions for an uploaded sound: a .txt with one per line, or manifests; default: the "
         "folder's manifest.jsonl, if there is one",
     )
     parser.add_argument("--text-model", help="tokenizer of a published file, as in eval.py")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--port", type=int, default=7860, help="of the page on this machine")
+    parser.add_argument("--port", type=int, default=7860, help="local port of the page")
     return parser.parse_args(argv)
 
 
