@@ -3,8 +3,8 @@
 Zhu, Darefsky, Duan: "Cacophony: An Improved Contrastive Audio-Text Model", IEEE/ACM TASLP 32, 2024,
 arXiv:2402.06986. Official code, inference only: github.com/gzhu06/Cacophony (JAX and a torch port).
 
-The idea: CLAP needs good encoders and more captioned audio than people have captioned. So (1) the
-audio encoder, a plain ViT on spectrogram patches, is first trained on audio alone, as a masked
+The idea: CLAP needs good encoders and more captions than people have written. So (1) the audio
+encoder, a plain ViT on spectrogram patches, is first trained on audio alone, as a masked
 autoencoder (MAE): it sees 20 % of the patches, and a decoder reconstructs the spectrogram; (2)
 noisy descriptions are cleaned and uncaptioned audio is captioned by machine (`tools.captions
 rewrite --task clean`, `tools.captions recaption`); (3) beside the contrastive loss, a text decoder
@@ -26,11 +26,11 @@ paper's T), D joint dimension 768. rho 0.075, lambda (caption_weight) 1, scale i
 Deviations from the paper, what it leaves open, and the variants ("code": the authors' repository)
   D1  The paper gives 16 kHz, 25 ms windows, 10 ms hop, FFT size 512, 128 mel bands (Sec. IV-A). The
       rest is the JAX code's: magnitudes, 0.2 ln(mel + 1e-5) + 0.9, 0 to 8000 Hz, each frame of 400
-      samples followed by 112 zeros before the FFT, triangles linear in mel. --variant official, the
-      torch port: window centred in 512 samples, triangles linear in Hz.
+      samples followed by 112 zeros before the FFT, triangular filters linear in mel. --variant
+      official, the torch port: window centred in 512 samples, triangular filters linear in Hz.
   D2  Pooling heads: "we choose to use n_head = 8" (Sec. IV-A), here for both modalities, but never
-      more than the audio encoder has. The text pooler of jax and official has 1, the audio pooler
-      of official 2 (a slip of the port).
+      more than the audio encoder has. The text pooler of jax and official has 1 head, the audio
+      pooler of official has 2 (a slip of the port).
   D3  Not stated: LayerNorm eps, 1e-6 in the audio encoder (jax). official: 1e-5.
   D4  The decoder predicts all patches; the loss counts the masked ones only, and only the target is
       normalised. The paper's decoder "predicts both the masked and unmasked regions" (Sec. III-A);
@@ -45,15 +45,15 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
       less. No released file holds this loss today, as the released code is inference only; it
       stands in an earlier commit of the JAX code (d89652f, src/caco/caco.py). The torch port never
       had a loss, so official takes the same.
-  D6  Not stated. From the code: 4 text decoder layers, the deviation of their first weights
-      ("initialized randomly", Sec. III-B; 0.02, the head's 0.01), joint dimension 768, RoBERTa's
-      base size, dropout 0.1 on text and 0 on audio, positions added again in the MAE decoder. From
-      the torch port: a logit scale that starts at 1 / 0.07 and is never clamped. Ours: a linear
-      warm-up, AdamW betas 0.9 and 0.999, weight decay on all weights, no gradient clipping, no
-      dropout on the text decoder's attention weights (code: 0.1), 0.02 for the first MAE and query
-      weights. --size ablation: the paper gives two widths and keeps the rest "the same" (Sec. VI);
-      so do we, its number of heads (8) included.
-  D7  Eq. (4) to (6) are written for the whole training set. Here they are for a step's batch, over
+  D6  Not stated. From the code: 4 text decoder layers, the standard deviation of their initial
+      weights ("initialized randomly", Sec. III-B; 0.02, the head's 0.01), joint dimension 768,
+      RoBERTa's base size, dropout 0.1 on text and 0 on audio, positions added again in the MAE
+      decoder. From the torch port: a logit scale that starts at 1 / 0.07 and is never clamped.
+      Ours: a linear warm-up, AdamW betas 0.9 and 0.999, weight decay on all weights, no gradient
+      clipping, no dropout on the text decoder's attention weights (code: 0.1), 0.02 for the initial
+      MAE and query weights. --size ablation: the paper gives two widths and keeps the rest "the
+      same" (Sec. VI); so do we, its number of heads (8) included.
+  D7  Eq. (4) to (6) are written for the whole training set. Here they refer to a step's batch over
       all processes. Not stated: both passes take the same patches, captions and dropout masks; the
       norm is one over all "trainable parameters" (Sec. IV-B), and 1e-12 is added to it.
   D8  "We exclude clips that are under one second or exceed five minutes", of Freesound (Sec. II-B).
@@ -61,22 +61,22 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
       random 5 minutes of longer ones, then 512 patches of these (the paper: "from the full
       sequence", Sec. IV-A).
   D9  "[We] process the full audio sequence if it fits in the memory", else "randomly sample a
-      subset of spectrogram patches" (Sec. IV-A). Ours never samples: clips over 60 s are encoded in
-      pieces of 60 s, each with positions from 0, whose patches are pooled together; in training a
-      clip's positions go on to its end. The code samples (jax) or takes the first patches (port).
-  D10 Zero-shot detection is ours: the pooling layer's value and output projections of each of a
-      time step's 8 patches, averaged over the 8, are its frame. For HEAR the encoder is "frozen and
-      used as the input feature vector" (Sec. V-E). Scene tasks get the pooled and projected vector,
-      event tasks the encoder's states, mean over F (both: code). The encoder's "50 Hz output" (Sec.
-      III-A) counts patches; there are 6.25 time steps a second.
+      subset of spectrogram patches" (Sec. IV-A). In evaluation ours never samples: clips over 60 s
+      are encoded in pieces of 60 s, each with positions from 0, and the patches of all pieces are
+      pooled together; in training a clip's positions run to its end. The code samples (jax) or
+      takes the first patches (port).
+  D10 Zero-shot detection is ours: a time step's frame is the mean over its 8 patches of the pooling
+      layer's value and output projections. For HEAR the encoder is "frozen and used as the input
+      feature vector" (Sec. V-E). Scene tasks get the pooled and projected vector, event tasks the
+      encoder's states, mean over F (both: code). The encoder's "50 Hz output" (Sec. III-A) counts
+      patches; there are 6.25 time steps a second.
   D11 Not stated: the checkpoint with the best mAP@10 of both directions on the validation split.
-      Stage 1 is not validated, mae.pt is its last step; the paper's HEAR scores of it (Fig. 5) are
-      those of its encoder in stage 2 here.
+      Stage 1 is not validated, mae.pt is its last step.
   D12 Not stated: bf16 autocast on a GPU; the losses are always in fp32.
   D13 The text encoder "follows RoBERTa's architecture" and starts from "the RoBERTa pretrained
       weights" (Sec. III-B). Its positions are counted from 0 (code), RoBERTa's from 2, so a token
       starts from the position embedding that was trained for the token two places before. The first
-      two tokens start from rows that RoBERTa gives to no token; row 1 is its padding row, and is
+      two tokens start from rows that RoBERTa uses for no token; row 1 is its padding row, which is
       trained here.
   D14 Cleaned descriptions: the paper prompts GPT-3 "with 10 human annotated pairs" on 7,000
       descriptions "to fine-tune T5-XXL" (Sec. II-B). tools.captions rewrite --task clean fine-tunes
@@ -86,11 +86,11 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D15 Machine captions: the paper's are by "HTSAT-BART pretrained on WavCaps and fine-tuned on
       AudioCaps" (Sec. II-C). tools.captions recaption takes a captioner of ours, a stage 2
       checkpoint.
-  D16 Not stated: each time a clip is drawn it shows one of its captions at random; where it has
+  D16 Not stated: each time a clip is drawn, one of its captions is drawn at random; where it has
       machine captions, one of these in 80 % of the draws (code).
   D17 Scenes are classified with "This sound is on [label]." (Sec. V-D), eval.py's cacophony_scene,
-      without the full stop, which may be the sentence's own. The code has "This is a sound on {}",
-      cacophony_scene_code.
+      without the full stop, which may belong to the paper's sentence. The code has "This is a sound
+      on {}", cacophony_scene_code.
   D18 Captions are sampled "at a temperature of 0.1" (Sec. V-F). caption() takes the likeliest token
       unless it is given a temperature. Not stated: at most 100 tokens (code), no padding or start
       token.
@@ -129,21 +129,21 @@ class Config(common.RunConfig):
     # data
     # manifests, folders that hold manifest.jsonl, or the word demo; stage 1 needs no captions
     data: list[str]
-    # ablation: the smaller audio encoder of the paper's ablations (Sec. VI); tiny: small, from
-    # nothing
+    # ablation: the smaller audio encoder of the paper's ablations (Sec. VI); tiny: a small model
+    # from random weights
     size: Literal["paper", "ablation", "tiny"] = "paper"
-    # details that differ: the authors' JAX code, or their torch port (D1-D3, D5)
+    # details as in the authors' JAX code (jax) or their torch port (official) (D1-D3, D5)
     variant: Literal["paper", "jax", "official"] = "paper"
     # masked autoencoder, contrastive captioning, or both in order
     stage: Literal["all", "mae", "contrastive"] = "all"
-    # stage 2 goes on from a whole model: a run's best.pt or the authors' torch file, with the
-    # model's own settings; none: from the two below
+    # whole model that stage 2 starts from: a run's best.pt or the authors' torch file, with the
+    # model's own settings; none: start from the two below
     weights: str = "none"
     # stage 2's audio encoder: a run's mae.pt, the authors' torch file, or none; empty:
     # runs/NAME/mae.pt
     audio_weights: str = ""
-    # start of the text encoder, and the tokenizer of the authors' file: hub id or folder (RoBERTa:
-    # Sec. III-B; base: code, D6), or none
+    # initial text encoder, and the tokenizer of the authors' file: hub id or folder (RoBERTa: Sec.
+    # III-B; base: code, D6), or none
     text_model: str = "roberta-base"
     max_tokens: common.Tokens = 77  # captions are cut there (Sec. IV-A)
     # where a clip has synthetic captions, the probability of taking one of them (code, D16)
@@ -164,7 +164,7 @@ class Config(common.RunConfig):
     mae_batch_size: common.Count = 512  # clips over all processes (Sec. IV-A)
     mae_lr: common.Positive = 2e-4  # peak of AdamW's learning rate (Sec. IV-A)
     mae_crop_s: Annotated[float, "[0.16, 300]"] = 15.0  # random crop in seconds (Sec. IV-A)
-    mae_layers: common.Layers = 12  # layers of the decoder that reconstructs (Sec. IV-A)
+    mae_layers: common.Layers = 12  # layers of the reconstructing decoder (Sec. IV-A)
     # share of patches that the encoder never sees (Sec. III-A)
     mask_ratio: Annotated[float, "(0, 1)"] = 0.8
 
@@ -172,7 +172,7 @@ class Config(common.RunConfig):
     steps: common.Count = 300000  # optimiser steps of stage 2 (Sec. IV-A)
     batch_size: common.Count = 4096  # pairs over all processes (Sec. IV-A)
     lr: common.Positive = 1e-5  # peak of AdamW's learning rate (Sec. IV-A)
-    # at most so many patches of a clip; a longer clip gives as many at random (Sec. IV-A: 10.24 s)
+    # largest number of patches a clip; a longer clip gives so many at random (Sec. IV-A: 10.24 s)
     patches: common.Count = 512
     # lambda, weight of the captioning loss (Eq. 3, Sec. IV-A); 0: no decoder
     caption_weight: common.NotNegative = 1.0
@@ -241,14 +241,14 @@ TINY = dict(
     workers=1,
 )
 Config.presets = {("size", "ablation"): ABLATION, ("size", "tiny"): TINY}
-SAMPLE_RATE, HOP, N_MELS = 16000, 160, 128  # 10 ms
+SAMPLE_RATE, HOP, N_MELS = 16000, 160, 128  # a hop of 10 ms
 PATCH = 16  # frames and mel bins of a patch
 N_FREQ = N_MELS // PATCH  # patches of one time step
 STEP_SAMPLES = PATCH * HOP  # 0.16 s
 LONGEST_S = 300.0  # D8
 PIECE_S = 60.0  # D9
 METHOD = "cacophony"
-# Three ways to compute with the same weights. heads: (audio, text) of the pooling layers
+# Three ways to compute with the same weights. heads: those of the (audio, text) pooling layers
 VARIANTS = {
     "paper": dict(heads=(8, 8), eps=1e-6, window="start"),
     "jax": dict(heads=(8, 1), eps=1e-6, window="start"),
@@ -286,8 +286,8 @@ class MagnitudeMel(nn.Module):
     """Waveform (B, S) at 16 kHz -> features (B, ceil(S / 160), 128): 0.2 ln(mel + 1e-5) + 0.9,
     about -1.4 to 1.
 
-    Frames of 25 ms start every 10 ms; those over the end see zeros. Source: Sec. IV-A and the JAX
-    code (D1).
+    Frames of 25 ms start every 10 ms; beyond the clip's end they see zeros. Source: Sec. IV-A and
+    the JAX code (D1).
     """
 
     def __init__(self, window: str = "start"):
@@ -317,27 +317,26 @@ class MagnitudeMel(nn.Module):
             # the last frame starts before the end and reaches past it
             waveform = F.pad(waveform.float(), (0, (n_frames - 1) * HOP + 512 - waveform.shape[1]))
             spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, 257, T_mel, 2)
-            magnitudes = (
-                spectrum[..., 0].square() + spectrum[..., 1].square()
-            ).sqrt()  # faster than torch's complex abs()
+            # faster than torch's complex abs()
+            magnitudes = (spectrum[..., 0].square() + spectrum[..., 1].square()).sqrt()
             # (B, 257, T_mel) -> (B, T_mel, 128); scale and offset: JAX code (D1)
             return 0.2 * (magnitudes.transpose(1, 2) @ self.filters + 1e-5).log() + 0.9
 
 
 def n_steps(n_samples):
-    """Whole time steps of 16 frames in n_samples (an int or a tensor): the remainder is dropped;
-    one at least.
+    """Number of whole time steps of 16 frames in n_samples (an int or a tensor), at least 1; the
+    remainder is dropped.
     """
     steps = (n_samples + HOP - 1) // HOP // PATCH  # frames are rounded up, steps down
     return steps.clamp(min=1) if torch.is_tensor(steps) else max(1, steps)
 
 
 def to_patches(features):
-    """(B, T_mel, 128) -> (B, N, 256): patch number t * 8 + f, each 16 frames by 16 mel bins, row by
-    row.
+    """(B, T_mel, 128) -> (B, N, 256): patch number t * 8 + f, each 16 frames by 16 mel bins,
+    flattened row by row.
     """
     B, T_mel, _ = features.shape
-    if T_mel < PATCH:  # under 0.16 s: filled up with what silence gives
+    if T_mel < PATCH:  # under 0.16 s: padded with the value of silence
         features = F.pad(features, (0, 0, 0, PATCH - T_mel), value=0.2 * math.log(1e-5) + 0.9)
         T_mel = PATCH
     T = T_mel // PATCH
@@ -364,7 +363,7 @@ class AudioLayer(nn.Module):
             .view(B, N, 3, self.heads, C // self.heads)
             .permute(2, 0, 3, 1, 4)  # (3, B, heads, N, C / heads)
         )
-        # the mask is of keys only; what padded queries give is masked by every later layer
+        # only keys are masked: every later layer masks the outputs of padded queries
         h = F.scaled_dot_product_attention(
             *qkv, attn_mask=valid_mask[:, None, None]
         )  # (B, heads, N, C / heads)
@@ -423,10 +422,12 @@ class MAE(nn.Module):
         self.head = nn.Linear(audio["dim"], PATCH * PATCH)
 
     def paint(self, patches, number, valid_mask):
-        """-> painted (B, N, 256), normalised values of every patch; visible_mask (B, N) bool."""
+        """-> painted (B, N, 256), predictions of every patch's normalised values; visible_mask (B,
+        N) bool.
+        """
         B, N, _ = patches.shape
         n_visible = (valid_mask.sum(1) * (1 - self.mask_ratio)).round().long().clamp(min=1)  # (B,)
-        # of any clip; not n_visible.max(), for which a GPU would be waited for
+        # the most that any clip can have; n_visible.max() would have to wait for the GPU
         most = max(1, round(N * (1 - self.mask_ratio)))
         # a random order with the real patches first
         order = torch.rand(B, N, device=patches.device).masked_fill(~valid_mask, 2.0).argsort(1)
@@ -436,12 +437,12 @@ class MAE(nn.Module):
         def take(x):
             return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
 
-        # the encoder never sees a masked patch: what fills a row up to V (not seen) is no key
+        # the encoder never sees a masked patch: patches that only fill a row up to V are not keys
         encoded = self.audio_encoder(take(patches), number.gather(1, chosen), seen)
         encoded = self.decoder.input_proj(encoded)  # (B, V, dim)
 
         visible_mask = torch.zeros_like(valid_mask).scatter(1, chosen, seen)
-        # Sec. III-A appends the mask tokens; put in place the set is the same, and its order kept
+        # Sec. III-A appends the mask tokens; in their places they give the same set, in order
         tokens = self.mask_token.to(encoded.dtype).expand(B, N, -1)
         tokens = tokens.scatter(
             1,
@@ -491,13 +492,13 @@ class AttentionPool(nn.Module):
         return self.out_proj(pooled.reshape(B, C))  # (B, heads, 1, C / heads) -> (B, out_dim)
 
     def pool_each_alone(self, x):
-        """What every position gives if the query attends to it alone. (B, N, C) -> (B, N, D)."""
+        """Pool each position as if the query attended to it alone. (B, N, C) -> (B, N, D)."""
         return self.out_proj(self.kv_proj(x)[..., x.shape[2] :])  # a softmax over one key is 1
 
 
 class DecoderAttention(nn.Module):
-    """Post-norm attention as in RoBERTa's decoder layers, keys and values given, so that they can
-    be kept.
+    """Post-norm attention as in RoBERTa's decoder layers; keys and values are arguments, so that
+    they can be reused.
     """
 
     def __init__(self, dim, memory_dim, heads):
@@ -548,14 +549,14 @@ def make_causal(text_encoder: common.TextEncoder) -> common.TextEncoder:
 
     Source: Sec. III-B, "causal self-attention". Positions counted from 0 are the code's (D13).
     """
-    # transformers masks by this flag, or, where it leaves the mask out, by is_causal below
+    # transformers builds its mask from this flag; where it leaves the mask out, is_causal counts
     text_encoder.model.config.is_decoder = True
     for module in text_encoder.model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = True
         if hasattr(module, "is_decoder"):
             module.is_decoder = True
-    # D13: RoBERTa keeps row 1 for padding, out of training; counted from 0 it is the second token's
+    # D13: RoBERTa never trains row 1, its padding row; counted from 0 it is the second token's
     text_encoder.model.embeddings.position_embeddings.padding_idx = None
     return text_encoder
 
@@ -569,9 +570,9 @@ class Model(nn.Module):
     """
 
     sample_rate, variants = SAMPLE_RATE, ("paper", "jax", "official")
-    window_s = 10.24  # of eval.py's --crop first; any length is heard
+    window_s = 10.24  # for eval.py's --crop first only; otherwise a clip is encoded whole
     frame_s = STEP_SAMPLES / SAMPLE_RATE
-    frame_window_s = PIECE_S  # heard in one piece
+    frame_window_s = PIECE_S  # encoded in one piece
     crop_rule = (
         f"any length as one sequence of patches; over {PIECE_S:g} s in pieces that are pooled "
         "together"
@@ -624,7 +625,7 @@ class Model(nn.Module):
     def next_logits(self, text_states, audio_kv, audio_mask):
         """Logits (B, L, vocabulary) of the token after each; audio_kv as `audio_keys_values`."""
         L = text_states.shape[1]
-        # (L, L); padding needs no mask: it stands behind the text, and its loss is not counted
+        # (L, L); padding needs no mask: it follows the text, and its loss is not counted
         causal_mask = torch.ones(L, L, dtype=torch.bool, device=text_states.device).tril()
         x = text_states  # the decoder stands on top of the text encoder (Sec. III-B)
         for layer, kv in zip(self.decoder, audio_kv):
@@ -632,7 +633,7 @@ class Model(nn.Module):
         return self.head(x)
 
     def audio_keys_values(self, audio_states):
-        # keys and values of each layer, (B, heads, N, C / heads); caption() makes them once
+        # keys and values of each layer, (B, heads, N, C / heads); caption() computes them once
         return [layer.crossattention.keys_values(audio_states) for layer in self.decoder]
 
     def forward(self, patches, number, valid_mask, input_ids, attention_mask):
@@ -652,7 +653,7 @@ class Model(nn.Module):
             logits = self.next_logits(
                 text_states[:, :-1], self.audio_keys_values(audio_states), valid_mask
             )
-            # D5
+            # D5: jax and official divide by the padded length
             n_most = None if self.shape["variant"] == "paper" else self.text_encoder.max_tokens - 1
             nll = caption_nll(logits, input_ids[:, 1:], attention_mask[:, 1:], n_most)
         return audio_embeds, text_embeds, nll, self.log_scale.exp()
@@ -661,7 +662,7 @@ class Model(nn.Module):
         """waveform (B, S), n_samples (B,) valid ones -> states (B, N, C), valid_mask (B, N): the
         whole clip (D9).
         """
-        # a piece is of whole time steps, so that no step is cut in two (D9)
+        # a piece holds whole time steps, so that no step is cut in two (D9)
         piece = min(int(PIECE_S * SAMPLE_RATE) // STEP_SAMPLES * STEP_SAMPLES, waveform.shape[1])
         pieces, owner, _, lengths = common.cut_windows(waveform, n_samples, piece)
         steps = n_steps(torch.tensor(lengths))
@@ -679,7 +680,7 @@ class Model(nn.Module):
         )
         if len(pieces) == len(waveform):  # no clip was cut
             return states, valid_mask
-        # of each clip (its real patches, C), piece after piece
+        # for each clip (its real patches, C), piece after piece
         of_clip = [states[owner == b][valid_mask[owner == b]] for b in range(len(waveform))]
         lengths = torch.tensor([len(x) for x in of_clip], device=waveform.device)
         states = nn.utils.rnn.pad_sequence(of_clip, batch_first=True)
@@ -700,8 +701,7 @@ class Model(nn.Module):
         """As embed_audio -> (B, T, D), normalised, every 0.16 s (D10); zeros behind a clip's last
         frame.
 
-        If a clip ends within a step, the frame of its last whole step is given once more for the
-        rest.
+        If a clip ends within a step, the frame of its last whole step is repeated for the rest.
         """
         with common.evaluating(self):
             states, valid_mask = self.audio_states(waveform, n_samples)
@@ -723,12 +723,12 @@ class Model(nn.Module):
             )
 
     def _steps(self, x, valid_mask, waveform, n_samples) -> list:
-        """x (B, N, C) -> of each clip (ceil(its time steps), C), mean over the bands."""
+        """x (B, N, C) -> for each clip (ceil(its time steps), C), mean over the bands."""
         lengths = [waveform.shape[1]] * len(x) if n_samples is None else n_samples.tolist()
         out = []
         for clip, mask, n in zip(x, valid_mask, lengths):
             steps = clip[mask].view(-1, N_FREQ, x.shape[2]).mean(1)  # (T, C)
-            # patches drop what is no whole step, frames cover it
+            # patches drop an incomplete last step, but frames cover it
             missing = max(0, math.ceil(n / STEP_SAMPLES) - len(steps))
             out.append(torch.cat([steps, steps[-1:].expand(missing, -1)]))
         return out
@@ -755,9 +755,9 @@ class Model(nn.Module):
         """A caption for each clip of waveform (B, S) at 16 kHz, token by token.
 
         temperature: 0 takes the likeliest token, else tokens are drawn (Sec. V-F: 0.1; D18); what a
-        clip draws depends on `seed` alone, not on the other clips. Each step reads the whole
-        caption so far again: captions are short, and transformers changes how it keeps keys and
-        values.
+        clip draws depends on `seed` alone, not on the other clips. Each step encodes the whole
+        caption so far again: captions are short, and the interface of transformers' key-value cache
+        changes between versions.
         """
         if not self.decoder:
             raise ValueError("this model was trained without a captioner (--caption-weight 0)")
@@ -767,16 +767,15 @@ class Model(nn.Module):
             audio_kv = self.audio_keys_values(audio_states)
             ids = torch.full((len(waveform), 1), tokenizer.cls_token_id, device=audio_states.device)
             ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-            generator = torch.Generator().manual_seed(seed)  # of the CPU: alike on all devices
+            generator = torch.Generator().manual_seed(seed)  # on the CPU: equal on all devices
             for _ in range(
                 min(max_tokens, self.text_encoder.model.config.max_position_embeddings) - 1
             ):
                 states = self.text_states(ids, torch.ones_like(ids))
                 logits = self.next_logits(states, audio_kv, audio_mask)[:, -1].float()
                 logits[:, [tokenizer.pad_token_id, tokenizer.cls_token_id]] = -math.inf  # D18
-                if (
-                    temperature > 0
-                ):  # the largest of logits plus Gumbel noise is a draw from the softmax
+                # the largest of logits plus Gumbel noise is a draw from the softmax
+                if temperature > 0:
                     noise = -torch.empty(logits.shape[1]).exponential_(generator=generator).log()
                     logits = logits / temperature + noise.to(logits.device)
                 token = torch.where(ended, tokenizer.pad_token_id, logits.argmax(-1))
@@ -812,15 +811,15 @@ class Model(nn.Module):
 
     @classmethod
     def from_published(cls, source, text_model: str = "roberta-base", variant: str = "jax"):
-        """The authors' torch file. It was trained by the JAX code, so it computes as that (jax);
-        official: as their torch port, whose 2 audio pooling heads are a slip (D2).
+        """The authors' torch file. The JAX code trained it, so the model computes like that code
+        (jax); official: like their torch port, whose 2 audio pooling heads are a slip (D2).
         """
         state = port_state(common.read_weights(source))
         text_encoder = common.text_encoder_from_pretrained(text_model, 100)  # the code's length
         dim, layers, mlp, joint, decoders = port_size(state)
         model = cls(
             dict(
-                # no shape tells the number of heads: the paper's are 8 of 96 (Sec. IV-A)
+                # no shape shows the number of heads; the paper's 8 have 96 channels (Sec. IV-A)
                 audio=dict(dim=dim, layers=layers, heads=max(1, dim // 96), mlp=mlp),
                 joint_dim=joint,
                 decoder_layers=decoders,
@@ -839,8 +838,8 @@ def audio_shape(cfg: Config) -> dict:
 
 
 def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
-    """--weights, or a new model: the audio encoder from stage 1, the text encoder from
-    --text-model, the rest from nothing.
+    """The model of --weights, or a new one: the audio encoder from stage 1, the text encoder from
+    --text-model, the rest random.
     """
     if cfg.weights != "none":
         own = "method" in common.read_weights(cfg.weights)
@@ -939,7 +938,7 @@ def sam_backward(parameters: list, backward, rho: float):
         return result
     held = [p for p in parameters if p.grad is not None]
     with torch.no_grad():
-        # copied, as adding and subtracting a step would not give the same bits again
+        # copies, since adding and subtracting a step would not restore the same bits
         kept = [p.clone() for p in held]
         norm = torch.stack([p.grad.float().norm() for p in held]).norm()  # one over all (D7)
         scale = rho / (norm + 1e-12)  # D7
@@ -950,7 +949,7 @@ def sam_backward(parameters: list, backward, rho: float):
     backward()  # Eq. (6): its gradient
     with torch.no_grad():
         for p, value in zip(held, kept):
-            # the weights are back; p.grad stays that of the moved ones
+            # the weights are back; p.grad is still that of the moved ones
             p.copy_(value)
     return result
 
@@ -961,11 +960,11 @@ def sam_backward(parameters: list, backward, rho: float):
 
 
 class Clips(Dataset):
-    """Patches of clips, with one caption each in stage 2. Items are asked for as (epoch, index),
-    which seeds all draws.
+    """Patches of clips, with one caption each in stage 2. An item's key is (epoch, index), which
+    seeds all draws.
 
-    Patches are made here, not on the GPU: of a clip of 5 minutes (D8) only 512 of 15,000 patches go
-    there.
+    Patches are computed here on the CPU: of a clip of 5 minutes (D8) only 512 of 15,000 patches go
+    to the GPU.
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize=None):
@@ -991,9 +990,9 @@ class Clips(Dataset):
         return patches[number], number, caption, row["audio"]
 
     def draw_caption(self, row: dict, rng) -> str:
-        """One of the synthetic captions, where there are any, in the set share of the draws (D16).
+        """Draw a synthetic caption, if there is one, in the set share of the draws, else one of the
+        others (D16).
 
-        Else one of the others.
         `captions` are people's, or cleaned descriptions (D14); `synthetic` are a captioner's (D15).
         """
         written, synthetic = row.get("captions", []), row.get("synthetic", [])
@@ -1027,7 +1026,7 @@ class Clips(Dataset):
 def learning_rate(cfg: Config, peak: float, step: int, total: int) -> float:
     """Warm-up (linear: D6) to the peak, then half a cosine to min_lr (Sec. IV-A)."""
     factor = common.warmup_cosine(step, cfg.warmup_steps, total)
-    # warmup_cosine ends at 0: only its cosine is lifted to end at min_lr
+    # warmup_cosine ends at 0; only its cosine part is raised, to end at min_lr
     return peak * factor if step < cfg.warmup_steps else cfg.min_lr + (peak - cfg.min_lr) * factor
 
 
@@ -1039,11 +1038,11 @@ def require_texts(rows: list[dict]) -> None:
 
 
 def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
-    """Stage 1, masked autoencoding (Sec. III-A) -> runs/NAME/mae.pt; needs sound only."""
+    """Stage 1, masked autoencoding (Sec. III-A) -> runs/NAME/mae.pt; needs audio only."""
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     if cfg.stage == "all":
-        require_texts(train_rows + val_rows)  # said now, not after stage 1
+        require_texts(train_rows + val_rows)  # checked now, not after stage 1
     batch_size = min(cfg.mae_batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
     torch.manual_seed(cfg.seed)
@@ -1083,8 +1082,8 @@ def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
             parts,
             loss_of,
             run.reseed,
-            run.autocast,
-            cfg.micro_batch,  # D12
+            run.autocast,  # D12
+            cfg.micro_batch,
         )
         optimiser.step()
 
@@ -1096,8 +1095,8 @@ def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
 
 @torch.no_grad()
 def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[dict, dict]:
-    """Retrieval and loss_con with whole clips; loss_cap with patches drawn as in training, the same
-    ones each time; both losses with first captions -> scores, what chance gives.
+    """Retrieval and loss_con use whole clips; loss_cap uses patches drawn as in training, the same
+    ones each time; both losses use first captions -> scores, chance levels.
     """
     rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
     texts = [row.get("captions") or row["synthetic"] for row in rows]
@@ -1132,7 +1131,7 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     require_texts(train_rows + val_rows)
     batch_size = min(cfg.batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip")
-    # once more: stage 2 starts alike, whether stage 1 ran in this call or not
+    # seeded again, so that stage 2 starts the same whether or not stage 1 ran in this call
     torch.manual_seed(cfg.seed)
     if checkpoint:
         model = Model.from_checkpoint(run.path / "last.pt")
@@ -1165,7 +1164,7 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     if not checkpoint:
         run.save("last.pt")  # from here on --resume continues in this stage
         if cfg.weights != "none" and val_rows and run.rank == 0:
-            run.log_scores(validate(model, val_rows, cfg)[0])  # of the model that is fine-tuned
+            run.log_scores(validate(model, val_rows, cfg)[0])  # scores before any fine-tuning
     clips = Clips(train_rows, cfg, model.text_encoder.tokenize)
     sampler = common.training_batches(len(train_rows), batch_size, cfg.seed, run.step, cfg.steps)
 
@@ -1177,15 +1176,15 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(cfg, cfg.lr, run.step, cfg.steps)
 
-        # SAM calls it twice; reseed gives both passes the same dropout (D7)
+        # called twice by SAM; reseed gives both passes the same dropout masks (D7)
         def backward():
             return common.cached_backward(
                 forward,
                 parts,
                 loss_of,
                 run.reseed,
-                run.autocast,
-                cfg.micro_batch,  # D12
+                run.autocast,  # D12
+                cfg.micro_batch,
             )
 
         optimiser.zero_grad(set_to_none=True)
@@ -1194,7 +1193,7 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
 
         run.step_done(loss, sim, **losses, scale=model.log_scale.exp())
         if run.is_due(cfg.eval_steps):
-            score, scores = run.step, {}  # without validation clips the last step wins
+            score, scores = run.step, {}  # without validation clips the last step is the best
             if val_rows and run.rank == 0:
                 scores, _ = validate(model, val_rows, cfg)
                 score = (scores["t2a_mAP@10"] + scores["a2t_mAP@10"]) / 2  # D11
@@ -1230,7 +1229,7 @@ def mae_is_finished(path: Path) -> bool:
 
 
 def show_captions(model: Model, rows: list[dict]) -> None:
-    """Print what the model says of these clips, and their first captions."""
+    """Print the model's captions of these clips beside the clips' own first captions."""
     print()
     for row in rows:
         try:
@@ -1244,11 +1243,11 @@ def show_captions(model: Model, rows: list[dict]) -> None:
 
 def main(cfg: Config) -> dict:
     """Train -> stage, best_step, n_clips, scores and chance of the best checkpoint on the
-    validation split, as in eval.json; {} without one; of --stage mae the path of mae.pt.
+    validation split, as in eval.json; {} without that split; for --stage mae the path of mae.pt.
     """
     run = common.Run(cfg, METHOD)
     checkpoint = run.checkpoint()
-    # --resume goes on in the stage that last.pt is of
+    # --resume continues in the stage of last.pt
     in_stage_2 = checkpoint is not None and checkpoint["stage"] == "contrastive"
     if cfg.stage != "contrastive" and not in_stage_2:
         train_mae(cfg, run, checkpoint)
@@ -1265,8 +1264,8 @@ def main(cfg: Config) -> dict:
 
 
 def port_state(weights: dict) -> dict:
-    """Names of the authors' torch port -> ours. Unknown names stay, so that strict loading lists
-    them.
+    """Rename the weights of the authors' torch port to ours. Unknown names stay, so that strict
+    loading lists them.
     """
     for wrapper in ("model_state_dict", "state_dict"):  # a file may have either, or none
         weights = weights.get(wrapper, weights)
@@ -1303,9 +1302,9 @@ def port_state(weights: dict) -> dict:
                 ".intermediate.dense", ".intermediate"
             )
             key = key.replace(".output.dense", ".output").replace(".output.LayerNorm", ".norm")
-        state[key] = value.reshape(-1) if key == "text_pool.query" else value  # there (1, C)
+        state[key] = value.reshape(-1) if key == "text_pool.query" else value  # (1, C) in the port
     for kind in ("weight", "bias"):
-        # the port's text pooler has two layers, its audio pooler one, as ours
+        # the port's text pooler has two layers for keys and values, its audio pooler one, as ours
         parts = [state.pop(f"text_pool.{name}_proj.{kind}", None) for name in ("key", "value")]
         if all(part is not None for part in parts):
             state[f"text_pool.kv_proj.{kind}"] = torch.cat(parts)
@@ -1336,8 +1335,8 @@ def audio_start(encoder: PatchTransformer, path, cfg: Config) -> None:
     """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
     content = common.read_weights(path)
     if content.get("method") == METHOD:
-        # heads and the variant's details change no shape, so that loading would not notice them
-        # the shape of stage 1 is the encoder's alone; a stage 2 file holds it under "audio"
+        # heads and the variant's details change no tensor's shape, so loading would not notice them
+        # content["shape"] is the encoder's alone in a stage 1 file; stage 2 has it under "audio"
         stored = {**content["config"], **content["shape"].get("audio", content["shape"])}
         for name, now in (*audio_shape(cfg).items(), ("variant", cfg.variant)):
             if stored[name] != now:

@@ -1,9 +1,9 @@
-"""What two or more of the paper scripts share, in small pieces that can be read alone.
+"""Code that two or more of the paper scripts share, in small pieces that can be read alone.
 
-Sections, of which each uses only those above it: files . several processes . audio . scenes and the
-demo corpus . manifests . log-mel . transformer block . checkpoints and weight files . HTS-AT . text
+Sections (each uses only those above it): files . several processes . audio . scenes and the demo
+corpus . manifests . log-mel . transformer block . checkpoints and weight files . HTS-AT . text
 encoder . sparsemax . metrics . loading batches . embedding files . settings and command line .
-training. "Copied alone, needs ..." says what a function takes along into another file.
+training. "Copied alone, needs ..." lists what a function needs when it is copied to another file.
 
 Letters: B clips or pairs in a batch, S waveform samples, T audio steps after the encoder, T_mel
 spectrogram frames, M mel bins, L text tokens, C channels (or classes, in a metric), D joint
@@ -41,7 +41,7 @@ from typing import Annotated, ClassVar, Literal
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder are not noticed there
+except ImportError:  # Windows has no fcntl, so two runs in one folder go unnoticed there
     fcntl = None
 
 import numpy as np
@@ -59,40 +59,40 @@ from tqdm import tqdm
 
 
 def write_lines(path: Path, lines) -> None:
-    """Write text lines, never half a file."""
+    """Write text lines; the file is never left half written."""
     with written_whole(path) as file:
         for line in lines:
-            file.write(f"{line}\n".encode())  # bytes: UTF-8 and \n on Windows too
+            file.write(f"{line}\n".encode())  # as bytes: UTF-8 and \n also on Windows
 
 
 def this_process() -> str:
-    # two nodes on one disk may give out the same number
+    # processes of two nodes that share a disk may have the same process id
     return f"{os.environ.get('RANK', '')}_{os.getpid()}"
 
 
 @contextlib.contextmanager
 def written_whole(path: Path, who: str = ""):
-    """Open for writing bytes under a temporary name, rename at the end: a kill or a full disk
-    leaves the file before it whole.
+    """Open a file for writing bytes under a temporary name and rename it at the end: if the process
+    is killed or the disk is full, the earlier file stays whole.
 
-    who: part of the temporary name, where several processes may write the same file.
+    who: part of the temporary name, needed where several processes may write the same file.
     """
     # beside `path`, since os.replace does not work across file systems
     temporary = path.with_name(f"{path.name}{who}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
-        # after close(), where a full disk may first show; without fsync, so a power cut may still
-        # lose data
+        # after close(), which may be the first to report a full disk; there is no fsync, so a power
+        # cut may still lose data
         os.replace(temporary, path)
-    except BaseException as error:  # Ctrl-C and SystemExit are no Exception
+    except BaseException as error:  # Ctrl-C and SystemExit are not subclasses of Exception
         temporary.unlink(missing_ok=True)
-        # a full disk, a limit on the size of files, a quota
+        # disk full, file size limit reached, quota exceeded
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise OSError(
                 f"{path} cannot be written ({error.strerror}); what was there before is whole"
             ) from None
-        raise  # what the caller did meanwhile
+        raise  # an error of the caller's block
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,16 +109,16 @@ def start_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if "RANK" in os.environ and not dist.is_initialized():
-        # the others wait while the first process validates and embeds captions; nccl's own limit is
-        # ten minutes
+        # the others wait while the first process validates and embeds captions; nccl's default
+        # limit is ten minutes
         dist.init_process_group(
             "nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=2)
         )
     if name == "cuda":
-        # LOCAL_RANK counts on this node only: one GPU a process
+        # LOCAL_RANK numbers the processes of this node; each takes one GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # allows TF32, with 10 bits of mantissa
-    # with the GPU's index for `wrap`: that of torch.device("cuda") alone is None
+    # `wrap` needs the GPU's index, and torch.device("cuda").index is None
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
@@ -128,7 +128,7 @@ def rank_and_world() -> tuple[int, int]:
 
 def barrier() -> None:
     if dist.is_initialized():
-        # without device_ids nccl warns that it picks a GPU itself
+        # without device_ids nccl warns that it chooses a GPU itself
         dist.barrier(
             device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
         )
@@ -151,15 +151,15 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Every process computes the same full loss, so its own rows' gradient is complete;
-        # times world, because DistributedDataParallel divides by it.
+        # Every process computes the same full loss, so the gradient of its own rows is complete.
+        # It is multiplied by world because DistributedDataParallel divides by it.
         return grad[ctx.start : ctx.start + ctx.size] * ctx.world
 
 
 def gather_with_grad(x):
-    """Rows of every process in rank order, (B, ...) -> (sum of B, ...), identity when alone.
+    """Gather all processes' rows in rank order: (B, ...) -> (sum of B, ...); identity when alone.
 
-    For losses that every process computes in full: with DistributedDataParallel's averaging the
+    For losses that every process computes in full: after DistributedDataParallel's averaging, the
     gradients equal those of one process with the joint batch. Copied alone, needs _Gather,
     rank_and_world.
     """
@@ -175,10 +175,10 @@ class AudioError(ValueError):
     """One audio file that cannot be used; the message names the file and the reason."""
 
 
-@functools.lru_cache(maxsize=16)  # the filter is made once for a pair of rates
+@functools.lru_cache(maxsize=16)  # the filter is computed once per pair of rates
 def _resampler(from_hz: int, to_hz: int):
-    # a ratio like 44101 : 32000 would need a filter of gigabytes; within 1e-6, no standard rate is
-    # affected
+    # an exact ratio like 44101 : 32000 would need a filter of gigabytes; the standard rates have
+    # exact ratios
     ratio = fractions.Fraction(to_hz, from_hz).limit_denominator(1000)
     return torchaudio.transforms.Resample(ratio.denominator, ratio.numerator)
 
@@ -192,34 +192,34 @@ def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
 
 
 def _ogg_is_cut(path) -> bool:
-    """True if the last Ogg page promises more bytes than the file holds: a broken download."""
+    """True if the last Ogg page declares more bytes than the file holds: a broken download."""
     with open(path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
         start = f.seek(max(0, size - 2**17))  # a page has at most 65,307 bytes
         tail = f.read()
-    page = tail.rfind(b"OggS")  # opens every page (RFC 3533)
+    page = tail.rfind(b"OggS")  # every page starts with it (RFC 3533)
     if page < 0 or len(tail) < page + 27 or len(tail) < page + 27 + tail[page + 26]:
         return True
-    segments = tail[page + 26]  # their number; the length of each follows, one byte each
+    segments = tail[page + 26]  # number of segments; their lengths follow, one byte each
     return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments]) > size
 
 
 def _pieces(f, wanted: int):
-    """At most `wanted` samples as mono float32, a few seconds at a time: memory follows what a file
-    holds, not what its header claims.
+    """Yield at most `wanted` samples as mono float32, 2**21 values at a time: memory use depends on
+    what the file holds, not on what its header claims.
     """
     while wanted > 0:
         # at most 2**21 values over all channels: 8 MiB of float32
         piece = f.read(
             min(wanted, max(1, 2**21 // f.channels)), dtype="float32", always_2d=True
         ).mean(axis=1)  # (S, channels) -> (S,)
-        if not len(piece):  # the file ends before its header says so
+        if not len(piece):  # the file ends earlier than its header says
             return
         wanted -= len(piece)
         yield piece
 
 
-# 120 dB above full scale: no sound, and its power spectrum may leave the range of float32
+# 120 dB above full scale: not a sound, and its power spectrum may leave the range of float32
 LOUDEST = 1e6
 
 
@@ -273,7 +273,7 @@ def read_audio(
                     raise AudioError(f"{path}: silent, every sample is 0")
     except (sf.SoundFileRuntimeError, OSError) as error:
         raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
-    if not np.isfinite(waveform).all():  # files of floats can hold them
+    if not np.isfinite(waveform).all():  # possible in files of floats
         raise AudioError(f"{path}: holds NaN or infinite samples")
     if np.abs(waveform).max() > LOUDEST:
         raise AudioError(
@@ -285,15 +285,15 @@ def read_audio(
 
 
 def write_audio(path: Path, waveform: np.ndarray, rate: int) -> None:
-    """waveform (S,) -> a 16-bit file of the kind its suffix names, whole or not at all."""
-    held = io.BytesIO()  # libsndfile's own error would not say that the disk is full
+    """Write waveform (S,) as a 16-bit file in the format of its suffix, whole or not at all."""
+    held = io.BytesIO()  # in memory first: libsndfile's error would not say that the disk is full
     sf.write(held, waveform, rate, subtype="PCM_16", format=path.suffix[1:].upper())
     with written_whole(path) as file:
         file.write(held.getbuffer())
 
 
 def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
-    """Zero-pad at the end to `length` samples, or to the longest. -> (B, S) of the waveforms' type,
+    """Zero-pad at the end to `length` samples, or to the longest -> (B, S) in the waveforms' dtype,
     n_samples (B).
     """
     n_samples = torch.tensor([len(w) for w in waveforms])
@@ -303,18 +303,17 @@ def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
         torch.from_numpy(w if len(w) == length else np.pad(w, (0, length - len(w))))
         for w in waveforms
     ]
-    # in a loader's process default_collate writes straight into memory shared with the main one
+    # in a worker, default_collate writes straight into memory shared with the main process
     return torch.utils.data.default_collate(padded), n_samples  # (B, S), (B,)
 
 
 def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
     """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule).
 
-    Args: waveform (B, S); n_samples (B,) valid samples, None: all; what lies behind them is
-    ignored.
-    Returns: windows (W, window); owner (W,) clip of each window; seconds-weight (W,), which sums
-        to 1 over a clip's windows, so that a 10.02 s clip is not half decided by its last 0.02 s;
-        a list of W valid samples.
+    Args: waveform (B, S); n_samples (B,) valid samples, None: all; the rest is ignored.
+    Returns: windows (W, window); owner (W,), the clip of each window; weight (W,), the share of its
+        clip's seconds that a window holds (sum 1 over a clip), so that the last 0.02 s of a 10.02 s
+        clip do not count for half; a list of W numbers of valid samples.
     """
     windows, owner, weight, lengths = [], [], [], []
     for clip, n in enumerate(
@@ -337,10 +336,10 @@ def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: 
 
 
 def join_windows(embeds, owner, weight):
-    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> of clips (B, D),
-    normalised: their mean by seconds.
+    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> embeddings of clips
+    (B, D): the normalised mean over a clip's windows, weighted by seconds.
 
-    Summed clip by clip: on a GPU, index_add would add in another order at every call.
+    Summed clip by clip, because index_add on a GPU would add in another order at every call.
     """
     return F.normalize(
         torch.stack(
@@ -390,7 +389,7 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
         order with the same gaps, for scenes whose sounds do not overlap.
     """
     n, sounds = int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2])), []
-    for _ in range(200):  # a folder with one class gives scenes of one sound
+    for _ in range(200):  # bounded: a folder with one class has no second sound to find
         label, phrase, sound = draw_sound(rng)
         if label not in [s[0] for s in sounds]:
             longest = int(0.85 * scene_s / n * rate)
@@ -404,7 +403,7 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
     n, size = len(sounds), int(scene_s * rate)
     lengths = np.array([len(s[2]) for s in sounds])
     together = n == 2 and rng.random() < 0.3
-    if together:  # the second starts inside the first half of the first
+    if together:  # the second sound starts within the first half of the first
         first = int(rng.integers(0, size - lengths[0] + 1))
         second = min(first + int(rng.integers(0, lengths[0] // 2 + 1)), size - lengths[1])
         onsets, swapped = [first, second], None
@@ -509,7 +508,7 @@ def demo_sound(rng, rate: int = DEMO_HZ):
 def build_demo(
     folder="data/demo", seed: int = 0, sizes=(("train", 420), ("val", 60), ("test", 60))
 ) -> Path:
-    """The built-in corpus: synthetic 10 s scenes, equal on every machine; built on first use."""
+    """The built-in corpus: synthetic 10 s scenes, the same on every machine; built on first use."""
     folder = Path(folder)
     if not (folder / "manifest.jsonl").is_file() and rank_and_world()[0] == 0:
         try:
@@ -545,7 +544,7 @@ def build_demo(
 # ------------------------------------------------------------------------------------------------
 
 
-# Key -> type of its JSON value; a row may have other keys, if they are no misspellings of these
+# Key -> type of its JSON value; other keys are allowed unless they resemble one of these
 MANIFEST_KEYS = {
     "audio": str,
     "duration": (int, float),
@@ -569,7 +568,7 @@ MANIFEST_KEYS = {
 def read_manifest(
     data: list[str], need: tuple[str, ...] = (), split: str | None = None
 ) -> list[dict]:
-    """Read manifests (JSON Lines) into one list of rows, with audio paths made absolute.
+    """Read manifests (JSON Lines) into one list of rows; audio paths get the manifest's folder.
 
     Args
         data: manifests, folders that hold a manifest.jsonl, or the word "demo".
@@ -582,16 +581,16 @@ def read_manifest(
 
 
 def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None = None):
-    """`read_manifest`, row by row: for manifests too long to be held."""
+    """`read_manifest`, row by row: for manifests that do not fit into memory."""
     for item in [data] if isinstance(data, str) else data:
         path = manifest_path(item)
         found = 0
-        with open(path, "rb") as f:  # bytes: `_parse_row` names the line that is not UTF-8
+        with open(path, "rb") as f:  # bytes, so that `_parse_row` can name a line that is not UTF-8
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
                 row = _parse_row(line, f"{path}:{number}")
-                found += 1  # before the filter by split, which may leave none
+                found += 1  # counted before the filter by split, which may leave none
                 if split and row.get("split", split) != split:
                     continue
                 require([row], *need)
@@ -629,7 +628,7 @@ def manifest_path(item) -> Path:
 
 
 def _parse_row(line: bytes, where: str) -> dict:
-    """One line of a manifest -> its row, with all that a reader relies on checked."""
+    """Parse one line of a manifest and check all that later code relies on -> its row."""
     try:
         row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
@@ -667,7 +666,7 @@ def _parse_row(line: bytes, where: str) -> dict:
     for number, label in enumerate(row.get("labels", []), 1):
         check_text(label, f"label {number}", where)
     duration = row.get("duration", 1.0)
-    # json reads NaN, which fails here
+    # json accepts NaN, which fails this comparison
     if isinstance(duration, bool) or not 0 < duration < 1e9:
         raise ValueError(
             f"{where}: duration {duration!r}; expected seconds above 0, or no such key"
@@ -676,7 +675,7 @@ def _parse_row(line: bytes, where: str) -> dict:
         if negative is not None:
             check_text(negative, f"negative {number}", where, words=True)
     n_negatives, n_captions = len(row.get("negatives", [])), len(row.get("captions", []))
-    if n_negatives not in (0, n_captions):  # else pairs would shift
+    if n_negatives not in (0, n_captions):  # else captions and negatives could not be paired
         raise ValueError(
             f"{where}: {n_negatives} negatives for {n_captions} captions; expected one, or null, a "
             "caption"
@@ -711,8 +710,8 @@ def _parse_row(line: bytes, where: str) -> dict:
 
 
 def check_text(value, what: str, where: str, words: bool = False) -> None:
-    """ValueError for what is no text, is empty (with `words`: has no letter or digit), or holds
-    what no file name or tokenizer takes.
+    """ValueError for a value that is not text, is empty (with `words`: has no letter or digit), or
+    holds characters that no file name or tokenizer accepts.
     """
     if not isinstance(value, str) or not (re.search(r"\w", value) if words else value.strip()):
         raise ValueError(f"{where}: {what} is empty ({value!r}); write one or remove it")
@@ -741,7 +740,7 @@ def _check_times(times: dict, duration, where: str) -> None:
 
 
 def read_lines(path) -> list[str]:
-    """The lines of a text file that are not empty, without blanks around them."""
+    """The non-empty lines of a text file, without the white space around them."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -763,7 +762,7 @@ def read_classes(data: list[str], rows: list[dict]) -> list[str]:
             )
         twice = sorted({c for c in classes if classes.count(c) > 1})
         if twice:
-            raise ValueError(f"{path}: class '{twice[0]}' is listed twice; each class once")
+            raise ValueError(f"{path}: class '{twice[0]}' is listed twice; list each class once")
         return classes
     labels = {label for row in rows for label in row.get("labels", [])}
     return sorted(labels | {event["label"] for row in rows for event in row.get("events", [])})
@@ -799,7 +798,7 @@ def split_train_val(
 
 
 def keep_out_of_checkpoints(module: nn.Module) -> None:
-    """Make every buffer of `module` non-persistent: constants that are computed anew."""
+    """Make every buffer of `module` non-persistent: constants that each new module recomputes."""
     for name, buffer in list(module.named_buffers()):  # a copy, since the loop changes the buffers
         parent, _, leaf = name.rpartition(".")  # parent "": `module` itself
         module.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
@@ -834,7 +833,7 @@ class LogMel(nn.Module):
 
     def power(self, waveform):
         spectrum = torch.view_as_real(self.spectrogram(waveform))  # (B, bins, T_mel, 2)
-        # torchaudio's abs() first takes a slow root
+        # torchaudio's abs() would first take a slow square root
         return spectrum[..., 0].square() + spectrum[..., 1].square()
 
 
@@ -880,13 +879,13 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(N, L, 3, self.heads, C // self.heads)  # MGA-CLAP Eq. (4)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, L, C / heads) each
         if bias is not None:
-            # P rows of x side by side on the axis of heads, so that one bias fits all of them
+            # P rows of x move to the axis of heads, so that one bias fits all groups of P rows
             P = len(bias)
             # (N / P, P * heads, L, C / heads) each
             q, k, v = (x.reshape(N // P, P * self.heads, L, -1) for x in (q, k, v))
             bias = bias.to(q.dtype).flatten(0, 1)  # (P * heads, L, L); fp32 under autocast
-        # MGA-CLAP Eq. (5): the softmax over positions, of the logits plus the bias
-        # MGA-CLAP Eq. (6): the sum of the values with these weights
+        # MGA-CLAP Eq. (5): softmax over positions of the logits plus the bias
+        # MGA-CLAP Eq. (6): sum of the values, weighted by that softmax
         # torch scales the logits by 1 / sqrt(C / heads) unless told otherwise
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         # (N, heads, L, C / heads) -> (N, L, heads, C / heads) -> (N, L, C)
@@ -895,7 +894,8 @@ class Attention(nn.Module):
     def values(self, x):
         """proj(V(x)): every position keeps its own value, nothing is mixed over positions.
 
-        Source: MGA-CLAP Sec. 3.3, U' = V; the output projection stays, as "other components".
+        Source: MGA-CLAP Sec. 3.3, U' = V; the output projection, one of the "other components",
+        stays.
         """
         C = x.shape[-1]
         bias = None if self.qkv.bias is None else self.qkv.bias[2 * C :]
@@ -948,7 +948,7 @@ class Block(nn.Module):
             self.mlp.requires_grad_(False)  # unused, kept so that the authors' weights load
 
     def feed_forward(self, x):
-        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))  # the exact GELU, not the one by tanh
+        return self.mlp["fc2"](F.gelu(self.mlp["fc1"](x)))  # exact GELU, no tanh approximation
 
     def forward(self, x, bias=None, parts=1):
         """x (N, L, C); bias (P, heads, L, L) as in `Attention`; parts as in `drop_path`."""
@@ -972,8 +972,8 @@ class Block(nn.Module):
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
-    """Only last.pt continues a run, so all others leave out the optimiser, two thirds of
-    the bytes.
+    """Write a checkpoint. Only last.pt continues a run, so all others leave out the optimiser,
+    which takes two thirds of the bytes.
     """
     if path.name != "last.pt":
         payload = {key: value for key, value in payload.items() if key != "optimiser"}
@@ -981,7 +981,7 @@ def save_checkpoint(path: Path, payload: dict) -> None:
         try:
             torch.save(payload, file)
         except RuntimeError as error:
-            # torch closes its file after a failed write, which then fails with other words
+            # after a failed write torch closes its file, which fails again with another message
             first = error.__context__ or error
             if not re.search("inline_container|PytorchStreamWriter", str(first)):
                 raise first from None
@@ -989,18 +989,18 @@ def save_checkpoint(path: Path, payload: dict) -> None:
 
 
 def versions() -> dict:
-    """Of the packages that a checkpoint was written with."""
+    """Versions of the packages that a checkpoint is written with."""
     packages = (torch, torchaudio, quiet_transformers(), np)
     return {package.__name__: str(package.__version__) for package in packages}
 
 
 def allowed_globals() -> list:
-    """What published checkpoints carry beside their weights; nothing else in a file is ever
-    built.
+    """Types that published checkpoints contain beside their weights; no other type in a file is
+    ever instantiated.
     """
     from numpy._core.multiarray import scalar
 
-    # by numpy 2's name and by numpy 1's
+    # scalar under its numpy 2 name and its numpy 1 name
     allowed = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
     return allowed + [type(np.dtype(t)) for t in "fdil"]  # float, double, C int and C long
 
@@ -1012,7 +1012,7 @@ def read_weights(path) -> dict:
     try:
         with torch.serialization.safe_globals(allowed_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types: no torch file, cut off, or asking for a class
+    except Exception as error:  # of many types: not a torch file, cut off, or asking for a class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ValueError(
             f"{path}: not a weight file that can be read safely; expected tensors and plain values "
@@ -1026,7 +1026,7 @@ def read_weights(path) -> dict:
 
 
 def read_encoder_weights(path) -> dict:
-    """read_weights of --audio-weights, which is not for a whole model."""
+    """Read the file of --audio-weights, which must hold an encoder, not a whole model."""
     content = read_weights(path)
     keys = [str(key) for key in (*content, *content.get("model", ()))]
     if any(key in ("method", "codebook") or key.startswith("caption_encoder.") for key in keys):
@@ -1035,7 +1035,7 @@ def read_encoder_weights(path) -> dict:
 
 
 def read_checkpoint(path, method: str | None = None) -> dict:
-    """One of this project's checkpoints; `method` checks whose it is."""
+    """Read one of this project's checkpoints; `method`: the method it must belong to."""
     content = read_weights(path)
     if "method" not in content or "config" not in content:
         raise ValueError(
@@ -1058,10 +1058,10 @@ def read_checkpoint(path, method: str | None = None) -> dict:
 
 
 def check_sizes(path, sizes: dict, state: dict) -> None:
-    """ValueError for a size that a file's weights cannot have: a model of it would take all memory,
-    or no end of time, before the two are compared.
+    """ValueError for a size that a file's weights cannot have: building such a model could take all
+    memory, or never end, before its shapes are compared with the file's.
     """
-    # at least a million: rates and the like are sizes of no tensor
+    # at least a million: some settings, such as sample rates, are not sizes of a tensor
     n_weights = max(10**6, sum(tensor.numel() for tensor in state.values()))
     for name, value in sizes.items():
         if isinstance(value, dict):
@@ -1078,7 +1078,7 @@ def check_sizes(path, sizes: dict, state: dict) -> None:
 
 @contextlib.contextmanager
 def rebuilding(path, content: dict):
-    """Inside, a model is made as a checkpoint says; what cannot be made is one sentence."""
+    """Inside this block a model is built from a checkpoint; any failure becomes one ValueError."""
     text_encoder = content.get("text_encoder")
     try:
         text_config = json.loads(text_encoder["config"])
@@ -1087,15 +1087,15 @@ def rebuilding(path, content: dict):
         yield  # errors of the caller's block are caught below too
     except Exception as error:  # of every type: the file may say anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path}: no model can be made of what it says ({reason})") from None
+        raise ValueError(f"{path}: no model can be built from its settings ({reason})") from None
 
 
-# of a Config, in checkpoints of models that are made of it
+# Config fields that hold sizes of a model, for methods whose models are built from their Config
 MODEL_SETTINGS = ("audio_dim", "audio_depths", "joint_dim", "codewords")
 
 
 def load_strict(module: nn.Module, state: dict, source) -> None:
-    """load_state_dict with one sentence that names what is missing, unexpected or misshapen."""
+    """load_state_dict with one error message that names missing, unexpected and misshapen keys."""
     own = module.state_dict()
     shared = own.keys() & state.keys()
     no_tensors = sorted(str(k) for k, value in state.items() if not torch.is_tensor(value))
@@ -1108,7 +1108,7 @@ def load_strict(module: nn.Module, state: dict, source) -> None:
         "missing keys:": sorted(own.keys() - state.keys()),
         "unexpected keys:": sorted(map(str, state.keys() - own.keys())),
         "wrong shapes:": shapes,
-        "no tensors:": no_tensors,
+        "not tensors:": no_tensors,
     }
     problems = []
     for text, names in found.items():
@@ -1131,7 +1131,7 @@ def quiet_transformers():
 def transformers_config(name: str):
     """The config of a transformers folder or hub id.
 
-    How attention is computed is ours to choose: a file may name a kernel that would be fetched.
+    The file's choice of attention is dropped: it may name a kernel that would be downloaded.
     """
     config = quiet_transformers().AutoConfig.from_pretrained(name)
     config._attn_implementation = None
@@ -1166,8 +1166,8 @@ def transformers_weights(name: str) -> dict:
 class SwinStage(nn.Module):
     """Blocks on one grid of G x G cells, then a 2 x 2 patch merging (absent in the last stage).
 
-    Every block sees windows of `window` x `window` cells; every second one sees them moved by half
-    a window. Source: Liu et al., Swin Transformer, ICCV 2021.
+    Every block attends within windows of `window` x `window` cells; every second block shifts them
+    by half a window. Source: Liu et al., Swin Transformer, ICCV 2021.
     """
 
     def __init__(self, dim, grid, heads, window, drop_paths, localities, merge):
@@ -1340,12 +1340,12 @@ class HTSAT(nn.Module):
 
 
 def check_htsat(cfg) -> None:
-    """ValueError for settings of which no HTS-AT with an image of 256 x 256 can be made."""
+    """ValueError for settings that cannot build an HTS-AT with an image of 256 x 256."""
     stages = len(cfg.audio_depths)
     if len(cfg.audio_heads) != stages:
         raise ValueError(
             f"--audio-depths has {stages} numbers, --audio-heads {len(cfg.audio_heads)}: expected "
-            "one a stage in both"
+            "one number per stage in both"
         )
     for i, heads in enumerate(cfg.audio_heads):
         if cfg.audio_dim * 2**i % heads:
@@ -1363,8 +1363,8 @@ def check_htsat(cfg) -> None:
 
 
 def htsat_state(weights: dict) -> dict:
-    """Rename HTS-AT weights of any published file to ours; keys that are none of ours are dropped
-    by name.
+    """Rename the HTS-AT weights of any published file to our names; keys that this encoder does not
+    use are dropped by name.
 
     Takes the state dict of the authors' AudioSet file (prefix "sed_model."), of MGA-CLAP and LAION
     files with their prefix already removed, and of transformers' ClapModel or ClapAudioModel.
@@ -1516,8 +1516,8 @@ def text_encoder_from_scratch(
 ) -> TextEncoder:
     """A small random BERT whose WordPiece vocabulary is learnt from the training captions.
 
-    The most frequent words, plus single characters for all others. tokenizers' own WordPiece
-    trainer breaks ties at random, so two runs of one seed would differ.
+    It holds the most frequent words, plus single characters for all others. The WordPiece trainer
+    of tokenizers is not used: it breaks ties at random, so two runs of one seed would differ.
     """
     transformers = quiet_transformers()
     # only its lower-casing and its splitting into words are used
@@ -1530,7 +1530,7 @@ def text_encoder_from_scratch(
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
     # ## is WordPiece's mark of a piece that continues a word
     pieces += ["##" + character for character in characters]
-    # by count, equal ones by the alphabet
+    # by count, ties in alphabetical order
     ranked = sorted(words, key=lambda word: (-words[word], word))
     frequent = [word for word in ranked if len(word) > 1]  # single characters are pieces already
     pieces += frequent[: max(0, vocabulary - len(pieces))]
@@ -1548,7 +1548,7 @@ def text_encoder_from_scratch(
 
 
 def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = False) -> TextEncoder:
-    """The text encoder of a new model: --text-model's, or, where that is none, one from nothing
+    """The text encoder of a new model: that of --text-model, or, if that is "none", a random one
     with the vocabulary of `texts`.
     """
     if cfg.text_model != "none":
@@ -1591,15 +1591,15 @@ def text_encoder_from_description(
 def sparsemax(z):
     """Euclidean projection of z (..., K) onto the simplex, in fp32 (or fp64): many exact zeros.
 
-    Source: Martins & Astudillo, ICML 2016: what exceeds a threshold, so that the sum is 1; the
-    threshold is found by sorting. Copied alone, needs nothing else.
+    Source: Martins & Astudillo, ICML 2016: max(z - threshold, 0), with the threshold that makes the
+    sum 1, found by sorting. Copied alone, needs nothing else.
     """
     z = z if z.dtype == torch.float64 else z.float()
-    z = z - z.detach().amax(-1, keepdim=True)  # the projection does not change, its rounding does
+    z = z - z.detach().amax(-1, keepdim=True)  # changes the rounding, but not the projection
     ranked = z.sort(-1, descending=True).values  # (..., K), largest first
     rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
     excess = ranked.cumsum(-1) - 1  # (..., K): sum of the k largest, less 1
-    # how many are not 0; at least 1, but with NaN
+    # number of outputs that are not 0; at least 1, except with NaN, hence the clamp
     size = (rank * ranked > excess).sum(-1, keepdim=True).clamp(min=1)
     threshold = excess.gather(-1, size - 1) / size  # (..., 1), tau in the paper
     return (z - threshold).clamp(min=0)
@@ -1615,16 +1615,16 @@ def retrieval_ranks(
 ) -> dict:
     """Ranks (0 = best) in both directions; a tie counts against the right answer.
 
-    Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (then
-        with n_clips; called twice for every block, so only a block is ever held); owner (Q,) the
-        clip each caption belongs to, any number of captions a clip, in any order; text (Q,):
-        captions of one number are equal in text, and every clip that has such a caption counts as
-        theirs. None: a caption belongs to its own clip alone.
+    Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (needs
+        n_clips; called twice for every block, so only one block is in memory); owner (Q,), the clip
+        of each caption, any number of captions a clip, in any order; text (Q,): captions with the
+        same number have the same text, and every clip with such a caption is a right answer for
+        them. None: a caption belongs to its own clip alone.
     Returns
         t2a (Q,): rank of the best of the caption's clips among N, one query a caption.
         a2t (N,): rank of the best of the clip's captions among all Q.
-        t2a_ap10 (Q,), a2t_ap10 (N,): sum over the right answers found in the top 10, the i-th of
-            them at rank r_i, of i / (r_i + 1), divided by the number of right answers.
+        t2a_ap10 (Q,), a2t_ap10 (N,): sum of i / (r_i + 1) over the right answers in the top 10 (the
+            i-th has rank r_i), divided by the number of right answers.
     Clips without a caption are only distractors for t2a and are left out of a2t.
     Copied alone, needs own_captions.
     """
@@ -1644,9 +1644,9 @@ def retrieval_ranks(
                 continue
             right.append((mine, row[mine]))
             best_first = -np.sort(-row[mine])
-            # all captions >= mine, less those own ones that are
+            # captions that score at least as high, minus the clip's own ones among them
             above = [(row >= s).sum() - (best_first >= s).sum() for s in best_first]
-            # before the i-th best own caption are i own ones
+            # i own captions rank before the i-th best own one
             ranks = np.array(above) + np.arange(len(mine))
             a2t.append(ranks[0])
             ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(mine))
@@ -1659,7 +1659,7 @@ def retrieval_ranks(
         above += (rows(part)[:, caption] >= score).sum(0)  # (clips of the block, pairs) -> (pairs,)
     is_first = np.append(True, np.diff(caption) != 0)
     place = at - np.maximum.accumulate(np.where(is_first, at, 0))  # among the caption's clips
-    # all clips >= this one, less those of the caption's own that are
+    # clips that score at least as high, minus the caption's own ones among them
     # `last`: where each run of equal scores of one caption ends
     last = np.flatnonzero(np.append((np.diff(caption) != 0) | (np.diff(score) != 0), True))
     own = place + last[np.searchsorted(last, at)] - at + 1
@@ -1674,8 +1674,8 @@ def retrieval_ranks(
 
 
 def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]:
-    """Of each clip the numbers of its captions; with `text` also of all captions equal to one of
-    them.
+    """The numbers of each clip's captions; with `text` also those of all captions with an equal
+    text.
     """
 
     def groups(number, n):
@@ -1711,7 +1711,7 @@ def retrieval_scores(ranks: dict) -> dict:
 
 
 def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
-    """What random scores would get, for the metrics of `retrieval_scores`; args as
+    """The chance levels of `retrieval_scores`: its metrics for random scores; args as in
     `retrieval_ranks`.
     """
     captions_of = own_captions(owner, n_clips, text)
@@ -1749,8 +1749,7 @@ def chance_of_best(m: int, n: int) -> dict:
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
     """Area under the precision-recall steps; equal scores form one threshold (as scikit-learn).
 
-    scores (N,), targets (N,) bool with at least one True. NaN where there is no positive. Copied
-    alone, needs nothing else.
+    scores (N,), targets (N,) bool; NaN if no target is True. Copied alone, needs nothing else.
     """
     order = np.argsort(-scores, kind="stable")
     scores, hits = scores[order], np.cumsum(targets[order])
@@ -1804,7 +1803,7 @@ def frame_average_precisions(
 
     Args
         frame_embeds: list of (T_i, D); class_embeds (C, D), both normalised.
-        centred: take each frame's mean over classes out of its scores. Raw cosines (the papers'
+        centred: subtract each frame's mean over classes from its scores. Raw cosines (the papers'
             protocol) also compare frames by how much they resemble any class at all.
     Returns: AP (C,), NaN for a class without a frame; chance level (mean prevalence).
     """
@@ -1832,7 +1831,7 @@ def print_scores(title: str, scores: dict, chance: dict) -> None:
 
 
 def to_device(x, device):
-    """Tensors of nested lists and dicts on the device."""
+    """Move the tensors of nested lists and dicts to the device."""
     if isinstance(x, torch.Tensor):
         return x.to(device, non_blocking=True)  # asynchronous only from pinned memory
     if isinstance(x, dict):
@@ -1843,15 +1842,15 @@ def to_device(x, device):
 
 
 def batches_on(device, loader):
-    """Batches of a loader with their tensors on the device; on a GPU the next one is copied while
-    this one is computed with.
+    """Yield a loader's batches with their tensors on the device; the next batch is copied to a GPU
+    while the GPU computes with this one.
     """
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in loader)
         return
     stream, ready = torch.cuda.Stream(device), None
     for batch in loader:
-        # memory given back by a batch is not taken while it is computed with
+        # the copy must not overwrite freed memory of a batch that the GPU still computes with
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             coming = to_device(batch, device)
@@ -1864,16 +1863,16 @@ def batches_on(device, loader):
 
 
 def outlive_signals(_worker: int) -> None:
-    """A loader's `worker_init_fn`: a signal to the whole group, as torchrun, batch systems and
-    Ctrl-C send it, must leave its workers alive until the training has saved; they end with it.
+    """A loader's `worker_init_fn`: its workers ignore the signals that torchrun, batch systems and
+    Ctrl-C send to the whole process group, so that the training can save. They end with it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Loader(torch.utils.data.DataLoader):
-    """A DataLoader whose workers start with both signals blocked: before `outlive_signals` has run
-    in it, a new worker could be killed, and the training would end with an error and save nothing.
+    """A DataLoader whose workers start with both signals blocked: otherwise a new worker could be
+    killed before `outlive_signals` has run in it, and the training would end without saving.
     """
 
     def __iter__(self):
@@ -1884,7 +1883,7 @@ class Loader(torch.utils.data.DataLoader):
         try:
             return super().__iter__()
         except OSError as error:  # no more files or processes
-            # those that did start would not hear the SIGTERM of Python's end, which waits for them
+            # the started ones block the SIGTERM that Python sends them at exit before it waits
             for child in multiprocessing.active_children():
                 child.kill()
             raise OSError(
@@ -1902,7 +1901,7 @@ class Loader(torch.utils.data.DataLoader):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Inside, dropout, masking and batch statistics are off; the training flag comes back after."""
+    """Turn off dropout, masking and batch statistics inside the block, then restore the mode."""
     was_training = model.training
     model.eval()
     try:
@@ -1912,7 +1911,7 @@ def evaluating(model):
 
 
 class AudioFiles(torch.utils.data.Dataset):
-    """Whole files (or their first `length_s`) for evaluation; an unusable one comes back as its
+    """Whole files (or their first `length_s`) for evaluation; an unusable file is returned as its
     error.
     """
 
@@ -1945,16 +1944,17 @@ def collate_audio(items):
 def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
     """Loader of all files in batches of similar length, as `collate_audio` returns them.
 
-    crop "all": whole files; "first": at most the model's first window; or so many seconds of each.
+    crop "all": whole files; "first": at most the first window of each; a number: at most so many
+    seconds of each.
     """
     length_s = None if isinstance(crop, str) else crop
     if crop == "first" and math.isfinite(model.window_s):
         length_s = model.window_s
     seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
     batches = [[]]
-    # short with short: little padding, and bounded memory
+    # in order of length: little padding, and bounded memory
     for i in np.argsort(seconds, kind="stable").tolist():
-        most_s = max(seconds[i], 30.0 * batch_size)  # of a batch
+        most_s = max(seconds[i], 30.0 * batch_size)  # limit of a batch, padding included
         # clip i is the longest so far, so all are padded to its length
         if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > most_s:
             batches.append([])
@@ -1988,8 +1988,8 @@ def embed_files(
         crop: "all": every consecutive window; "first": the first window only; a number: the windows
             of the first so many seconds.
         frames: the name of the model's method that gives them (True: embed_frames), or False.
-        autocast: around the model alone; none_is_fine: no readable file is no error, and gives None
-            in place of arrays.
+        autocast: around the model alone; none_is_fine: if no file can be read, return None in place
+            of arrays instead of raising an error.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
             frames cut off, or None; bad: error texts of the files left out.
@@ -2006,7 +2006,7 @@ def embed_files(
         if not indices:
             continue
         waveform = waveform.to(device)
-        with autocast:  # of the model alone: reading audio resamples it, in fp32
+        with autocast:  # around the model alone: audio is resampled in fp32 when it is read
             embeds = model.embed_audio(waveform, n_samples)
         embeds = embeds.float().cpu().numpy()
         if not np.isfinite(embeds).all():
@@ -2017,7 +2017,7 @@ def embed_files(
         if frames:
             clips = getattr(model, frames)(waveform, n_samples).cpu().numpy()
         for i, embed, clip, n in zip(indices, embeds, clips, n_samples.tolist()):
-            if frames and frames != "token_embeds":  # those tokens are as many for every clip
+            if frames and frames != "token_embeds":  # their number is the same for every clip
                 if getattr(model, "repeats_short_clips", False):
                     # such a model fills its window with repeats, so no frame is padding
                     n = max(n, round(model.window_s * model.sample_rate))
@@ -2038,8 +2038,8 @@ def embed_files(
 
 
 def embed_validation(model, rows: list[dict], frames=False, quiet=True):
-    """embed_files; clips that cannot be read are named -> the others' rows, audio_embeds (N, D),
-    frame_embeds or None.
+    """embed_files for a validation; unreadable clips are reported -> rows of the others,
+    audio_embeds (N, D), frame_embeds or None.
     """
     kept, audio_embeds, frame_embeds, bad = embed_files(
         model, rows, frames=frames, desc="validation", quiet=quiet
@@ -2050,8 +2050,8 @@ def embed_validation(model, rows: list[dict], frames=False, quiet=True):
 
 
 def caption_retrieval(model, audio_embeds, frame_embeds, captions: list[list[str]]):
-    """Retrieval among N clips with their captions, a list for each -> scores, what chance gives,
-    sim (N, Q) with the captions in order.
+    """Retrieval among N clips with a list of captions for each -> scores, chance levels, sim (N, Q)
+    with the captions in order.
     """
     owner = np.repeat(np.arange(len(captions)), [len(of_clip) for of_clip in captions])  # (Q,)
     texts = [text for of_clip in captions for text in of_clip]
@@ -2061,10 +2061,10 @@ def caption_retrieval(model, audio_embeds, frame_embeds, captions: list[list[str
 
 
 def frames_in(model, n_samples: int) -> int:
-    """Frames of a clip: they cover its sound, but a last window of less than one frame adds none.
+    """The number of frames that cover a clip; a last window shorter than one frame adds none.
 
-    Such a window holds a few milliseconds and its frame would be scored as if it were whole: a file
-    of 10.02 s has the 32 frames of its first 10 s.
+    Such a window holds a few milliseconds, but its frame would be scored as if it were whole: a
+    file of 10.02 s has the 32 frames of its first 10 s.
     """
     frames = n_samples / model.sample_rate / model.frame_s
     rest = frames % (getattr(model, "frame_window_s", model.window_s) / model.frame_s)
@@ -2074,7 +2074,7 @@ def frames_in(model, n_samples: int) -> int:
 
 
 def file_key(row: dict) -> str:
-    """Changes when a row's file does (path, size, time of the last change) or its declared
+    """A key that changes with a row's file (path, size, time of the last change) or its declared
     duration; "" without a file.
     """
     try:
@@ -2088,7 +2088,7 @@ def file_key(row: dict) -> str:
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
     """(Q, D) float32; equal texts are embedded once, so their scores tie exactly."""
-    unique = sorted(set(texts))  # np.unique would give every text the room of the longest
+    unique = sorted(set(texts))  # np.unique would pad every text to the length of the longest
     place = {text: i for i, text in enumerate(unique)}
     parts = [
         model.embed_text(unique[i : i + batch_size]).cpu().numpy()
@@ -2098,8 +2098,8 @@ def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
 
 
 def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndarray:
-    """(N, Q) similarity of clips and texts: cosines, or what a model that compares every
-    pair says.
+    """(N, Q) similarity of clips and texts: cosines, or the scores of a model that compares every
+    pair.
     """
     if getattr(model, "pairwise", False):
         return model.pair_scores(frame_embeds, texts)
@@ -2111,14 +2111,14 @@ def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndar
 # ------------------------------------------------------------------------------------------------
 
 
-# Types of numeric settings with their ranges; a round bracket leaves the end out
+# Types of numeric settings with their ranges; a round bracket excludes the end
 Count = Annotated[int, "[1, 1e9]"]
 
 Whole = Annotated[int, "[0, 1e9]"]
 
 Layers = Annotated[int, "[1, 200]"]
 
-Tokens = Annotated[int, "[3, 512]"]  # two are special ones; text encoders have 512 positions
+Tokens = Annotated[int, "[3, 512]"]  # two are special tokens; text encoders have 512 positions
 
 Positive = Annotated[float, "(0, inf)"]
 
@@ -2131,10 +2131,10 @@ Dropout = Annotated[float, "[0, 1)"]
 
 @dataclass(init=False)
 class RunConfig:
-    """What every training has; a script's Config adds the settings of its paper.
+    """The settings of every training; a script's Config adds those of its paper.
 
-    Config(data=["demo"], epochs=2) is what the command line makes of --data demo --epochs 2: the
-    a value that is given wins over a preset, a preset over the default; then all are checked.
+    Config(data=["demo"], epochs=2) equals the command line --data demo --epochs 2: a given value
+    overrides a preset, a preset overrides the default; then all values are checked.
 
     Raises
         ValueError: a field is unknown, missing, of another type or outside its range.
@@ -2146,17 +2146,17 @@ class RunConfig:
     name: str = ""  # folder under --runs; empty: METHOD-1, METHOD-2, ...
     runs: str = "runs"  # where run folders go
     resume: bool = False  # continue runs/NAME/last.pt with its stored settings
-    # items a process sends through the model at a time, which saves memory; the loss sees the whole
-    # batch (gradient caching); 0: all of its share
+    # items that a process passes through the model at a time, to save memory; the loss still sees
+    # the whole batch (gradient caching); 0: all of its share
     micro_batch: Whole = 0
     # autocast; auto: bf16 on a GPU, fp32 on a CPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    seed: Annotated[int, "[0, 1e18]"] = 0  # of weights, order, crops and every other draw
+    seed: Annotated[int, "[0, 1e18]"] = 0  # seeds weights, order, crops and every other draw
     save_steps: Count = 500  # steps between writes of last.pt
     log_steps: Count = 10  # steps between lines of log.jsonl
-    # processes that read audio; 0: the training itself reads
+    # processes that read audio; 0: the training process itself reads it
     workers: Annotated[int, "[0, 256]"] = 8
-    # torch.compile of the training pass; a minute or more at the start, then faster on a GPU
+    # torch.compile of the training pass: costs a minute or more at the start, then faster on a GPU
     compile: bool = False
     max_bad: Share = 0.05  # largest share of unreadable clips before the run stops
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train
@@ -2188,14 +2188,14 @@ class RunConfig:
 
 
 def default_of(field):
-    """A field's default, made anew where it is a list; MISSING where there is none."""
+    """A field's default (a new list at every call); MISSING where there is none."""
     if field.default_factory is dataclasses.MISSING:
         return field.default
     return field.default_factory()
 
 
 def settings_of(config_class) -> dict:
-    """Field name -> its type with the range, of all fields, those of the paper first."""
+    """Field name -> its type with its range, for all fields, those of the paper first."""
     # without extras the ranges in Annotated would be lost
     hints = typing.get_type_hints(config_class, include_extras=True)
     fields = [field.name for field in dataclasses.fields(config_class)]
@@ -2245,9 +2245,9 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=doc.strip().splitlines()[0],
         epilog=doc[doc.find("Run:") :] if "Run:" in doc else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # those lines as they stand
-        allow_abbrev=False,  # the beginning of a flag's name is an error too
-        argument_default=argparse.SUPPRESS,  # a flag not given leaves room for a preset
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the line breaks of `doc`
+        allow_abbrev=False,  # an abbreviated flag is an error too
+        argument_default=argparse.SUPPRESS,  # only flags that are given override a preset
     )
     comments = field_comments(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -2289,7 +2289,7 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
 
 @functools.cache
 def field_comments(config_class) -> dict[str, tuple[str, str]]:
-    """Field name -> the heading it stands under, and its comment, above it or behind it.
+    """Field name -> its heading and its comment, which stands above it or behind it.
 
     A heading is the first comment line after an empty one.
     """
@@ -2312,7 +2312,7 @@ def field_comments(config_class) -> dict[str, tuple[str, str]]:
 
 
 def configure(config_class, **given):
-    """A script's Config from some of its fields, as its command line makes it.
+    """A script's Config from some of its fields, as its command line builds it.
 
     With resume=True the other fields are those stored in runs/<name>/last.pt.
     """
@@ -2336,8 +2336,8 @@ def configure(config_class, **given):
 
 
 def flags_of(cfg, **changed) -> str:
-    """The flags that give `cfg` with some fields changed: --data, and what is neither a default nor
-    a preset's value.
+    """The flags that give `cfg` with some fields changed: --data, and all fields whose value is
+    neither a default nor a preset's.
     """
     cfg = dataclasses.replace(cfg, **changed)
     choosers = {name for name, _ in cfg.presets}  # --size and the like
@@ -2358,8 +2358,8 @@ def flags_of(cfg, **changed) -> str:
 
 
 class UntilClosed:
-    """A stream whose reader may stop reading, as in `| head`: what is written then is dropped, and
-    the work goes on.
+    """A stream whose reader may stop reading, as in `| head`: later output is dropped, and the
+    program continues.
     """
 
     def __init__(self, stream):
@@ -2390,20 +2390,20 @@ def ask_for_the_end(number, _frame) -> None:
     once.
     """
     END_SIGNALS.append(number)
-    # a batch system and torchrun both send one to the processes of a torchrun
+    # under torchrun a process gets two signals, the batch system's and torchrun's
     signal.signal(number, signal.SIG_IGN if "RANK" in os.environ else signal.SIG_DFL)
-    if number == signal.SIGINT:  # print() could be what the signal interrupts
-        with contextlib.suppress(OSError):  # whoever read it may have ended by the same Ctrl-C
+    if number == signal.SIGINT:  # not by print(), which the signal may have interrupted
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader of stderr
             os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, without saving\n")
 
 
 def run_entry(main, parse, *given):
-    """`main(parse(*given))` as a script: an error the user can mend is one line on stderr, exit
-    code 1; SIGTERM and Ctrl-C let a training save first. TRACEBACK=1 shows where it came from.
+    """Run `main(parse(*given))` as a script. An error that the user can fix becomes one line on
+    stderr and exit code 1 (TRACEBACK=1: a traceback); SIGTERM and Ctrl-C let a training save first.
     """
     settings, before = None, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     streams = sys.stdout, sys.stderr
-    if None not in streams:  # as pythonw has them
+    if None not in streams:  # pythonw has none
         sys.stdout, sys.stderr = map(UntilClosed, streams)
     try:
         settings = parse(*given)
@@ -2414,13 +2414,13 @@ def run_entry(main, parse, *given):
         main(settings)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sentence = str(error)
-        if isinstance(error, RuntimeError):  # torch's, of which two kinds are no fault of ours
+        if isinstance(error, RuntimeError):  # raised by torch; two kinds are not bugs of ours
             sentence = what_torch_says(error, settings)
         if sentence is None or os.environ.get("TRACEBACK"):
             raise
         if not dist.is_initialized():
             raise SystemExit(f"error: {sentence}") from None
-        # at once, before torchrun's SIGTERM is let through
+        # flushed now, since `finally` lets torchrun's SIGTERM through
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -2428,7 +2428,7 @@ def run_entry(main, parse, *given):
     finally:
         if None not in streams:
             sys.stdout.flush()
-            # the streams it began with, or those that took their place when a reader had gone
+            # the original streams, or os.devnull where a reader has stopped
             sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
         END_SIGNALS.clear()
         for number, handler in before.items():
@@ -2436,9 +2436,9 @@ def run_entry(main, parse, *given):
 
 
 def what_torch_says(error: RuntimeError, settings) -> str | None:
-    """A sentence for too little memory or a lost process; None for any other error."""
+    """An error message for too little memory or a lost process; None for any other error."""
     text, first_line = str(error), (str(error).splitlines() or [""])[0]
-    # torch has a type for a full GPU and only words for a full main memory; the last are oneDNN's
+    # torch has a type for a full GPU, but only messages for full main memory; the last is oneDNN's
     full = re.search("can't allocate memory|could not create a (primitive|memory)", text)
     if isinstance(error, torch.OutOfMemoryError) or full:
         size = getattr(settings, "batch_size", None)
@@ -2484,8 +2484,8 @@ def compile_training(model) -> None:
     """--compile: torch.compile of the training pass; embedding stays eager. Names in checkpoints do
     not change.
 
-    Masks are drawn as without it: a run can be compared, and gradient caching passes twice with the
-    same ones.
+    Masks are drawn as in eager mode, so that runs can be compared and both passes of gradient
+    caching draw the same ones.
     """
     import torch._inductor.config
 
@@ -2494,12 +2494,12 @@ def compile_training(model) -> None:
 
 
 def wrap(model, device, compiled: bool, micro_batch: int = 0):
-    """What training calls: the model itself, compiled where asked for; one of several processes, as
-    DistributedDataParallel wants it.
+    """The module that the training loop calls: the model itself, compiled if asked for; of several
+    processes, inside DistributedDataParallel.
 
-    Of several GPUs batch norm sees the whole batch; on a CPU, where torch cannot, each process's
-    share. With gradient caching it sees parts, of one process, for the processes may have different
-    numbers of them.
+    On several GPUs batch norm sees the whole batch; on a CPU, where torch does not offer that, each
+    process's share. With gradient caching it sees the parts of one process, because the processes
+    may have different numbers of parts.
     """
     if compiled:
         compile_training(model)
@@ -2525,20 +2525,20 @@ def cached_backward(
     a time.
 
     Gradient caching (Gao et al., RepL4NLP 2021): every part is run without a graph; the loss of the
-    joint outputs gives the gradient of each output; then each part is run again with its graph, and
-    its outputs' gradients are taken on to the weights. Equals one pass over the whole batch, but
-    for batch norm, which sees parts, and each of them twice.
+    joint outputs gives the gradient of each output; then each part is run again with its graph,
+    which propagates its outputs' gradients to the weights. The result equals one pass over the
+    whole batch, except for batch norm, which sees parts, and each of them twice.
 
     Args
-        model: called as model(**part) under `autocast` -> tuple of tensors (B, ...), or 0-dim and
-            equal in every part; may be wrapped for several processes. A single part is an ordinary
-            pass.
+        model: called as model(**part) under `autocast` -> tuple of tensors, each (B, ...) or 0-dim
+            and equal in every part; may be wrapped for several processes. A single part is run in
+            one ordinary pass.
         loss_of: joint outputs -> (loss, anything else ...), which is returned.
         reseed: called with the number of a part before each of its passes, so that both draw the
             same masks.
         micro_batch: not 0 where processes may have different numbers of parts; then every process
-            runs its parts twice, even a single one: DistributedDataParallel talks to the others in
-            every pass, and would wait forever for a process that skips one.
+            runs its parts twice, even a single one: DistributedDataParallel communicates in every
+            pass, and would wait forever for a process that skips one.
     """
 
     def outputs(i):
@@ -2560,7 +2560,7 @@ def cached_backward(
         else:  # a scale or a mean, not one row per clip
             joint.append(torch.stack(same_output).mean())
     result = loss_of(*joint)
-    # ends at the cached outputs: nothing below them has a graph yet
+    # this pass ends at the cached outputs, below which there is no graph yet
     result[0].backward()
     for i, of_part in enumerate(cached):
         # the processes add up their gradients once, in the last part's pass
@@ -2581,11 +2581,10 @@ def bucketed_batches(
 ):
     """Indices of one epoch as batches of clips of similar length, in random order.
 
-    First N mod batch_size clips, drawn anew every epoch, are left out; then what does not fill a
-    batch
-    of its bucket forms mixed batches: always floor(N / batch_size) batches (one, if N is smaller).
-    Inside a bucket the order is random: sorted by length, the negatives of a clip would come from
-    its own source, and MGA-CLAP's official variant would stretch the shortest clips most.
+    First N mod batch_size clips, drawn anew every epoch, are left out; then the clips that do not
+    fill a batch of their bucket form mixed batches: always floor(N / batch_size) batches (one if N
+    is smaller). Inside a bucket the order is random: in order of length, a clip's negatives would
+    come from its own source, and MGA-CLAP's official variant would stretch the shortest clips most.
     Source: the seven buckets of MGA-CLAP's code, which drops every bucket's remainder.
     """
     # from seed and epoch alone: equal in every process and after --resume
@@ -2610,7 +2609,8 @@ def training_batches(
     """Yield [(epoch, index), ...] for every step from start_step on: this process's share of the
     batch.
 
-    Batches are drawn at random, with durations (n_clips,) in seconds among clips of similar length.
+    Batches are random; if durations (n_clips,) in seconds are given, a batch is drawn among clips
+    of similar length.
     """
     rank, world = rank_and_world()
     steps_per_epoch = max(1, n_clips // batch_size)
@@ -2624,8 +2624,8 @@ def training_batches(
 
 
 def say_if_few(run, flag: str, epochs: int, total_steps: int, captions: list[str]) -> None:
-    """Say before a training of few steps what would be enough, and how many captions differ."""
-    enough = 200  # where small models from random weights have left ln B
+    """Warn before a training of few steps: how many are enough, how many captions are distinct."""
+    enough = 200  # by then the loss of small models from random weights has left ln B
     if total_steps < enough:
         wanted = math.ceil(enough * epochs / max(1, total_steps))
         run.say(
@@ -2644,8 +2644,8 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def check_batch(cfg, size: int, n: int, what: str, flag: str = "batch_size") -> None:
-    """ValueError if a batch of `size` of the n clips or pairs of a training leaves a process less
-    than two: the contrastive loss of one is 0.
+    """ValueError if a batch of `size` (of n training clips or pairs) gives a process fewer than
+    two: the contrastive loss of a single one is 0.
     """
     world = rank_and_world()[1]
     if size < 2 * world:
@@ -2659,7 +2659,7 @@ def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not
     ignored.
     """
-    # what the weights do not depend on
+    # settings that the weights do not depend on
     free = (
         "resume name runs workers device log_steps save_steps eval_epochs eval_steps max_bad data"
     )
@@ -2676,7 +2676,7 @@ def check_finite(recent: list, run, model=None) -> None:
     """Stop on a non-finite loss among `recent` [(step, loss, file names)], or on broken weights;
     empties `recent`.
 
-    Called at log and save steps only, so that a GPU is not made to wait in between.
+    It waits for the GPU, so it is called at log and save steps only.
     """
     advice = "the last checkpoint is from before; try a smaller --lr or --precision fp32"
     for step, loss, names in recent:
@@ -2702,8 +2702,8 @@ class Readable(torch.utils.data.Dataset):
     Also cuts a batch into micro-batches.
 
     Args
-        dataset: its items are tuples whose last entry is the file's name, and `collate` makes the
-            model's keyword arguments of a list of them.
+        dataset: its items are tuples whose last entry is the file's name; its `collate` turns a
+            list of them into the model's keyword arguments.
     """
 
     def __init__(self, dataset, micro_batch: int):
@@ -2739,7 +2739,7 @@ class Run:
     Only the first of several processes writes. A method with several stages calls `begin` for each.
     """
 
-    locks = {}  # of this process's folders
+    locks = {}  # folder -> the open lock file of this process
 
     def __init__(self, cfg: RunConfig, method: str):
         self.cfg, self.method, self.stage = cfg, method, ""
@@ -2764,8 +2764,8 @@ class Run:
             tqdm.write(text)
 
     def starts_from(self, **settings) -> RunConfig:
-        """Say that the training starts from --weights. `settings`, which belong to that model, take
-        the place of this run's -> the settings from here on.
+        """Report that the training starts from --weights. `settings` of that model replace those of
+        this run -> the settings from here on.
         """
         kept = {k: v for k, v in settings.items() if v != getattr(self.cfg, k)}
         self.cfg = dataclasses.replace(self.cfg, **kept)
@@ -2790,21 +2790,21 @@ class Run:
         return stored
 
     def open_folder(self, n_clips: int, continues: bool) -> None:
-        """Make the folder, or take up what is there.
+        """Create the run's folder, or continue in an existing one.
 
         Args
-            n_clips: of which --max-bad may be unreadable.
-            continues: an existing run goes on; otherwise it is an error, never overwritten.
+            n_clips: number of clips, of which the share --max-bad may be unreadable.
+            continues: continue an existing run; otherwise one is an error, never overwritten.
         """
         number = 1
         while not self.name and (self.path / f"{self.method}-{number}").exists():
             number += 1
         shared = [self.name or f"{self.method}-{number}"]
         if dist.is_initialized():
-            # processes that look later would see the first one's folder
+            # the first process chooses: one that looks later would already see its folder
             dist.broadcast_object_list(shared)
         self.name, self.path = shared[0], Path(self.cfg.runs) / shared[0]
-        continues = continues or self.opened  # by an earlier stage of this call
+        continues = continues or self.opened  # opened by an earlier stage of this call
         if not continues and (self.path / "last.pt").exists():
             raise FileExistsError(
                 f"{self.path} already holds a run; continue it with --resume or choose another "
@@ -2813,10 +2813,10 @@ class Run:
         if self.rank == 0:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                if fcntl and self.path not in Run.locks:  # a second stage has it already
+                if fcntl and self.path not in Run.locks:  # a second stage already holds the lock
                     Run.locks.clear()  # earlier runs of this process are over
                     held = open(self.path / "lock", "w")
-                    # the system takes it back from a killed process
+                    # the system releases the lock of a killed process
                     fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     Run.locks[self.path] = held
                 if not continues:
@@ -2831,8 +2831,8 @@ class Run:
                     f"--runs {self.cfg.runs}: cannot write to {self.path} ({error.strerror})"
                 ) from None
         barrier()  # no process goes on before the folder is there
-        # listed: in skipped.txt, by earlier parts of the run too. skipped: met since the start or
-        # the last --resume, so that a run goes on when its files are back
+        # listed: errors in skipped.txt, also those of earlier parts of the run. skipped: errors
+        # since the start or the last --resume, so that a run continues once its files are back
         self.n_clips, self.listed, self.skipped, self.opened = n_clips, set(), set(), True
         if continues and (self.path / "skipped.txt").exists():
             listed = (self.path / "skipped.txt").read_text(encoding="utf-8").splitlines()
@@ -2851,16 +2851,16 @@ class Run:
         scheduler=None,
         continues: bool = False,
     ):
-        """Open the folder and take up the checkpoint -> what the loop calls in place of `model`.
+        """Open the folder and restore the checkpoint -> what the loop calls in place of `model`.
 
         Args
-            n_clips: of which --max-bad may be unreadable.
-            summary: the data in words, for the line that opens a training.
+            n_clips: number of clips, of which the share --max-bad may be unreadable.
+            summary: the data in words, for the first line that a training prints.
             checkpoint: from `self.checkpoint`; its weights are in the model already.
-            stage: its name, where the method has several; in the log and in checkpoints.
-            shape: what rebuilds the model beside the settings, stored in checkpoints.
+            stage: its name, where the method has several; written to the log and to checkpoints.
+            shape: what is needed beside the settings to rebuild the model; stored in checkpoints.
             scheduler: anything with a state_dict, stored beside the optimiser's.
-            continues: the folder may hold a run, of an earlier stage.
+            continues: the folder may already hold the run of an earlier stage.
         """
         continues = continues or checkpoint is not None
         self.open_folder(n_clips, continues)
@@ -2889,8 +2889,8 @@ class Run:
         return wrap(model, self.device, self.cfg.compile, self.cfg.micro_batch)
 
     def batches(self, dataset, batch_sampler):
-        """Every batch from the current step on, as a list of its parts (see `Readable`): keyword
-        arguments of the model, on the device. A bar shows how far the training is.
+        """Yield every batch from the current step on, as a list of its parts (see `Readable`):
+        keyword arguments of the model, on the device. A bar shows the training's progress.
         """
         readable = Readable(dataset, self.cfg.micro_batch)
         loader = Loader(
@@ -2913,7 +2913,7 @@ class Run:
         self.clock, self.seen = time.perf_counter(), 0
         self.model.train()
         for parts, names, bad in batches_on(self.device, loader):
-            self.names = names  # of this batch's files, should its loss not be finite
+            self.names = names  # files of this batch, reported if its loss is not finite
             self.unreadable += bad
             if not parts:
                 raise ValueError(f"no clip of a batch of {len(bad)} could be read; first: {bad[0]}")
@@ -2922,15 +2922,15 @@ class Run:
         barrier()  # no process leaves while another computes
 
     def reseed(self, part: int) -> None:
-        """Before the forward pass of a part of this step's batch, see `seed_step`."""
+        """Seed the forward pass of one part of this step's batch (see `seed_step`)."""
         seed_step(self.cfg.seed, self.step, self.rank, part)
 
     def step_done(self, loss, sim=None, **values) -> None:
         """Count a step; every --log-steps write its line to log.jsonl, with `values`.
 
-        Only here, and where it is saved, a GPU is waited for.
+        Only logging, validating and saving wait for the GPU.
         """
-        # without the graph, and its value is read later: no wait for the GPU here
+        # detached, and its value is read later, so that this line does not wait for the GPU
         self.recent.append((self.step, loss.detach(), self.names))
         self.step += 1
         # sim has the rows of all processes, names those of this one
@@ -2945,7 +2945,7 @@ class Run:
         line |= {"step": self.step, "loss": loss.item()}
         if sim is not None:
             right = sim.argmax(1) == torch.arange(len(sim), device=sim.device)
-            # ln B is InfoNCE in one direction for a model without information
+            # ln B is the InfoNCE loss of one direction if all similarities are equal
             line |= {"ln_B": math.log(len(sim)), "batch_R@1": right.float().mean().item()}
         for name, value in values.items():
             line[name] = value.item() if torch.is_tensor(value) else value
@@ -2962,9 +2962,9 @@ class Run:
         self.clock, self.seen = time.perf_counter(), 0
 
     def is_due(self, every: int) -> bool:
-        """True after every so many steps and after the last one: time to validate.
+        """True after every `every` steps and after the last one: time to validate.
 
-        Raises: FloatingPointError where a loss or a weight is not finite, before it is scored.
+        Raises: FloatingPointError if a loss or a weight is not finite, before the validation.
         """
         if self.step % every and self.step < self.total_steps:
             return False
@@ -2973,7 +2973,7 @@ class Run:
         return True
 
     def log_scores(self, scores: dict) -> None:
-        """A validation's scores, in log.jsonl and on the screen."""
+        """Write a validation's scores to log.jsonl and print them."""
         if scores:
             line = {"stage": self.stage} if self.stage else {}
             self.log(line | {"step": self.step, "validation": scores})
@@ -2992,7 +2992,7 @@ class Run:
 
     def save_if_due(self) -> None:
         """Write last.pt every --save-steps, after a validation and at the end; if a signal asked
-        for an end, write it now and leave the program.
+        the run to end, write it now and exit.
         """
         regular = self.step % self.cfg.save_steps == 0
         if not (regular or self.step in (self.validated, self.total_steps) or self.stop):
@@ -3013,7 +3013,7 @@ class Run:
             "config": dataclasses.asdict(self.cfg) | {"name": self.name, "resume": False},
             "step": self.step,
             "best": self.best,
-            "model": self.model.state_dict(),  # DDP's own would begin with module.
+            "model": self.model.state_dict(),  # keys of the DDP wrapper would begin with module.
             "optimiser": self.optimiser.state_dict(),
             "versions": versions(),
         }
@@ -3041,21 +3041,20 @@ class Run:
 
     @property
     def stop(self) -> bool:
-        """A signal asked for an end: at once, or on several processes when all of them know."""
+        """True if a signal asked the run to end; with several processes, once all know of it."""
         return self.all_told or (self.world == 1 and bool(END_SIGNALS))
 
     def end_if_told(self, saved: str) -> None:
-        """After something was saved: leave, if a signal asked for it."""
+        """Exit if a signal asked for it; `saved` says what has just been saved."""
         if self.stop:
-            number = (
-                END_SIGNALS[0] if END_SIGNALS else signal.SIGTERM
-            )  # or another process was told
+            # SIGTERM where only another process got the signal
+            number = END_SIGNALS[0] if END_SIGNALS else signal.SIGTERM
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             self.say(f"{name}: saved {saved}; continue with --resume --name {self.name}")
-            raise SystemExit(128 + number)  # a shell's code for an end by a signal
+            raise SystemExit(128 + number)  # the exit code that shells use for a signal
 
     def drop_log_after(self, step: int) -> None:
-        """Forget this stage's log lines of after the checkpoint that a killed run resumes from."""
+        """Drop this stage's log lines later than the checkpoint that a killed run resumes from."""
         if self.rank > 0:
             return
         lines, path = [], self.path / "log.jsonl"
@@ -3072,7 +3071,7 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def settle_skipped(self, errors: list[str]) -> None:
-        """Count and list the unreadable clips of all processes; stop past --max-bad.
+        """Count and list the unreadable clips of all processes; ValueError past --max-bad.
 
         A collective call, in which the processes also agree on `stop`.
         """

@@ -1,16 +1,16 @@
-"""curation-CLAP: a teacher pairs sound and text that nobody paired; its student learns from them.
+"""curation-CLAP: a teacher pairs unlabelled sound with text; its student learns from these pairs.
 
 Wang, Subakan, Subramani, Wu, Tavares, Ayres, Smaragdis: "Unsupervised Improvement of Audio-Text
 Cross-Modal Representations", WASPAA 2023, arXiv:2305.01864.
 Official code: github.com/zhepeiw/clap_curation.
 
-The idea: captions are few, sound and text apart are many. (1) A CLAP of CNN14 and BERT, the
-teacher, is trained on annotated pairs. (2) It embeds unlabelled audio and known captions, and pairs
-that come close are kept: of all captions (DU, domain-unspecific), or of those near the class
-prompts of the domain one cares for (ADS; DS keeps these captions with their own audio). (3) A
-student goes on from the teacher on curated pairs, with batches of annotated ones between (replay).
-Its soft-labelled loss (SL) gives part of the target to other pairs of the batch: the more similar
-the teacher finds two clips (or two captions), the less the student loses by confusing them.
+The idea: captioned audio is scarce, but unpaired sound and text are plentiful. (1) A CLAP of CNN14
+and BERT, the teacher, is trained on annotated pairs. (2) It embeds unlabelled audio and known
+captions, and close pairs are kept: with any caption (DU, domain-unspecific), or with the captions
+near the class prompts of a target domain (ADS; DS keeps these captions with their own audio). (3) A
+student starts from the teacher and trains on curated pairs, with batches of annotated ones between
+(replay). Its soft-labelled loss (SL) gives part of the target to other pairs of the batch: the more
+similar the teacher finds two clips (or two captions), the less the student pays for confusing them.
 
 Equations (paper) -> code
   Eq. (1)  contrastive loss, half the sum of both directions (D15)     contrastive_loss
@@ -29,13 +29,13 @@ Deviations from the paper, what it leaves open, and --variant official
   D1  The projection is MS-CLAP's (residual, LayerNorm), so that its file loads. The paper: "a
       two-layer MLP".
   D2  tau starts at 0.007 (paper). official: 0.07, and logits are cut off above 100.
-  D3  Shorter clips in training are "zero-padded" (paper): zeros behind. official: the clip at a
-      random place among zeros.
+  D3  Shorter clips in training are "zero-padded" (paper): here at the end. official: the clip is
+      put at a random place among zeros.
   D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to 5
       s, longer ones cut into windows. The code crops one window, at random in evaluation, at a
-      place fixed by a seed in curation. Curation hears the first 60 s of a clip.
-  D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has that of 32
-      kHz.
+      place fixed by a seed in curation. Curation uses the first 60 s of a clip.
+  D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has the matrix
+      for 32 kHz.
   D6  Soft targets of Eq. (3) and (4) below 0 count as 0. torch 1.10, which the authors used, did
       so; current torch gives NaN. They are not normalised (as printed): the mass of a row is 1 or
       more.
@@ -45,35 +45,37 @@ Deviations from the paper, what it leaves open, and --variant official
       pass over the replay set (all from the code; without replay one over the curated pairs, ours).
   D8  Not stated: validation. Its clips are the rows of split val; where there are none, 5 % of the
       clips (at most 1,000) are drawn, and all captions of a clip stay together. The code draws 17 %
-      of the rows, and one clip can lie on both sides. best.pt has the smallest validation loss,
-      that of the stage, on centre crops. The code cannot compute its soft loss there (it runs no
+      of the rows, and one clip can lie on both sides. best.pt has the smallest validation loss (the
+      stage's own loss, on centre crops). The code cannot compute its soft loss there (it runs no
       teacher in validation); with use_zs_loader it selects by accuracy on the data set that is then
       evaluated.
-  D9  Replay: "we used replay in all of our results" (Sec. 3.2). DU replays the teacher's pairs, ADS
-      those of DS: "we randomly replace the batches". Their share is not printed: half (the code's
-      yaml files; 0 in its README's example). For DS the paper names no replay set, and here it has
-      none; SL alone trains on the annotated pairs.
-  D10 Cosines of fp16 embeddings, as in the code, added up in fp32. Device, block and number of
-      processes can change the pairs whose cosine lies within 1e-6 of the threshold, and no others.
+  D9  Replay: "we used replay in all of our results" (Sec. 3.2). DU replays the teacher's pairs ("we
+      randomly replace the batches"), ADS those of DS. Their share is not printed; here it is half
+      (the code's yaml files; 0 in its README's example). For DS the paper names no replay set, and
+      here it has none; SL alone trains on the annotated pairs.
+  D10 Cosines are of fp16 embeddings, as in the code, but summed in fp32. Device, block and number
+      of processes can change the pairs whose cosine lies within 1e-6 of the threshold, and no
+      others.
   D11 --teacher-fraction keeps a share of the clips. The paper takes "10%" of the "paired audio and
       caption data", the code of the rows. --seed draws it: teacher, curation and student must have
-      the same. Curation then takes the captions of these clips ("from the teacher training set",
-      Sec. 3.1), or those of --captions (ours).
+      the same seed. Curation then takes the captions of these clips ("from the teacher training
+      set", Sec. 3.1), or those of --captions (ours).
   D12 bf16 autocast on a GPU; the losses are always in fp32.
   D13 --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
-  D14 A text encoder that starts from nothing (--size tiny) has larger initial weights: with the
-      usual deviation of 0.02, made for wide encoders, the first token of a small one hardly depends
-      on the text.
+  D14 The random weights of a new text encoder (--size tiny) are larger than usual: with a standard
+      deviation of 0.02, which suits wide encoders, the first token of a small one hardly depends on
+      the text.
   D15 Eq. (1) is printed as L(C) = 1/2 sum_i (log Softmax_t(C/tau)_ii + log Softmax_a(C/tau)_ii),
       without a minus sign and as a sum over the batch. Here with the minus sign, and the mean over
       the batch (code).
   D16 C = t a' and Eq. (2) are printed without normalisation. Here all embeddings have length 1
       (code), so that C, C_a and C_t hold cosines.
   D17 sigma: the paper has "0.7 for the domain-unspecific curation and a threshold between 0.6 and
-      0.75 for the domain-specific experiments" (Sec. 3.1). It does not say which one for which data
-      set, nor whether for caption and prompt or for clip and caption. Here --threshold (sigma) and
-      --ds-threshold are both 0.7 unless given. The code's files, for ESC-50, UrbanSound8K, TUT17:
-      caption and prompt 0.7, 0.6, 0.675; clip and caption 0.7, 0.7, 0.65; for DU 0.75.
+      0.75 for the domain-specific experiments" (Sec. 3.1). It does not say which value is for which
+      data set, nor whether it is for caption and prompt or for clip and caption. Here --threshold
+      (sigma) and --ds-threshold are both 0.7 unless given. The code's files, for ESC-50,
+      UrbanSound8K, TUT17: caption and prompt 0.7, 0.6, 0.675; clip and caption 0.7, 0.7, 0.65; for
+      DU 0.75.
   D18 A caption that several rows share is curated once; in the code once a row.
   D19 Captions are compared with "class labels" (Sec. 2.2.2). Here with the prompts of Sec. 3.3, the
       labels in lower case with spaces for _ and / (code).
@@ -81,11 +83,11 @@ Deviations from the paper, what it leaves open, and --variant official
       and of SL "further training the teacher CLAP model". Soft labels come from the same teacher,
       without dropout, also in replay.
   D21 Not printed: Hann window of 1,024 samples, hop 320, 64 mel bins from 50 to 14,000 Hz,
-      bert-base-uncased, its first token, 100 tokens, captions without commas (all from the code),
-      links, $ and * (there in FSD50K's only, here in all). Sec. 3.2 follows CLAP [9], also for the
-      first weights: CNN14 starts from PANNs' file, BERT as published (ours).
-  D22 "Excluding recordings that are [...] contained in AudioCaps" (Sec. 3.1): --pool is taken as
-      given, leave AudioCaps out when it is prepared (tools.datasets --exclude).
+      bert-base-uncased, its first token, 100 tokens, captions without commas (all from the code)
+      and without links, $ and * (in the code only FSD50K's, here all). Sec. 3.2 follows CLAP [9],
+      also for the initial weights: CNN14 starts from PANNs' file, BERT as published (ours).
+  D22 "Excluding recordings that are [...] contained in AudioCaps" (Sec. 3.1): --pool is used as
+      given, so leave AudioCaps out when preparing it (tools.datasets --exclude).
 
 Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
       python curation_clap.py --stage teacher --data fsd50k_told clotho audiocaps macs --name full
@@ -127,47 +129,47 @@ import common
 class Config(common.RunConfig):
     # data
     data: list[str]  # annotated manifests, folders that hold manifest.jsonl, or the word demo
-    # paper: CNN14 + BERT; tiny: same family, small, from nothing
+    # paper: CNN14 + BERT; tiny: the same family, small and from random weights
     size: Literal["paper", "tiny"] = "paper"
     # official: details as in the released code (D2, D3)
     variant: Literal["paper", "official"] = "paper"
-    # one of the three, or all in order
+    # one of the three stages, or all in order
     stage: Literal["all", "teacher", "curate", "student"] = "all"
     # unlabelled audio: manifests (captions and labels are not read; D22), or folders of eval.py
     # embed
     pool: list[str] = field(default_factory=list)
-    # without --pool: share of the training clips whose captions are forgotten (ours; the demo has
-    # no other pool)
+    # without --pool: share of the training clips that lose their captions and form the pool (ours;
+    # the demo has no other pool)
     pool_share: Annotated[float, "[0, 1)"] = 0.0
-    # texts to curate from: manifests, or one folder of eval.py embed; none: the teacher's (Sec.
-    # 3.1)
+    # captions to pair: manifests, or one folder of eval.py embed; none: those of the teacher's
+    # training (Sec. 3.1)
     captions: list[str] = field(default_factory=list)
     # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
     labels: list[str] = field(default_factory=list)
-    # of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty:
+    # teacher of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty:
     # runs/NAME/teacher.pt
     teacher: str = ""
     # share of the annotated clips that is used (0.1 in Table 3; D11)
     teacher_fraction: Annotated[float, "(0, 1]"] = 1.0
 
     # curation
-    # Sec. 2.2; none: the student goes on with the annotated pairs (SL alone)
+    # kind of curation (Sec. 2.2); none: the student trains on the annotated pairs (SL alone)
     curation: Literal["ads", "du", "ds", "none"] = "ads"
     # sigma, least cosine of clip and caption (Sec. 3.1: DU 0.7, DS and ADS 0.6 to 0.75; D17)
     threshold: Annotated[float, "[-1, 1]"] = 0.7
     # least cosine of caption and class prompt (code: 0.7, 0.6, 0.675 for ESC-50, US8K, TUT17; D17)
     ds_threshold: Annotated[float, "[-1, 1]"] = 0.7
-    # DU, ADS: instead of a threshold so many best captions a clip (5: code)
+    # DU, ADS: number of best captions per clip, used instead of the threshold (5: code)
     top_k: common.Whole = 0
-    # DS, ADS: instead of ds_threshold so many nearest captions a class (ours)
+    # DS, ADS: number of nearest captions per class, used instead of ds_threshold (ours)
     ds_top_k: common.Whole = 0
-    # stop at curation with similarities, yields and examples of a sample, to choose sigma
+    # instead of curating, print similarities, yields and examples of a sample, to choose sigma
     dry_run: bool = False
-    # clips curated between two points of resumption; never changes the result
+    # clips in a block, after which an interrupted curation can resume; never changes the result
     block: common.Count = 8192
 
     # model
-    # of CNN14's blocks
+    # channels of CNN14's blocks
     audio_channels: list[common.Count] = field(
         default_factory=lambda: [64, 128, 256, 512, 1024, 2048]
     )
@@ -177,8 +179,8 @@ class Config(common.RunConfig):
     block_dropout: common.Dropout = 0.2  # after each of CNN14's blocks (PANNs)
     # around CNN14's last layer and in the projections (PANNs, MS-CLAP)
     dropout: common.Dropout = 0.5
-    # start the teacher from a whole model: a run's teacher.pt or MS-CLAP 2022's file, with the
-    # model's own settings; none: from the two below
+    # whole model that the teacher starts from: a run's teacher.pt or MS-CLAP 2022's file, with the
+    # model's own settings; none: start from the two below
     weights: str = "none"
     audio_weights: str = "Cnn14_mAP=0.431.pth"  # the teacher's audio encoder: PANNs' file, or none
     # the teacher's text encoder, and the tokenizer of MS-CLAP's file: hub id or folder (Sec. 3.2:
@@ -188,7 +190,7 @@ class Config(common.RunConfig):
     text_layers: common.Layers = 12  # text encoder layers, read only when --text-model none
 
     # loss
-    temperature: common.Positive = 0.007  # start of tau (Sec. 3.2; D2)
+    temperature: common.Positive = 0.007  # initial tau (Sec. 3.2; D2)
     # SL: the student's targets are softened by the teacher (Sec. 2.3, Eq. 2-5)
     soft_labels: bool = True
     beta: common.Share = 0.3  # the teacher's share of the targets (Sec. 3.2)
@@ -196,17 +198,17 @@ class Config(common.RunConfig):
     # optimisation
     teacher_epochs: common.Count = 20  # code (D7)
     student_epochs: common.Count = 20  # code (D7)
-    # steps an epoch; 0: one pass over the pairs, of the student over those of the replay where
-    # there is one (D7)
+    # steps per epoch; 0: one pass over the pairs, for a student with replay over the replay pairs
+    # (D7)
     epoch_steps: common.Whole = 0
     batch_size: common.Count = 128  # pairs over all processes (Sec. 3.2: 64 on each of 2 GPUs; D7)
     lr: common.Positive = 1e-4  # Adam's learning rate (code; D7)
-    # epochs without a smaller validation loss before a tenth of the learning rate; none before this
-    # epoch (code; D7)
+    # epochs without a smaller validation loss until the learning rate drops to a tenth; counted
+    # from this epoch on (code; D7)
     patience: common.Whole = 10
     clip: common.Positive = 5.0  # largest norm of the gradient (code; D7)
     replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.2; D9)
-    replay_prob: Annotated[float, "[0, 1)"] = 0.5  # share of them (code; D9)
+    replay_prob: Annotated[float, "[0, 1)"] = 0.5  # probability of a replay batch (code; D9)
 
     def check(self):
         # every block of CNN14 but the last halves the spectrogram
@@ -219,9 +221,9 @@ class Config(common.RunConfig):
             )
 
 
-# A start from nothing: larger steps, little dropout, a wider temperature; coarser frames make a
-# step affordable on a CPU. The cosines of a small teacher lie anywhere (0.3 was a good one), so it
-# curates by rank.
+# Random weights need a larger learning rate, less dropout and a higher temperature; coarser frames
+# make a step affordable on a CPU. A small teacher's cosines have another scale (0.3 was a good
+# threshold), so it curates by rank.
 TINY = dict(
     audio_weights="none",
     text_model="none",
@@ -252,7 +254,7 @@ MAX_TOKENS = 100  # code (D21)
 PROMPT = "this is a sound of {}"  # Sec. 3.3; in curation D19
 CURATION_S = 60.0  # D4
 EMBED_BATCH = 32  # clips of a pool embedded at once
-SAMPLE_CLIPS = 2000  # of a dry run
+SAMPLE_CLIPS = 2000  # clips that a dry run embeds
 METHOD = "curation_clap"
 
 # ------------------------------------------------------------------------------------------------
@@ -261,8 +263,8 @@ METHOD = "curation_clap"
 
 
 class ConvBlock(nn.Module):
-    """Two 3 x 3 convolutions, each with batch norm and ReLU, then the mean over squares
-    of `pool`.
+    """Two 3 x 3 convolutions, each with batch norm and ReLU, then average pooling over squares of
+    side `pool`.
     """
 
     def __init__(self, channels_in: int, channels: int):
@@ -281,8 +283,8 @@ class CNN14(nn.Module):
     """PANNs' CNN14 with its own log-mel: waveform (B, S) -> clip features (B, channels of the last
     block).
 
-    Source: Kong et al., TASLP 2020. Names as in its files; the head of 527 AudioSet classes is
-    kept, unused, so that they load. The mel matrix is stored with the weights (D5).
+    Source: Kong et al., TASLP 2020. Names as in its files; the unused head of 527 AudioSet classes
+    is kept so that these files load. The mel matrix is stored with the weights (D5).
     """
 
     def __init__(
@@ -294,7 +296,7 @@ class CNN14(nn.Module):
     ):
         super().__init__()
         self.log_mel = common.LogMel(SAMPLE_RATE, N_FFT, hop, N_MELS, FMIN_HZ, FMAX_HZ)
-        # D5
+        # D5: registered again, since common.LogMel keeps its buffers out of checkpoints
         self.log_mel.mel_scale.register_buffer("fb", self.log_mel.mel_scale.fb, persistent=True)
         self.block_dropout, self.dropout, self.out_dim = block_dropout, dropout, channels[-1]
         self.bn0 = nn.BatchNorm2d(N_MELS)
@@ -312,17 +314,20 @@ class CNN14(nn.Module):
 
     def forward(self, waveform):
         x = self.log_mel(waveform)[:, None]  # (B, 1, T_mel, M)
-        x = self.bn0(x.transpose(1, 3)).transpose(1, 3)  # over mel bins
+        x = self.bn0(x.transpose(1, 3)).transpose(1, 3)  # batch norm of each mel bin, on axis 1
         for name in self.blocks:
+            # the last block does not pool (PANNs)
             x = getattr(self, name)(x, pool=1 if name == self.blocks[-1] else 2)
             x = F.dropout(x, self.block_dropout, self.training)
         x = x.mean(3)  # over frequency: (B, C, T)
+        # max plus mean over time (PANNs)
         x = F.dropout(x.amax(2) + x.mean(2), self.dropout, self.training)
         return F.dropout(F.relu(self.fc1(x)), self.dropout, self.training)
 
     def mel_rate(self) -> str:
         """Whose mel matrix the stored one is, in words (D5)."""
         for rate in (SAMPLE_RATE, 32000):
+            # the hop, here 320, does not change the matrix
             of_rate = common.LogMel(rate, N_FFT, 320, N_MELS, FMIN_HZ, FMAX_HZ).mel_scale.fb
             if (self.log_mel.mel_scale.fb.cpu() - of_rate).abs().max() < 1e-4 * of_rate.max():
                 return f"that of {rate} Hz"
@@ -330,7 +335,7 @@ class CNN14(nn.Module):
 
 
 class Projection(nn.Module):
-    """MS-CLAP's: a linear layer, plus another one behind a GELU, LayerNorm (D1)."""
+    """MS-CLAP's projection: a linear layer, plus GELU and a second one, then LayerNorm (D1)."""
 
     def __init__(self, dim_in: int, dim: int, dropout: float):
         super().__init__()
@@ -349,9 +354,10 @@ def repeat_to(waveform, length: int):
 
 
 def clean_caption(text: str) -> str:
-    """No commas, links, dollar signs, asterisks or line breaks; underscores are spaces."""
+    """Remove commas, links, dollar signs, asterisks and line breaks; underscores become spaces."""
     cleaned = re.sub(r"<a\b.*?</a>|[,$*]", "", text, flags=re.S)
     cleaned = re.sub(r"[\s_]+", " ", cleaned).strip()
+    # a caption of which no word is left stays as it was, since every text needs a token
     return cleaned if re.search(r"\w", cleaned) else text
 
 
@@ -375,7 +381,7 @@ class Model(nn.Module):
     ):
         super().__init__()
         audio = {"dropout": 0.5, **(audio or {})}
-        # rebuilds the model, with the text encoder
+        # stored in checkpoints: what rebuilds the model together with the text encoder
         self.shape = {"audio": audio, "joint_dim": joint_dim, "window_s": window_s}
         self.window_s = window_s
         self.crop_rule = (
@@ -414,9 +420,11 @@ class Model(nn.Module):
         with common.evaluating(self):
             window = round(self.window_s * self.sample_rate)
             windows, owner, weight, lengths = common.cut_windows(waveform, n_samples, window)
+            # repeats take the place of the zeros that cut_windows pads with (D4)
             windows = torch.stack(
                 [repeat_to(piece[:n], window) for piece, n in zip(windows, lengths)]
             )
+            # 32 windows at a time, so that long clips do not exhaust the memory
             return common.join_windows(
                 torch.cat([self.clip_embeds(part) for part in windows.split(32)]), owner, weight
             )
@@ -473,8 +481,8 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     model = Model(text_encoder, audio, cfg.joint_dim, cfg.window_s, cfg.temperature)
     if cfg.text_model == "none":
         with torch.no_grad():
-            for module in text_encoder.model.modules():  # D14
-                if isinstance(module, nn.Linear):
+            for module in text_encoder.model.modules():
+                if isinstance(module, nn.Linear):  # D14: from deviation 0.02 to 1 / sqrt(width)
                     module.weight *= 1 / math.sqrt(module.in_features) / 0.02
     if cfg.audio_weights != "none":
         common.load_strict(
@@ -534,17 +542,18 @@ def soft_targets(teacher_audio, teacher_text, beta: float):
 
 
 def soft_divergence(logits, target):
-    """logits, target (B, B), queries in rows: mean over them of sum target * (log target - log
-    softmax), 0 log 0 = 0.
+    """logits, target (B, B), queries in rows: the mean over rows of sum target * (log target - log
+    softmax), with 0 log 0 = 0.
 
     Source: L_t with clips in rows and their targets a2t, L_a with captions in rows and theirs t2a.
     """
+    # xlogy is 0 at a target of 0 (D6), where target * target.log() would be NaN
     return (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1).mean()  # Eq. (5)
 
 
 def soft_labelled_loss(logits, target_a2t, target_t2a):
-    """Rows of logits are clips and meet clip targets, columns are captions and meet caption
-    targets.
+    """Rows of logits are clips and are compared with the clips' targets, columns are captions and
+    are compared with the captions' targets.
 
     Source: Sec. 2.3, the unnumbered mean of L_t and L_a.
     """
@@ -552,9 +561,10 @@ def soft_labelled_loss(logits, target_a2t, target_t2a):
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
-    """Outputs of Model.forward in this process, and the teacher's embeds of all (or None) -> loss,
-    sim (B, B).
+    """Outputs of Model.forward in this process, and the teacher's embeds of all processes (or None)
+    -> loss, sim (B, B).
     """
+    # the similarities are between the pairs of all processes (D7)
     audio_embeds = common.gather_with_grad(audio_embeds)
     text_embeds = common.gather_with_grad(text_embeds)
     sim = audio_embeds @ text_embeds.T  # (B, B); of embeds of length 1 (D16)
@@ -570,7 +580,8 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
 
 
 def read_corpus(cfg: Config) -> dict:
-    """-> annotated rows (train, val), the pool's items, and how many clips the stages can meet."""
+    """-> annotated rows (train, val), the pool's items, and how many clips the stages may read."""
+    # validation clips first: neither the pool nor --teacher-fraction may change them
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
     n_clips = len(train_rows)
     pool = [item if is_stored(item) else str(common.manifest_path(item)) for item in cfg.pool]
@@ -583,9 +594,10 @@ def read_corpus(cfg: Config) -> dict:
 
 
 def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict], list[dict]]:
-    """Rows of a random share of the clips, and the others; the rows of a clip stay together, order
-    is kept (D11).
+    """Rows of a random share of the clips, and the others; the rows of a clip stay together and
+    keep their order (D11).
     """
+    # the clips in the manifest's order: that of a set would change from run to run
     audio = list(dict.fromkeys(row["audio"] for row in rows))
     order = np.random.default_rng(seed).permutation(len(audio))
     chosen = {audio[i] for i in order[: max(1, round(share * len(audio)))]}
@@ -594,14 +606,14 @@ def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict]
 
 
 class Centre:
-    """Stands in for a random generator where a crop is to be the middle one."""
+    """Takes the place of a random generator where the middle crop is wanted."""
 
     integers = staticmethod(lambda low, high: (low + high - 1) // 2)
 
 
 class Pairs(Dataset):
-    """One item a (clip, caption) pair of one of several sets. Items are asked for as (set, epoch,
-    index), which seeds the crop.
+    """The (clip, caption) pairs of one or two sets. An item's key is (set, epoch, index), which
+    seeds the crop.
     """
 
     def __init__(
@@ -640,21 +652,22 @@ class Pairs(Dataset):
 def mixed_batches(
     sizes: list[int], batch_size: int, replay_prob: float, seed: int, start: int, total_steps: int
 ):
-    """Yield this process's share of every batch as [(set, epoch, index), ...]; a batch comes whole
+    """Yield this process's share of every batch as [(set, epoch, index), ...]; all of a batch comes
     from one set (D9).
 
-    With two sets, the first with probability replay_prob. Each set is gone through in a new random
-    order every epoch; what does not fill a batch is left out of that epoch.
+    With two sets, a batch comes from the first with probability replay_prob. Each epoch of a set
+    has a new random order; pairs that do not fill a batch are left out of that epoch.
     """
     rank, world = common.rank_and_world()
-    chosen = np.zeros(total_steps, int)  # the set of every step
+    # the set of every step, drawn for all steps at once, so that a resumed run draws the same
+    chosen = np.zeros(total_steps, int)
     if len(sizes) > 1:
         chosen += np.random.default_rng((seed, 3)).random(total_steps) >= replay_prob
     orders = {}  # set -> epoch, order
     for step in range(start, total_steps):
         group = int(chosen[step])
         count = min(batch_size, sizes[group])
-        # the set's own batches before this one say where in which epoch it is
+        # the number of earlier batches of this set gives its epoch and the place within it
         epoch, place = divmod(int((chosen[:step] == group).sum()), sizes[group] // count)
         if group not in orders or orders[group][0] != epoch:
             rng = np.random.default_rng((seed, 4, group, epoch))
@@ -687,14 +700,14 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
     -> row, caption (P,) int, cosine (P,) fp32; by row, the most similar caption first. Sec. 2.2.
     """
     text = torch.from_numpy(text_embeds).to(device).float().T  # (D, Q)
-    # a product of so many rows is held at a time: on a CPU it stays in the caches
+    # rows whose cosines are in memory at a time: few enough for a CPU's caches
     n_rows = max(1, (2**28 if text.is_cuda else 2**22) // len(text_embeds))
     found = []
     # TF32, which start_device allows, would move a cosine by 1e-3
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        for start in range(0, max(1, len(embeds)), n_rows):
+        for start in range(0, max(1, len(embeds)), n_rows):  # one empty part if there are no rows
             part = torch.from_numpy(embeds[start : start + n_rows]).to(device).float()
             sim = part @ text  # (rows, Q)
             if top_k:
@@ -707,6 +720,7 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
     finally:
         torch.set_float32_matmul_precision(precision)
     row, caption, cosine = (np.concatenate(x) for x in zip(*found))
+    # equal cosines in the order of the captions, so that devices and block sizes agree
     order = np.lexsort((caption, -cosine, row))
     return row[order], caption[order], cosine[order]
 
@@ -735,15 +749,15 @@ def is_stored(item) -> bool:
 
 
 def pool_blocks(pool: list, size: int):
-    """Yield the pool in blocks of at most `size` clips: their rows, and of a folder of `eval.py
-    embed` their embeddings (n, D), else None. Only a block is ever held.
+    """Yield the pool in blocks of at most `size` clips: their rows, and their embeddings (n, D) if
+    they come from a folder of `eval.py embed`, else None. Only one block is in memory at a time.
     """
     for item in pool:
         stored, start = is_stored(item), 0
         rows = iter(training_clips(item) if not stored else common.iter_manifest([item_of(item)]))
         while block := list(itertools.islice(rows, size)):
             embeds = None
-            if stored:  # opened anew, so that pages that were read are given back
+            if stored:  # reopened for every block, which releases the memory of earlier ones
                 embeds = np.array(stored_embeds(item, "audio")[start : start + len(block)])
             start += len(block)
             if stored and len(embeds) < len(block):
@@ -759,7 +773,7 @@ def item_of(folder) -> str:
 
 def training_clips(item):
     """Audio and duration of a manifest's training rows (or of given rows), one a clip."""
-    last = None
+    last = None  # only adjacent rows of a clip are merged: a pool's names may not fit into memory
     for row in item if isinstance(item, list) else common.iter_manifest([item]):
         if row.get("split", "train") == "train" and row["audio"] != last:
             last = row["audio"]
@@ -785,13 +799,14 @@ def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, de
 
 
 def stored_block(model: Model, rows, cfg: Config, run: common.Run, key: str, number: int):
-    """embed_block, kept in runs/embeds under a key of the teacher and of every file's size and
-    time: curations that follow, and one that was killed, do not embed it again.
+    """embed_block with its result kept in runs/embeds, under a key of the teacher and of every
+    file's size and time, so that later and resumed curations do not embed the block again.
     """
     path = Path(cfg.runs) / "embeds" / f"{key}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         kept, embeds, bad = embed_block(model, rows, cfg, run, f"embedding block {number}")
+        # runs/embeds is shared: another curation may write the same block at the same time
         with common.written_whole(path, common.this_process()) as file:
             np.savez(file, kept=kept, embeds=embeds, bad=np.array(bad, dtype=str))
     with np.load(path, allow_pickle=False) as held:
@@ -803,8 +818,8 @@ def digest(*told) -> str:
 
 
 def read_captions(cfg: Config, train_rows: list[dict], model: Model):
-    """Texts to curate from -> unique captions (D18), for each the rows that it describes, embeds
-    (Q, D) fp16.
+    """Captions to pair with audio -> unique captions (D18), for each the rows that it describes,
+    embeds (Q, D) fp16.
     """
     given = cfg.captions
     told, embeds = [], None  # (caption, row that it describes)
@@ -824,7 +839,7 @@ def read_captions(cfg: Config, train_rows: list[dict], model: Model):
         if given:
             rows = common.read_manifest(given, ("captions",))
         for row in rows:
-            if row.get("split", "train") == "train":
+            if row.get("split", "train") == "train":  # never captions of val or test
                 told += [(clean_caption(caption), row) for caption in row["captions"]]
         if not told:
             raise ValueError(f"--captions {' '.join(given)}: no caption in it")
@@ -863,7 +878,7 @@ def stored_captions(folder, rows: list[dict]):
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{where}: expected {{'caption': text, 'owner': number}}") from None
         common.check_text(caption, "the caption", where)
-        if type(owner) is not int or not 0 <= owner < len(rows):
+        if type(owner) is not int or not 0 <= owner < len(rows):  # not isinstance: True is an int
             raise ValueError(
                 f"{where}: owner {owner!r}; expected a line of audio.jsonl, 0 to {len(rows) - 1}"
             )
@@ -871,7 +886,7 @@ def stored_captions(folder, rows: list[dict]):
 
 
 def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
-    """Classes of the domain, as they stand in the prompt (D19)."""
+    """The domain's classes, written as in the prompt (D19)."""
     classes = []
     for item in cfg.labels:
         if not str(item).endswith(".txt"):
@@ -893,8 +908,8 @@ def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
 
 
 def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
-    """Captions near the domain -> their numbers, in order, and each one's largest cosine to a class
-    prompt that chose it (Sec. 2.2.2).
+    """Captions near the domain (Sec. 2.2.2) -> their numbers in ascending order, and the largest
+    cosine of each to a class prompt that chose it.
     """
     _, caption, cosine = similar_pairs(prompt_embeds, text_embeds, threshold, top_k)
     nearness = np.full(len(text_embeds), -np.inf, np.float32)
@@ -934,6 +949,7 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
     """
     model, teacher_path = load_teacher(cfg, run.path)
     model.to(run.device)
+    # with a log, the folder is that of the teacher or of an earlier curation, and is continued
     run.open_folder(corpus["n_clips"] + n_pool, (run.path / "log.jsonl").exists())
     run.say(
         f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix "
@@ -965,6 +981,7 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
         name = "curated.jsonl" if cfg.curation == "ds" else "replay.jsonl"
         write_own_pairs(run, run.path / name, captions, described, nearness)
     if cfg.curation != "ds":
+        # precision and device change embeddings, so they are part of the key
         key = [common.file_key({"audio": str(teacher_path)}), cfg.precision, run.device.type]
         mine(cfg, run, model, key, corpus["pool"], n_pool, captions, text_embeds)
     common.barrier()
@@ -976,6 +993,7 @@ def write_own_pairs(run, path: Path, captions: list[str], described, nearness) -
     lines = {}
     for caption, rows, value in zip(captions, described, nearness.tolist()):
         for row in rows:
+            # absolute: a relative path would start at the run's folder
             line = {**row, "audio": os.path.abspath(row["audio"]), "captions": [], "similarity": []}
             line = lines.setdefault(row["audio"], line)
             line["captions"].append(caption)
@@ -990,9 +1008,9 @@ def mine(
 ) -> None:
     """Pair the pool's audio with captions -> runs/NAME/curated.jsonl, one line a clip.
 
-    Block by block, which the processes take in turn: memory depends on the captions and the block.
-    A block's pairs are kept under a key of all that they were made from, so that a killed run
-    continues, and a sound that changed, vanished or came back is looked at again.
+    The processes take blocks in turn: memory depends on the captions and one block. A block's pairs
+    are kept under a key of all that they were made from, so that a killed run continues, and a file
+    that changed, vanished or came back is read again.
 
     key: of the teacher; captions (Q,), text (Q, D) fp16.
     """
@@ -1011,6 +1029,7 @@ def mine(
                 of_block = digest(hashlib.sha256(embeds.tobytes()).hexdigest(), told)
             path = folder / f"{number:06d}_{digest(of_block, settings)}.jsonl"
             if not path.exists():
+                # this block's pairs from other inputs would be merged too
                 for old in folder.glob(f"{number:06d}_*"):
                     old.unlink()
                 errors = []
@@ -1025,7 +1044,8 @@ def mine(
             with open(path, encoding="utf-8") as file:
                 bad += json.loads(file.readline())["skipped"]
         bar.update(len(rows))
-        if number % run.world == run.world - 1:  # all processes have had a block
+        # a collective call: made only when every process has had a block
+        if number % run.world == run.world - 1:
             run.settle_skipped(bad)
             bad = []
             run.end_if_told(f"the pairs of {number + 1} blocks (or give the same call again)")
@@ -1036,6 +1056,7 @@ def mine(
         return
     n_clips = n_pairs = 0
     with common.written_whole(run.path / "curated.jsonl") as whole:
+        # files after the last block are left over from a longer pool
         for path in sorted(folder.glob("*.jsonl"))[: number + 1]:
             with open(path, "rb") as part:
                 part.readline()  # what was skipped
@@ -1057,8 +1078,8 @@ def mine(
 
 
 def write_pairs(path: Path, rows, embeds, errors, captions, text, cfg: Config, device) -> None:
-    """A block's pairs: first what could not be read, then a line a clip, its captions with the
-    most similar one first.
+    """Write a block's pairs: first the errors of unreadable clips, then a line a clip, its captions
+    with the most similar one first.
     """
     row, caption, cosine = similar_pairs(embeds, text, cfg.threshold, cfg.top_k, device)
     of_clip = {}
@@ -1073,12 +1094,12 @@ def write_pairs(path: Path, rows, embeds, errors, captions, text, cfg: Config, d
     common.write_lines(path, [json.dumps(line, ensure_ascii=False) for line in lines])
 
 
-# Dry run: what the thresholds would give
+# Thresholds whose yields a dry run reports
 LEVELS = np.round(np.arange(-1.0, 1.0, 0.05), 2)
 
 
 def report_domain(prompts, captions, prompt_embeds, text_embeds) -> None:
-    """How near captions lie to the class prompts."""
+    """Print how near captions lie to the class prompts."""
     sim = text_embeds.astype(np.float32) @ prompt_embeds.astype(np.float32).T  # (Q, C)
     nearest = sim.max(1)
     print(f"\nCaptions by their nearest of {len(prompts)} class prompts (--ds-threshold):")
@@ -1092,8 +1113,8 @@ def report_domain(prompts, captions, prompt_embeds, text_embeds) -> None:
 
 
 def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embeds) -> None:
-    """Similarities of a sample of clips with all captions, what every threshold would give, and
-    examples.
+    """Print the similarities of a sample of clips with all captions, what every threshold would
+    give, and examples.
     """
     rng = np.random.default_rng(cfg.seed)
     wanted = set(rng.permutation(n_pool)[:SAMPLE_CLIPS].tolist())
@@ -1112,7 +1133,7 @@ def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embed
     embeds, columns = np.concatenate(embeds), text_embeds.astype(np.float32).T
     counts, best, examples = 0, [], {level: [] for level in LEVELS}
     for i in tqdm(rng.permutation(len(embeds)), desc="similarities", unit="clip", leave=False):
-        sim = embeds[i].astype(np.float32) @ columns  # (Q,)
+        sim = embeds[i].astype(np.float32) @ columns  # (Q,), one clip at a time: bounded memory
         counts += count_levels(sim)
         best.append(sim.max())
         for level in LEVELS:
@@ -1123,7 +1144,7 @@ def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embed
                 q = near[int(rng.integers(len(near)))]
                 name = Path(rows[i]["audio"]).name
                 examples[level].append(f"{name}: {captions[q]!r} ({sim[q]:.2f})")
-    share = n_pool / max(1, len(embeds))
+    share = n_pool / max(1, len(embeds))  # scales the sample's counts to the whole pool
     print(
         f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} "
         "captions:"
@@ -1143,12 +1164,13 @@ def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embed
 
 
 def count_levels(cosines) -> np.ndarray:
-    """How many lie between each of LEVELS and the next."""
+    """Number of cosines between each of LEVELS and the next."""
+    # clipped: rounding may put a cosine just outside [-1, 1], where histogram would drop it
     return np.histogram(cosines.clip(-1, 1), [*LEVELS, 1.0])[0]
 
 
 def histogram(counts) -> None:
-    """Bars of 40 characters at most."""
+    """Print a bar of at most 40 characters for each level."""
     for level, count in zip(LEVELS, counts):
         if count:
             print(f"  {level:>5.2f} {count:>14,} {'#' * math.ceil(40 * count / counts.max())}")
@@ -1160,9 +1182,9 @@ def histogram(counts) -> None:
 
 
 def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
-    """Retrieval among whole validation clips -> scores, what chance gives."""
+    """Retrieval among whole validation clips -> scores, chance levels."""
     rows, audio_embeds, _ = common.embed_validation(model, rows, quiet=quiet)
-    # MS-CLAP's file takes captions as they are, and eval.py too
+    # the model's own rule, as in eval.py: a model from MS-CLAP's file takes captions as they are
     captions = [[model.clean_caption(text) for text in row["captions"]] for row in rows]
     return common.caption_retrieval(model, audio_embeds, None, captions)[:2]
 
@@ -1185,13 +1207,14 @@ def teach(teacher, parts: list[dict], autocast):
 
 @torch.no_grad()
 def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> tuple[float, float]:
-    """Mean of the stage's loss over full batches of validation pairs (D8), and of what equal
-    cosines would give.
+    """Mean of the stage's loss over full batches of validation pairs (D8), and the mean loss that
+    equal cosines would give.
 
-    Computed by one process alone, whatever their number. Against hard targets equal cosines give ln
-    B, against soft ones another value, which depends on the teacher's cosines (D6).
+    Computed by one process alone, however many there are. With hard targets equal cosines give ln
+    B, with soft ones another value, which depends on the teacher's cosines (D6).
     """
     n = len(dataset.sets[0])
+    # full batches only: the loss grows with the number of pairs it is computed over
     size = min(cfg.batch_size, n)
     readable = common.Readable(dataset, cfg.micro_batch)
     loader = common.Loader(
@@ -1207,7 +1230,7 @@ def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> 
     total, chance, count = 0.0, 0.0, 0
     with common.evaluating(model):
         for parts, names, _ in loader:
-            if len(names) < 2:
+            if len(names) < 2:  # the loss of a single pair is 0
                 continue
             parts = common.to_device(parts, run.device)
             audio_embeds, text_embeds = embeds_of(model, parts, run.autocast)
@@ -1223,6 +1246,7 @@ def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> 
             total += loss.item() * len(names)
             chance += of_equal.item() * len(names)
             count += len(names)
+    # without a readable batch infinity, which never becomes the best
     return (total / count, chance / count) if count else (math.inf, math.inf)
 
 
@@ -1236,10 +1260,10 @@ def train(
     corpus: dict,
     checkpoint: dict | None,
 ) -> dict:
-    """Stages 1 and 3 -> runs/NAME/last.pt and the best by validation loss: teacher.pt, or best.pt;
-    its scores on the validation split.
+    """Train stage 1 or 3 -> runs/NAME/last.pt, and the best model by validation loss as teacher.pt
+    or best.pt; returns its scores on the validation split.
 
-    sets: rows of the pairs to learn from; where there are two, the first is the replay.
+    sets: rows of the pairs to learn from; if there are two sets, the first is the replay.
     """
     sizes = [sum(len(row["captions"]) for row in rows) for rows in sets]
     common.check_batch(cfg, min(cfg.batch_size, *sizes), min(sizes), "pair")
@@ -1249,7 +1273,7 @@ def train(
     # the smaller of two sets may not fill a batch
     of_batch = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
-    epoch_steps = cfg.epoch_steps or sizes[0] // of_batch[0]
+    epoch_steps = cfg.epoch_steps or sizes[0] // of_batch[0]  # of the replay, if there is one (D7)
     steps = epochs * epoch_steps
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
@@ -1276,11 +1300,11 @@ def train(
         captions = [text for row in corpus["train"] for text in row["captions"]]
         common.say_if_few(run, "--teacher-epochs", epochs, steps, captions)
         if cfg.weights != "none" and corpus["val"] and run.rank == 0 and not checkpoint:
-            run.log_scores(validate(model, corpus["val"])[0])  # of the model that is fine-tuned
+            run.log_scores(validate(model, corpus["val"])[0])  # scores before any fine-tuning
     best_file = "teacher.pt" if stage == "teacher" else "best.pt"
     sampler = mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, run.step, steps)
 
-    def loss_of(*embeds):
+    def loss_of(*embeds):  # taught: the teacher's embeds of the loop's current batch
         return training_loss(cfg, *embeds, taught)
 
     # Loop
@@ -1300,10 +1324,11 @@ def train(
             if run.rank == 0 and corpus["val"]:
                 value = [validation_loss(cfg, run, model, teacher, held_out)[0]]
             if dist.is_initialized():
-                dist.broadcast_object_list(value)  # the learning rate is that of all processes
+                dist.broadcast_object_list(value)  # all processes need the same learning rate
+            # D7: epochs before epoch `patience` do not count
             if corpus["val"] and run.step >= cfg.patience * epoch_steps:
                 scheduler.step(value[0])
-            # without validation clips the last epoch wins
+            # without validation clips the last epoch is the best
             score = -value[0] if corpus["val"] else run.step
             run.keep_best(score, {"val_loss": value[0]} if corpus["val"] else {}, best_file)
         run.save_if_due()
@@ -1344,11 +1369,12 @@ def student_sets(cfg: Config, folder: Path, corpus: dict) -> list[list[dict]]:
 
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
-    split, as in eval.json; {} without one.
+    split, as in eval.json; {} without that split.
     """
     run = common.Run(cfg, METHOD)
     checkpoint = run.checkpoint()
     in_student = checkpoint is not None and checkpoint["stage"] == "student"
+    # a student may follow a teacher in its folder, so only an earlier student is refused here
     if not cfg.resume and cfg.name and cfg.stage in ("all", "student"):
         last = run.path / "last.pt"
         if last.exists() and common.read_checkpoint(last, METHOD)["stage"] == "student":
@@ -1358,7 +1384,7 @@ def main(cfg: Config) -> dict:
             )
     corpus, result = read_corpus(cfg), {}
     curates = cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student
-    if curates:  # what is missing there is said now, not after the teacher's training
+    if curates:  # missing input is reported now, not after the teacher's training
         n_pool, prompts = count_pool(cfg, corpus), []
         if cfg.curation != "du":
             prompts = [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
@@ -1413,8 +1439,8 @@ def main(cfg: Config) -> dict:
 
 
 def panns_state(weights: dict, source) -> dict:
-    """PANNs' names -> CNN14's. The Fourier matrices are computed here; a file with other ones is
-    refused.
+    """PANNs' names -> CNN14's. Our front end computes the Fourier transform, so a file's Fourier
+    matrices are only compared with it; a file with other matrices is refused.
     """
     state = {}
     window = torch.hann_window(N_FFT, dtype=torch.float64)
@@ -1445,7 +1471,7 @@ def ms_clap_state(weights: dict, source) -> dict:
     )
     state = {f"audio_encoder.{k}": v for k, v in audio.items()}
     for key, value in weights.items():
-        # BERT's pooler is trained by nobody here: the first token is taken before it
+        # BERT's pooler is not used: the first token is taken before it
         if not re.match(
             re.escape(prefix) + r"|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)", key
         ):

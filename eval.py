@@ -1,22 +1,22 @@
-"""Zero-shot evaluation of any checkpoint, one function a protocol, every rule printed.
+"""Zero-shot evaluation of any checkpoint: one function per protocol, every rule is printed.
 
   python eval.py runs/NAME/best.pt --data MANIFEST --json scores.json
   python eval.py A.pt B.pt laion/clap-htsat-unfused --data MANIFEST   (with paired differences)
-  python eval.py embed A.pt --data MANIFEST --out embeds          (of audio and captions)
+  python eval.py embed A.pt --data MANIFEST --out embeds          (audio and captions)
 
 Protocols: retrieval, classification, tagging, frames, sed (sound event detection), grounding
-(text-to-audio grounding), t_classify (temporal order); all of them that the manifest has labels for
-unless --protocol names some. What needs training or generation to be scored is in
-tools/downstream.py. Audio is never cropped at random: it is zero-padded to the model's window,
-longer audio is cut into consecutive windows whose embeddings are averaged by their seconds and
-renormalised (`--crop first`: the first window only). Windows of LAION-CLAP are tiled, then padded,
-as it was trained; those of curation-CLAP are repeated to 5 s. Cacophony hears a clip whole, without
-padding, over 60 s in pieces that are pooled together. Frames end with the clip, and a last window
-shorter than one frame adds none. Scores carry a 95 % bootstrap interval over clips.
+(text-to-audio grounding), t_classify (temporal order). Without --protocol, all run for which the
+manifest has labels. Scores that need training or generation are in tools/downstream.py.
+Audio is never cropped at random: short audio is zero-padded to the model's window, longer audio is
+cut into consecutive windows, whose embeddings are averaged by their seconds and renormalised
+(`--crop first`: the first window only). LAION-CLAP's windows are tiled, then padded, as in its
+training; curation-CLAP's are repeated to 5 s. Cacophony encodes a clip whole, without padding;
+clips over 60 s are encoded in pieces that are pooled together. Frames end with the clip, and a last
+window shorter than one frame adds none. Each score has a 95 % bootstrap interval over clips.
 
---variant computes as another variant of the model's script does: MGA-CLAP's official repeats clips
-under 10 s and scores all of their frames; Cacophony has paper, jax and official. Without it a model
-computes as it was trained.
+--variant makes a model compute like another variant of its script: MGA-CLAP's official repeats
+clips under 10 s and scores all of their frames; Cacophony has paper, jax and official. Without it a
+model computes as it was trained.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 import common
 
-# Scripts whose checkpoints name them
+# Scripts that train; each checkpoint holds the name of its script
 METHODS = ("mga_clap", "t_clap", "cacophony", "collat", "curation_clap")
-# Class prompts by name. mga_clap is its code's for ESC-50 and VGGSound; its paper (Sec. 4.2) and
-# the rest of its code have bare names. CoLLAT's is assumed.
+# Class prompts by name. mga_clap is the prompt of its code for ESC-50 and VGGSound; its paper (Sec.
+# 4.2) and the rest of its code use bare class names. CoLLAT's prompt is assumed.
 PROMPTS = {
     "bare": "{}",
     "mga_clap": "{} can be heard",
@@ -63,7 +63,7 @@ class Settings:
     manifest: list[dict]  # the rows of every split; a trained probe takes its own from them
     window_s: float  # the model's window
     crop: str  # all (windows) or first
-    crop_rule: str | None  # what the model does with whole files, if it is not the usual
+    crop_rule: str | None  # how the model treats whole files, where it has a rule of its own
     prompt: str  # text with {} for the class name
     median_s: float  # length of the median filter of sed and grounding
     bootstrap: int  # draws
@@ -83,26 +83,27 @@ def retrieval(model, clips, classes, settings) -> dict:
     Every caption queries all N clips (t2a: rank of its own clip); every clip queries all Q captions
     (a2t: best rank among its own captions; mAP@10 as common.retrieval_ranks defines it, divided by
     the number of own captions). Captions go through the method's own clean_caption. Ties count
-    against the right answer. A caption that another clip has too is wrong for that clip, as in
-    published scores; in the scores named _text it is right for both. Source: the protocol WavCaps,
-    MGA-CLAP and LAION-CLAP share; AudioCaps test 957-975 x 5, Clotho evaluation 1045 x 5 (the sets
-    of MGA-CLAP Table 2; the sizes are the data sets' own).
+    against the right answer. If two clips have the same caption text, each copy is right for its
+    own clip only, as in published scores; in the scores named _text it is right for both. Source:
+    the protocol that WavCaps, MGA-CLAP and LAION-CLAP share; AudioCaps test 957-975 x 5, Clotho
+    evaluation 1045 x 5 (the sets of MGA-CLAP Table 2; the sizes are the data sets' own).
     """
     rows = clips["rows"]
     common.require(rows, "captions")
     captions = [(i, model.clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
     owner = np.array([i for i, _ in captions])
     texts, n = [c for _, c in captions], len(rows)
-    if getattr(model, "pairwise", False):
+    if getattr(model, "pairwise", False):  # its scores are not a product of two embeddings
         matrix = common.similarities(model, None, clips["frame_embeds"], texts)
     else:
         text_embeds = common.embed_texts(model, texts)
 
-    def sim(part):  # only a block of the N x Q cosines is ever held
+    def sim(part):  # of two-vector models only a block of the N x Q cosines is in memory at a time
         if getattr(model, "pairwise", False):
             return matrix[part]
         return clips["audio_embeds"][part] @ text_embeds.T
 
+    # `equal`: captions with the same text have the same number
     distinct, equal = np.unique(texts, return_inverse=True)
     own = common.retrieval_ranks(sim, owner, n)
     by_text = common.retrieval_ranks(sim, owner, n, text=equal)
@@ -111,7 +112,9 @@ def retrieval(model, clips, classes, settings) -> dict:
     chance |= {f"{name}_text": value for name, value in by_chance.items()}
 
     def score(chosen):
+        # a draw repeats queries; each keeps its rank among all clips, so copies cause no ties
         times, scores = np.bincount(chosen, minlength=n), {}
+        # a2t has ranks only for clips with a caption, hence `captioned`
         at = np.repeat(np.arange(len(captioned)), times[captioned])
         for suffix, ranks in (("", own), ("_text", by_text)):
             drawn = {
@@ -122,7 +125,7 @@ def retrieval(model, clips, classes, settings) -> dict:
                 scores[name + suffix] = value
         return scores
 
-    details = {
+    details = {  # ranks counted from 1, for readers
         "t2a": [
             {"clip": rows[i]["audio"], "caption": c, "rank": int(k) + 1, "rank_text": int(e) + 1}
             for (i, c), k, e in zip(captions, own["t2a"], by_text["t2a"])
@@ -151,8 +154,8 @@ def classification(model, clips, classes, settings) -> dict:
     """Accuracy: the class prompt with the largest cosine to the clip, among clips with one label.
 
     A tie is a miss. Clips with several labels are left out and counted. Source: MGA-CLAP Table 3
-    (ESC-50, UrbanSound8K, VGGSound); the mean over folds, printed where rows have a fold, is its
-    code's.
+    (ESC-50, UrbanSound8K, VGGSound); the mean over folds, printed where rows have a fold, follows
+    its code.
     """
     targets = common.label_targets(clips["rows"], classes)
     single = targets.sum(1) == 1
@@ -165,13 +168,13 @@ def classification(model, clips, classes, settings) -> dict:
     )[single]
     truth = targets[single].argmax(1)
     right = np.take_along_axis(sim, truth[:, None], 1)
-    hit = (sim >= right).sum(1) == 1  # nothing but the right class reaches its score
+    hit = (sim >= right).sum(1) == 1  # only the right class reaches its score: a tie is a miss
     folds = np.array([str(row.get("fold", "")) for row, one in zip(clips["rows"], single) if one])
 
     def score(chosen):
         scores = {"accuracy": float(hit[chosen].mean())}
         if len(set(folds)) > 1:
-            drawn = sorted(set(folds[chosen]))
+            drawn = sorted(set(folds[chosen]))  # a bootstrap draw may miss a fold
             of_fold = [hit[chosen][folds[chosen] == fold].mean() for fold in drawn]
             scores["mean_of_folds"] = float(np.mean(of_fold))
         return scores
@@ -196,7 +199,7 @@ def classification(model, clips, classes, settings) -> dict:
 def tagging(model, clips, classes, settings) -> dict:
     """Macro mAP over classes that occur, from the cosine of clip and class prompt.
 
-    Non-interpolated average precision, equal scores form one threshold. Source: MGA-CLAP Table 3
+    Average precision is not interpolated; equal scores form one threshold. Source: MGA-CLAP Table 3
     (FSD50K, AudioSet; the paper names no split, ours are the evaluation splits).
     """
     targets = common.label_targets(clips["rows"], classes)
@@ -206,12 +209,14 @@ def tagging(model, clips, classes, settings) -> dict:
 
     def score(chosen):
         precisions = common.class_average_precisions(sim[chosen], targets[chosen])
+        # NaN marks a class without a positive clip in this draw
         return {"mAP": float(np.nanmean(precisions))}
 
     return result(
         "tagging",
         score,
         len(sim),
+        # random scores have an AP of about the share of positives
         {"mAP": float(targets.mean(0)[targets.any(0)].mean())},
         settings,
         details={"AP": per_class(classes, common.class_average_precisions(sim, targets))},
@@ -225,12 +230,13 @@ def frames(model, clips, classes, settings) -> dict:
     """Frame-level mAP: each frame's cosine to each class prompt, all frames of all clips pooled.
 
     A frame is positive where an event covers its centre. raw: the cosine (the papers' protocol).
-    centred: the frame's mean over classes taken out first, which removes how much a frame resembles
-    any class text at all. Both are always reported; DESIGN: never tune on one and report the other.
+    centred: the frame's mean over classes is subtracted first, which removes how much a frame
+    resembles any class text at all. Both are always reported: do not tune on one of them and report
+    the other.
     """
     rows, frame_embeds = clips["rows"], clips["frame_embeds"]
     if not any(row.get("events") for row in rows):
-        raise ValueError("frames needs 'events' in the manifest; there is not one")
+        raise ValueError("frames needs 'events' in the manifest, which has none")
     class_embeds = common.embed_texts(model, class_prompts(classes, settings))
     occurring = set(classes) & {event["label"] for row in rows for event in row.get("events", [])}
     if not occurring:
@@ -246,7 +252,7 @@ def frames(model, clips, classes, settings) -> dict:
             "times seconds?"
         )
     variants = {"mAP_raw": False, "mAP_centred": True}
-    if len(classes) == 1:  # nothing to take a mean over
+    if len(classes) == 1:  # centred, the scores of a single class would all be 0
         del variants["mAP_centred"]
     chance, details = {}, {}
 
@@ -261,9 +267,10 @@ def frames(model, clips, classes, settings) -> dict:
                 model.frame_s,
                 centred,
             )
+            # a bootstrap draw may have no positive frame; `result` leaves its NaN out
             known = np.isfinite(precisions).any()
             scores[name] = float(np.nanmean(precisions)) if known else float("nan")
-            chance.setdefault(name, level)  # of the first call, which is on all clips
+            chance.setdefault(name, level)  # kept from the first call, which scores all clips
             details.setdefault(name.replace("mAP", "AP"), per_class(classes, precisions))
         return scores
 
@@ -283,6 +290,7 @@ def frames(model, clips, classes, settings) -> dict:
     )
 
 
+# PSDS1 asks for exact times; PSDS2 tolerates inexact ones and penalises confused classes
 PSDS1 = dict(dtc=0.7, gtc=0.7)
 PSDS2 = dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5)
 
@@ -290,14 +298,15 @@ PSDS2 = dict(dtc=0.1, gtc=0.1, cttc=0.3, alpha_ct=0.5)
 def sed(model, clips, classes, settings) -> dict:
     """Zero-shot sound event detection: each frame's cosine to each class prompt, median-filtered.
 
-    PSDS1 and PSDS2 (DCASE's two scenarios, at most 100 effective false positives an hour) exact
-    over all thresholds, with alpha_st 1 (MGA-CLAP's code: mean less standard deviation over
-    classes) and, as _st0, 0. collar_F1: an event is found if a detection's onset lies within 0.2 s
-    and its offset within max(0.2 s, 20 % of the event); segment_F1: in segments of 1 s. Both F1 are
-    macro means with the best threshold of each class, chosen on these very clips. raw: the cosine;
-    centred: the frame's mean over classes taken out. Clips without any event are left out, as in
-    the authors' code. chance: random scores. Source: MGA-CLAP Table 4 (DESED, URBAN-SED,
-    AudioSet-Strong); its code, which is for AudioSet-Strong only, filters over 3 frames of 0.31 s.
+    PSDS1 and PSDS2 are DCASE's two scenarios, up to 100 effective false positives an hour, exact
+    over all thresholds, with alpha_st 1 (MGA-CLAP's code: mean minus standard deviation over
+    classes) and, in scores named _st0, 0. collar_F1: an event is found if a detection's onset lies
+    within 0.2 s and its offset within max(0.2 s, 20 % of the event); segment_F1: in segments of
+    1 s. Both F1 are macro means with the best threshold of each class, chosen on the scored clips
+    themselves. raw: the cosine; centred: minus the frame's mean over classes. Clips without any
+    event are left out, as in the authors' code. chance: random scores. Source: MGA-CLAP Table 4
+    (DESED, URBAN-SED, AudioSet-Strong); its code, which is for AudioSet-Strong only, filters over
+    3 frames of 0.31 s.
     """
     index = [
         i
@@ -314,13 +323,15 @@ def sed(model, clips, classes, settings) -> dict:
     columns = [classes.index(c) for c in occurring]
     class_embeds = common.embed_texts(model, class_prompts(classes, settings))
     raw = [clips["frame_embeds"][i] @ class_embeds.T for i in index]  # (T_i, C)
+    # all classes count in the frame's mean, also those without an event, which are not scored
     filtered = {
         "": [median_filter(s, width)[:, columns] for s in raw],
         "_centred": [median_filter(s - s.mean(1, keepdims=True), width)[:, columns] for s in raw],
     }
-    if len(classes) == 1:  # nothing to take a mean over
+    if len(classes) == 1:  # centred, the scores of a single class would all be 0
         del filtered["_centred"]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # fixed: every call gives the same chance level
+    # filtered like the model's scores, since the filter changes how many detections there are
     random = {"": [median_filter(rng.random((len(s), len(columns))), width) for s in raw]}
     scenarios = (("PSDS1", PSDS1), ("PSDS2", PSDS2))
 
@@ -342,6 +353,7 @@ def sed(model, clips, classes, settings) -> dict:
     for suffix, given in filtered.items():
         for name, scenario in scenarios:
             roc = psd_roc(given, rows, occurring, frame_s, **scenario)
+            # one class at a time has no deviation over classes, so alpha_st is 0
             details[name + suffix] = {c: psds([one], 0.0) for c, one in zip(occurring, roc)}
         for name, f1 in (("collar_F1", collar_f1), ("segment_F1", segment_f1)):
             details[name + suffix] = per_class(occurring, f1(given, rows, occurring, frame_s))
@@ -366,16 +378,17 @@ def sed(model, clips, classes, settings) -> dict:
 def grounding(model, clips, classes, settings) -> dict:
     """Text-to-audio grounding: when does a phrase sound? Every phrase of every clip is one query.
 
-    PSDSm: the sigmoid of frame-phrase cosines at the 50 thresholds 0.01, 0.03, ... 0.99, binarised,
-    median-filtered, gaps of at most 0.5 s closed, then PSDS with dtc = gtc = 0.5, one class, at
-    most 800 false positives an hour (the paper prints no definition; this is the reading its code
-    and numbers allow). PSDS_exact: the same settings over all thresholds, on median-filtered
-    cosines, gaps left open. centred: the frame's mean over all phrases of the data taken out.
-    Phrases without a segment are left out; each of the others adds its clip's duration to the
-    hours. chance: random scores. Source: MGA-CLAP Table 4 (TAG; the paper names neither version nor
-    split: AudioGrounding v2, test).
+    PSDSm: the sigmoid of frame-phrase cosines is binarised at the 50 thresholds 0.01, 0.03, ...
+    0.99 and median-filtered, gaps of at most 0.5 s are closed; then PSDS with dtc = gtc = 0.5, one
+    class, at most 800 false positives an hour (the paper prints no definition; its code and numbers
+    allow this one). PSDS_exact: the same settings over all thresholds, on median-filtered cosines,
+    without closing gaps. centred: minus the frame's mean over all phrases of the data. Phrases
+    without a segment are left out; each of the others adds its clip's duration to the hours.
+    chance: random scores. Source: MGA-CLAP Table 4 (TAG; the paper names neither version nor split,
+    here AudioGrounding v2, test).
     """
     common.require(clips["rows"], "phrases")
+    # a segment [0, 0] means that the phrase is not in the clip
     queries = [
         (i, p["phrase"], [s for s in p["segments"] if s[1] > s[0]])
         for i, row in enumerate(clips["rows"])
@@ -387,14 +400,16 @@ def grounding(model, clips, classes, settings) -> dict:
     texts = sorted({phrase for _, phrase, _ in queries})
     embeds = common.embed_texts(model, texts)
     frame_s, width = model.frame_s, median_frames(settings.median_s, model.frame_s)
-    gap = math.ceil(0.5 / frame_s)
+    gap = math.ceil(0.5 / frame_s)  # in frames, rounded up as in the authors' code
     of_clip = [[] for _ in clips["rows"]]  # numbers of each clip's queries
     raw, centred, random, rows, rng = [], [], [], [], np.random.default_rng(0)
     for k, (i, phrase, segments) in enumerate(queries):
         frame_embeds, text = clips["frame_embeds"][i], embeds[texts.index(phrase)]
         raw.append(frame_embeds @ text)
+        # equals the cosine minus the frame's mean cosine with all phrases
         centred.append(frame_embeds @ (text - embeds.mean(0)))
         random.append(rng.uniform(-1, 1, len(frame_embeds)))
+        # all phrases share one class, as in the authors' code
         events = [{"label": "phrase", "onset": on, "offset": off} for on, off in segments]
         rows.append(with_duration({**clips["rows"][i], "events": events}, frame_embeds, model))
         of_clip[i].append(k)
@@ -404,14 +419,14 @@ def grounding(model, clips, classes, settings) -> dict:
         return points, [median_filter(v[:, None], width) for v in values]
 
     prepared = {"": points_and_filtered(raw), "_centred": points_and_filtered(centred)}
-    if len(texts) == 1:  # nothing to take a mean over
+    if len(texts) == 1:  # centred, the scores of a single phrase would all be 0
         del prepared["_centred"]
 
     def score(chosen, prepared=prepared):
         at = [k for i in chosen for k in of_clip[i]]
         given = [rows[k] for k in at]
         names = [name + suffix for suffix in prepared for name in ("PSDSm", "PSDS_exact")]
-        if not given:
+        if not given:  # a draw of clips without any scored phrase
             return dict.fromkeys(names, float("nan"))
         scores, n_events = {}, sum(len(row["events"]) for row in given)
         hours = sum(row["duration"] for row in given) / 3600
@@ -444,7 +459,7 @@ def grounding(model, clips, classes, settings) -> dict:
     )
 
 
-# The first that occurs counts
+# A caption counts for the first of these that it contains
 CONNECTIVES = ("followed by", "and then", "then", "before", "after", "first", "while", ",")
 
 
@@ -454,15 +469,13 @@ def t_classify(model, clips, classes, settings) -> dict:
     t2a (T-CLAP's name): the share of captions with a `negative`, the same events in another order,
     for which the clip's cosine to the caption is strictly larger than to the negative. a2t: the
     share of captions of clips with a `swapped_audio`, the same sounds in another order, that lie
-    strictly closer to the clip than to the swapped audio. A tie is a miss; ties are counted.
-    Micro-average over all pairs; details hold each manifest and each connective alone, so that
-    shortcuts ("first", commas) show, and every pair's margin. Source: T-CLAP Table 3 (AudioCaps,
-    Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
+    strictly closer to the clip than to the swapped audio. A tie is a miss; ties are counted. The
+    score is the micro-average over all pairs; details give each manifest and each connective alone,
+    so that shortcuts ("first", commas) show, and every pair's margin. Source: T-CLAP Table 3
+    (AudioCaps, Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
     """
-    rows, swapped = (
-        clips["rows"],
-        clips["swapped"],
-    )  # clip -> (embed, frames) of its reordered audio
+    # swapped: clip -> (embed, frames) of its reordered audio
+    rows, swapped = clips["rows"], clips["swapped"]
     pairs = [
         (i, caption, negative)
         for i, row in enumerate(rows)
@@ -486,6 +499,7 @@ def t_classify(model, clips, classes, settings) -> dict:
         )
         at = {i: k for k, i in enumerate(swapped)}
         chosen = [k for k, (i, _, _) in enumerate(pairs) if i in at]
+        # the caption's cosine with the swapped audio takes the place of the negative's
         other = [back[at[i], column[model.clean_caption(c)]] for i, c, _ in pairs if i in at]
         of_pair["a2t"] = of_pair["t2a"][0][chosen], right[chosen] - np.array(other)
 
@@ -545,7 +559,7 @@ class Protocol:
     score: Callable  # (model, clips, classes, settings) -> result
     key: str  # what a manifest's rows must have
     methods: tuple[str, ...] = ()  # the model must have one of these
-    lacking: str = ""  # what a model without is called
+    lacking: str = ""  # how messages describe a model without them
 
 
 PROTOCOLS = {
@@ -565,7 +579,7 @@ PROTOCOLS = {
 
 
 def with_duration(row: dict, frame_embeds, model) -> dict:
-    """The row with the seconds that are scored: the clip's; a repeated clip's are its window's."""
+    """The row with its scored duration: the clip's, or the window's where clips are repeated."""
     duration = row.get("duration") or len(frame_embeds) * model.frame_s
     if getattr(model, "repeats_short_clips", False):
         duration = max(duration, model.window_s)
@@ -579,17 +593,17 @@ def frame_rule(model) -> str:
 
 
 def frame_edges(n_frames: int, frame_s: float, duration: float) -> np.ndarray:
-    """(n_frames + 1,) seconds of the frames' edges; the last one at the clip's end at most."""
+    """(n_frames + 1,) edges of the frames in seconds; the last one is not after the clip's end."""
     edges = np.arange(n_frames + 1) * frame_s
+    # at least 1 ms, since a declared duration may be shorter than the audio
     edges[-1] = max(min(edges[-1], duration), edges[-2] + 1e-3)
     return edges
 
 
 def timeline(scores: list, rows: list[dict], frame_s: float):
-    """All clips after one another.
+    """Put the frames' edges of all clips one after another.
 
     Returns: begin (N + 1,), where each clip's edges start; edges (E,), seconds in their clip.
-
     """
     begin = np.cumsum([0] + [len(s) + 1 for s in scores])  # one more edge than frames
     edges = [frame_edges(len(s), frame_s, row["duration"]) for s, row in zip(scores, rows)]
@@ -598,6 +612,7 @@ def timeline(scores: list, rows: list[dict], frame_s: float):
 
 def class_timeline(scores: list, column: int, begin) -> np.ndarray:
     """(E,) scores of one class on the `timeline`, -inf at the last edge of every clip."""
+    # at least float32; float64 scores keep their precision
     flat = np.full(begin[-1], -np.inf, np.result_type(scores[0], np.float32))
     inside = np.ones(len(flat), bool)
     inside[begin[1:] - 1] = False
@@ -606,17 +621,17 @@ def class_timeline(scores: list, column: int, begin) -> np.ndarray:
 
 
 def at_least(value, limit):
-    """value >= limit, both rounded to microseconds: what lies exactly on the limit counts."""
+    """value >= limit, both rounded to microseconds, so that a value on the limit counts."""
     return np.round(value, 6) >= np.round(limit, 6)
 
 
 def median_frames(seconds: float, frame_s: float) -> int:
-    """The odd number of frames nearest to `seconds`, at least 1."""
+    """The odd number of frames nearest to `seconds`, at least 1; odd, to have a middle frame."""
     return 2 * max(0, round((seconds / frame_s - 1) / 2)) + 1
 
 
 def median_filter(x: np.ndarray, width: int) -> np.ndarray:
-    """x (T, ...), median over `width` (odd) frames; the ends are repeated beyond themselves."""
+    """Median of x (T, ...) over `width` (odd) frames; the first and last frames are repeated."""
     padded = np.concatenate([np.repeat(x[:1], width // 2, 0), x, np.repeat(x[-1:], width // 2, 0)])
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width, axis=0), axis=-1)
 
@@ -630,26 +645,28 @@ def runs(active: np.ndarray):
 def detections(scores: np.ndarray):
     """Every interval that becomes one detection at some threshold.
 
-    As the threshold falls, a run of frames appears when it reaches the lowest frame in the run and
-    ends when it reaches the higher of the two frames beside it.
-    Args: scores (E,), all clips after one another, -inf after each.
+    As the threshold falls, a run of frames becomes a detection once the threshold is below the
+    run's lowest score, and ends, in a longer run, once it is below the higher score of the two
+    frames beside the run.
+    Args: scores (E,), all clips one after another, -inf after each.
     Returns: start, stop (K,) indices into scores (stop exclusive), top, floor (K,): the interval is
     a detection for every threshold t with floor <= t < top (a frame is active where score > t).
     """
     n = len(scores)
     lowest, width = [scores], 1  # lowest[k][i]: the minimum of scores[i : i + 2**k]
+    # until every interval of this width crosses the end of a clip, as no run does
     while width < n and (lowest[-1] > -np.inf).any():
         half = lowest[-1]
         beyond = np.full(min(width, n), -np.inf, half.dtype)
         lowest.append(np.minimum(half, np.concatenate([half[width:], beyond])))
         width *= 2
-    # Each frame's run is the widest one around it in which no frame is lower: it grows by powers of
-    # two to both sides, the largest first
+    # The run of a frame is the widest one around it in which no frame is lower. It grows to both
+    # sides by powers of two, the largest first
     start = np.flatnonzero(scores > -np.inf)
     value, stop = scores[start], start + 1
     for k in reversed(range(len(lowest))):
-        # equal neighbours make one run: it belongs to the last of them, so it goes left over equals
-        # only
+        # equal frames have the same run and only the last of them keeps it, so a run grows over
+        # equal frames to the left only
         further = np.maximum(start - 2**k, 0)
         start = np.where((start >= 2**k) & (lowest[k][further] >= value), further, start)
         further = np.minimum(stop, n - 1)
@@ -665,6 +682,7 @@ def largest_matching(pairs: list[tuple]) -> int:
     for detection, event in pairs:
         events.setdefault(detection, []).append(event)
 
+    # augmenting paths: a matched event is freed if its detection finds another event
     def place(detection, seen):
         for event in events[detection]:
             if event not in seen:
@@ -678,11 +696,12 @@ def largest_matching(pairs: list[tuple]) -> int:
 
 
 def best_f1(thresholds, found, detected, n_events: int) -> float:
-    """Largest F1 over all thresholds, from changes of true positives and of detections at each."""
+    """Largest F1 over all thresholds, from the changes of true positives and detections at each."""
     order = np.argsort(-thresholds, kind="stable")
     order = order[thresholds[order] > -np.inf]
     if not len(order):
         return 0.0
+    # all changes at one threshold happen together
     last = np.append(np.diff(thresholds[order]) != 0, True)
     n_found, n_detected = np.cumsum(found[order])[last], np.cumsum(detected[order])[last]
     return float((2 * n_found / (n_detected + n_events)).max())
@@ -702,7 +721,7 @@ def collar_f1(
     best = []
     for c, name in enumerate(classes):
         start, stop, top, floor = detections(class_timeline(scores, c, begin))
-        # a detection appears at its top and goes at its floor; events are found in between
+        # a detection appears at its top and disappears at its floor; true positives follow below
         thresholds, found = [top, floor], [np.zeros(2 * len(top))]
         detected, n_events = [np.ones(len(top)), -np.ones(len(top))], 0
         for i, row in enumerate(rows):
@@ -714,9 +733,11 @@ def collar_f1(
             hits = []  # (detection, event)
             for g, (on, off) in enumerate(events):
                 collar_s = max(offset_s, offset_share * (off - on))
+                # rounded, so that a time exactly on the collar counts
                 near = np.round(np.abs(edges[start[own]] - on) - onset_s, 6) <= 0
                 near &= np.round(np.abs(edges[stop[own]] - off) - collar_s, 6) <= 0
                 hits += [(k, g) for k in own[near]]
+            # a detection and an event match once only, so each level needs a matching of its own
             before = 0
             for level in sorted({t for k, _ in hits for t in (top[k], floor[k])}, reverse=True):
                 now = largest_matching([(k, g) for k, g in hits if floor[k] < level <= top[k]])
@@ -734,13 +755,14 @@ def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
 
     Source: Mesaros et al., Applied Sciences 2016.
 
-    A segment's score is its best frame's, also of frames that only reach into it; it is positive if
-    any part of an event lies in it. NaN for a class without an event.
+    A segment's score is the largest score of the frames that overlap it; a segment is positive if
+    an event overlaps it. NaN for a class without an event.
     """
     values, targets = [], []
     for s, row in zip(scores, rows):
         edges = frame_edges(len(s), frame_s, row["duration"])
-        n_segments = math.ceil(round(edges[-1] / segment_s, 6))
+        n_segments = math.ceil(round(edges[-1] / segment_s, 6))  # 10.0000001 s are 10 segments
+        # the last segment may be shorter: it ends with the clip
         bounds = np.round(np.append(np.arange(n_segments) * segment_s, edges[-1]), 6)
         inside = edges[:-1] < bounds[1:, None] - 1e-6  # (segments, T)
         inside &= edges[1:] > bounds[:-1, None] + 1e-6
@@ -754,6 +776,7 @@ def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
     values, targets = np.concatenate(values), np.concatenate(targets)
     best = np.full(len(classes), np.nan)
     for c in np.flatnonzero(targets.any(0)):
+        # a threshold below its score makes a segment a detection; the positive ones are right
         found, detected = targets[:, c].astype(float), np.ones(len(values))
         best[c] = best_f1(values[:, c], found, detected, int(targets[:, c].sum()))
     return best
@@ -766,15 +789,18 @@ def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
         edges = frame_edges(len(v), frame_s, row["duration"])
         onset, offset = (np.array([e[key] for e in row["events"]]) for key in ("onset", "offset"))
         active = (1 / (1 + np.exp(-v)))[:, None] > thresholds  # (T, 50)
+        # binarised first, then filtered, as in the authors' code
         active = median_filter(active.astype(np.int8), width) > 0.5
         for level in np.flatnonzero(active.any(0)):
             start, stop = runs(active[:, level])
+            # a gap of at most `gap` frames joins two runs
             apart = start[1:] - stop[:-1] > gap
             start, stop = start[np.append(True, apart)], stop[np.append(apart, True)]
             begin_s, end_s = edges[start], edges[stop]
             overlap = np.minimum(end_s[:, None], offset) - np.maximum(begin_s[:, None], onset)
             overlap = np.maximum(overlap, 0)  # (detections, events)
-            right = at_least(overlap.sum(1), 0.5 * (end_s - begin_s))
+            right = at_least(overlap.sum(1), 0.5 * (end_s - begin_s))  # dtc 0.5
+            # gtc 0.5: only right detections can find an event
             found = at_least(overlap[right].sum(0), 0.5 * (offset - onset))
             points[k, level] = found.sum(), (~right).sum()
     return points
@@ -799,20 +825,20 @@ def psd_roc(
 ) -> list:
     """True positive ratio against effective false positives an hour, over all thresholds.
 
-    Exact: a threshold between any two scores is an operating point. Memory does not grow with the
+    Exact: each threshold between two scores is an operating point. Memory does not grow with the
     number of class pairs. Source: Bilen et al., ICASSP 2020 (definition); Ebbers et al., ICASSP
     2022 (all thresholds at once).
 
     Args
         scores: list of (T_i, C), any real numbers; rows: manifest rows with `events` and
         `duration`.
-        dtc: a detection counts if that share of it lies in events of its class, else it is a false
-            positive; gtc: an event is found if that share of it lies in detections that count.
-        cttc, alpha_ct: a false positive of which that share lies in events of another class also
-            costs alpha_ct * (its rate per hour of that class's events, mean over the other
-            classes).
+        dtc: a detection counts if this share of it lies in events of its class, else it is a false
+            positive; gtc: an event is found if this share of it lies in detections that count.
+        cttc, alpha_ct: a false positive also costs alpha_ct * (its rate per hour of another class's
+            events, mean over the other classes) if the share cttc of it lies in that class's
+            events.
     A class without an event has no true positive ratio and is left out.
-    Returns: for each other class (efpr (P,) ascending, tpr (P,) ascending), starting at (0, 0) or
+    Returns: for each class with events (efpr (P,), tpr (P,)), ascending, starting at (0, 0) or
     better. Copied alone, needs timeline, class_timeline, frame_edges, detections, at_least,
     events_by_class, event_coverage, coverage_by_clip, found_events, staircase.
     """
@@ -827,6 +853,7 @@ def psd_roc(
     by_clip, weight = [], np.zeros(len(columns))
     if cttc is not None:
         by_clip = coverage_by_clip(covered, begin)
+        # cross triggers are counted per hour of the other class's events, not of all audio
         event_hours = [sum(off - on for _, on, off in of_class) / 3600 for of_class in events]
         per_hour = np.array([0.0 if h == 0 else 1 / h for h in event_hours])
         weight = alpha_ct / max(len(columns) - 1, 1) * per_hour
@@ -838,6 +865,7 @@ def psd_roc(
                 f"some scores of class {classes[column]!r} are NaN; the model's weights are broken"
             )
         start, stop, top, floor = detections(flat)
+        # own (E,): seconds of own events before each edge, so that a difference is an overlap
         seconds, own = edges[stop] - edges[start], np.zeros(len(edges))
         for i, cover in covered[c].items():
             own[begin[i] : begin[i + 1]] = cover
@@ -851,23 +879,23 @@ def psd_roc(
             crosses &= at_least(inside, cttc * seconds[wrong])
             cost[crosses] += weight[other[clip[crosses]]]
         levels, found = found_events(events[c], begin, edges, start, stop, top, floor, counts, gtc)
-        # as the threshold falls, a false positive costs from its top on and no more from its floor
-        # on
+        # as the threshold falls, a false positive starts to cost at its top and stops at its floor
         thresholds = np.concatenate([top[wrong], floor[wrong], levels])
         found = np.concatenate([np.zeros(2 * wrong.sum()), found])
         costs = np.concatenate([cost, -cost, np.zeros(len(levels))])
         order = np.argsort(-thresholds)
         order = order[thresholds[order] > -np.inf]
-        last = np.append(np.diff(thresholds[order]) != 0, True)[: len(order)]  # of equal thresholds
+        # the last change at each threshold: all changes at one threshold happen together
+        last = np.append(np.diff(thresholds[order]) != 0, True)[: len(order)]
         tpr = np.cumsum(found[order])[last] / len(events[c])
-        # rounded: sums of equal terms in another order are equal
+        # rounded, so that sums of the same terms in another order are equal
         efpr = np.cumsum(costs[order])[last].round(9)
         roc.append(staircase(tpr, efpr, max_efpr))
     return roc
 
 
 def events_by_class(rows: list[dict], classes: list[str]):
-    """-> columns of the classes that occur; of each its (clip, onset, offset), in seconds."""
+    """-> columns of the classes that occur; for each its (clip, onset, offset) in seconds."""
     events = {}
     for i, row in enumerate(rows):
         for event in row.get("events", []):
@@ -877,7 +905,7 @@ def events_by_class(rows: list[dict], classes: list[str]):
 
 
 def event_coverage(events: list, begin, edges) -> list[dict]:
-    """Of each class: {clip: seconds of its events before each edge of the clip (T_i + 1,)}."""
+    """For each class {clip: seconds of its events before each edge of the clip (T_i + 1,)}."""
     covered = [{} for _ in events]
     for of_class, cover in zip(events, covered):
         for i, on, off in of_class:
@@ -887,10 +915,10 @@ def event_coverage(events: list, begin, edges) -> list[dict]:
 
 
 def coverage_by_clip(covered: list[dict], begin) -> list[tuple]:
-    """The same arranged by clip: the k-th class that occurs in each clip, for k = 0, 1, ...
+    """`event_coverage` arranged by clip: the k-th class that occurs in each clip, k = 0, 1, ...
 
-    Returns: for each k (class (N,), -1 where a clip has fewer; seconds before each edge (E,)). So
-    memory goes with the most classes in one clip, not with the number of classes.
+    Returns: for each k (class (N,), -1 where a clip has fewer; seconds before each edge (E,)), so
+    that memory grows with the largest number of classes in a clip, not with that of all classes.
     """
     n_clips, parts = len(begin) - 1, []
     taken = np.zeros(n_clips, int)
@@ -906,7 +934,7 @@ def coverage_by_clip(covered: list[dict], begin) -> list[tuple]:
 
 
 def found_events(events, begin, edges, start, stop, top, floor, counts, gtc):
-    """At which thresholds is an event found, or no longer? -> levels (P,), 1 or -1 at each (P,)."""
+    """Thresholds where an event becomes found or lost -> levels (P,), 1 or -1 at each (P,)."""
     levels, changes = [np.zeros(0)], [np.zeros(0)]
     for i, on, off in events:
         own = slice(*np.searchsorted(start, begin[[i, i + 1]]))  # the clip's detections
@@ -914,6 +942,7 @@ def found_events(events, begin, edges, start, stop, top, floor, counts, gtc):
         reach = counts[own] & (overlap > 0)
         level = np.concatenate([top[own][reach], floor[own][reach]])
         order = np.argsort(-level, kind="stable")
+        # the detections at one threshold are disjoint, so their overlaps with the event add up
         within = np.cumsum(np.concatenate([overlap[reach], -overlap[reach]])[order])
         change = np.diff(at_least(within, gtc * (off - on)).astype(float), prepend=0.0)
         levels.append(level[order][change != 0])
@@ -924,7 +953,8 @@ def found_events(events, begin, edges, start, stop, top, floor, counts, gtc):
 def staircase(tpr, efpr, max_efpr: float | None):
     """Operating points in any order -> (efpr, tpr) of the best curve's steps, from (0, 0) on."""
     tpr, efpr = np.append(0.0, tpr), np.append(0.0, efpr)
-    order = np.lexsort((-tpr, efpr))
+    order = np.lexsort((-tpr, efpr))  # by eFPR, for equal ones the highest TPR first
+    # at each eFPR the best operating point that costs no more
     tpr, efpr = np.maximum.accumulate(tpr[order]), efpr[order]
     rises = np.append(True, np.diff(tpr) > 0)
     if max_efpr is None:  # keep the end of the axis
@@ -937,16 +967,17 @@ def staircase(tpr, efpr, max_efpr: float | None):
 def psds(roc: list, alpha_st: float = 1.0, max_efpr: float | None = 100.0) -> float:
     """Polyphonic sound detection score in [0, 1]: the area under the mean curve of `psd_roc`.
 
-    At every eFPR the mean over classes of the true positive ratio, less alpha_st times their
-    population standard deviation, not below 0. max_efpr None: up to the largest eFPR of any class.
-    Copied alone, needs nothing else.
+    Its height at an eFPR is the mean over classes of the true positive ratio, minus alpha_st times
+    their population standard deviation, but not below 0. max_efpr None: up to the largest eFPR of
+    any class. Copied alone, needs nothing else.
     """
+    # running sums over the steps of all classes: mean and mean square need no common grid of eFPR
     at = np.concatenate([efpr for efpr, _ in roc])
     step = np.concatenate([np.diff(tpr, prepend=0.0) for _, tpr in roc])
     square = np.concatenate([np.diff(tpr**2, prepend=0.0) for _, tpr in roc])
     order = np.argsort(at, kind="stable")
     mean, mean_square = np.cumsum(step[order]) / len(roc), np.cumsum(square[order]) / len(roc)
-    deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
+    deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))  # rounding may leave less than 0
     height = np.maximum(mean - alpha_st * deviation, 0)
     end = at.max() if max_efpr is None else max_efpr
     return float((height * np.diff(np.append(at[order], end))).sum() / end)
@@ -963,12 +994,12 @@ def per_class(classes, values) -> dict:
 
 
 def class_prompts(classes, settings) -> list[str]:
-    """The prompt with each class name in it, underscores to spaces."""
+    """The prompt filled with each class name; underscores become spaces."""
     return [settings.prompt.format(c.replace("_", " ")) for c in classes]
 
 
 def interval(values: list[float]) -> dict:
-    """The 95 % interval of bootstrap draws, None where there are none."""
+    """The 95 % interval of the bootstrap draws; None without draws."""
     if not values:
         return {"low": None, "high": None}
     low, high = np.percentile(values, [2.5, 97.5])
@@ -981,15 +1012,15 @@ def result(
     """Evaluate `score` on all clips and on bootstrap draws of clips -> the result for --json.
 
     Args: score: indices of clips (with repeats) -> {name: value}; details: per query and per class;
-        told: what else is printed of the rules.
-    The draws depend on the number of clips only, so that those of two models are paired.
+        told: further rules to print.
+    The draws depend only on the number of clips, so that those of two models are paired.
     """
     start = time.perf_counter()
     values = score(np.arange(n_clips))
     for name, value in values.items():
         if not np.isfinite(value):
             raise ValueError(f"{protocol}: {name} has no value on these clips")
-    # ten minutes at most; no interval rather than one of fewer than twenty draws
+    # the draws take ten minutes at most; fewer than twenty of them give no interval
     n_draws = min(settings.bootstrap, int(600 / (time.perf_counter() - start)))
     if n_draws < min(settings.bootstrap, 20):
         n_draws = 0
@@ -1038,10 +1069,11 @@ def crop_text(settings) -> str:
 
 
 def differences(first: dict, other: dict) -> dict:
-    """Score of `other` less that of `first`, two results of one protocol, with its interval."""
+    """Score of `other` minus that of `first`, two results of one protocol, with its interval."""
     out = {}
     for name, s in other["scores"].items():
         if name in first["scores"]:
+            # draw k is the same clips for both: the interval is that of a paired difference
             drawn = [b[name] - a[name] for a, b in zip(first["draws"], other["draws"])]
             value = s["value"] - first["scores"][name]["value"]
             out[name] = {"value": value, **interval([d for d in drawn if np.isfinite(d)])}
@@ -1064,10 +1096,11 @@ def show(r: dict) -> None:
 
 
 def compare(checkpoints: list, all_results: list[list[dict]]) -> None:
-    """Hold every further model's results against the first's: print and store the differences."""
+    """Compare every further model with the first: print and store the differences of scores."""
     for other, results in zip(checkpoints[1:], all_results[1:]):
         print(f"\n{other} less {checkpoints[0]} (paired over clips; * = the interval leaves out 0)")
         for r in results:
+            # with another number of clips the draws are not paired
             same = (r["protocol"], r["n_clips"])
             first = [f for f in all_results[0] if (f["protocol"], f["n_clips"]) == same]
             if not first:
@@ -1087,12 +1120,12 @@ def compare(checkpoints: list, all_results: list[list[dict]]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# The door: any model, any manifest
+# Loading any model and any manifest
 # ------------------------------------------------------------------------------------------------
 
 
 def find_model(path) -> None:
-    """FileNotFoundError for what is neither a file, a folder nor a hub id."""
+    """FileNotFoundError for a path that is neither a file, a folder nor a hub id."""
     is_file_name = Path(path).suffix in (".pt", ".pth", ".ckpt")
     if not Path(path).exists() and (is_file_name or str(path).count("/") != 1):
         raise FileNotFoundError(f"{path}: no such weight file, folder or hub id (owner/name)")
@@ -1101,10 +1134,10 @@ def find_model(path) -> None:
 def load_model(path, text_model: str | None = None, variant: str | None = None):
     """The Model of a checkpoint, a published file, a folder or a hub id, ready to evaluate.
 
-    Told by its keys: this project's checkpoints name their script; MGA-CLAP's model.pt,
-    LAION-CLAP's .pt, MS-CLAP 2022's and Cacophony's torch file have theirs (all need `text_model`'s
-    tokenizer); a folder or hub id is a transformers CLAP. variant: compute as this variant of the
-    script does, one of its Model's `variants`; None: as the model was trained.
+    Files are recognised by their keys: this project's checkpoints name their script; MGA-CLAP's
+    model.pt, LAION-CLAP's .pt, MS-CLAP 2022's and Cacophony's torch files have keys of their own
+    (all need `text_model`'s tokenizer). A folder or hub id is a transformers CLAP. variant: compute
+    like this variant of the script, one of its Model's `variants`; None: as it was trained.
     """
     find_model(path)
     script, constructor, given = told_by_keys(path, text_model)
@@ -1121,12 +1154,13 @@ def load_model(path, text_model: str | None = None, variant: str | None = None):
 
 
 def told_by_keys(path, text_model: str | None) -> tuple[str, str, dict]:
-    """-> the script, the constructor of its Model, and its arguments for this weight file."""
+    """-> the script, the constructor of its Model, and that constructor's arguments."""
     if not Path(path).is_file():
         return "t_clap", "from_published", {}
     content = common.read_weights(path)
     if content.get("method") in METHODS:
         return content["method"], "from_checkpoint", {}
+    # published weight files hold no tokenizer
     bert = {"text_model": text_model or "bert-base-uncased"}
     roberta = {"text_model": text_model or "roberta-base"}
     weights = content.get("model", {})
@@ -1169,10 +1203,10 @@ def open_model(checkpoint, flags, split: str, manifest: list[dict]):
 
 
 def embed(model, rows: list[dict], settings, frames=False, desc="embedding audio"):
-    """Embed the rows' files; those that cannot be read are named, too many of them are an error.
+    """Embed the rows' files; unreadable files are reported, too many of them are an error.
 
-    Returns: indices of the rows that could be read, audio_embeds (N, D), what `frames` asks for as
-    common.embed_files gives it: a list of (T_i, D), or None.
+    Returns: indices of the rows that could be read, audio_embeds (N, D), and the frames that
+    `frames` asks for (see common.embed_files): a list of (T_i, D), or None.
     """
     flags = settings.flags
     kept, audio_embeds, frame_embeds, bad = common.embed_files(
@@ -1192,7 +1226,7 @@ def report_left_out(bad: list[str], total: int, max_bad: float) -> None:
 
 
 def read_rows(flags) -> tuple[list[dict], str, list[dict]]:
-    """-> the manifest's rows of every split, the split that is scored, its rows, one a file."""
+    """-> the manifest's rows of every split, the scored split, and its rows, one a file."""
     manifest, split = common.read_manifest(flags.data), flags.split
     if split is None:  # test rows where there are any, else everything
         split = "test" if any(row.get("split") == "test" for row in manifest) else "all rows"
@@ -1205,6 +1239,7 @@ def read_rows(flags) -> tuple[list[dict], str, list[dict]]:
             "training)"
         )
     if flags.fold is not None:
+        # compared as text: a manifest's folds are numbers or names
         folds = sorted({str(row["fold"]) for row in rows if "fold" in row})
         rows = [row for row in rows if str(row.get("fold")) == flags.fold]
         if not rows:
@@ -1233,7 +1268,7 @@ def merge_rows(rows: list[dict]) -> list[dict]:
             one["negatives"] = negatives_of(one) + negatives_of(row)
         for key in ("captions", "labels", "events", "phrases", "qa"):
             new = row.get(key, [])
-            if key != "captions":  # two people may write the same caption
+            if key != "captions":  # equal captions stay: two people may write the same
                 new = [x for x in new if x not in one.get(key, [])]
             if row.get(key):
                 one[key] = one.get(key, []) + new
@@ -1252,7 +1287,7 @@ def negatives_of(row: dict) -> list:
 
 
 def check_flags(flags) -> None:
-    """ValueError or PermissionError for what would fail only after minutes of embedding."""
+    """ValueError or PermissionError now for flags that would fail after minutes of embedding."""
     common.start_device(flags.device)
     prompt = PROMPTS.get(flags.prompt, flags.prompt)
     if prompt.count("{}") != 1 or set(prompt.replace("{}", "")) & set("{}"):
@@ -1281,11 +1316,7 @@ def check_target(flag: str, path: str | None) -> None:
 
 
 def wanted_protocols(model, rows: list[dict], settings, protocols: dict) -> list[str]:
-    """The names that --protocol asks for.
-
-    `all`: those for which the rows and the model have what it takes.
-
-    """
+    """The protocols that --protocol asks for; `all`: those that rows and model allow."""
     asked, wanted = settings.flags.protocol, []
     keys = list(dict.fromkeys(protocol.key for protocol in protocols.values()))
     if not any(row.get(key) for row in rows for key in keys):
@@ -1329,7 +1360,7 @@ def embed_clips(model, rows: list[dict], settings, frames: bool) -> dict:
 
 
 def embed_swapped(model, rows: list[dict], settings) -> dict:
-    """{clip: (embedding, frames or None) of its swapped_audio}; none readable: no a2t."""
+    """{clip: (embedding, frames or None) of its swapped_audio}; without any there is no a2t."""
     owner = [k for k, row in enumerate(rows) if row.get("swapped_audio")]
     if not owner:
         return {}
@@ -1368,7 +1399,7 @@ def evaluate(model, rows: list[dict], settings, protocols: dict):
             f"{len(outside)} label(s) outside the class list do not count: "
             f"{', '.join(outside[:10])}{more}"
         )
-    if "t_classify" in wanted:
+    if "t_classify" in wanted:  # no other protocol needs the swapped audio
         clips["swapped"] = embed_swapped(model, clips["rows"], settings)
     for name in wanted:
         try:
@@ -1376,11 +1407,12 @@ def evaluate(model, rows: list[dict], settings, protocols: dict):
         except ValueError as error:
             if name in settings.flags.protocol:
                 raise
+            # under `all`, a protocol that cannot run must not cost the results of the others
             print(f"\n{name}: not run, {error}")
 
 
 def write_json(path: str | None, all_results: list[list[dict]]) -> list[dict]:
-    """All results as one list, in `path` too if it is given; without the bootstrap draws."""
+    """All results as one list without the bootstrap draws; also written to `path` if given."""
     flat = [r for results in all_results for r in results]
     flat = [{key: value for key, value in r.items() if key != "draws"} for r in flat]
     if path:
@@ -1392,10 +1424,10 @@ def embed_command(flags) -> None:
     """`eval.py embed`: write a folder with the embeddings of a manifest's clips and captions.
 
     audio.npy (N, D) and audio.jsonl, the clips as a manifest; text.npy (Q, D) and captions.jsonl,
-    each caption with its `owner`, the place of its clip in audio.jsonl, from 0.
+    each caption with its `owner`, the line of its clip in audio.jsonl, counted from 0.
     """
     out = Path(flags.out)
-    try:  # said before hours of embedding
+    try:  # checked before hours of embedding
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PermissionError(
@@ -1414,12 +1446,12 @@ def embed_command(flags) -> None:
     if told:
         text_embeds = common.embed_texts(model, [line["caption"] for line in told])
     clips = []
-    for k in kept:
+    for k in kept:  # absolute: a relative path would start at the new folder
         clips.append({"audio": os.path.abspath(rows[k]["audio"])})
         if "duration" in rows[k]:
             clips[-1]["duration"] = rows[k]["duration"]
-    # a folder of embeddings is known by its audio.jsonl: removed first, written last, so that an
-    # interrupted call leaves no arrays beside the lines of another
+    # audio.jsonl marks a complete folder of embeddings: it is removed first and written last, so
+    # that an interrupted call leaves no arrays beside the lines of another call
     (out / "audio.jsonl").unlink(missing_ok=True)
     for name, array in (("audio", audio_embeds), ("text", text_embeds)):
         with common.written_whole(out / f"{name}.npy") as file:
@@ -1445,14 +1477,14 @@ def main(flags, protocols: dict = PROTOCOLS) -> list[dict]:
         for r in evaluate(model, rows, settings, protocols):
             all_results[-1].append(r)
             show(r)
-            write_json(flags.json, all_results)
+            write_json(flags.json, all_results)  # now, so that an interruption loses no result
     compare(flags.checkpoint, all_results)
     return write_json(flags.json, all_results)
 
 
 def make_parser(doc: str, data=True, json=True, scores=True, **given) -> argparse.ArgumentParser:
-    """The flags of what scores or draws a model; data: those of a manifest's rows; scores: those of
-    protocols.
+    """The flags of every command that takes models; data: add those that choose rows of a manifest;
+    scores: add those of the protocols.
     """
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0],
@@ -1467,12 +1499,12 @@ def make_parser(doc: str, data=True, json=True, scores=True, **given) -> argpars
         "LAION-CLAP's .pt, MS-CLAP 2022's, Cacophony's, a transformers CLAP folder or hub id",
     )
     parser.add_argument(
-        "--crop", choices=["all", "first"], default="all", help="windows of longer audio"
+        "--crop", choices=["all", "first"], default="all", help="windows to use of longer audio"
     )
     parser.add_argument(
         "--variant",
-        help="compute as this variant of the model's script: mga_clap paper or official, cacophony "
-        "paper, jax or official; default: as the model was trained",
+        help="compute like this variant of the model's script: mga_clap paper or official, "
+        "cacophony paper, jax or official; default: as the model was trained",
     )
     parser.add_argument(
         "--text-model",
@@ -1520,7 +1552,7 @@ def make_parser(doc: str, data=True, json=True, scores=True, **given) -> argpars
     parser.add_argument(
         "--prompt",
         default="bare",
-        help="text a class name is put into, for example 'a sound of {}', "
+        help="template for class names, for example 'a sound of {}', "
         f"or one of {', '.join(PROMPTS)}",
     )
     parser.add_argument(
