@@ -18,18 +18,20 @@ Equations (paper) -> code
   Eq. (4)  SAM: the loss to minimise is the worst case within distance rho     sam_backward
   Eq. (5)  the step to it, rho g / norm(g) to first order                      sam_backward
   Eq. (6)  the gradient there, left for the step of the unmoved weights        sam_backward
+  Sec. III-A  stage 1: mean squared error of masked patches (no number)        MAE.forward
 
 Letters: B clips in a batch (the paper's N), S samples, T time steps of 0.16 s, N = 8 T patches of
 256 values (16 frames of 16 mel bins, 8 bands in a time step), V visible patches, L text tokens (the
-paper's T), D joint dimension 768. rho 0.075, lambda (caption_weight) 1, scale is 1 / tau.
+paper's T), D joint dimension 768. rho 0.075, lambda (caption_weight) 1, scale is 1 / tau,
+g the gradient of the loss at the weights.
 
 Deviations from the paper, what it leaves open, and the variants ("code": the authors' repository)
   D1  The paper gives 16 kHz, 25 ms windows, 10 ms hop, FFT size 512, 128 mel bands (Sec. IV-A). The
       rest is the JAX code's: magnitudes, 0.2 ln(mel + 1e-5) + 0.9, 0 to 8000 Hz, each frame of 400
       samples followed by 112 zeros before the FFT, triangular filters linear in mel. --variant
       official, the torch port: window centred in 512 samples, triangular filters linear in Hz.
-  D2  Pooling heads: "we choose to use n_head = 8" (Sec. IV-A), here for both modalities, but never
-      more than the audio encoder has. The text pooler of jax and official has 1 head, the audio
+  D2  Pooling heads: "we choose to use n_head = 8" (Sec. IV-A), here for both modalities; for audio
+      never more than the encoder has. The text pooler of jax and official has 1 head, the audio
       pooler of official has 2 (a slip of the port).
   D3  Not stated: LayerNorm eps, 1e-6 in the audio encoder (jax). official: 1e-5.
   D4  The decoder predicts all patches; the loss counts the masked ones only, and only the target is
@@ -68,8 +70,8 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D10 Zero-shot detection is ours: a time step's frame is the mean over its 8 patches of the pooling
       layer's value and output projections. For HEAR the encoder is "frozen and used as the input
       feature vector" (Sec. V-E). Scene tasks get the pooled and projected vector, event tasks the
-      encoder's states, mean over F (both: code). The encoder's "50 Hz output" (Sec. III-A) counts
-      patches; there are 6.25 time steps a second.
+      encoder's states, mean over the 8 bands (both: code). The encoder's "50 Hz output" (Sec.
+      III-A) counts patches; there are 6.25 time steps a second.
   D11 Not stated: the checkpoint with the best mAP@10 of both directions on the validation split.
       Stage 1 is not validated, mae.pt is its last step.
   D12 Not stated: bf16 autocast on a GPU; the losses are always in fp32.

@@ -16,6 +16,7 @@ Equations (paper) -> code
   Eq. (2)  cross-global loss: contrastive               cross_global_loss
   Eq. (3)  uni-token loss: L1 of clean against noisy    uni_token_loss
   Eq. (4)  the weighted sum of the three                training_loss
+  Sec. 3.1  f_a, f_a-t, E_t and f_t (no number)         Model.forward
 
 Letters: B clips in a batch [|B|], S samples, 1024 frames [T] of 10 ms, 128 mel bins [F], P audio
 patches [M] (12 bands x 101 times; AST's states also include two class tokens, D12), N slots 77 [N],
@@ -42,19 +43,20 @@ Deviations from the paper, and what it leaves open
       as in the loss) and the treatment of padding. Ours: padding tokens are not matched, slots left
       over get no token loss, and no gradient flows through the choice of the pairs. The optimal
       assignment, the paper's "future work", was tried once and is not included: tagging mAP .440,
-      greedy .443 (one seed, results/README.md). f_t reads the slots in their own order, as in
+      greedy .443 (one seed, tiny size). f_t reads the slots in their own order, as in
       Sec. 3.1.
   D6  Eq. (1) and (3) print the L1 norm, "||.||_1". It is a sum: over 77 x 768 values it is 59,136
       times the mean. Not stated: how clips are averaged. Ours: Eq. (1) is the mean over the values
       of all real tokens of the batch together, so long prompts weigh more; Eq. (3) is the mean over
       values, slots and clips. With the paper's weights the first two terms of Eq. (4) then differ
       by a factor of about ten in value and five in gradient (first 120 steps of the demo, weighted:
-      values 0.02 to 0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums at such
-      distances Eq. (2) would be less than a thousandth of the loss. So we keep the paper's weights,
-      but if its losses are sums, our three terms have other proportions. With weight 0.01 the
-      gradient of Eq. (3) is three to four orders of magnitude below the others (0.0001 in the same
-      steps), so it has little effect. --token-weight 59136 --uni-weight 591 weight the means as
-      sums (at 77 slots of 768).
+      values 0.02 to 0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums over 77
+      tokens at such distances Eq. (2) would be less than a thousandth of the loss. So we keep the
+      paper's weights, but if its losses are sums, our three terms have other proportions. With
+      weight 0.01 the gradient of Eq. (3) is three to four orders of magnitude below the others
+      (0.0001 in the same steps), so it has little effect. --token-weight 59136 --uni-weight 591 weight
+      the means as sums over all 77 slots of 768; over its real tokens alone, the sum of Eq. (1) is
+      smaller.
   D7  Eq. (2) is printed without its minus sign. tau is "a temperature parameter". Not stated: its
       value and whether embeddings are normalised. Ours are normalised. As in CLIP, tau starts at
       1 / 0.07 and is learnt; it stays between 1 (ours) and 100 (CLIP).

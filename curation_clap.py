@@ -19,11 +19,13 @@ Equations (paper) -> code
   Eq. (4)  text-to-audio target: (1 - beta) one-hot + beta row of C_t  soft_targets
   Eq. (5)  the two KL losses, each a mean over the batch               soft_divergence
   unnumbered: the mean of the two, the objective (Sec. 2.3)            soft_labelled_loss
+  Sec. 2.2  curation DU, DS and ADS with threshold sigma (no number)   curate
 
 Letters: B pairs in a batch [N], S samples, T_mel or T spectrogram frames, M mel bins, C channels or
 classes, L text tokens, D joint dimension 1024 [d], N clips, Q captions and P their pairs in a
 curation (the paper's N is B). beta 0.3, tau temperature, sigma threshold.
-Clips are in rows and captions in columns: the transpose of the paper's C = t a'.
+Clips are in rows and captions in columns: the transpose of the paper's C = t a' (whose T is D
+here). In Eq. (2) a and t are the teacher's, with a tilde in the paper.
 
 Deviations from the paper, what it leaves open, and --variant official
   D1  The projection is MS-CLAP's (residual, LayerNorm), so that its file loads. The paper: "a
@@ -43,6 +45,7 @@ Deviations from the paper, what it leaves open, and --variant official
       / 1024 and 100), a tenth of the rate after 10 epochs without progress, clipping at 5, both
       encoders trained, similarities between the pairs of all GPUs, an epoch of the student is one
       pass over the replay set (all from the code; without replay one over the curated pairs, ours).
+      The paper averages three runs (Sec. 3.2); here a run is one seed.
   D8  Not stated: validation. Its clips are the rows of split val; where there are none, 5 % of the
       clips (at most 1,000) are drawn, and all captions of a clip stay together. The code draws 17 %
       of the rows, and one clip can lie on both sides. best.pt has the smallest validation loss (the

@@ -42,8 +42,9 @@ Deviations from the paper (and what --variant official does)
   D4  If a clip has two captions in the batch, its other caption is ignored: it enters neither the
       denominator of Eq. (1) and (7) nor the sum and B of Eq. (8) (the paper has one positive per
       row). Official: soft targets over all captions of the clip.
-  D5  Official: weights (B - 1) E_ij / (S_j - E_ij) with E_ij = e^(gamma (s_ij / tau - m_i)), where
-      m_i is the maximum of row i of s / tau. By mistake S_j is the sum of row j, not i. Positives
+  D5  Official: weights (B - 1) E_ij / (S_j - E_ij) with E_ij = e^(gamma (<p_i, q_j> / tau - m_i)),
+      where m_i is the maximum of row i of <p, q> / tau. By mistake S_j is the sum over row j of E,
+      not row i. Positives
       have weight 1, and 1e-7 is added inside the log.
   D6  The block "removes the q-k attention", "with other components unchanged". Ours keeps the
       output projection after V, the residuals, the LayerNorms and the feed-forward. Official: no
@@ -56,7 +57,7 @@ Deviations from the paper (and what --variant official does)
       paper names none.
   D10 bf16 autocast (code: fp16 with loss scaling; the paper names no precision). Clips of "similar
       durations are grouped within a batch". Pairs left over from a duration group form mixed
-      batches here, so only N mod B pairs, drawn anew every epoch, are left out
+      batches here, so fewer than B pairs, drawn anew every epoch, are left out
       (common.bucketed_batches). The code drops the remainder of every group.
   D11 The checkpoint is chosen on the validation split, as in the paper; the code chooses on the
       test sets. The paper names no score. Ours is the code's, R@1 + R@5 of both directions. The
@@ -631,8 +632,8 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
     twin = same_clip & ~diagonal  # D4
 
     def one_way(logits, twin):
-        # logarithm of alpha_ij = B e^(gamma s_ij / tau) / sum over k of e^(gamma s_ik / tau); for
-        # the transposed matrix it is that of beta
+        # logarithm of alpha_ij = B e^(gamma <p_i, q_j> / tau) / sum over k of
+        # e^(gamma <p_i, q_k> / tau); for the transposed matrix it is that of beta
         gamma_logits = (gamma * logits).masked_fill(twin, float("-inf"))
         n_in_sum = (~twin).sum(1, keepdim=True)  # B where no clip has two captions in the batch
         log_sum = gamma_logits.logsumexp(1, keepdim=True)

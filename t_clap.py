@@ -24,7 +24,7 @@ Eq. (1) is printed with the names of the two encoders exchanged. The contrastive
 (contrastive_loss) has no equation number.
 
 Letters: B clips in a batch, S samples, T frames (32 of 0.3125 s in 10 s), L text tokens,
-D joint dimension 512.
+D joint dimension 512. Embeddings a, t and n are the paper's E^a, E^t and E^t-bar (the negative's).
 
 Deviations from the paper, and what it leaves open
   D1  LAION's training loader and Python API clip each waveform to [-1, 1] and convert it to int16
@@ -39,7 +39,8 @@ Deviations from the paper, and what it leaves open
       which is a mean.
   D5  Not stated, so taken from LAION: Adam without weight decay, the cosine to 0 after the warm-up,
       and the choice of the checkpoint by mAP@10 of both directions. LAION averages mAP@10 over
-      Clotho and AudioCaps; here all clips of split val are one gallery.
+      Clotho and AudioCaps; here all clips of split val are one gallery. The paper averages three
+      trainings (Sec. 4); here a run is one seed.
   D6  "a ratio of 1 : 4 to add the other three datasets within each batch" is read as one clip of
       the sets with negatives to four of Auto-ACD. Within each of the two parts, clips are drawn
       uniformly.
