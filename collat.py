@@ -54,9 +54,9 @@ Deviations from the paper, and what it leaves open
       tokens at such distances Eq. (2) would be less than a thousandth of the loss. So we keep the
       paper's weights, but if its losses are sums, our three terms have other proportions. With
       weight 0.01 the gradient of Eq. (3) is three to four orders of magnitude below the others
-      (0.0001 in the same steps), so it has little effect. --token-weight 59136 --uni-weight 591 weight
-      the means as sums over all 77 slots of 768; over its real tokens alone, the sum of Eq. (1) is
-      smaller.
+      (0.0001 in the same steps), so it has little effect. --token-weight 59136 --uni-weight 591
+      weight the means as sums over all 77 slots of 768; over its real tokens alone, the sum of
+      Eq. (1) is smaller.
   D7  Eq. (2) is printed without its minus sign. tau is "a temperature parameter". Not stated: its
       value and whether embeddings are normalised. Ours are normalised. As in CLIP, tau starts at
       1 / 0.07 and is learnt; it stays between 1 (ours) and 100 (CLIP).
