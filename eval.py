@@ -968,18 +968,20 @@ def psds(roc: list, alpha_st: float = 1.0, max_efpr: float | None = 100.0) -> fl
     """Polyphonic sound detection score in [0, 1]: the area under the mean curve of `psd_roc`.
 
     Its height at an eFPR is the mean over classes of the true positive ratio, minus alpha_st times
-    their population standard deviation, but not below 0. max_efpr None: up to the largest eFPR of
-    any class. Copied alone, needs nothing else.
+    their population standard deviation, but not below 0. max_efpr, in false positives an hour, is
+    at most that of `psd_roc`; None: up to the largest eFPR of any class. Copied alone, needs
+    nothing else.
     """
     # running sums over the steps of all classes: mean and mean square need no common grid of eFPR
     at = np.concatenate([efpr for efpr, _ in roc])
+    end = at.max() if max_efpr is None else max_efpr
+    at = np.minimum(at, end)  # steps beyond the end have no width
     step = np.concatenate([np.diff(tpr, prepend=0.0) for _, tpr in roc])
     square = np.concatenate([np.diff(tpr**2, prepend=0.0) for _, tpr in roc])
     order = np.argsort(at, kind="stable")
     mean, mean_square = np.cumsum(step[order]) / len(roc), np.cumsum(square[order]) / len(roc)
     deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))  # rounding may leave less than 0
     height = np.maximum(mean - alpha_st * deviation, 0)
-    end = at.max() if max_efpr is None else max_efpr
     return float((height * np.diff(np.append(at[order], end))).sum() / end)
 
 

@@ -144,6 +144,21 @@ def test_psds_without_a_limit_ends_at_the_largest_efpr():
     )
 
 
+def test_psds_of_a_curve_that_goes_further_than_its_limit():
+    """Steps beyond max_efpr count for nothing, and the score stays in [0, 1]."""
+    steps = [(np.array([50.0, 400.0]), np.array([0.5, 1.0]))]
+    assert evaluator.psds(steps, 0.0, 100.0) == pytest.approx(0.25)  # by hand: 0.5 * (100 - 50)
+    assert evaluator.psds([(np.array([400.0]), np.array([1.0]))], 0.0, 100.0) == 0.0
+    scores, rows, classes = random_case(3)
+    limited, further = (
+        evaluator.psd_roc(scores, rows, classes, FRAME_S, 0.5, 0.5, max_efpr=end)
+        for end in (100.0, 800.0)
+    )
+    for alpha_st in (0.0, 1.0):
+        expected = evaluator.psds(limited, alpha_st, 100.0)
+        assert evaluator.psds(further, alpha_st, 100.0) == pytest.approx(expected, abs=1e-12)
+
+
 def test_a_class_without_an_event_is_left_out_and_none_at_all_is_an_error():
     scores, rows, classes = random_case(5)
     wider = [np.concatenate([s, s[:, :1]], 1) for s in scores]
