@@ -412,6 +412,9 @@ class MAE(nn.Module):
     """Stage 1: the audio encoder sees a fifth of the patches, a decoder of its size predicts all.
 
     Source: Sec. III-A. The loss counts the masked ones (D4).
+
+    Args: audio: dict of dim (even), layers, heads (divides dim), mlp; layers: the decoder's.
+    Copied alone, needs PatchTransformer, AudioLayer, normalised, PATCH, N_FREQ, N_MELS.
     """
 
     def __init__(self, audio: dict, layers: int = 12, mask_ratio: float = 0.8, eps: float = 1e-6):
@@ -456,7 +459,11 @@ class MAE(nn.Module):
         return self.head(tokens), visible_mask
 
     def forward(self, patches, number, valid_mask):
-        """-> tuple of one: each clip's mean squared error (B,) over its masked patches (D4)."""
+        """-> tuple of one: each clip's mean squared error (B,) over its masked patches (D4).
+
+        patches (B, N, 256) of `to_patches`; number (B, N) = t * 8 + band; valid_mask (B, N) bool,
+        True = a real patch.
+        """
         painted, visible_mask = self.paint(patches, number, valid_mask)
         masked = (valid_mask & ~visible_mask).float()
         error = (painted.float() - normalised(patches)).square().mean(-1)  # (B, N)
@@ -932,7 +939,9 @@ def sam_backward(parameters: list, backward, rho: float):
     Eq. (5). A second pass, on the same batch with the same random draws (D7), gives the gradient
     there, Eq. (6). Source: Sec. IV-B; Foret et al., ICLR 2021.
 
-    Args: backward: computes the loss and adds its gradient to the parameters; called twice.
+    Args: backward: computes the loss of the same batch with the same random draws (it seeds them
+        itself) and adds its gradient; called twice, once if rho is 0. Gradients must be None or 0
+        before (optimiser.zero_grad()).
     Returns: what its first call gives.
     """
     result = backward()

@@ -306,7 +306,8 @@ class CrossBlock(nn.Module):
 class TokenInteraction(nn.Module):
     """f_a-t: random slots (B, N, dim) and audio states -> text-token embeddings (B, N, C).
 
-    Source: Sec. 3.1.
+    slots from N(0, 1); audio (B, 2 + P, dim); dim: a multiple of heads; out_dim: C. Source: Sec.
+    3.1. Copied alone, needs CrossBlock.
     """
 
     def __init__(self, dim, heads, blocks, out_dim):
@@ -621,6 +622,7 @@ def match(predicted, text, attention_mask):
     From a text's last token to its first, each takes the nearest free slot, the first one in a tie.
     Indices at padding are arbitrary. Source: Sec. 3.2.
     predicted (B, N, C), text (B, L, C), attention_mask (B, L), 1 = a real token; N >= L.
+    Copied alone, needs match_greedy.
     """
     distance = torch.cdist(text.float(), predicted.float(), p=1)  # (B, L, N); D5
     return match_greedy(distance, attention_mask.bool())

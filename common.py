@@ -3,7 +3,8 @@
 Sections (each uses only those above it): files . several processes . audio . scenes and the demo
 corpus . manifests . log-mel . transformer block . checkpoints and weight files . HTS-AT . text
 encoder . sparsemax . metrics . loading batches . embedding files . settings and command line .
-training. "Copied alone, needs ..." lists what a function needs when it is copied to another file.
+training. "Copied alone, needs ..." lists what a piece needs beside the imports when it is copied to
+another file. A piece without this line needs whatever names of ours its code uses, often none.
 
 Letters: B clips or pairs in a batch, S waveform samples, T audio steps after the encoder, T_mel
 spectrogram frames, M mel bins, L text tokens, C channels (or classes, in a metric), D joint
@@ -240,6 +241,7 @@ def read_audio(
         waveform (S,) float32, channels averaged.
     Raises
         AudioError: missing, unreadable, empty, truncated, non-finite, absurdly loud or silent file.
+    Copied alone, needs AudioError, resample, _resampler, _ogg_is_cut, _pieces, LOUDEST.
     """
     if not os.path.isfile(path):  # libsndfile would say "System error"
         raise AudioError(f"{path}: file not found")
@@ -308,9 +310,11 @@ def pad_batch(waveforms: list[np.ndarray], length: int | None = None):
 
 
 def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: int):
-    """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule).
+    """Cut every clip into consecutive windows, the last one zero-padded (the evaluation rule);
+    `join_windows` takes the mean of their embeddings.
 
-    Args: waveform (B, S); n_samples (B,) valid samples, None: all; the rest is ignored.
+    Args: waveform (B, S); n_samples (B,) valid samples, None: all; the rest is ignored; window:
+        samples in a window.
     Returns: windows (W, window); owner (W,), the clip of each window; weight (W,), the share of its
         clip's seconds that a window holds (sum 1 over a clip), so that the last 0.02 s of a 10.02 s
         clip do not count for half; a list of W numbers of valid samples.
@@ -336,8 +340,8 @@ def cut_windows(waveform: torch.Tensor, n_samples: torch.Tensor | None, window: 
 
 
 def join_windows(embeds, owner, weight):
-    """Embeddings of windows (W, D), owner and weight of `cut_windows` -> embeddings of clips
-    (B, D): the normalised mean over a clip's windows, weighted by seconds.
+    """Embeddings of windows (W, D), in the order of `cut_windows`, and its owner and weight ->
+    embeddings of clips (B, D): the normalised mean over a clip's windows, weighted by seconds.
 
     Summed clip by clip, because index_add on a GPU would add in another order at every call.
     """
@@ -808,7 +812,8 @@ class LogMel(nn.Module):
     """Waveform (B, S) in [-1, 1] -> log-mel (B, T_mel, M) in dB, always in fp32.
 
     Hann window of n_fft samples, centred, reflect padding, power spectrum, Slaney filters,
-    10 log10(max(x, 1e-10)) without a top_db. Source: HTS-AT's torchlibrosa settings.
+    10 log10(max(x, 1e-10)) without a top_db. T_mel = S // hop + 1; S > n_fft / 2. Source: HTS-AT's
+    torchlibrosa settings.
     Copied alone, needs keep_out_of_checkpoints.
     """
 
@@ -930,6 +935,7 @@ class Block(nn.Module):
     locality: "" ordinary attention; "paper" the projected values replace attention, all else
     unchanged (MGA-CLAP Sec. 3.3, not numbered: without Eq. (5) and (6), U' = V); "official" as its
     released code: the FFN is left out too and the second LayerNorm's output is added directly.
+    Copied alone, needs Attention, drop_path.
     """
 
     def __init__(
@@ -1260,15 +1266,22 @@ class HTSAT(nn.Module):
     Source: Chen et al., ICASSP 2022; official htsat.py. The spectrogram is stretched to
     spec_size * chunks frames, cut into `chunks` pieces of time that are stacked along frequency,
     and the square image goes through Swin stages. For the paper's size the output grid is 8 x 8:
-    4 chunks x 2 frequency halves by 8 columns, so 32 steps of 0.32 s of (stretched) time. Copied
-    alone, needs SwinStage, Block, Attention, drop_path, init_linear_layers, spec_augment.
+    4 chunks x 2 frequency halves by 8 columns, so 32 frames, each 1/32 of the clip (0.3125 s of
+    10 s); shorter clips also give 32.
 
     Args
         dim, depths, heads: channels of stage 1, blocks and heads a stage ("tiny" in HTS-AT's words;
             LAION's "base" is dim 128, depths 2 2 12 2).
+        patch: side of a patch, in mel bins and frames; window: side of an attention window, in
+            cells of a stage's grid of spec_size / (patch * 2^i), i = 0, 1, ...; it divides every
+            grid that is larger.
+        spec_size: side of the image; n_mels: M, divides spec_size. The last grid is a multiple of
+            the chunks, spec_size / n_mels.
+        drop_path: probability in the last block, rising from 0 in the first.
         locality_blocks: how many blocks are locality-aware, from the last one backwards through all
             stages.
         locality: "paper" or "official", see `Block`.
+    Copied alone, needs SwinStage, Block, Attention, drop_path, init_linear_layers, spec_augment.
     """
 
     def __init__(
@@ -1475,7 +1488,7 @@ class TextEncoder(nn.Module):
         }
 
     def forward(self, input_ids, attention_mask):
-        """-> last hidden state (B, L, out_dim)."""
+        """The first two of what `tokenize` returns -> last hidden state (B, L, out_dim)."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     def description(self) -> dict:
@@ -1518,6 +1531,7 @@ def text_encoder_from_scratch(
 
     It holds the most frequent words, plus single characters for all others. The WordPiece trainer
     of tokenizers is not used: it breaks ties at random, so two runs of one seed would differ.
+    Copied alone, needs TextEncoder, quiet_transformers.
     """
     transformers = quiet_transformers()
     # only its lower-casing and its splitting into words are used
@@ -1615,11 +1629,11 @@ def retrieval_ranks(
 ) -> dict:
     """Ranks (0 = best) in both directions; a tie counts against the right answer.
 
-    Args: sim (N, Q) cosine, audio in rows, or a function from a slice of clips to those rows (needs
-        n_clips; called twice for every block, so only one block is in memory); owner (Q,), the clip
-        of each caption, any number of captions a clip, in any order; text (Q,): captions with the
-        same number have the same text, and every clip with such a caption is a right answer for
-        them. None: a caption belongs to its own clip alone.
+    Args: sim (N, Q) numpy cosine, audio in rows, or a function from a slice of clips to those rows
+        (needs n_clips; called twice for every block, so only one block is in memory); owner (Q,),
+        the clip of each caption, any number of captions a clip, in any order; text (Q,): captions
+        with the same number have the same text, and every clip with such a caption is a right
+        answer for them. None: a caption belongs to its own clip alone.
     Returns
         t2a (Q,): rank of the best of the caption's clips among N, one query a caption.
         a2t (N,): rank of the best of the clip's captions among all Q.
@@ -1762,7 +1776,9 @@ def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def class_average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(N, C) scores and bool targets -> (C,) AP, NaN for a class without a positive."""
+    """(N, C) scores and bool targets -> (C,) AP, NaN for a class without a positive; mAP is
+    np.nanmean of it. Copied alone, needs average_precision.
+    """
     return np.array([average_precision(s, t) for s, t in zip(scores.T, targets.T)])
 
 
@@ -1802,10 +1818,13 @@ def frame_average_precisions(
     """Frame-level AP of each class over all frames of all clips.
 
     Args
-        frame_embeds: list of (T_i, D); class_embeds (C, D), both normalised.
+        frame_embeds: list of (T_i, D); class_embeds (C, D), both normalised, row k for classes[k].
+        rows: row i has "events" [{label, onset, offset}], in seconds, of frame_embeds[i].
+        frame_s: seconds per frame.
         centred: subtract each frame's mean over classes from its scores. Raw cosines (the papers'
             protocol) also compare frames by how much they resemble any class at all.
     Returns: AP (C,), NaN for a class without a frame; chance level (mean prevalence).
+    Copied alone, needs class_average_precisions, average_precision, frame_targets.
     """
     scores = np.concatenate(frame_embeds) @ class_embeds.T  # (frames, C)
     if centred:
@@ -2530,15 +2549,16 @@ def cached_backward(
     whole batch, except for batch norm, which sees parts, and each of them twice.
 
     Args
-        model: called as model(**part) under `autocast` -> tuple of tensors, each (B, ...) or 0-dim
-            and equal in every part; may be wrapped for several processes. A single part is run in
-            one ordinary pass.
+        model: called as model(**part) under `autocast` -> tuple of float tensors, each (B, ...) or
+            0-dim and equal in every part; may be wrapped for several processes. A single part is
+            run in one ordinary pass.
         loss_of: joint outputs -> (loss, anything else ...), which is returned.
         reseed: called with the number of a part before each of its passes, so that both draw the
             same masks.
         micro_batch: not 0 where processes may have different numbers of parts; then every process
             runs its parts twice, even a single one: DistributedDataParallel communicates in every
             pass, and would wait forever for a process that skips one.
+    Copied alone, needs rank_and_world.
     """
 
     def outputs(i):
@@ -2635,7 +2655,9 @@ def say_if_few(run, flag: str, epochs: int, total_steps: int, captions: list[str
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor of the peak learning rate: up to 1 in equal steps, then half a cosine towards 0."""
+    """Factor of the peak learning rate: up to 1 in equal steps, then half a cosine towards 0. step
+    counts from 0 and is < total_steps.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # not 0 at the first step
     return 0.5 * (

@@ -530,8 +530,8 @@ def contrastive_loss(logits):
 
 
 def soft_targets(teacher_audio, teacher_text, beta: float):
-    """The teacher's embeds of the same batch -> targets of the rows (a2t) and of the columns (t2a),
-    each (B, B), >= 0.
+    """The teacher's embeds (B, D), length 1, of the same batch -> targets of the rows (a2t) and of
+    the columns (t2a), each (B, B), >= 0.
 
     For clip i, caption j is right to the degree that the teacher finds clips i and j similar; for
     caption i, clip j is right to the degree that it finds captions i and j similar.
@@ -558,7 +558,8 @@ def soft_labelled_loss(logits, target_a2t, target_t2a):
     """Rows of logits are clips and are compared with the clips' targets, columns are captions and
     are compared with the captions' targets.
 
-    Source: Sec. 2.3, the unnumbered mean of L_t and L_a.
+    logits (B, B) are cosines / tau; targets (B, B) from `soft_targets`. Source: Sec. 2.3, the
+    unnumbered mean of L_t and L_a. Copied alone, needs soft_divergence.
     """
     return (soft_divergence(logits, target_a2t) + soft_divergence(logits.T, target_t2a)) / 2
 
@@ -698,7 +699,7 @@ def half(embeds) -> np.ndarray:
 
 def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device="cpu"):
     """Every pair of a row of embeds (n, D) and a caption of text_embeds (Q, D) whose cosine is at
-    least `threshold`, or each row's top_k captions. Both fp16, of length 1.
+    least `threshold`, or each row's top_k captions. Both numpy fp16, of length 1.
 
     -> row, caption (P,) int, cosine (P,) fp32; by row, the most similar caption first. Sec. 2.2.
     """
@@ -723,7 +724,8 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
     finally:
         torch.set_float32_matmul_precision(precision)
     row, caption, cosine = (np.concatenate(x) for x in zip(*found))
-    # equal cosines in the order of the captions, so that devices and block sizes agree
+    # equal cosines in the order of the captions, so that devices and block sizes agree; which of
+    # equal captions top_k keeps is torch's choice
     order = np.lexsort((caption, -cosine, row))
     return row[order], caption[order], cosine[order]
 
@@ -912,7 +914,7 @@ def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
 
 def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
     """Captions near the domain (Sec. 2.2.2) -> their numbers in ascending order, and the largest
-    cosine of each to a class prompt that chose it.
+    cosine of each to a class prompt that chose it. Copied alone, needs similar_pairs.
     """
     _, caption, cosine = similar_pairs(prompt_embeds, text_embeds, threshold, top_k)
     nearness = np.full(len(text_embeds), -np.inf, np.float32)

@@ -714,7 +714,8 @@ def collar_f1(
 
     Source: Mesaros et al., Applied Sciences 2016.
 
-    Args: scores: list of (T_i, C); rows: with `events`, `duration`. NaN for a class without an
+    Args: scores: list of (T_i, C), column k for classes[k]; rows: with "events" [{label, onset,
+    offset}] and "duration", in seconds; frame_s: seconds per frame. NaN for a class without an
     event.
     """
     begin, edges = timeline(scores, rows, frame_s)
@@ -756,7 +757,7 @@ def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
     Source: Mesaros et al., Applied Sciences 2016.
 
     A segment's score is the largest score of the frames that overlap it; a segment is positive if
-    an event overlaps it. NaN for a class without an event.
+    an event overlaps it. NaN for a class without an event. Args as in `collar_f1`.
     """
     values, targets = [], []
     for s, row in zip(scores, rows):
@@ -783,7 +784,11 @@ def segment_f1(scores, rows, classes, frame_s, segment_s=1.0) -> np.ndarray:
 
 
 def grounding_points(values, rows, frame_s, width: int, gap: int) -> np.ndarray:
-    """(Q, 50, 2): found events and false detections of each query at each of PSDSm's thresholds."""
+    """(Q, 50, 2): found events and false detections of each query at each of PSDSm's thresholds.
+
+    Args: values: for each query (T_i,); rows: with "events" [{onset, offset}] and "duration", in
+    seconds; frame_s: seconds per frame; width (odd), gap: in frames.
+    """
     thresholds, points = np.arange(0.01, 1, 0.02), np.zeros((len(values), 50, 2))
     for k, (v, row) in enumerate(zip(values, rows)):
         edges = frame_edges(len(v), frame_s, row["duration"])
@@ -830,13 +835,14 @@ def psd_roc(
     2022 (all thresholds at once).
 
     Args
-        scores: list of (T_i, C), any real numbers; rows: manifest rows with `events` and
-        `duration`.
+        scores: list of (T_i, C), any real numbers, column k for classes[k]; rows: with "events"
+            [{label, onset, offset}] and "duration", in seconds; frame_s: seconds per frame.
         dtc: a detection counts if this share of it lies in events of its class, else it is a false
             positive; gtc: an event is found if this share of it lies in detections that count.
         cttc, alpha_ct: a false positive also costs alpha_ct * (its rate per hour of another class's
             events, mean over the other classes) if the share cttc of it lies in that class's
             events.
+        max_efpr: end of the curves, in false positives an hour; None: no limit.
     A class without an event has no true positive ratio and is left out.
     Returns: for each class with events (efpr (P,), tpr (P,)), ascending, starting at (0, 0) or
     better. Copied alone, needs timeline, class_timeline, frame_edges, detections, at_least,

@@ -275,10 +275,12 @@ def codebook_weights(
     Args
         feats (B, T, D) projected frames or words, not normalised; codebook (K, D).
         valid_mask (B, T) bool, True = a real frame or word; None = all are.
+        eta: divisor of the affinities: sqrt(D) * 1000 for 4,096 codewords, sqrt(D) * 70 for 256.
+        affinity: "max" or "mean" over T; sparsity: "sparsemax" or "softmax".
         masked_score: affinity of masked positions; -inf, or 0 in the official code (D3).
     Returns
         weights (B, K) fp32, non-negative, each row sums to 1.
-    Source: Sec. 3.2.2, Eq. (2) and (3).
+    Source: Sec. 3.2.2, Eq. (2) and (3). Copied alone, needs sparsemax of common.py.
     """
     score = feats @ codebook.T  # (B, T, D) x (D, K) -> (B, T, K)
     if affinity == "mean":  # Table 6
@@ -627,6 +629,9 @@ def clap_loss(sim, temperature, same_clip):
 def hard_negative_loss(sim, temperature, gamma: float, same_clip):
     """clap_loss in which each negative has a weight alpha that grows with its similarity; all are
     1 if gamma is 0. Source: Sec. 3.4, Eq. (7) and (8).
+
+    sim (B, B) cosines, audio in rows, are divided by temperature; same_clip (B, B) bool, True
+    between captions of one clip.
     """
     diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     twin = same_clip & ~diagonal  # D4
