@@ -64,6 +64,48 @@ def test_each_section_of_common_uses_only_sections_above_it():
     assert uses_of_later_sections(wrong) == ["line 4 uses g"]  # that the test can fail
 
 
+def pieces_of_a_file() -> dict:
+    """(module, name) -> its top-level statement, of all root scripts."""
+    return {
+        (path.stem, name): node
+        for path in ROOT.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        for name in defined(node)
+    }
+
+
+def all_it_needs(pieces: dict, start: tuple) -> set[tuple]:
+    """The names of ours that a piece uses, and what these use."""
+    found, todo = set(), [start]
+    while todo:
+        module, name = todo.pop()
+        node = pieces[module, name]
+        direct = {(module, other) for other in used(node)}
+        direct |= {
+            ("common", x.attr)
+            for x in ast.walk(node)
+            if isinstance(x, ast.Attribute) and getattr(x.value, "id", "") == "common"
+        }
+        new = (direct & set(pieces)) - found - {start}
+        found |= new
+        todo += new
+    return found
+
+
+def test_what_docstrings_say_a_copied_piece_needs_is_all_it_needs():
+    pieces, seen = pieces_of_a_file(), 0
+    for (module, name), node in pieces.items():
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        text = " ".join((ast.get_docstring(node) or "").split())
+        found = re.search(r"Copied alone, needs ([\w, ]+?( of common\.py)?)\.", text)
+        if found:
+            seen += 1
+            said = set(found[1].replace(" of common.py", "").split(", ")) - {"nothing else"}
+            assert said == {n for _, n in all_it_needs(pieces, (module, name))}, (module, name)
+    assert seen >= 20
+
+
 def needs(piece) -> list[str]:
     """Names after "Copied alone, needs" in its docstring."""
     text = " ".join(inspect.getdoc(piece).split())
