@@ -436,6 +436,11 @@ def scores_of(study: Study, checkpoint: Path, args) -> dict:
     return out
 
 
+def git(*words) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def run(study: Study, row: str, seed: int, args) -> dict:
     """Train one row and score its best checkpoint -> its line of results/runs.jsonl."""
     told = identity(study, row, seed)
@@ -466,9 +471,8 @@ def run(study: Study, row: str, seed: int, args) -> dict:
         "start_hash": weights_hash(start) if start else None,
         "data_hash": hashlib.sha256(b"".join(manifests)).hexdigest()[:12],
         "machine": bench.machine(),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("-changed" if git("status", "--porcelain", "--", "*.py") else ""),
     }
 
 
