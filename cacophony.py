@@ -824,6 +824,7 @@ class Model(nn.Module):
         (jax); official: like their torch port, whose 2 audio pooling heads are a slip (D2).
         """
         state = port_state(common.read_weights(source))
+        common.check_keys(source, state, "audio_encoder.", "the authors' torch file")
         text_encoder = common.text_encoder_from_pretrained(text_model, 100)  # the code's length
         dim, layers, mlp, joint, decoders = port_size(state)
         model = cls(
@@ -855,7 +856,7 @@ def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
         model = (
             Model.from_checkpoint(cfg.weights)
             if own
-            else Model.from_published(cfg.weights, cfg.text_model)
+            else Model.from_published(cfg.weights, common.published_text_model(cfg))
         )
         if cfg.caption_weight and not model.decoder:
             raise ValueError(f"--weights {cfg.weights}: has no captioner; give --caption-weight 0")

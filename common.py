@@ -245,6 +245,8 @@ def read_audio(
     """
     if not os.path.isfile(path):  # libsndfile would say "System error"
         raise AudioError(f"{path}: file not found")
+    if not os.path.getsize(path):  # libsndfile would say "Format not recognised"
+        raise AudioError(f"{path}: an empty file, of 0 bytes")
     try:
         with sf.SoundFile(path) as f:
             native_hz, total = f.samplerate, len(f)
@@ -1013,16 +1015,18 @@ def allowed_globals() -> list:
 
 def read_weights(path) -> dict:
     """torch.load without executing anything in the file (see `allowed_globals`)."""
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: a folder; give the weight file in it, as {path}/best.pt")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such weight file")
     try:
         with torch.serialization.safe_globals(allowed_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types: not a torch file, cut off, or asking for a class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    except Exception:  # of many types: not a torch file, cut off, or asking for a class
         raise ValueError(
             f"{path}: not a weight file that can be read safely; expected tensors and plain values "
-            f"written by torch.save (torch says: {reason})"
+            "written by torch.save. If it was downloaded, it may be cut off; if it holds a whole "
+            "module, save its state_dict() instead"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(
@@ -1061,6 +1065,15 @@ def read_checkpoint(path, method: str | None = None) -> dict:
     if not isinstance(content["config"], dict):
         raise ValueError(f"{path}: a checkpoint of {content['method']} without its settings")
     return content
+
+
+def check_keys(path, weights: dict, prefix: str, kind: str) -> None:
+    """ValueError for a file that is not of this kind, before its tokenizer is asked of the hub."""
+    if not any(key.startswith(prefix) for key in weights):
+        raise ValueError(
+            f"{path}: neither a checkpoint of this script nor {kind} (keys: "
+            f"{', '.join(repr(key)[:40] for key in list(weights)[:5])})"
+        )
 
 
 def check_sizes(path, sizes: dict, state: dict) -> None:
@@ -1561,6 +1574,13 @@ def text_encoder_from_scratch(
     return TextEncoder(transformers.BertModel(config), tokenizer, max_tokens, pooler)
 
 
+def published_text_model(cfg) -> str:
+    """--text-model for an authors' file, which needs a tokenizer. "none", as --size tiny and
+    --data demo have it, is for new models: the default of the script's Config is taken instead.
+    """
+    return type(cfg).text_model if cfg.text_model == "none" else cfg.text_model
+
+
 def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = False) -> TextEncoder:
     """The text encoder of a new model: that of --text-model, or, if that is "none", a random one
     with the vocabulary of `texts`.
@@ -1894,6 +1914,10 @@ class Loader(torch.utils.data.DataLoader):
     killed before `outlive_signals` has run in it, and the training would end without saving.
     """
 
+    def __init__(self, *given, num_workers=0, **more):
+        # torch warns of more workers than cores, which gain nothing
+        super().__init__(*given, num_workers=min(num_workers, os.cpu_count() or 1), **more)
+
     def __iter__(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
@@ -2045,8 +2069,9 @@ def embed_files(
     if not found and none_is_fine:
         return [], None, None, [bad[i] for i in sorted(bad)]
     if not found:
-        first = bad[min(bad)] if bad else "no rows"
-        raise ValueError(f"none of {len(rows)} audio files could be read; first: {first}")
+        if not rows:
+            raise ValueError("no audio files were given")
+        raise ValueError(f"none of {len(rows)} audio files could be read; first: {bad[min(bad)]}")
     kept = sorted(found)  # batches come by length, results by row
     return (
         kept,
@@ -2340,6 +2365,8 @@ def configure(config_class, **given):
     if not given.get("name"):
         raise ValueError("--resume needs --name, the folder under runs/ to continue")
     path = Path(given.get("runs", "runs")) / given["name"] / "last.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: {path} is not there; start without --resume")
     stored = read_checkpoint(path)
     method = stored["method"]
     differing = set(stored["config"]) ^ {field.name for field in dataclasses.fields(config_class)}
@@ -3107,9 +3134,10 @@ class Run:
         if new and self.rank == 0:
             with open(self.path / "skipped.txt", "a", encoding="utf-8") as f:
                 f.writelines(text + "\n" for text in new)
+            tqdm.write(f"{len(new)} clips cannot be used, listed in {self.path / 'skipped.txt'}")
         if len(self.skipped) > self.cfg.max_bad * self.n_clips:
             raise ValueError(
                 f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than "
                 f"--max-bad {self.cfg.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in "
-                f"{self.path / 'skipped.txt'})"
+                f"{self.path / 'skipped.txt'}); mend or remove them, or raise --max-bad"
             )

@@ -455,8 +455,10 @@ class Model(nn.Module):
     def from_published(cls, source, text_model: str = "bert-base-uncased"):
         """MS-CLAP 2022's CLAP_weights_2022.pth, with `text_model`'s tokenizer."""
         weights = common.read_weights(source)
+        weights = weights.get("model", weights)
+        common.check_keys(source, weights, "audio_encoder.base.", "MS-CLAP 2022's file")
         model = cls(common.text_encoder_from_pretrained(text_model, MAX_TOKENS))
-        common.load_strict(model, ms_clap_state(weights.get("model", weights), source), source)
+        common.load_strict(model, ms_clap_state(weights, source), source)
         model.clean_caption = str  # Microsoft's wrapper tokenises captions as they are
         return model.eval()
 
@@ -464,7 +466,7 @@ class Model(nn.Module):
 def start_model(cfg: Config, captions: list[str]) -> Model:
     """The teacher that training starts from."""
     if cfg.weights != "none":
-        return whole_model(cfg.weights, cfg.text_model)
+        return whole_model(cfg.weights, common.published_text_model(cfg))
     if cfg.audio_weights != "none":
         if not Path(cfg.audio_weights).is_file():
             raise FileNotFoundError(
@@ -502,7 +504,7 @@ def load_teacher(cfg: Config, folder: Path) -> tuple[Model, Path]:
             f"{path}: no such teacher; run --stage teacher --name {cfg.name or 'NAME'} first, or "
             "give --teacher (a run's teacher.pt, or MS-CLAP 2022's file)"
         )
-    return whole_model(path, cfg.text_model), path
+    return whole_model(path, common.published_text_model(cfg)), path
 
 
 def whole_model(path, text_model: str) -> Model:

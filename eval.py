@@ -1229,7 +1229,8 @@ def report_left_out(bad: list[str], total: int, max_bad: float) -> None:
         print(f"left out: {text}")
     if len(bad) > max_bad * total:
         raise ValueError(
-            f"{len(bad)} of {total} files could not be used, more than --max-bad {max_bad:.0%}"
+            f"{len(bad)} of {total} files could not be used, more than --max-bad {max_bad:.0%}; "
+            "mend or remove them, or raise --max-bad"
         )
 
 
@@ -1435,12 +1436,14 @@ def embed_command(flags) -> None:
     each caption with its `owner`, the line of its clip in audio.jsonl, counted from 0.
     """
     out = Path(flags.out)
-    try:  # checked before hours of embedding
+    # all of this is checked before hours of embedding
+    for name in ("audio.jsonl", "manifest.jsonl"):
+        if (out / name).exists():
+            raise FileExistsError(f"--out {out}: holds {name} already; give another folder")
+    try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PermissionError(
-            f"--out {out}: no such folder can be made ({error.strerror})"
-        ) from None
+        raise PermissionError(f"--out {out}: cannot be made a folder ({error.strerror})") from None
     if not os.access(out, os.W_OK):
         raise PermissionError(f"--out {out}: cannot be written")
     manifest, split, rows = read_rows(flags)
@@ -1458,9 +1461,7 @@ def embed_command(flags) -> None:
         clips.append({"audio": os.path.abspath(rows[k]["audio"])})
         if "duration" in rows[k]:
             clips[-1]["duration"] = rows[k]["duration"]
-    # audio.jsonl marks a complete folder of embeddings: it is removed first and written last, so
-    # that an interrupted call leaves no arrays beside the lines of another call
-    (out / "audio.jsonl").unlink(missing_ok=True)
+    # audio.jsonl marks a complete folder of embeddings, and is written last
     for name, array in (("audio", audio_embeds), ("text", text_embeds)):
         with common.written_whole(out / f"{name}.npy") as file:
             np.save(file, array)

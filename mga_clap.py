@@ -596,7 +596,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     rest with random weights.
     """
     if cfg.weights != "none":
-        return Model.from_checkpoint(cfg.weights, cfg.text_model)
+        return Model.from_checkpoint(cfg.weights, common.published_text_model(cfg))
     # a folder or hub id has no suffix; report a missing file before fetching a text encoder
     if Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists():
         raise FileNotFoundError(

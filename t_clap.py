@@ -346,6 +346,7 @@ class Model(nn.Module):
             weights = {k.removeprefix("module."): v for k, v in weights.items()}  # added by DDP
             if any("mel_conv2d" in k or "fusion_model" in k for k in weights):
                 raise ValueError(f"{source}: {FUSED}")
+            common.check_keys(source, weights, "audio_branch.", "a LAION-CLAP file")
             text_encoder = common.text_encoder_from_pretrained(text_model, MAX_TOKENS, pooler=True)
             audio = htsat_size(weights, "audio_branch.") | {"drop_path": drop_path}
             model = cls(
@@ -401,7 +402,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
             f"--weights {cfg.weights}: no such file; 630k-best.pt is in the hub repository "
             "lukewys/laion_clap (or give laion/clap-htsat-unfused, which is fetched, or none)"
         )
-    return Model.from_published(cfg.weights, cfg.text_model, cfg.drop_path)
+    return Model.from_published(cfg.weights, common.published_text_model(cfg), cfg.drop_path)
 
 
 @torch.no_grad()

@@ -555,7 +555,10 @@ common.run_entry"""
 def test_more_workers_than_files_may_be_open_ends_with_a_sentence(corpus, tmp_path):
     """Those that had started used to be waited for without end."""
     source = training("mga_clap", corpus, tmp_path, fresh=True, workers=20)
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))\n{source}"
+    limited = (
+        "import os, resource; os.cpu_count = lambda: 20  # as many workers as cores, at most\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))\n{source}"
+    )
     done = subprocess.run(
         [sys.executable, "-c", limited], capture_output=True, text=True, timeout=100
     )

@@ -248,6 +248,12 @@ def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
     assert details == {c: k + 1 for c, k in zip(captions, ranks["t2a"].tolist())}
     with pytest.raises(SystemExit):
         evaluator.parse(["embed", "--data", "x"])
+    for folder, held in ((tmp_path / "e", "audio.jsonl"), (corpus, "manifest.jsonl")):
+        before = (folder / held).read_bytes()
+        given = ["embed", str(mga_run[0] / "best.pt"), "--data", str(corpus), "--out", str(folder)]
+        with pytest.raises(FileExistsError, match=f"holds {held} already; give another folder"):
+            evaluator.main(evaluator.parse(given))
+        assert (folder / held).read_bytes() == before
 
 
 @pytest.mark.parametrize("captions", ["one", "five", "unequal"])

@@ -102,13 +102,17 @@ def test_a_whole_model_is_not_an_audio_encoder(runs_of, corpus, tmp_path):
 def test_wrong_weights_are_one_sentence(runs_of, corpus, tmp_path):
     other = str(runs_of("collat")[0] / "best.pt")
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 and no more")
-    for method in ("mga_clap", "t_clap", "curation_clap"):
-        main = importlib.import_module(method).main
-        stage = {"stage": "teacher"} if method == "curation_clap" else {}
+    torch.save({"a": torch.ones(2)}, tmp_path / "strange.pt")
+    stages = {"curation_clap": {"stage": "teacher"}, "cacophony": {"stage": "contrastive"}}
+    for method in ("mga_clap", "t_clap", "curation_clap", "cacophony"):
+        main, stage = importlib.import_module(method).main, stages.get(method, {})
         for weights, sentence in (
             (other, f"a checkpoint of collat, not of {method}; load it with collat.py"),
             (str(tmp_path / "gone.pt"), "gone.pt: no such (weight )?file"),
             (str(tmp_path / "broken.pt"), "not a weight file that can be read safely"),
+            # the file is blamed, not the tokenizer that its kind would need
+            (str(tmp_path / "strange.pt"), r"strange.pt: n.* a checkpoint .*\(keys: 'a'\)"),
+            (str(tmp_path), "a folder; give the weight file in it|not a model folder"),
         ):
             with pytest.raises((ValueError, OSError), match=sentence):
                 main(config(method, corpus, tmp_path, name="a", weights=weights, **stage))
@@ -121,6 +125,21 @@ def test_wrong_weights_are_one_sentence(runs_of, corpus, tmp_path):
         cacophony.main(config("cacophony", corpus, tmp_path, name="b", **whole))
     with pytest.raises(ValueError, match="--token-layer 9: the text encoder has layers 1 to 1"):
         collat.main(config("collat", corpus, tmp_path, name="b", weights=other, token_layer=9))
+
+
+def test_an_authors_file_needs_a_tokenizer_even_at_the_tiny_size(corpus, tmp_path):
+    """--size tiny and --data demo set --text-model none, which is for new models."""
+    for method, text_model in (
+        ("mga_clap", "bert-base-uncased"),
+        ("t_clap", "roberta-base"),
+        ("cacophony", "roberta-base"),
+        ("curation_clap", "bert-base-uncased"),
+    ):
+        cfg = config(method, corpus, tmp_path)
+        assert cfg.text_model == "none" and common.published_text_model(cfg) == text_model
+    assert (
+        common.published_text_model(config("t_clap", corpus, tmp_path, text_model="x/y")) == "x/y"
+    )
 
 
 def test_a_captioner_that_is_not_trained_is_left_out(runs_of, corpus, tmp_path):

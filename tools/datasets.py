@@ -567,6 +567,7 @@ def convert(args) -> dict:
                 for fold in sorted(folds, key=lambda f: (str(type(f)), f))
             )
         )
+    left_out = []
     for text, items in (
         ("left out, without audio", missing),
         ("left out, unreadable", unreadable),
@@ -580,6 +581,10 @@ def convert(args) -> dict:
     ):
         if items:
             print(f"{text}: {len(items):,}, such as {items[0]!r}")
+            left_out += [f"{text}: {item}" for item in items]
+    if left_out:
+        common.write_lines(out.parent / "left_out.txt", left_out)
+        print(f"all of these are listed in {out.parent / 'left_out.txt'}")
     shared = len(rows) - len({row["audio"] for row in rows})
     if shared:
         print(
@@ -618,7 +623,8 @@ def with_durations(rows: list[dict], workers: int):
                 f"{row['audio']}: the file's name is not UTF-8, as a manifest needs it; rename it"
             )
         except (sf.SoundFileRuntimeError, OSError) as error:
-            return f"{row['audio']}: {str(error).strip()}"
+            # libsndfile's text without the path, which the row has
+            return f"{row['audio']}: {getattr(error, 'error_string', error)}".strip()
 
     with multiprocessing.pool.ThreadPool(workers) as pool:  # libsndfile lets other threads run
         found = list(

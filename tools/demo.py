@@ -89,13 +89,21 @@ class Sounds:
         return pixels
 
 
-def page(sounds: Sounds, name: str):
-    """The gradio page: a tab for search and, if there are captions, a tab for uploaded sounds."""
+def load_gradio():
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError:
-        raise ValueError("the page needs gradio; install it with: pip install gradio") from None
+        raise ValueError(
+            'the page needs gradio and matplotlib; install them with: pip install ".[demo]", or '
+            "start it with: uv run --extra demo -m tools.demo"
+        ) from None
+    return gradio
+
+
+def page(sounds: Sounds, name: str):
+    """The gradio page: a tab for search and, if there are captions, a tab for uploaded sounds."""
+    gradio = load_gradio()
 
     def find(sentence: str) -> list:
         shown = []
@@ -160,6 +168,7 @@ def read_captions(flags) -> list[str]:
 
 
 def main(flags) -> None:
+    load_gradio()  # a missing package is reported before the folder is embedded
     captions = read_captions(flags)
     model = evaluation.load_model(flags.model, flags.text_model)
     sounds = Sounds(model.to(common.start_device(flags.device)), flags.audio, captions)

@@ -1,6 +1,7 @@
 """tools.demo, without a browser."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -104,3 +105,11 @@ def test_wrong_folders_are_one_sentence(mga_run, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: holds no .aif, .aiff, .flac, .mp3, .ogg, .wav fi"):
         demo.Sounds(model, tmp_path / "empty", [])
+
+
+def test_a_missing_gradio_is_reported_before_anything_is_embedded(mga_run, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(demo, "Sounds", None)
+    flags = demo.parse([str(mga_run[0] / "best.pt"), "--audio", str(folder)])
+    with pytest.raises(ValueError, match=r'needs gradio and matplotlib; .* pip install "\.\[demo'):
+        demo.main(flags)
