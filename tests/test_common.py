@@ -61,7 +61,7 @@ def test_unusable_files_are_named_with_the_reason(tmp_path):
     sf.write(tmp_path / "half.wav", x, 44100)
     reasons = {
         "text.wav": "cannot be read",
-        "zero.wav": "cannot be read",
+        "zero.wav": "an empty file, of 0 bytes",
         "empty.wav": "no samples",
         "silent.wav": "silent",
         "nan.wav": "NaN",

@@ -581,10 +581,8 @@ def convert(args) -> dict:
     ):
         if items:
             print(f"{text}: {len(items):,}, such as {items[0]!r}")
-            left_out += [f"{text}: {item}" for item in items]
-    if left_out:
-        common.write_lines(out.parent / "left_out.txt", left_out)
-        print(f"all of these are listed in {out.parent / 'left_out.txt'}")
+            for item in items:  # a file's name may not be UTF-8
+                left_out.append(f"{text}: {item}".encode("utf-8", "backslashreplace").decode())
     shared = len(rows) - len({row["audio"] for row in rows})
     if shared:
         print(
@@ -608,6 +606,9 @@ def convert(args) -> dict:
     for row in rows:
         del row["group"]
     write_manifest(out, rows, classes)
+    if left_out:
+        common.write_lines(out.parent / "left_out.txt", left_out)
+        print(f"what was left out is listed in {out.parent / 'left_out.txt'}")
     return report
 
 

@@ -1547,7 +1547,7 @@ def test_broken_audio_is_left_out_and_counted(tmp_path, capsys):
         and "left out, unreadable: 2" in capsys.readouterr().out
     )
     listed = (tmp_path / "m/left_out.txt").read_text().splitlines()
-    assert sorted(listed) == sorted(f"left out, unreadable: {t}" for t in report["unreadable"])
+    assert len(listed) == 2 and any("caf\\udce9.wav: the file's name is not" in t for t in listed)
     assert f"{tmp_path}/dog/b.wav: Format not recognised." in "\n".join(listed)
 
 
