@@ -68,7 +68,7 @@ def machine() -> str:
 
 
 def alternate(steps: dict, repeats: int, device) -> dict:
-    """Median seconds of each step; they take turns, so that noise hits all alike."""
+    """Median seconds of each step; the steps alternate, so that noise affects all alike."""
     seconds = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
@@ -157,7 +157,7 @@ def htsat(tiny: bool) -> dict:
 
 
 def detection_clips(n_clips: int, n_classes: int, n_frames=32, frame_s=0.3125, seed=0):
-    """Random scores (one per frame and class), raised under four random events a clip."""
+    """Random scores (one per frame and class), raised within four random events per clip."""
     rng = np.random.default_rng(seed)
     classes, rows, scores = [f"c{k:03d}" for k in range(n_classes)], [], []
     edges = np.arange(n_frames + 1) * frame_s
@@ -268,7 +268,7 @@ def psds(tiny: bool) -> dict:
 
 
 def psds_large(tiny: bool) -> dict:
-    """AudioSet-Strong's evaluation set in size; sed_scores_eval cannot finish it: no peer."""
+    """As large as AudioSet-Strong's evaluation set; no peer: sed_scores_eval cannot finish it."""
     size = (30, 6) if tiny else (16996, 407)
     ours = in_own_process("ours", *size)
     return {
@@ -290,7 +290,7 @@ def psds_large(tiny: bool) -> dict:
     }
 
 
-# of random pairs 2 in 100,000 are kept, as many as DU keeps in the paper
+# keeps 2 in 100,000 random pairs, as many as DU keeps in the paper
 DIM, CURATE_SIGMA, CURATE_BLOCK = 1024, 0.128, 8192
 
 
@@ -298,8 +298,8 @@ def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool) -> dict
     """Curate n_clips random clips from a folder of embeddings, block by block; to be run in a
     process of its own.
 
-    -> seconds of ours and of bare matrix products of the same blocks, the pairs, peak memory in all
-    (GB).
+    -> seconds of ours and of the matrix products of the same blocks alone, number of pairs, total
+    peak memory (GB).
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -330,8 +330,8 @@ def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool) -> dict
 
 
 def curate(tiny: bool) -> dict:
-    """Curation from stored embeddings to manifest lines, against bare matrix products of the same
-    size, and the memory of a pool five times as large.
+    """Curation from stored embeddings to manifest lines, against the matrix products alone; also
+    the memory for a pool five times as large.
     """
     sizes, n_captions = ((500, 1500), 700) if tiny else ((20_000, 100_000), 50_000)
     context = multiprocessing.get_context("spawn")
@@ -348,7 +348,7 @@ def curate(tiny: bool) -> dict:
         for n, peer in ((sizes[0], False), (sizes[1], False), (sizes[1], True)):
             if tiny:
                 results.append(curate_pool(folder, n, n_captions, peer))
-            else:  # a process each, for the peak of its memory
+            else:  # one process each, to measure its own peak memory
                 with context.Pool(1) as pool:
                     results.append(pool.apply(curate_pool, (folder, n, n_captions, peer)))
     large = results[2]
@@ -377,8 +377,8 @@ def matching(tiny: bool) -> dict:
     """CoLLAT's greedy matching of 64 clips, all 77 tokens real, against a training step of 64 clips
     at --size paper.
 
-    On a CPU the step is that of 2 clips times 32: forward and backward of both views, without the
-    optimiser's part.
+    On a CPU the step is timed on 2 clips and multiplied by 32. It is forward and backward of both
+    views, without the optimiser.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width, layers, heads, batch, N = (32, 1, 2, 8, 20) if tiny else (768, 12, 12, 64, 77)
@@ -480,9 +480,7 @@ def seconds_of_sound(B: int, seconds: float, rate: int, device):
 
 
 def paper_step(method: str, tiny: bool, device) -> tuple:
-    """-> model, batch(B), loss_of(cfg-bound outputs), cfg, the paper's batch size and the clips
-    that a GPU holds at once.
-    """
+    """-> model, batch(B), loss_of(outputs), cfg, at the paper's size."""
     script = SCRIPTS[method]
     sizes = conftest.SMALL_OF[method] if tiny else {}
     cfg = common.configure(
@@ -617,14 +615,14 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
     return model.to(device).train(), batch, loss_of, cfg
 
 
-# What a GPU of 140 GB holds the graph of at once; the rest by gradient caching
+# Pairs whose graph fits on a GPU of 140 GB; larger batches use gradient caching
 MICRO = {"mga_clap": 128, "t_clap": 128, "cacophony": 256, "collat": 64, "curation_clap": 128}
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, as the maker states
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, as the manufacturer states
 
 
 def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
-    """Seconds, FLOP and peak memory of one training step of a script: what its loop does, on a
-    batch that is on the device.
+    """Seconds, FLOP and peak memory of one training step as in a script's loop, on a batch that is
+    already on the device.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -666,11 +664,11 @@ def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
 
 
 def measure_peer(which: str, tiny: bool, repeats: int) -> dict:
-    """A contrastive step of the same clips by transformers' ClapModel (from its log-mel), or as
-    MGA-CLAP's released code takes it.
+    """A contrastive step of the same clips with transformers' ClapModel (from its log-mel), or as
+    in MGA-CLAP's released code.
 
-    released: fp16 autocast with a gradient scaler, attention as matrix products and a softmax, Adam
-    not fused; from its description.
+    released: fp16 autocast with a gradient scaler, attention as matrix products and a softmax,
+    unfused Adam; written from its description.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -725,7 +723,7 @@ def measure_peer(which: str, tiny: bool, repeats: int) -> dict:
 
 
 def unfused_attention(self, x, bias=None):
-    """Products, a bias and a softmax, one after the other."""
+    """Attention as separate matrix products, bias and softmax."""
     N, L, C = x.shape
     q, k, v = self.qkv(x).reshape(N, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
     attention = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -786,8 +784,8 @@ LINKS = {
 
 
 def scaling(tiny: bool) -> list[dict]:
-    """Computed, not measured: how long a ring needs to add up the fp32 gradients of one step, 2 (n
-    - 1) / n times their bytes over a link.
+    """Computed, not measured: seconds for a ring all-reduce of the fp32 gradients of one step,
+    which sends 2 (n - 1) / n times their bytes over a link.
     """
     rows = []
     for method in SCRIPTS:

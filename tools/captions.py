@@ -1,4 +1,4 @@
-"""Captions made from a manifest's captions, descriptions or sounds; the result is a manifest again.
+"""Write a manifest with new captions, made from its captions, descriptions or audio.
 
 python -m tools.captions rewrite --task negatives --data data/audiocaps --out data/order
 python -m tools.captions rewrite --task clean --data data/fsd50k --llm HUB_ID --out data/clean
@@ -41,8 +41,8 @@ CONNECTIVE = re.compile(
     r"|(?<! and) (?:just |right |shortly |soon |immediately |directly )?(before|after)) "
 )
 OPPOSITE = {"before": "after", "after": "before"}
-# An event with one of these words stays where it is: it leans on what is told before it, names its
-# own place in time, or tells of a second event whose part in the order is not sure
+# Events with one of these words are not reordered: the word refers to an earlier event, states a
+# time, or introduces a further event whose place in the order is uncertain
 BOUND = """again another more most other others also still too same each one off back once together
     turn turns down first second third last next whole time moment moments seconds minutes afterward
     afterwards before after then later until now only different louder softer quieter closer faster
@@ -56,7 +56,7 @@ BEFORE_NOUNS = """a an the of in on at by with from to and or for into over some
     multiple two three four five loud soft light low high pitched long short quick brief small large
     big heavy sharp faint distant rapid deep electronic mechanical digital""".split()
 PLURAL = ["people", "men", "women", "children", "sheep"]
-# "a man then a woman talking": the verb comes later
+# "a man then a woman talking": the first event has no verb of its own
 NO_EVENT = [*PLURAL, "man", "woman", "person", "child", "boy", "girl", "male", "female", "dog"]
 BE = ["is", "are", "was", "were"]
 VERBS = """accelerate applaud approach bang bark beep blare blast bleat blow break breathe burp
@@ -72,7 +72,7 @@ THIRD = {form: verb for verb in VERBS for form in (verb + "s", verb + "es", verb
 
 
 def find_verb(words: list[str]) -> int | None:
-    """Where an event has its verb; 0: a noun phrase ("a bark", "a dog barking"); None: not sure."""
+    """Index of an event's verb; 0: a noun phrase ("a bark", "a dog barking"); None: uncertain."""
     no_subject = words[0] in [*VERBS, *THIRD, *BE, "there", "in", "with"] or words[0].endswith("ly")
     if no_subject or words[-1] in [*NO_EVENT, *BE, "and", "or"]:
         return None
@@ -95,7 +95,7 @@ def find_verb(words: list[str]) -> int | None:
 
 
 def as_noun(words: list[str]) -> str | None:
-    """An event as "followed by" needs it: "a man speaks" -> "a man speaking"; None: not sure."""
+    """An event as a noun phrase: "a man speaks" -> "a man speaking"; None: uncertain."""
     i = find_verb(words)
     if i and "and" not in words:
         verb = THIRD.get(words[i], words[i])
@@ -134,11 +134,11 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
     if name == "followed by":
         left = as_noun(first)
         same_shape = left and other == 0
-    elif verb == other == 0:  # not "a man speaking then laughing": who laughs?
+    elif verb == other == 0:  # not "a man speaking then laughing": no second subject
         same_shape = not first[0].endswith("ing") and not second[0].endswith("ing")
     else:
         same_shape = verb and other
-    # "the engine" is one that was told of before
+    # "the engine" refers to an earlier mention
     if same_shape and not re.search(r"\bthe (?!background|distance)", right):
         result = right + joint + left
     elif name in OPPOSITE:
@@ -151,7 +151,7 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Rewritten captions: a language model, a file of others' answers, the command
+# Rewritten captions: a language model, imported texts, the command
 # ------------------------------------------------------------------------------------------------
 
 NEGATIVES_PROMPT = """A caption tells what is heard in a recording. Rewrite it so that the same \
@@ -189,9 +189,7 @@ def plain(words: list[str]) -> list[str]:
 
 
 def content(words: list[str]) -> list[str]:
-    """What words speak of: without those that only connect, cut to stems ("barks", "barking",
-    "barked" -> "bark").
-    """
+    """Stems of the content words, without function words ("barks", "barking" -> "bark")."""
     stems = [
         re.sub(r"(?<=\w\w)(?:ing|ies|es|ed|(?<!s)s)$", "", word)
         for word in plain(words)
@@ -203,7 +201,7 @@ def content(words: list[str]) -> list[str]:
 
 
 def tells_backwards(text: str) -> bool:
-    """Whether a text tells the later event first: "A after B", "before B, A"."""
+    """Whether a text names the later event first: "A after B", "before B, A"."""
     return (
         len(
             re.findall(
@@ -216,13 +214,13 @@ def tells_backwards(text: str) -> bool:
 
 
 def check_order(caption: str, answer: str) -> tuple[str | None, str | None]:
-    """A model's answer to NEGATIVES_PROMPT -> (negative or None, why it is rejected or None). NONE,
-    no order, is no reject.
+    """A model's answer to NEGATIVES_PROMPT -> (negative or None, reason for rejection or None). The
+    answer NONE (no order) is not a rejection.
 
     Same events: caption and answer hold the same `content` words equally often (articles,
-    connectives and pronouns do not count, endings -s -es -ed -ing -y -e and a doubled last
-    consonant are cut). Other order: these words stand in another order, or before and after have
-    changed, but not both, which tells the same order again.
+    connectives and pronouns do not count; endings -s -es -ed -ing -y -e and a doubled last
+    consonant are cut). Other order: either these words stand in another order, or before and after
+    are exchanged. Both together give the same order again.
     """
     answer = answer.strip().strip('"“”').strip()
     if re.fullmatch(r"none\W*", answer, re.I):
@@ -246,7 +244,7 @@ def same_text(a: str, b: str) -> bool:
 
 
 def load_llm(name: str, device: str):
-    """A causal language model of the hub or of a folder and its tokenizer: bfloat16 on a GPU,
+    """Load a causal language model and its tokenizer from the hub or a folder: bfloat16 on a GPU,
     float32 on a CPU.
     """
     transformers, device = common.quiet_transformers(), common.start_device(device)
@@ -267,24 +265,23 @@ def load_llm(name: str, device: str):
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"--llm {name}: its tokenizer has neither a padding nor an end token, of which "
-                "batches need one"
+                f"--llm {name}: its tokenizer has neither a padding nor an end token, and batches "
+                "need one of them"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
 
 def generate(llm, prompts: list[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """Answers to one batch of prompts, in the tokenizer's chat template where it has one;
+    """Answers to one batch of prompts, in the tokenizer's chat template if it has one;
     temperature 0: greedy.
 
-    Above 0 all tokens are drawn from, whatever top-k or top-p the model's own settings name. A
-    model without a template continues the text, often with further examples: its answer ends at the
-    line's end.
+    Above 0, sampling is over all tokens, without the model's own top-k and top-p. A model without a
+    template continues the text, often with further examples; its answer is cut to the first line.
     """
     model, tokenizer = llm
     chat = tokenizer.chat_template is not None
-    if chat:  # enable_thinking: a variable of some templates, unknown to the others
+    if chat:  # enable_thinking: some templates use it, the others ignore it
         prompts = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
@@ -320,10 +317,10 @@ def generate(llm, prompts: list[str], max_new_tokens: int, temperature: float = 
 
 
 def stored_answers(file: Path, key: dict, field: str) -> dict:
-    """{(what was asked about, version): answer} of a file that `store_answers` wrote under the same
-    settings `key`.
+    """{(question, version): answer} of a file that `store_answers` wrote under the same settings
+    `key`.
 
-    A line that a kill cut in two is taken out of the file: it is asked for again.
+    An incomplete line, left by a killed run, is removed from the file and asked again.
     """
     answers, whole = {}, []
     for line in file.read_bytes().decode("utf-8", "replace").split("\n") if file.is_file() else []:
@@ -333,16 +330,14 @@ def stored_answers(file: Path, key: dict, field: str) -> dict:
                 answers[record[field], record.get("version", 0)] = record["answer"]
             whole.append(line)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            continue  # blank, or cut by the kill
+            continue  # blank or incomplete
     if file.is_file():
         common.write_lines(file, whole)
     return answers
 
 
 def store_answers(file, key: dict, field: str, answers: dict) -> None:
-    """Append a batch of {(what was asked about, version): answer} to an open file, JSON Lines, one
-    answer a line.
-    """
+    """Append a batch of {(question, version): answer} to an open JSON Lines file."""
     for (asked, version), answer in answers.items():
         file.write(
             json.dumps(
@@ -354,7 +349,7 @@ def store_answers(file, key: dict, field: str, answers: dict) -> None:
 
 
 def draw_seed(*parts) -> int:
-    """A seed that is a function of `parts`: a batch draws the same whatever was asked before it."""
+    """A seed computed from `parts`: a batch draws the same whatever was asked before it."""
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16)
 
 
@@ -369,11 +364,10 @@ def ask_llm(
     max_new_tokens: int = 96,
 ) -> dict:
     """{(text, version): answer} of args.llm to `prompt`, which holds {caption}; answers in `cache`
-    are not asked for again.
+    are reused.
 
-    An answer there is found by model, prompt hash, temperature and seed (null if greedy), text and
-    version. It is
-    written after every batch: a killed run goes on where it was.
+    The cache key is model, prompt hash, temperature and seed (null if greedy), text and version.
+    The file is written after every batch, so a killed run continues where it stopped.
     """
     key = {
         "model": args.llm,
@@ -386,8 +380,8 @@ def ask_llm(
         stored_answers(cache, key, field),
         {(text, version) for text in texts for version in range(versions)},
     )
-    # alike in length: little padding. The batches are the same ones in every call, as what a batch
-    # draws depends on all of it; one that was cut off is asked again
+    # sorted by length for little padding. Every call makes the same batches, since a draw depends
+    # on the whole batch; an incomplete batch is asked again
     ordered = sorted(set(texts), key=lambda text: (len(text), text))
     batches = [
         [(text, version) for text in ordered[i : i + args.batch_size]]
@@ -418,8 +412,8 @@ def ask_llm(
 
 
 def checked_answers(pairs, check, rejects: Path, field="caption") -> dict:
-    """{(asked, answer): text or None} of what `check(asked, answer) -> (text, reason)` lets pass;
-    the rest is counted and listed in a file.
+    """{(asked, answer): text or None} by `check(asked, answer) -> (text, reason)`; rejected answers
+    are counted and listed in a file.
     """
     results, rejected = {}, []
     for asked, answer in dict.fromkeys(pairs):
@@ -439,8 +433,8 @@ def checked_answers(pairs, check, rejects: Path, field="caption") -> dict:
 
 
 def json_lines(flag: str, file: Path, need: tuple[str, ...], optional=()):
-    """The objects of a JSON Lines file -> [("FLAG FILE:NUMBER", object)]. `need` are its keys;
-    those and `optional` hold texts or null.
+    """The objects of a JSON Lines file -> [("FLAG FILE:NUMBER", object)]. `need`: required keys;
+    their values and those of `optional` are texts or null.
     """
     wanted = " and ".join(f"'{name}'" for name in need)
     if not file.is_file():
@@ -470,12 +464,12 @@ def json_lines(flag: str, file: Path, need: tuple[str, ...], optional=()):
 def import_texts(
     file: Path, places: list[tuple[int, str]], rows: list[dict], source: str, field: str
 ) -> tuple[dict, dict]:
-    """Texts that others made: JSON Lines {source, field, "id" or "audio"} -> ({(row number, source
+    """Texts from a file: JSON Lines {source, field, "id" or "audio"} -> ({(row number, source
     text): [texts]}, counts).
 
-    A record belongs to those of `places` (row number, source text) with its source text, its id and
-    its audio file (name without folder and suffix), as far as it gives them. A record with a null
-    text, or a copy of its caption, gives none.
+    A record belongs to the `places` (row number, source text) that agree with what it gives of
+    source text, id and audio file (name without folder and suffix). A record is skipped if its text
+    is null, or if it is a negative equal to its caption.
     """
     stem, squeeze = lambda path: stem_of(Path(str(path)).name), lambda text: " ".join(text.split())
     owners, texts, unused, copies, empty = (
@@ -544,13 +538,13 @@ def told(counts: dict) -> str:
 
 
 def distinct(texts) -> list[str]:
-    """Versions of a caption without those that are None or there already."""
+    """The texts in order, without None and duplicates."""
     return list(dict.fromkeys(text for text in texts if text))
 
 
 def check_counts(args) -> None:
-    """ValueError for a flag whose number makes no sense; --versions and --temperature where the
-    command has them.
+    """Raise ValueError for a number out of range; --versions and --temperature where the command
+    has them.
     """
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: expected 1 or more")
@@ -560,8 +554,8 @@ def check_counts(args) -> None:
     if versions < 1 or not 0 <= temperature < math.inf or (versions > 1 and not temperature):
         raise ValueError(
             f"--versions {versions}, --temperature {temperature:g}: expected 1 or more, and a "
-            "temperature above 0 where there "
-            "are several, which would be equal without"
+            "temperature above 0 for several "
+            "versions, which would otherwise be equal"
         )
 
 
@@ -571,8 +565,8 @@ def say_unreadable(errors: list[str]) -> None:
 
 
 def of_length(rows: list[dict], min_s: float, max_s: float, workers: int):
-    """-> rows of min_s to max_s seconds, {why: how many others}. A row that does not tell its
-    seconds is given its file header's.
+    """-> rows of min_s to max_s seconds, {reason: number left out}. A row without a duration gets
+    the one in its file header.
     """
     if not 0 <= min_s < max_s:
         raise ValueError(
@@ -591,9 +585,7 @@ def of_length(rows: list[dict], min_s: float, max_s: float, workers: int):
 
 
 def finished(rows: list[dict], key: str, source: str, report: dict):
-    """Print what was made -> rows without those that have no text at all, (row's `source`, text)
-    pairs, report.
-    """
+    """Print a summary -> rows that have a text, (row's `source`, text) pairs, report."""
     kept = [row for row in rows if row.get(key) or row.get("captions")]
     report["left_out"]["without an accepted answer"] = len(rows) - len(kept)
     pairs = [(row[source], text) for row in kept for text in row.get(key, [])]
@@ -747,10 +739,10 @@ CLEAN_EXAMPLES = [  # ours: the ten of Cacophony are not published
     ),
     ("untitled 17. Test upload, please ignore. Levels are too low, will be replaced soon", "NONE"),
 ]
-MOST_WORDS = 40  # of a caption; a description is cut after 150, what follows is about its uploader
+MOST_WORDS = 40  # of a caption; a description is cut after 150, the rest is about its uploader
 LEFT_OVER = {
     name: re.compile(pattern, re.I)
-    for name, pattern in {  # what no caption of a sound holds
+    for name, pattern in {  # none of these belongs in a caption
         "refusal": r"\bI(?: a|['’])m (?:sorry|unable)|\bI can(?:no|['’])t\b|\bas an "
         r"AI\b|\blanguage model\b",
         "address": r"https?:|www\.|\S@\S|\w\.(?:com|org|net)\b",
@@ -765,9 +757,7 @@ LEFT_OVER = {
 
 
 def described(row: dict) -> str:
-    """What --task clean asks about: the row's `description`, cut after 150 words, and its labels as
-    tags.
-    """
+    """Input of --task clean: the `description`, cut after 150 words, and the labels as tags."""
     tags = ", ".join(row.get("labels", [])).replace("_", " ")
     return " ".join(row["description"].split()[:150]) + f" (tags: {tags})" * bool(tags)
 
@@ -784,12 +774,11 @@ DESCRIBING_WORDS = set(
 
 
 def check_caption(description: str, answer: str) -> tuple[str | None, str | None]:
-    """A cleaned caption -> (caption or None, why it is rejected or None).
+    """A cleaned caption -> (caption or None, reason for rejection or None).
 
-    One line and one sentence of at most MOST_WORDS words, nothing of LEFT_OVER, and at least one
-    `content` word of the
-    description or its tags: a caption that shares none is made up (or a translation, which is
-    lost).
+    A caption is one line and one sentence of at most MOST_WORDS words. No pattern of LEFT_OVER
+    matches it. It shares a `content` word with the description or its tags; one that shares none is
+    invented (or a translation, which is lost).
     """
     answer = answer.strip().strip('"“”').strip()
 
@@ -845,11 +834,11 @@ def clean_prompt(file: str | None) -> str:
 
 
 def clean(rows: list[dict], out: Path, args):
-    """Task clean (Cacophony's of Freesound): noisy descriptions -> rows with captions,
+    """Task clean (as Cacophony cleans Freesound): noisy descriptions -> rows with captions,
     (description, caption) pairs, report.
 
-    A description is no caption, so `captions` hold the cleaned ones alone; the text stays as
-    `description`. `negatives`, which belong to the old texts, go.
+    A description is not a caption, so `captions` holds the cleaned ones only; the original text
+    stays as `description`. `negatives` belong to the old texts and are removed.
     """
     if not (args.llm or args.import_file):
         raise ValueError("--task clean: no rules can do this; give --llm HF_ID or --import FILE")
@@ -894,16 +883,14 @@ def clean(rows: list[dict], out: Path, args):
 
 
 TASK_FLAGS = {
-    "negatives": {
-        "overwrite_negatives": False
-    },  # what a flag is where it is not given; no other task knows it
+    "negatives": {"overwrite_negatives": False},  # defaults of the flags that only this task has
     "clean": {"examples": None, "versions": 5, "temperature": 0.7, "min_s": 1.0, "max_s": 300.0},
 }
 
 
 def open_rows(args):
-    """What rewrite and recaption begin with, before hours of work -> rows of --data, class list or
-    None, manifest to write.
+    """Check the flags and the output before hours of work -> rows of --data, class list or None,
+    manifest to write.
     """
     source, out = common.manifest_path(args.data), Path(args.out)
     out = out if out.suffix == ".jsonl" else out / "manifest.jsonl"
@@ -919,14 +906,14 @@ def open_rows(args):
 
 
 def write_rows(out: Path, rows: list[dict], classes, pairs, args) -> None:
-    """What they end with: some pairs to look at, the manifest."""
+    """Print some random pairs and write the manifest."""
     for i in np.random.default_rng(args.seed).permutation(len(pairs))[: args.show]:
         print(f"  {pairs[i][0]}\n    -> {pairs[i][1]}")
     write_manifest(out, rows, classes)
 
 
 def rewrite(args) -> dict:
-    """Write a manifest again with texts made by rules, by a language model or from a file."""
+    """Write a manifest with texts made by rules, by a language model or from a file."""
     for flag in (
         flag
         for task, flags in TASK_FLAGS.items()
@@ -943,16 +930,14 @@ def rewrite(args) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
-# Captions by a captioner of ours
+# Captions by a captioner trained here
 # ------------------------------------------------------------------------------------------------
 
 
 def recaption(args) -> dict:
-    """Write a manifest again with `synthetic` captions, those that a model of ours gives its clips;
-    `captions` stay.
+    """Write a manifest with `synthetic` captions by a model trained here; `captions` stay.
 
-    The model's `caption` hears a whole clip; what it does with one that is longer than its window
-    is its own affair.
+    The model's `caption` gets the whole clip, and itself handles one longer than its window.
     """
     rows, classes, out = open_rows(args)
     device = common.start_device(args.device)
@@ -972,7 +957,7 @@ def recaption(args) -> dict:
         "seed": args.seed,
     }
     answers, versions = stored_answers(cache, key, "audio"), range(args.versions)
-    files = {common.file_key(row): row for row in rows}  # rows of one file are one question
+    files = {common.file_key(row): row for row in rows}  # each file is captioned once
     todo = [name for name in files if not all((name, version) in answers for version in versions)]
     print(f"{cache}: {len(files) - len(todo):,} of {len(files):,} files captioned before")
     loader = common.file_batches(
@@ -1045,10 +1030,10 @@ def parse(argv=None):
         required=True,
         choices=list(TASK_FLAGS),
         help="negatives: for each caption the same events in another order in time, "
-        "or null where it tells no order; one that is there already is kept. clean: captions of "
-        "what is heard from the key "
+        "or null if it states no order; existing negatives are kept. clean: captions of "
+        "the sounds, made from the key "
         "description, else from the captions (title, description), which stay as description; "
-        "labels count as tags",
+        "labels are used as tags",
     )
     p.add_argument(
         "--data",
@@ -1066,24 +1051,24 @@ def parse(argv=None):
     how.add_argument(
         "--llm",
         metavar="HF_ID",
-        help="ask this language model, an id on the hub or a folder; its answers are kept in "
-        "NAME.llm.jsonl beside the output, from which a killed run goes on, rejected ones are "
+        help="ask this language model, a hub id or a folder; its answers are kept in "
+        "NAME.llm.jsonl beside the output, from which a killed run continues; rejected answers are "
         "listed in NAME.rejected.jsonl",
     )
     how.add_argument(
         "--import",
         dest="import_file",
         metavar="FILE",
-        help="take the texts from JSON Lines: {caption, negative, and if you like id or audio}; "
+        help="take the texts from JSON Lines: {caption, negative, optionally id or audio}; "
         "clean: {caption, and "
-        "description, id or audio}, one line a version",
+        "description, id or audio}, one line per version",
     )
     of_task = {"default": argparse.SUPPRESS}
     p.add_argument(
         "--overwrite-negatives",
         action="store_true",
         **of_task,
-        help="negatives: make all anew; otherwise those that are there stay "
+        help="negatives: replace existing negatives; without this flag they stay "
         "and only gaps are filled",
     )
     p.add_argument(
@@ -1096,13 +1081,13 @@ def parse(argv=None):
         "--versions",
         type=int,
         **of_task,
-        help="clean: captions asked for a clip, equal ones kept once [5, the paper's]",
+        help="clean: captions per clip, duplicates removed [5, the paper's]",
     )
     p.add_argument(
         "--temperature",
         type=float,
         **of_task,
-        help="clean: of the draws where there are several versions, one is greedy [0.7]",
+        help="clean: sampling temperature for several versions; a single one is greedy [0.7]",
     )
     p.add_argument(
         "--min-s",
@@ -1119,9 +1104,9 @@ def parse(argv=None):
     p.add_argument(
         "--batch-size", type=int, default=32, help="prompts the language model answers at a time"
     )
-    p.add_argument("--device", default="auto", help="of the language model: auto, cpu or cuda")
+    p.add_argument("--device", default="auto", help="for the language model: auto, cpu or cuda")
     p.add_argument("--show", type=int, default=5, help="random pairs to print")
-    p.add_argument("--seed", type=int, default=0, help="of the draws and of the pairs to print")
+    p.add_argument("--seed", type=int, default=0, help="seeds the draws and the pairs to print")
     p.set_defaults(run=rewrite)
     p = add(
         "recaption",
@@ -1144,18 +1129,18 @@ def parse(argv=None):
         required=True,
         metavar="MANIFEST_OR_FOLDER",
         help="NAME.jsonl, or a folder for manifest.jsonl, with the key synthetic in "
-        "each row, and its captions where it has some; classes.txt is copied beside it, the "
+        "each row, and its captions if it has any; classes.txt is copied beside it; the "
         "answers are kept in NAME.captions.jsonl, from "
-        "which a killed run goes on, rejected ones are listed in NAME.rejected.jsonl",
+        "which a killed run continues; rejected ones are listed in NAME.rejected.jsonl",
     )
     p.add_argument(
-        "--versions", type=int, default=1, help="captions drawn for a clip, equal ones kept once"
+        "--versions", type=int, default=1, help="captions drawn per clip, duplicates removed"
     )
     p.add_argument(
         "--temperature",
         type=float,
         default=0.1,
-        help="of the draws; 0: greedy (0.1 is what the paper's own captions are drawn at)",
+        help="sampling temperature; 0: greedy (0.1 is the paper's for its own captions)",
     )
     p.add_argument(
         "--min-s",
@@ -1178,7 +1163,7 @@ def parse(argv=None):
     p.add_argument("--workers", type=int, default=4, help="processes that read audio")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--show", type=int, default=5, help="random captions to print")
-    p.add_argument("--seed", type=int, default=0, help="of the draws and of the captions to print")
+    p.add_argument("--seed", type=int, default=0, help="seeds the draws and the captions to print")
     p.set_defaults(run=recaption)
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Public data sets as they ship, one's own tables and folders -> manifests, and checks of them.
+"""Convert public datasets, tables and folders to manifests; check and resample manifests.
 
   python -m tools.datasets audiocaps audiocaps --audio audiocaps_wavs --out data/audiocaps
   python -m tools.datasets csv mine.csv --audio file --caption text --out data/mine
@@ -61,8 +61,8 @@ SPLITS = {
     "evaluation": "test",
 }
 
-# What tells a dataset's folder: sub-folders to look in, files of which one must be there, what such
-# a file starts with
+# How a dataset's folder is recognised: sub-folders to search, file names of which one must exist,
+# and a pattern for the start of such a file
 SIGNS = {
     "audiocaps": (
         ("", "dataset", "dataset2.0", "csv_files", "csv_files_v1", "csv_files_v2"),
@@ -167,9 +167,9 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
     begin with some).
 
     Args
-        need: columns every row must have. columns: their names where the file may have no header
-        line.
-        comment: start of lines to skip. dialect: as csv.reader takes it.
+        need: columns that every row must have. columns: column names for a file that may have no
+        header line.
+        comment: prefix of lines to skip. dialect: options of csv.reader.
     """
     text, lines = read_text(path), None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
@@ -178,7 +178,7 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
     except csv.Error as error:
         with contextlib.suppress(csv.Error):
             lines = list(csv.reader(io.StringIO(text, newline=""), **dialect))
-        # A stray quote is only untidy, unless it swallows the rows after it
+        # A stray quote is harmless unless it merges the rows after it into one cell
         if lines is None or any("\n" in cell for line in lines for cell in line):
             raise ValueError(
                 f"{path}:{reader.line_num}: cannot be read as a table ({error}); is a closing "
@@ -211,8 +211,8 @@ def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[
 
 
 def candidates(dataset: str, folder: Path, inside=None):
-    """Each (folder, path in it) that is called as a file of this dataset, in `folder` and the known
-    sub-folders.
+    """Each (folder, path in it) whose name matches a file of this dataset, in `folder` and the
+    known sub-folders.
     """
     for sub, pattern in itertools.product(inside or SIGNS[dataset][0], SIGNS[dataset][1]):
         yield from ((folder / sub, path) for path in sorted((folder / sub).glob(pattern)))
@@ -237,8 +237,8 @@ def signs_of(dataset: str, folder: Path, inside=None) -> Path | None:
 
 
 def locate(dataset: str, root: Path, inside=None) -> Path:
-    """The folder of the dataset's tables; otherwise one sentence that says what is wrong with
-    `root` and what to give.
+    """The folder of the dataset's tables; the error says what is wrong with `root` and what to
+    give.
     """
     if not root.is_dir():
         raise FileNotFoundError(
@@ -256,7 +256,7 @@ def locate(dataset: str, root: Path, inside=None) -> Path:
     for folder in around:
         if signs_of(
             dataset, folder, inside and inside[1:]
-        ):  # of a version asked for, only the folders named for it
+        ):  # with --version, only the folders of that version
             raise ValueError(
                 f"{root}: the wrong level of the tree, here is no {expected}; give {folder}"
             )
@@ -287,26 +287,26 @@ def stem_of(name: str) -> str:
     """
     stem, suffix = os.path.splitext(os.path.basename(name))
     stem = stem if suffix.lower() in AUDIO_SUFFIXES | VIDEO_SUFFIXES else stem + suffix
-    return unicodedata.normalize("NFC", stem)  # macOS unpacks \u00e9 as e and an accent
+    return unicodedata.normalize("NFC", stem)  # macOS stores \u00e9 as e and an accent
 
 
 YOUTUBE = re.compile(
     r"Y?([\w-]{11})(?:_(\d+)(?:\.\d+)?(?:_\d+(?:\.\d+)?)?)?"
-)  # matched whole: an id may hold _ and begin with -
+)  # for fullmatch: an id may contain _ and begin with -
 
 
 def youtube_id(stem: str, sure: bool = False) -> str | None:
     """The id in a name such as id, Yid, id_30, id_000030, Yid_30.000_40.000.
 
-    Unless `sure`, a name without a capital is taken for words (train_00003); one id in 240 has
-    none.
+    Unless `sure`, a name without a capital letter is taken for words (train_00003); about one id in
+    300 has no capital.
     """
     found = YOUTUBE.fullmatch(stem)
     return found[1] if found and (sure or re.search("[A-Z]", found[1])) else None
 
 
 def youtube_names(name: str, start_s: float) -> list[str]:
-    """How a clip's file may be called, in the order tried; a final * stands for any end time."""
+    """Names that a clip's file may have, in the order tried; a final * stands for any end time."""
     start_s = float(start_s)
     start = f"{start_s:g}" if start_s < 1e6 else str(int(start_s))
     return [
@@ -339,7 +339,7 @@ class AudioTree:
         seen = set()
         for parent, folders, names in os.walk(folder, followlinks=True):
             folders[:] = sorted(d for d in folders if not d.startswith((".", "__MACOSX")))
-            if os.path.realpath(parent) in seen:  # a link back up
+            if os.path.realpath(parent) in seen:  # a link to a folder already visited
                 folders.clear()
                 continue
             seen.add(os.path.realpath(parent))
@@ -348,7 +348,7 @@ class AudioTree:
                 suffix = os.path.splitext(name)[1].lower()
                 if suffix in AUDIO_SUFFIXES and not name.startswith(
                     "._"
-                ):  # ._name: what macOS leaves beside a file
+                ):  # ._name: metadata of macOS
                     stem, path = stem_of(name), os.path.join(parent, name)
                     self.files[stem].append(path)
                     timed = re.fullmatch(r"(Y?[\w-]{11}_\d+(?:\.\d+)?)_\d+(?:\.\d+)?", stem)
@@ -358,12 +358,12 @@ class AudioTree:
                     self.videos.append(os.path.join(parent, name))
 
     def find(self, names, inside=None, written=None) -> str | None:
-        """First of `names` that there is; only below a folder `inside`, if the tree has one (names
-        repeat across splits).
+        """The file with the first of `names` that exists, or None.
 
-        written: what a table calls the file. Files of that name in several folders are then none,
-        unless one lies where the table says (`unsure`); one in another folder than the table's is
-        noted (`elsewhere`).
+        inside: search only below a folder of this name, if there is one (names repeat across
+        splits). written: the path in a table. If several folders hold the name, but not the folder
+        in the table, the result is None, noted in `unsure`. A file found in another folder than the
+        table's is noted in `elsewhere`.
         """
         for name in names:
             paths = self.files.get(name, [])
@@ -408,7 +408,7 @@ class AudioTree:
 
 real_folder = functools.lru_cache(maxsize=None)(
     os.path.realpath
-)  # one look-up a folder, not a file
+)  # resolves each folder once, not each file
 
 
 def path_in(folder: Path, path: str) -> str:
@@ -430,7 +430,7 @@ def path_in(folder: Path, path: str) -> str:
 
 
 def check_output(out: Path) -> None:
-    """Said now, not after hours of work: the file is not there yet, and it can be written."""
+    """Raise an error before hours of work if the file exists or cannot be written."""
     if out.exists():
         raise FileExistsError(f"--out {out}: already there; choose another name or remove it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
@@ -447,7 +447,7 @@ def write_manifest(out: Path, rows: list[dict], classes=None) -> None:
     def clean(text):
         return text.encode("utf-8", "replace").decode(
             "utf-8"
-        )  # half a surrogate pair, from cut JSON
+        )  # cut JSON may end in half a surrogate pair
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -485,10 +485,9 @@ def convert(args) -> dict:
     """Run one adapter and write DIR/manifest.jsonl and classes.txt.
 
     An adapter is a function (path, args) -> (entries, classes or None, published {group: {unit:
-    count}}). An entry is a manifest row without audio and duration, plus `names` (how its file may
-    be called, in order), and where needed `path` (tried first), `inside` (the folder it lies in)
-    and `written` (the path as a table tells it), for both see AudioTree.find, and `group` (what it
-    is counted under; default: its split).
+    count}}). An entry is a manifest row without audio and duration. It also holds `names` (possible
+    names of its file, in order), and where needed `path` (tried first), `inside` and `written` (see
+    AudioTree.find) and `group` (the name it is counted under; default: its split).
     """
     out = Path(args.out) / "manifest.jsonl"
     check_output(out)
@@ -581,7 +580,7 @@ def convert(args) -> dict:
     ):
         if items:
             print(f"{text}: {len(items):,}, such as {items[0]!r}")
-            for item in items:  # a file's name may not be UTF-8
+            for item in items:  # a file name is not always valid UTF-8
                 left_out.append(f"{text}: {item}".encode("utf-8", "backslashreplace").decode())
     shared = len(rows) - len({row["audio"] for row in rows})
     if shared:
@@ -613,21 +612,19 @@ def convert(args) -> dict:
 
 
 def with_durations(rows: list[dict], workers: int):
-    """-> rows with the seconds that the file's header tells, texts of the unreadable files."""
+    """-> rows with the duration from the file header, error texts of the unreadable files."""
 
     def seconds(row):
         try:
             row["audio"].encode("utf-8")
             return sf.info(row["audio"]).duration
         except UnicodeEncodeError:
-            return (
-                f"{row['audio']}: the file's name is not UTF-8, as a manifest needs it; rename it"
-            )
+            return f"{row['audio']}: the file's name is not UTF-8, which manifests need; rename it"
         except (sf.SoundFileRuntimeError, OSError) as error:
-            # libsndfile's text without the path, which the row has
+            # libsndfile's text without the path, which the message has already
             return f"{row['audio']}: {getattr(error, 'error_string', error)}".strip()
 
-    with multiprocessing.pool.ThreadPool(workers) as pool:  # libsndfile lets other threads run
+    with multiprocessing.pool.ThreadPool(workers) as pool:  # libsndfile releases the GIL
         found = list(
             tqdm(
                 pool.imap(seconds, rows, chunksize=64),
@@ -648,8 +645,8 @@ def with_durations(rows: list[dict], workers: int):
 
 
 def drop_outside(row: dict) -> int:
-    """Take out events and segments that hold no sound of the file -> how many; rounding dust at the
-    end is cut off.
+    """Remove events and segments of no length or after the end of the file -> how many. An event
+    that ends at most 1 ms too late (rounding) is cut.
     """
     end, events, dropped = row["duration"], row.get("events", []), 0
     for event in events:
@@ -667,14 +664,12 @@ def drop_outside(row: dict) -> int:
 
 
 def sentences(texts) -> list[str]:
-    """Captions that hold a word, without blanks at the ends. Two people may write the same one:
-    both count.
-    """
+    """Stripped captions that contain a word. Duplicates stay: two people may write the same one."""
     return [text.strip() for text in texts if text and re.search(r"\w", text)]
 
 
 def check_labels(path, labels, classes) -> None:
-    """ValueError where a table that looks right holds other classes than the dataset has."""
+    """Raise ValueError if a table with the right columns holds a label of another dataset."""
     strange = sorted(set(labels) - set(classes))
     if strange:
         raise ValueError(
@@ -691,11 +686,12 @@ def check_labels(path, labels, classes) -> None:
 
 def audiocaps(path: Path, args):
     """AudioCaps v1 and 2.0: {train,val,test}.csv with audiocap_id, youtube_id, start_time, caption;
-    audio fetched by oneself.
+    the audio is not included.
 
-    Also the re-layout of the WavCaps code (file_name, caption or caption_1 .. caption_5). Rows of
-    one (youtube_id, start_time) are one clip. Split = file name. Published: v1 49,838 train clips
-    with one caption, 495 and 975 with five; 2.0: 91,256 / 2,475 / 4,875 captions.
+    Also reads the tables of the WavCaps code (file_name, caption or caption_1 .. caption_5). Rows
+    with the same (youtube_id, start_time) are one clip. The file name gives the split. Published:
+    v1 49,838 train clips with one caption, 495 and 975 with five; 2.0: 91,256 / 2,475 / 4,875
+    captions.
     Licence: repository MIT, "free to use for academic purposes only"; audio of the YouTube owners.
     """
     folders = {
@@ -757,9 +753,9 @@ def clotho(path: Path, args):
     """Clotho v2.1: clotho_captions_{development,validation,evaluation}.csv, audio in folders of
     those names.
 
-    Splits development -> train, validation -> val, evaluation -> test; clotho_metadata_*.csv, where
-    there, gives the Freesound id and (--tags) the keywords. File names may begin with a blank, and
-    repeat across splits. Published: 3,839 / 1,045 / 1,045 clips, 5 captions each.
+    Splits: development -> train, validation -> val, evaluation -> test. clotho_metadata_*.csv, if
+    present, gives the Freesound ids and (--tags) the keywords. File names may begin with a space
+    and repeat across splits. Published: 3,839 / 1,045 / 1,045 clips, 5 captions each.
     Licence: Tampere University, non-commercial with attribution; clips under their own CC licences.
     """
     folder = locate("clotho", path)
@@ -788,8 +784,8 @@ def clotho(path: Path, args):
             )
             if table.is_file() and not facts:
                 print(
-                    f"{about}: not there, so these clips have no Freesound id by which --exclude "
-                    "and check could tell them"
+                    f"{about}: not there, so --exclude and check cannot recognise these clips by "
+                    "a Freesound id"
                 )
             for row in read_table(table, "file_name", "caption_1") if table.is_file() else []:
                 stem, fact = stem_of(row["file_name"]), facts.get(row["file_name"], {})
@@ -821,14 +817,14 @@ WAVCAPS = {
 
 
 def wavcaps(path: Path, args):
-    """WavCaps: json_files/<Source>/*_final.json; audio <id>.flac below a folder of the source's
-    name.
+    """WavCaps: json_files/<Source>/*_final.json; audio <id>.flac below a folder named after the
+    source.
 
     Sources AudioSet_SL (Y<youtube id>), BBC_Sound_Effects, FreeSound, SoundBible; all for training.
-    --blacklist takes files or the names of its own lists (exclude_all_ac, exclude_test_ac,
-    exclude_ub8k_esc50_vggsound), also aac-datasets' CSVs. Published: 108,317 + 31,201 + 262,300 +
-    1,232 clips, one caption each.
-    Licence: academic use only; sources keep their own.
+    --blacklist takes files (also aac-datasets' CSVs) or the names of WavCaps' own lists
+    (exclude_all_ac, exclude_test_ac, exclude_ub8k_esc50_vggsound). Published: 108,317 + 31,201 +
+    262,300 + 1,232 clips, one caption each.
+    Licence: academic use only; each source keeps its own licence.
     """
     folder, banned = locate("wavcaps", path), {"AudioSet_SL": set(), "FreeSound": set()}
     for item in args.blacklist:
@@ -876,7 +872,7 @@ def wavcaps(path: Path, args):
                 if stem in banned.get(source, ()):
                     dropped += 1
                     continue
-                # SoundBible's and BBC's numbers are no Freesound ids: keep them apart
+                # SoundBible's and BBC's numbers are not Freesound ids: a prefix keeps them apart
                 own = (
                     stem.removeprefix("Y")
                     if source == "AudioSet_SL"
@@ -947,7 +943,7 @@ def fsd50k(path: Path, args):
     """FSD50K: FSD50K.ground_truth/{dev,eval,vocabulary}.csv, audio
     FSD50K.{dev,eval}_audio/<fname>.wav.
 
-    Splits: dev's own train / val, eval -> test; 200 classes, parents included. --captions takes
+    Splits: dev's own train / val, eval -> test; 200 classes, with parent classes. --captions takes
     title and description of FSD50K.metadata/*_clips_info_FSD50K.json as captions; clips without
     either are left out.
     Published: 36,796 / 4,170 / 10,231 clips. Licence: CC BY 4.0; clips CC0, BY, BY-NC or Sampling+.
@@ -985,7 +981,7 @@ def fsd50k(path: Path, args):
                 def plain(words):
                     return " ".join(
                         html.unescape(re.sub("<[^>]*>", " ", words)).split()
-                    )  # they hold HTML
+                    )  # the texts contain HTML
 
                 texts = {
                     name: sentences(
@@ -1022,8 +1018,8 @@ def fsd50k(path: Path, args):
 def esc50(path: Path, args):
     """ESC-50: meta/esc50.csv, audio/{fold}-{Freesound id}-{take}-{target}.wav.
 
-    No split: five folds, each tested by the other four. Published: 2,000 clips, 50 classes, 400 a
-    fold; mirrors with a part of them work. Licence: CC BY-NC 3.0 (its ESC-10 part CC BY 3.0).
+    No split: five folds for cross-validation. Published: 2,000 clips, 50 classes, 400 per fold;
+    incomplete mirrors work. Licence: CC BY-NC 3.0 (its ESC-10 part CC BY 3.0).
     """
     locate("esc50", path)
     table = path / "meta" / "esc50.csv"
@@ -1046,8 +1042,8 @@ def esc10(path: Path, args):
     """ESC-10: the old folders '001 - Dog bark/{fold}-{Freesound id}-{take}.ogg', or the rows of
     ESC-50 that are marked esc10.
 
-    Labels are ESC-50's words. No split, five folds. Published: 400 clips, 10 classes. Licence: CC
-    BY 3.0.
+    Labels are spelled as in ESC-50. No split, five folds. Published: 400 clips, 10 classes.
+    Licence: CC BY 3.0.
     """
     locate("esc10", path)
     classes, table = [c for c in ESC50 if c in ESC10.values()], path / "meta" / "esc50.csv"
@@ -1090,7 +1086,7 @@ def urbansound8k(path: Path, args):
     """UrbanSound8K: metadata/UrbanSound8K.csv (with or without header),
     audio/fold{1..10}/{fsID}-{classID}-{n}-{n}.wav.
 
-    No split: ten folds, never reshuffled. start and end in the table are positions in the source
+    No split: ten folds, used as published. start and end in the table are positions in the source
     recording.
     Published: 8,732 clips, 10 classes. Licence: CC BY-NC 3.0.
     """
@@ -1122,7 +1118,7 @@ def vggsound(path: Path, args):
     (id_start.mp4, label).
 
     309 classes from data/stat.csv, else from the table; misspellings are official. Audio
-    <id>_<start:06d>.* first.
+    files named <id>_<start:06d>.* are tried first.
     Published: 183,730 / 15,446 clips. Licence: metadata CC BY 4.0, audio of the owners.
     """
     folder, rows = locate("vggsound", path), []
@@ -1165,9 +1161,9 @@ def audioset(path: Path, args):
     """AudioSet, weak labels: {balanced_train,unbalanced_train,eval}_segments.csv and
     class_labels_indices.csv.
 
-    Splits: both train files -> train, eval -> test; 527 classes by display name, several a clip. A
-    blank follows each comma of the tables. Published: 22,160 (balanced) and 2,042,985 / 20,371
-    clips; much audio is gone.
+    Splits: both train files -> train, eval -> test; 527 classes by display name, several per clip.
+    A space follows each comma in the tables. Published: 22,160 (balanced) and 2,042,985 / 20,371
+    clips; many are no longer online.
     Licence: CC BY 4.0; ontology CC BY-SA 4.0; audio of the owners.
     """
     folder = locate("audioset", path)
@@ -1219,8 +1215,8 @@ def tut2017(path: Path, args):
     """TUT Acoustic Scenes 2017: TUT-acoustic-scenes-2017-{development,evaluation}/{meta.txt,
     audio/, evaluation_setup/}.
 
-    Give one of the two folders or the one that holds both. development -> train, with the fold
-    whose fold*_evaluate.txt holds the clip; evaluation -> test. 15 scenes. Published: 4,680 / 1,620
+    PATH is one of the two folders or their parent. development -> train, with the fold whose
+    fold*_evaluate.txt lists the clip; evaluation -> test. 15 scenes. Published: 4,680 / 1,620
     clips of 10 s.
     Licence: non-commercial.
     """
@@ -1284,9 +1280,7 @@ def event_of(source, label, onset, offset) -> dict:
 def events_by_file(
     table, rows: list[dict], name: str, onset: str, offset: str, label: str
 ) -> dict[str, list[dict]]:
-    """{file: events} in the table's order; a row without a label is a file in which nothing happens
-    (DESED).
-    """
+    """{file: events} in the table's order; a row without a label: a file without events (DESED)."""
     files = collections.defaultdict(list)
     for row in rows:
         files[row[name]] += (
@@ -1303,7 +1297,7 @@ def audioset_strong(path: Path, args):
     """AudioSet-Strong: audioset_{train,eval}_strong.tsv and mid_to_display_name.tsv, or TSVs
     `filename onset offset event_label`.
 
-    Splits train, eval -> test (converted files: by their names). segment_id is <youtube id>_<start
+    Splits: train, eval -> test (converted files: by file name). segment_id is <youtube id>_<start
     in ms>, times are relative to the segment. classes.txt: the 407 classes that occur in both
     splits. Clips without events are not listed.
     Published: 103,463 clips with 934,821 events / 16,996 with 139,538. Licence: CC BY 4.0; audio of
@@ -1333,7 +1327,7 @@ def audioset_strong(path: Path, args):
             words = set(re.split(r"[^a-z]+", table.stem.lower())) & set(SPLITS)
             if len(words) != 1:
                 raise ValueError(
-                    f"{table}: its name tells no split; rename it so that it holds one of train, "
+                    f"{table}: no split in its name; rename it so that it contains one of train, "
                     "val, test, eval"
                 )
             splits[table] = SPLITS[words.pop()]
@@ -1378,9 +1372,9 @@ def audioset_strong(path: Path, args):
 def desed(path: Path, args):
     """DESED: metadata/{train,validation,eval}/*.tsv, audio/... as the desed package lays it out.
 
-    --sets names tables: weak (labels), validation (-> val) and public (-> test) by default; also
+    --sets selects tables: weak (labels), validation (-> val) and public (-> test) by default; also
     unlabel_in_domain, synthetic21_train and synthetic21_validation (their soundscapes.tsv). A row
-    without an event is a clip in which nothing happens. Published: 1,578 weak clips; validation
+    without an event is a clip without events. Published: 1,578 weak clips; validation
     1,168 with 4,224 events; public 692 with 2,765; unlabelled 14,412; synthetic 10,000. Licence:
     metadata MIT; audio per file, from YouTube and Freesound.
     """
@@ -1446,11 +1440,10 @@ def audiogrounding(path: Path, args):
     """AudioGrounding v2 (TAG): {train,val,test}/label.json, {split}/metadata/{split}.json or
     {split}.json; audio Y<id>.wav.
 
-    A JSON list of captions with audiocap_id, audio_id, tokens and phrases with segments; segments
-    [[0, 0]] mean
-    that the phrase is not heard: it is kept without a segment. Captions of one audio file are one
-    row. Version 1 (one dictionary of columns) is read by python -m tools.datasets csv, see README.
-    Published (version 1): 4,489 / 31 / 70 clips.
+    A table is a JSON list of captions with audiocap_id, audio_id, tokens and phrases with segments.
+    Segments [[0, 0]] mean that the phrase is not heard; it is kept without a segment. The captions
+    of one audio file are one row. Version 1 (one dictionary of columns) is read by python -m
+    tools.datasets csv, see README. Published (version 1): 4,489 / 31 / 70 clips.
     Licence: repository MIT, Zenodo CC BY 4.0.
     """
     folder = locate("audiogrounding", path)
@@ -1494,7 +1487,7 @@ def audiogrounding(path: Path, args):
 
 
 def real_segments(segments) -> list[list[float]]:
-    """Segments without AudioGrounding's [0, 0], which says that there is none."""
+    """Segments without AudioGrounding's [0, 0], which marks a phrase that is not heard."""
     return [[float(on), float(off)] for on, off in segments if off > on >= 0]
 
 
@@ -1507,8 +1500,8 @@ def clotho_aqa(path: Path, args):
     """Clotho-AQA: clotho_aqa_{train,val,test}.csv (file_name, QuestionText, answer, confidence),
     audio_files/*.wav.
 
-    Three people answer each question: `answer` is what most say (else what the first says), in
-    lower case, `answers` are all three. clotho_aqa_metadata.csv gives the Freesound id where it has
+    Three people answer each question. `answer` is the majority answer (else the first) in lower
+    case, `answers` holds all three. clotho_aqa_metadata.csv gives the Freesound id where it has
     a column sound_id. Published: 1,991 clips, 35,838 answers to 11,946 questions. Licence: see its
     LICENSE.txt.
     """
@@ -1524,7 +1517,7 @@ def clotho_aqa(path: Path, args):
     )
     if not any(map(str.isdigit, ids.values())):
         print(
-            f"{about}: no sound_id there, so --exclude and check can tell these clips by their "
+            f"{about}: no sound_id there, so --exclude and check recognise these clips by their "
             "content alone; exclude Clotho's too"
         )
 
@@ -1564,8 +1557,8 @@ def music_avqa(path: Path, args):
     """MUSIC-AVQA: data/json/avqa-{train,val,test}.json (--version json_update: the corrected ones),
     audio <video_id>.wav.
 
-    Placeholders of a question are filled in order from templ_values; the answer's key is spelled
-    `anser`; type and templ_values are JSON inside text. Published: val 4,595 questions on 3,815
+    The placeholders of a question are filled in order from templ_values; the key of the answer is
+    spelled `anser`; type and templ_values are JSON strings. Published: val 4,595 questions on 3,815
     videos, test 9,185 on 6,399 (updated: 4,568 / 9,129 questions), 45,867 on 9,288 in all. Licence:
     repository MIT; videos of the owners.
     """
@@ -1649,9 +1642,9 @@ def records_of(file: Path, args, need=()) -> list[dict]:
 def any_table(path: Path, args):
     """Any CSV, TSV, JSON Lines or JSON: name its columns; rows of one audio file become one clip.
 
-    PATH is one table, or a folder of tables, one a clip: then `file` is the table's name without
-    suffix and `folder` that of its folder, to be used like columns. The columns' values may be
-    lists in JSON.
+    PATH is one table, or a folder with one table per clip. A folder adds two columns: `file` (the
+    table's name without suffix) and `folder` (the name of its folder). In JSON a value may be a
+    list.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such table or folder of tables")
@@ -1698,13 +1691,11 @@ def any_table(path: Path, args):
             raise ValueError(
                 f"{file}: no column '{absent[0]}' (columns there: {', '.join(sorted(known))})"
             )
-        for record in records or [about] * bool(
-            about
-        ):  # an empty table: a clip in which nothing happens
+        for record in records or [about] * bool(about):  # an empty table: a clip without events
             add_record(clips, record, literal, file, args)
     classes = sorted({label for clip in clips.values() for label in clip.get("labels", [])}) or None
 
-    def entries():  # names only now: a dozen for each of two million clips would fill the memory
+    def entries():  # a generator: a dozen names for each of two million clips fill the memory
         for (name, _), clip in clips.items():
             stem = stem_of(name)
             youtube = (
@@ -1758,7 +1749,7 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
         new = sentences(itertools.chain(*(t if isinstance(t, list) else [t] for t in texts)))
         per_part = (
             args.onset or args.phrase
-        )  # then each row of an event or phrase repeats its clip's caption
+        )  # then every row of an event or phrase repeats the caption of its clip
         clip["captions"] += [
             caption for caption in new if not per_part or caption not in clip["captions"]
         ]
@@ -1787,8 +1778,8 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
 
 
 def folders(path: Path, args):
-    """One folder of sound files per class; above them, if you like, one folder per split (train,
-    val, test).
+    """One folder of sound files per class, optionally within one folder per split (train, val,
+    test).
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
@@ -1839,13 +1830,13 @@ ADAPTERS = (
 
 
 # ------------------------------------------------------------------------------------------------
-# Check, and the same recording in two places
+# Check; recordings that occur in two places
 # ------------------------------------------------------------------------------------------------
 
 
 def keys_of(row: dict) -> list[str]:
-    """Names under which a row's recording may turn up elsewhere: its id, a YouTube or Freesound id
-    in the file's name.
+    """Ids by which a row's recording is recognised elsewhere: its id, and a YouTube or Freesound id
+    in the file name.
     """
     name, keys = stem_of(Path(row["audio"]).name), []
     if row.get("id") not in (None, ""):
@@ -1863,15 +1854,15 @@ def file_hash(path) -> str:
 
 
 def middle_of(path) -> int:
-    """Of 4 KB from the middle: uncompressed files of one length share their size, not these."""
+    """Hash of 4 KB from the middle; unlike size, it separates uncompressed files of one length."""
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
         return hash(file.read(4096))
 
 
 def hashes_of(paths, others=None) -> dict[str, str]:
-    """{path: SHA-256} of the files that may equal another one of `paths`, or one of `others`: same
-    size, same middle.
+    """{path: SHA-256} of those `paths` that may equal one of `others` (default: another of
+    `paths`): those with the same size and the same middle.
     """
     paths, others = (
         [p for p in paths if os.path.isfile(p)],
@@ -1888,7 +1879,7 @@ def hashes_of(paths, others=None) -> dict[str, str]:
             wanted = set(theirs.values()) & set(own.values())
             others = [path for path in others if theirs[path] in wanted]
         paths = [path for path in own if own[path] in wanted]
-    with multiprocessing.pool.ThreadPool() as pool:  # hashing lets other threads run
+    with multiprocessing.pool.ThreadPool() as pool:  # hashing releases the GIL
         return dict(
             zip(
                 paths,
@@ -1904,8 +1895,8 @@ def hashes_of(paths, others=None) -> dict[str, str]:
 
 
 def exclude(rows: list[dict], manifests: list[str]) -> list[dict]:
-    """The rows whose recording none of `manifests` holds: by id, by the id in the file's name, by
-    the file's content.
+    """The rows whose recording is in none of `manifests`, compared by id, by the id in the file
+    name and by file content.
     """
     for manifest in manifests:
         held = common.read_manifest([manifest])
@@ -1944,8 +1935,8 @@ def _check_file(row):
 
 
 def leaks_of(rows: list[dict], places: list[str]) -> dict:
-    """{(place, place): sorted keys} of the recordings that two places share; the file's content
-    counts where no id tells.
+    """{(place, place): sorted keys} of the recordings that two places share, by id, else by path
+    or file content.
     """
     hashes = hashes_of({row["audio"] for row in rows}) if len(set(places)) > 1 else {}
     keys = [
@@ -2047,13 +2038,13 @@ def resampled_name(row: dict, rate: int) -> str:
 
 
 def _start_resampling() -> None:
-    """In a new process: Ctrl-C is for the main one, and torch's threads do not survive a fork."""
+    """Set up a worker: Ctrl-C is for the main process; torch's threads do not survive a fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def _resample_file(job):
-    """-> error text or None. A file that is there already was written whole by an earlier call."""
+    """-> error text or None. A file that exists was written completely by an earlier call."""
     row, rate, path = job
     if path.exists():
         return None
@@ -2082,7 +2073,7 @@ def resample(args) -> dict:
         row["audio"]: (row, args.rate, out / "audio" / resampled_name(row, args.rate))
         for row in rows
     }
-    # by the file to write: two manifests may name one source in two ways
+    # keyed by the file to write: two manifests may name one source differently
     todo = list({job[2]: job for job in jobs.values() if not job[2].exists()}.values())
     size = sum(2 * args.rate * (row.get("duration") or 10.0) for row, _, _ in todo)
     free = shutil.disk_usage(out).free
@@ -2103,14 +2094,14 @@ def resample(args) -> dict:
             bad = [error for error in bar if error]
         except concurrent.futures.process.BrokenProcessPool:
             raise OSError(
-                "a process that resamples was killed, as systems do when memory runs out; give "
-                "fewer --workers, the same call continues"
+                "a process that resamples was killed, probably because memory ran out; repeat the "
+                "call with fewer --workers, it continues"
             ) from None
     for error in bad:
         print(f"kept at its place: {error}")
     for row in rows:
         path = jobs[row["audio"]][2]
-        if path.exists():  # one that cannot be read stays, and training reports it
+        if path.exists():  # an unreadable file keeps its path, and training reports it
             row["audio"] = str(path)
     write_manifest(out / "manifest.jsonl", rows, classes)
     return {"files": len(jobs), "written": len(todo) - len(bad), "unreadable": len(bad)}
@@ -2122,7 +2113,7 @@ def resample(args) -> dict:
 
 
 def at_least_one(text: str) -> int:
-    """An argparse type, of --workers and other counts."""
+    """The argparse type of --workers and other counts."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
     return int(text)
@@ -2145,7 +2136,7 @@ def parse(argv=None):
         p.add_argument(
             "path",
             metavar="PATH",
-            help="a table, or a folder of tables, one a clip"
+            help="a table, or a folder with one table per clip"
             if adapter is any_table
             else "the dataset's folder",
         )
@@ -2162,7 +2153,7 @@ def parse(argv=None):
             nargs="+",
             default=[],
             metavar="MANIFEST",
-            help="leave out what these hold, by YouTube id, Freesound id or the file's SHA-256",
+            help="leave out the clips of these, by YouTube id, Freesound id or the file's SHA-256",
         )
         p.add_argument(
             "--workers",
@@ -2183,7 +2174,7 @@ def parse(argv=None):
             p.add_argument(
                 "--tags",
                 action="store_true",
-                help="keywords, free words of the uploaders, as labels",
+                help="use the uploaders' keywords (free text) as labels",
             )
         if adapter is wavcaps:
             p.add_argument(
@@ -2198,7 +2189,7 @@ def parse(argv=None):
             )
         if adapter is fsd50k:
             p.add_argument(
-                "--captions", action="store_true", help="title and description as captions"
+                "--captions", action="store_true", help="use title and description as captions"
             )
         if adapter is desed:
             p.add_argument(
@@ -2245,7 +2236,7 @@ def parse(argv=None):
         "check",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        help="look manifests over: counts, durations, unreadable files, recordings shared between "
+        help="report on manifests: counts, durations, unreadable files, recordings shared between "
         "splits or manifests",
     )
     p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
@@ -2255,8 +2246,8 @@ def parse(argv=None):
         "resample",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        help="write a manifest's audio at a model's rate, which training reads faster; an "
-        "interrupted call continues",
+        help="write a manifest's audio at a model's rate, which training reads faster; repeat an "
+        "interrupted call to continue",
     )
     p.add_argument("data", nargs="+", help="manifests, or folders that hold manifest.jsonl")
     p.add_argument(

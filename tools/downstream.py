@@ -1,12 +1,12 @@
-"""Scores that need more than embeddings: trained probes, generated captions, noise, pictures.
+"""Scores that need more than embeddings: trained probes, generated captions, noise, images.
 
   python -m tools.downstream runs/collat-1/best.pt --data data/esc50 --protocol probe noise
   python -m tools.downstream runs/cacophony-1/best.pt --data data/clotho --protocol captioning
   --json scores.json
 
 Protocols: probe (trained classifiers), aqa (question answering by a trained probe), captioning,
-noise (robustness), image (audio-image retrieval), gap (distance between the modalities). Everything
-else, the rule for long audio and the intervals, is as in eval.py.
+noise (robustness), image (audio-image retrieval), gap (distance between the modalities). All else,
+such as long audio and the intervals, is as in eval.py.
 """
 
 import collections
@@ -48,24 +48,23 @@ def train_probe(
     network=None,
     device="cpu",
 ):
-    """A probe on frozen embeddings whose best epoch is chosen on `val` -> function from inputs to
-    logits.
+    """Train a probe on frozen embeddings, with the best epoch chosen on `val` -> function from
+    inputs to logits.
 
-    train, val: inputs (N, ..., D), and targets: class numbers (N,) or (N, W) for the cross entropy
-    of a softmax (-1: no class, never right, nothing to learn), or 0 and 1 (N, n_classes) float32
-    for that of one sigmoid a class. AdamW, which without weight_decay is Adam; a function of the
-    seed alone.
+    train, val: inputs (N, ..., D) and targets. Targets are class numbers (N,) or (N, W) for softmax
+    cross entropy (-1: no class, never right, ignored by the loss), or 0 and 1 (N, n_classes)
+    float32 for the cross entropy of one sigmoid per class. The optimiser is AdamW (without
+    weight_decay: Adam). The result depends on the seed alone.
     Args
-        standardise: bring every input to mean 0 and deviation 1 over the training rows.
-        layers: linear ones of an MLP; each but the last is followed by batch norm if wanted, ReLU
+        standardise: scale every input to mean 0 and deviation 1 over the training rows.
+        layers: linear layers of an MLP; all but the last are followed by optional batch norm, ReLU
         and dropout.
-        network: D, n_classes -> the network to train in place of that MLP; layers, width, dropout
-        and batch_norm are then its own.
-        patience: epochs without a better one after which training ends.
-        score_of: validation logits (N, n_classes) -> what the best epoch has most of (of tuples the
-        first entry decides, then
-            the next); default: accuracy. Of equal epochs the first counts, without validation rows
-            the last.
+        network: D, n_classes -> a network to train instead of that MLP; it replaces layers, width,
+        dropout and batch_norm.
+        patience: training ends after this many epochs without a better score.
+        score_of: validation logits (N, n_classes) -> the score to maximise, a number or a tuple
+        compared entry by entry; default: accuracy. The first of equal epochs counts; without
+        validation rows, the last epoch.
     """
     torch.manual_seed(seed)
     (inputs, targets), (val_inputs, val_targets) = (
@@ -127,8 +126,8 @@ def train_probe(
 
 
 def probe_loss(logits, targets):
-    """Cross entropy of one sigmoid a class (N, C) for float targets, else of a softmax, -1 left
-    out; for numpy arrays a float.
+    """Cross entropy of one sigmoid per class (N, C) for float targets, else of a softmax, where -1
+    is ignored; a float for numpy arrays.
     """
     if isinstance(logits, np.ndarray):
         return float(probe_loss(torch.from_numpy(logits), torch.from_numpy(targets)))
@@ -140,10 +139,10 @@ def probe_loss(logits, targets):
 
 
 def embed_splits(model, clips, settings, key: str, what: str, tokens: bool = False) -> dict:
-    """What a trained probe needs of the scored split and of train and val where they have `key`.
+    """Embeddings of the scored split, and of the rows of train and val that have `key`.
 
-    Returns: split -> rows (one a file), audio_embeds (N, D), with `tokens` prompt embeddings (N, L,
-    D') else None.
+    Returns: split -> rows (one per file), audio_embeds (N, D), prompt embeddings (N, L, D') if
+    `tokens`, else None.
     """
     trainable = {
         split: [row for row in settings.manifest if row.get("split") == split and row.get(key)]
@@ -165,7 +164,7 @@ def embed_splits(model, clips, settings, key: str, what: str, tokens: bool = Fal
 
 
 def scored_split(model, clips, settings, tokens: bool):
-    """What `embed_rows` gives, of the clips to score, whose own embeddings are there already."""
+    """As `embed_rows`, for the clips to score; their clip embeddings already exist."""
     return (
         embed_rows(model, clips["rows"], settings, settings.split, True)
         if tokens
@@ -189,11 +188,11 @@ def embed_rows(model, rows: list[dict], settings, name: str, tokens: bool):
 def aqa(model, clips, classes, settings) -> dict:
     """Audio question answering with a probe on frozen embeddings.
 
-    Clip and question embedding side by side go into a 4-layer MLP (train_probe), trained on the
-    rows of split train, chosen on val, scored on the evaluated split; one probe for yes/no
-    questions, one for the others, whose classes are the answers of the training rows. Word R@k: the
-    answer among the k best; an answer never seen in training is a miss. Of questions with a type,
-    those that need a picture are left out. Source: Cacophony Table III, Sec. V-C (Clotho-AQA, and
+    A 4-layer MLP (train_probe) takes the concatenated clip and question embeddings. It is trained
+    on the rows of split train, chosen on val and scored on the evaluated split. One probe answers
+    yes/no questions, another all others; the classes are the answers of the training rows. Word
+    R@k: the answer is among the k best; an answer never seen in training is a miss. Questions
+    whose type needs the image are left out. Source: Cacophony Table III, Sec. V-C (Clotho-AQA, and
     Music-AQA, derived from MUSIC-AVQA; its layer widths and learning rate are not stated).
     """
     splits = embed_splits(model, clips, settings, "qa", "aqa trains a probe")
@@ -290,8 +289,8 @@ def aqa(model, clips, classes, settings) -> dict:
 
 
 class TokenProbe(torch.nn.Module):
-    """One transformer decoder layer whose one learned query reads a clip's tokens (B, L, D), then a
-    linear layer -> (B, C).
+    """A transformer decoder layer, in which one learned query attends to a clip's tokens (B, L, D),
+    and a linear layer -> (B, C).
 
     Source: CoLLAT Sec. 5.1 and Table 2, LP ("a 1-layer transformer decoder").
     """
@@ -307,12 +306,12 @@ class TokenProbe(torch.nn.Module):
 
 
 def decoder_layer(width: int) -> torch.nn.TransformerDecoderLayer:
-    """torch's own, heads of at least 64 dimensions."""
+    """torch's decoder layer, with heads of at least 64 dimensions if the width allows."""
     heads = max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
     return torch.nn.TransformerDecoderLayer(width, heads, 4 * width, dropout=0.1, batch_first=True)
 
 
-PROBES = {  # name -> what it reads, train_probe's settings; ours: the paper names none
+PROBES = {  # name -> input, settings of train_probe (ours: the paper states none)
     "linear": (
         "audio_embeds",
         dict(layers=1, lr=1e-2, weight_decay=0.0, batch_size=64, epochs=100, patience=20),
@@ -327,11 +326,11 @@ PROBES = {  # name -> what it reads, train_probe's settings; ours: the paper nam
 
 
 def label_task(rows: list[dict], classes: list[str]):
-    """-> kind ("multiclass" where no row has two labels, else "multilabel"), targets as the probes
-    take them, rows that count.
+    """-> kind ("multiclass" where no row has two labels, else "multilabel"), targets for
+    train_probe, rows that count.
 
-    Without a label in the class list a row counts only beside rows of several labels, as no class's
-    example.
+    A row without a label of the class list counts in a multilabel task only, as a negative for
+    every class.
     """
     targets = common.label_targets(rows, classes)
     if (targets.sum(1) > 1).any():
@@ -343,9 +342,7 @@ METRIC_OF = {"multiclass": "accuracy", "multilabel": "mAP"}
 
 
 def label_evidence(kind: str, logits, targets) -> np.ndarray:
-    """What the score needs of each clip, one row a clip: right or not, or logits and targets side
-    by side.
-    """
+    """What the score needs, one row per clip: right or not, or logits and targets side by side."""
     if kind == "multiclass":
         right = logits[np.arange(len(logits)), targets]
         return ((logits >= right[:, None]).sum(1) == 1)[:, None]  # a tie is a miss
@@ -362,14 +359,14 @@ def label_score(kind: str, evidence: np.ndarray) -> float:
 
 
 def label_chance(kind: str, train_targets, test_targets) -> float:
-    """The commonest class of the training clips, or the mean share of clips with a class."""
+    """Accuracy of the commonest training class, or the mean share of clips with a class."""
     if kind == "multiclass":
         return float((test_targets == np.bincount(train_targets).argmax()).mean())
     return float(test_targets.mean(0)[test_targets.any(0)].mean())
 
 
 def join_inputs(parts: list[dict]) -> dict:
-    """Several splits as one."""
+    """Concatenate several splits."""
     return {
         key: np.concatenate([part[key] for part in parts])
         if isinstance(value, np.ndarray)
@@ -379,7 +376,7 @@ def join_inputs(parts: list[dict]) -> dict:
 
 
 def fold_turns(folds: list[str]) -> list[tuple]:
-    """(folds for training, for validation, for the test): each is tested once, the next one is for
+    """(training folds, validation fold, test fold): each fold is tested once, with the next one for
     validation.
     """
     return [
@@ -389,15 +386,16 @@ def fold_turns(folds: list[str]) -> list[tuple]:
 
 
 def probe(model, clips, classes, settings) -> dict:
-    """Labels from frozen features, by classifiers trained on split train, chosen on val, scored on
-    the evaluated split.
+    """Labels from frozen features: classifiers are trained on split train, chosen on val and scored
+    on the evaluated split.
 
     linear: one linear layer on the clip embedding. decoder, for models with token_embeds: a
     transformer decoder layer with one learned query over the token embeddings of the first window
-    (TokenProbe). Accuracy where no clip has two labels, else macro mAP, as classification and
-    tagging count them; of epochs equal on val the one with the smallest loss there. Inputs are
-    standardised over the training clips. Rows with folds and no split train: each fold is tested
-    once, the next one chooses the epoch, the others train; mean over folds. chance: `label_chance`.
+    (TokenProbe). The score is accuracy if no clip has two labels, else macro mAP, as in
+    classification and tagging. Of epochs with equal scores on val, the one with the smallest loss
+    there is taken. Inputs are standardised over the training clips. Rows with folds and no split
+    train: each fold is tested once, the next one chooses the epoch, the others train; the score is
+    the mean over folds. chance: `label_chance`.
     Source: CoLLAT, linear probing (ESC-50, UrbanSound8K, TUT, FSD50K, AudioSet); its settings are
     not stated.
     """
@@ -416,7 +414,7 @@ def probe(model, clips, classes, settings) -> dict:
         turns = [(["train"], "val" if settings.split != "val" else None, settings.split)]
         fold_of = np.array(
             [split for split, (rows, *_) in splits.items() for _ in rows]
-        )  # the splits are the folds of one turn
+        )  # the splits act as the folds of one turn
     rows = [row for of, *_ in splits.values() for row in of]
     inputs = {"audio_embeds": np.concatenate([embeds for _, embeds, _ in splits.values()])}
     if tokens:
@@ -511,7 +509,7 @@ def probe(model, clips, classes, settings) -> dict:
 
 
 def told_settings(training: dict) -> str:
-    """Of train_probe, for print."""
+    """Settings of train_probe as text."""
     return (
         f"AdamW {training['lr']:g}, batch {training['batch_size']}, "
         f"at most {training['epochs']} epochs, seed 0"
@@ -519,11 +517,11 @@ def told_settings(training: dict) -> str:
 
 
 class NoisyModel:
-    """A model that hears every clip with Gaussian noise added, behind which it is as it was.
+    """A wrapper that adds Gaussian noise to every clip before the model.
 
-    The noise is drawn by a generator seeded by the clip's own samples, so neither batches nor the
-    order of files change it, and it has the same shape at every level. Args: std: its standard
-    deviation, or snr_db: 10 log10 of the clip's power to its.
+    The clip's own samples seed the noise, so neither batches nor the order of files change it, and
+    all levels scale the same draw. Args: std: standard deviation of the noise, or snr_db: 10 log10
+    of clip power / noise power.
     """
 
     def __init__(self, model, std: float | None = None, snr_db: float | None = None):
@@ -563,11 +561,11 @@ def noise(model, clips, classes, settings) -> dict:
     """Zero-shot accuracy (macro mAP where a clip has several labels) of clips with Gaussian noise
     added to their samples.
 
-    clean: without; std0.1: mean 0, standard deviation 0.1 (the paper's), of samples in [-1, 1]
-    (ours);
-    snr20 to snr0: the noise scaled to lie so many dB below each clip's own power. Added at the
-    model's rate before any padding, not clipped, one draw a clip (NoisyModel). Ties as in
-    classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K), Sec. 5.1 (std 0.1).
+    clean: no noise; std0.1: mean 0, standard deviation 0.1 (the paper's), for samples in [-1, 1]
+    (ours); snr20 to snr0: the noise power is so many dB below the clip's own power. The noise is
+    added at the model's rate before any padding, without clipping, one draw per clip (NoisyModel).
+    Ties as in classification and tagging. Source: CoLLAT Table 3a (ESC-50 and FSD50K), Sec. 5.1
+    (std 0.1).
     """
     kind, targets, counted = label_task(clips["rows"], classes)
     evidence = {}
@@ -614,7 +612,7 @@ def noise(model, clips, classes, settings) -> dict:
 
 
 def pillow():
-    """pillow's Image, or one sentence on how to get it."""
+    """pillow's Image; the error says how to install it."""
     try:
         from PIL import Image
     except ImportError:
@@ -634,7 +632,7 @@ def load_image_model(name: str, dim: int):
         config = common.transformers_config(name)
         if (
             config.model_type == "clip"
-        ):  # the width of the common space stands outside the image tower's own settings
+        ):  # the joint dimension is not part of the image tower's own config
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
         elif config.model_type != "clip_vision_model":
@@ -694,13 +692,13 @@ def embed_images(encoder, processor, rows: list[dict], batch_size: int):
 
 
 def image(model, clips, classes, settings) -> dict:
-    """Retrieval between clips and pictures, for models whose audio lies in CLIP's space: MRR and
+    """Retrieval between clips and images, for models whose audio lies in CLIP's space: MRR and
     R@1, 5, 10 both ways.
 
-    One picture a clip (`image`), encoded by --image-model; a2i: the clip's own picture among all,
-    i2a: the picture's clip. Clips without a picture are left out. Ties count against the right
-    answer. Source: Wav2CLIP's protocol on VGGSound's test split (15K clips), CoLLAT Sec. 5.2 and
-    Table 3b.
+    Each clip has one `image`, encoded by --image-model. a2i: rank of the clip's image among all
+    images; i2a: rank of the image's clip. Clips without an image are left out. Ties count against
+    the right answer. Source: Wav2CLIP's protocol on VGGSound's test split (15K clips), CoLLAT Sec.
+    5.2 and Table 3b.
     """
     if not settings.flags.image_model:
         raise ValueError(
@@ -725,7 +723,7 @@ def image(model, clips, classes, settings) -> dict:
     n = len(rows)
     ranks = common.retrieval_ranks(
         lambda part: audio_embeds[part] @ image_embeds.T, np.arange(n), n
-    )  # the pictures in the place of captions
+    )  # images take the place of captions
 
     def named(scores):
         return {
@@ -759,13 +757,13 @@ def image(model, clips, classes, settings) -> dict:
 
 
 def captioning(model, clips, classes, settings) -> dict:
-    """What the model says about each clip, against all the captions of the clip.
+    """Generated captions, scored against all captions of each clip.
 
     BLEU-1 to 4, ROUGE-L and CIDEr-D as the COCO caption toolkit defines them (`bleu`, `rouge_l`,
     `cider_d`). Words are those of `caption_words`; the toolkit's own tokenizer needs Java, and so
     do METEOR and SPICE, which are not run. chance: always saying the most frequent reference (of
     equally frequent ones the first in the alphabet). Above temperature 0 each clip is captioned
-    alone, seeded by its file's name, so that neither batches nor the order of files change a word.
+    alone, seeded by its file's name, so that neither batches nor file order change the result.
     CIDEr-D's document frequencies are those of all clips, in every bootstrap draw. A model with
     token_embeds but no caption method gets a decoder, trained on the captions of split train
     (`decoded_captions`). Source: Cacophony, automatic captioning (AudioCaps, Clotho; its
@@ -823,13 +821,13 @@ def captioning(model, clips, classes, settings) -> dict:
 
 
 def gap(model, clips, classes, settings) -> dict:
-    """Modality gap: the distance between the mean audio embedding and the mean text embedding, all
-    of length 1.
+    """Modality gap: distance between the mean audio and the mean text embedding, all of length 1.
 
-    Every caption and its clip are one pair; the means are over pairs. 0: both modalities lie around
-    the same point; 2 at most. No score to maximise: what it says depends on the model's temperature
-    and dimensions. chance: the same vectors with their modality drawn at random, mean over 20
-    draws. Source: Liang et al., NeurIPS 2022; Cacophony's gap on its validation pairs.
+    Every caption and its clip are one pair; the means are over pairs. The gap is 0 if both
+    modalities have the same mean, and 2 at most. It is not a score to maximise: it depends on the
+    model's temperature and dimensions. chance: the same vectors with their modality drawn at
+    random, mean over 20 draws. Source: Liang et al., NeurIPS 2022; Cacophony's gap on its
+    validation pairs.
     """
     common.require(clips["rows"], "captions")
     captions = [
@@ -872,7 +870,7 @@ def gap(model, clips, classes, settings) -> dict:
 
 @torch.no_grad()
 def caption_files(model, rows: list[dict], settings) -> list[str]:
-    """One caption a row."""
+    """One generated caption per row."""
     said = [""] * len(rows)
     loader = common.file_batches(
         model,
@@ -902,8 +900,8 @@ class CaptionDecoder(torch.nn.Module):
     """One transformer decoder layer that writes a caption token by token over a clip's prompt
     embeddings.
 
-    clips (N, L, D): of all clips, no part of the weights. Inputs (B, 1 + W): a clip's number, then
-    the caption so far.
+    clips (N, L, D): the prompt embeddings of all clips, not saved as weights. Inputs (B, 1 + W): a
+    clip's number, then the caption so far.
     """
 
     def __init__(self, clips, vocabulary: int, max_tokens: int):
@@ -918,9 +916,7 @@ class CaptionDecoder(torch.nn.Module):
     def forward(self, inputs):
         numbers, tokens = inputs[:, 0], inputs[:, 1:]
         W = tokens.shape[1]
-        later = torch.ones(W, W, dtype=torch.bool, device=inputs.device).triu(
-            1
-        )  # True: not to be seen
+        later = torch.ones(W, W, dtype=torch.bool, device=inputs.device).triu(1)  # True: masked
         return self.classify(
             self.layer(self.embed(tokens) + self.position[:W], self.clips[numbers], tgt_mask=later)
         )  # (B, W, vocabulary)
@@ -928,7 +924,7 @@ class CaptionDecoder(torch.nn.Module):
 
 CAPTION_DECODER = dict(
     lr=5e-4, weight_decay=0.01, batch_size=64, epochs=30, patience=5
-)  # ours: the paper names none
+)  # ours: the paper states none
 
 
 MOST_TOKENS = 77
@@ -936,11 +932,11 @@ MOST_TOKENS = 77
 
 def decoded_captions(model, clips, settings):
     """Captions by a CaptionDecoder trained on split train over the frozen model -> rows, captions,
-    what to print about it.
+    settings to print.
 
-    Tokens are those of the model's own tokenizer that occur in the training captions, plus one for
-    begin and end; longer captions are cut at 76. The epoch is the likeliest for the first caption
-    of up to 500 clips of val. Greedy.
+    The vocabulary is the tokens of the model's tokenizer that occur in the training captions, plus
+    one for begin and end; captions are cut at 76. The best epoch gives the first caption of up to
+    500 clips of val the highest likelihood. Decoding is greedy.
     """
     if settings.flags.temperature:
         raise ValueError("captioning: a decoder trained here is greedy; leave out --temperature")
@@ -1033,9 +1029,7 @@ def decoded_captions(model, clips, settings):
 
 
 def caption_words(text: str) -> list[str]:
-    """Lower case; what is no letter or digit separates words, but for a hyphen or an apostrophe
-    inside one.
-    """
+    """Lower-case words of letters and digits; a hyphen or an apostrophe inside a word stays."""
     return re.findall(r"\w+(?:[-']\w+)*", text.lower())
 
 
@@ -1047,16 +1041,16 @@ def ngrams(words: list[str]) -> collections.Counter:
 
 
 def caption_evidence(said: list, references: list) -> np.ndarray:
-    """All that the scores need of each clip, (N, 12): ten BLEU counts, ROUGE-L, CIDEr-D."""
+    """What the scores need of each clip, (N, 12): ten BLEU counts, ROUGE-L, CIDEr-D."""
     return np.column_stack(
         [bleu_counts(said, references), rouge_l(said, references), cider_d(said, references)]
     )
 
 
 def bleu_counts(said: list, references: list) -> np.ndarray:
-    """(N, 10): n-grams that are also in a reference (n = 1 ... 4; each as often as in one reference
-    at most), n-grams said (n = 1 ... 4), words said, and words of the reference closest to that
-    length (of two the shorter).
+    """(N, 10): n-grams also in a reference (n = 1 ... 4; clipped to the most in one reference),
+    n-grams said (n = 1 ... 4), words said, and words of the reference closest in length (of two the
+    shorter).
     """
     counts = np.zeros((len(said), 10))
     for row, words, of in zip(counts, said, references):
@@ -1116,9 +1110,8 @@ def cider_d(said: list, references: list, sigma: float = 6.0) -> np.ndarray:
     """CIDEr-D of each clip (N,), at most 10: cosine of tf-idf n-gram vectors, n = 1 ... 4, mean
     over n and references.
 
-    An n-gram's idf comes from the number of clips with it in a reference. What is said more often
-    than in the reference counts no more than there, and a difference in length is punished (sigma,
-    in words).
+    An n-gram's idf comes from the number of clips with it in a reference. Its count is clipped to
+    that in the reference, and a Gaussian (sigma, in words) penalises a difference in length.
     Source: Vedantam et al., CVPR 2015, the variant D, as the COCO toolkit's `Cider`.
     """
     grams = [[ngrams(words) for words in of] for of in references]

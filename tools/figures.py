@@ -4,9 +4,9 @@
   python -m tools.figures runs/cacophony-1/mae.pt --data data/scenes --only reconstructions
   python -m tools.figures results --data data --runs runs/claims --out results/pictures
 
-Needs matplotlib. A model's pictures are those it has something to show for: learning (its run's
+Needs matplotlib. A picture is drawn if the model and the manifest support it: learning (the run's
 log), frames (cosines over time), gap (both modalities in a plane), order (margins of T-Classify),
-noise (only if it is named: the audio is embedded six times more), attention (CoLLAT), maps
+noise (only if it is named: it embeds the audio six times more), attention (CoLLAT), maps
 (MGA-CLAP's last block and codewords), reconstructions (Cacophony's stage 1).
 """
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pyplot():
-    """matplotlib without a screen, or one sentence on how to get it."""
+    """matplotlib without a screen; the error says how to install it."""
     try:
         import matplotlib
     except ImportError:
@@ -54,14 +54,14 @@ def pyplot():
 
 
 def save(figure, path: Path, dpi: int) -> None:
-    """Write a picture, whole or not at all."""
+    """Write a picture atomically."""
     with common.written_whole(Path(path)) as file:
         figure.savefig(file, dpi=dpi, format="png")
 
 
 def clip_order(clips, class_embeds, classes, frame_s) -> list[int]:
-    """Clips with events in some but not all frames, best first: mean over the clip's classes of the
-    average precision of that class's cosine over the clip's own frames."""
+    """Clips with events in some but not all frames, best first by the average precision of the
+    class cosines over the clip's own frames, mean over its classes."""
     quality = {}
     for i, (row, frame_embeds) in enumerate(zip(clips["rows"], clips["frame_embeds"])):
         targets = common.frame_targets(row, classes, len(frame_embeds), frame_s)
@@ -78,10 +78,10 @@ def clip_order(clips, class_embeds, classes, frame_s) -> list[int]:
 
 
 def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
-    """Cosine of frames to the prompt of each class that sounds, over time, the true events shaded:
-    as it is, and beside it without the frame's mean over all classes.
+    """Plot the cosine of frames and the prompt of each class in the clip, with true events shaded.
+    The second column subtracts the frame's mean over all classes.
 
-    The two best and the two worst clips by `clip_order`: a rule, not a choice by hand. As Fig. 1, 8
+    The clips are the two best and the two worst by `clip_order`, not chosen by hand. As Fig. 1, 8
     and 9 of MGA-CLAP.
     """
     plt, class_embeds = pyplot(), common.embed_texts(model, class_prompts(classes, settings))
@@ -124,17 +124,15 @@ def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
 
 
 def principal_plane(vectors: np.ndarray):
-    """vectors (N, D) -> their first two principal components (N, 2), the share of the variance each
-    holds (2,).
-    """
+    """vectors (N, D) -> first two principal components (N, 2), their shares of variance (2,)."""
     left, size, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     return left[:, :2] * size[:2], size[:2] ** 2 / (size**2).sum()
 
 
 def plot_gap(model, clips, folder: Path) -> list[Path]:
-    """Clips and the first caption of each in the plane of their joint principal components (numpy's
-    SVD), lines join forty pairs at equal distances in the data. Cacophony draws UMAP, which needs a
-    package of its own and keeps no distances.
+    """Plot clips and their first captions in the plane of their joint principal components (numpy's
+    SVD). Lines join forty evenly spaced pairs. Cacophony draws UMAP, which needs a further package
+    and does not preserve distances.
     """
     plt, rows = pyplot(), clips["rows"]
     texts = common.embed_texts(model, [model.clean_caption(row["captions"][0]) for row in rows])
@@ -155,8 +153,8 @@ def plot_gap(model, clips, folder: Path) -> list[Path]:
 
 
 def plot_order(results: dict, folder: Path, note: str = "") -> Path:
-    """{name: a result of t_classify}: by how much the true order is preferred, a histogram a
-    direction and model, counts on a logarithmic axis. note: above it.
+    """Plot histograms of the margin of the true order, per direction and model, with logarithmic
+    counts. results: {name: a result of t_classify}. note: the title.
     """
     plt = pyplot()
     ways = {
@@ -186,7 +184,7 @@ def plot_order(results: dict, folder: Path, note: str = "") -> Path:
                 )
         axis.axvline(0, color="black", lw=1)
         axis.set_yscale("log")
-        # bars of one pair are seen, and the legend stands above all
+        # bars of one pair stay visible, and the legend fits above the bars
         axis.set_ylim(0.5, 6 * axis.get_ylim()[1])
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
@@ -202,8 +200,8 @@ def plot_order(results: dict, folder: Path, note: str = "") -> Path:
 
 
 def plot_noise(r: dict, folder: Path) -> Path:
-    """Score against the signal-to-noise ratio, the clean value and that with noise of standard
-    deviation 0.1 as lines.
+    """Plot the score against the signal-to-noise ratio. Lines show the clean score and that with
+    noise of standard deviation 0.1.
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -242,11 +240,11 @@ FUNCTION_WORDS = set(
 
 
 def content_tokens(tokens: list[str]) -> list[tuple[int, str]]:
-    """Number and text of the tokens that say something: neither special ones, punctuation,
-    function words nor pieces of words.
+    """Index and text of the content tokens: no special tokens, punctuation, function words or
+    pieces of words.
     """
-    # marks of whole words: </w> ends one for CLIP, \u0120 or \u2581 begins one for byte-level
-    # tokenizers, ## continues one for WordPiece
+    # marks of words: </w> ends one (CLIP), \u0120 (byte-level BPE) or \u2581 (SentencePiece)
+    # begins one, ## continues one (WordPiece)
     ends = any(token.endswith("</w>") for token in tokens)
     begins = any(token[:1] in ("\u0120", "\u2581") for token in tokens)
     found = []
@@ -266,9 +264,9 @@ def content_tokens(tokens: list[str]) -> list[tuple[int, str]]:
 
 
 def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> Path:
-    """Of three clips at equal distances among those with captions: the log-mel spectrogram, and
-    where in it the slot of each of the first content tokens of the first caption looks (share of
-    its attention, dark: most). The first window only.
+    """Plot three evenly spaced clips with captions, first window only: the log-mel spectrogram, and
+    the share of attention over it from the slot of each of the first content tokens of the first
+    caption (dark: most).
     """
     plt = pyplot()
     usable = [row for row in rows if row.get("captions")]
@@ -329,8 +327,8 @@ def plot_attention(model, rows: list[dict], folder: Path, n_tokens: int = 5) -> 
 
 
 def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
-    """Loss, in-batch R@1 and what else the run logged in its last stage, and its validations, from
-    the log beside the checkpoint.
+    """Plot all that the run logged in its last stage (loss, in-batch R@1, ...) and its validations,
+    from the log beside the checkpoint.
     """
     path = Path(checkpoint).parent / "log.jsonl"
     if not path.exists():
@@ -386,10 +384,10 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
 
 @torch.no_grad()
 def last_block_maps(model, waveform):
-    """Who looks at whom in the encoder's last block, were it ordinary attention?
+    """Frame-to-frame maps of the encoder's last block, computed as for ordinary attention.
 
     waveform (1, S) -> query-key attention (T, T), mean over heads; value-value cosine (T, T), mean
-    over heads. HTS-AT's two halves of the band are averaged.
+    over heads. HTS-AT's two halves of the frequency band are averaged.
     """
     captured = {}
     atst = isinstance(model.audio_encoder, mga_clap.ATSTFrame)
@@ -421,8 +419,8 @@ def last_block_maps(model, waveform):
 def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Path]:
     """Pictures of one clip (its first window), as MGA-CLAP Fig. 3 and, with a codebook, Fig. 7.
 
-    Fig. 3 is of plain CLAP and takes a softmax of the values where we draw their cosine. Fig. 7
-    draws the cosine of frame and codeword; we draw the affinity of Eq. (2) before its maximum.
+    Fig. 3 shows plain CLAP and a softmax of the values; we draw their cosine. Fig. 7 draws the
+    cosine of frame and codeword; we draw the affinity of Eq. (2) before its maximum.
     """
     plt, device = pyplot(), model.temperature.device
     waveform = torch.from_numpy(
@@ -503,8 +501,8 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
 def plot_reconstructions(
     model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 2, dpi: int = 80
 ) -> Path:
-    """Of the first twenty readable clips the first of those louder than the median: their
-    spectrogram, what the encoder saw of it, each patch normalised (the target), and painted.
+    """Plot the first `clips` at least as loud as the median of the first twenty readable ones:
+    spectrogram, visible patches, target (each patch normalised) and reconstruction.
     """
     plt = pyplot()
     readable = common.Readable(dataset, 0)
@@ -564,7 +562,7 @@ def plot_reconstructions(
 
 
 def stored_runs():
-    """tests/claims.py, which knows the runs; it needs the extra `test`."""
+    """Import tests/claims.py, which lists the runs; it needs the extra `test`."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import claims
 
@@ -572,7 +570,7 @@ def stored_runs():
 
 
 def stored_checkpoint(name: str, row: str, args) -> Path:
-    """The best checkpoint of a study's row, seed 0; "start" is what its rows started from."""
+    """The best checkpoint of a study's row, seed 0; "start": the one its rows started from."""
     claims = stored_runs()
     study = claims.STUDIES[name]
     if row == "start":
@@ -581,7 +579,7 @@ def stored_checkpoint(name: str, row: str, args) -> Path:
         path = Path(args.runs) / claims.key_of(claims.identity(study, row, 0)) / "best.pt"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is not there; python tests/claims.py {name} --seeds 0 makes it, where "
+            f"{path} is not there; python tests/claims.py {name} --seeds 0 makes it, if "
             "results/runs.jsonl does not hold that run"
         )
     return path
@@ -593,7 +591,7 @@ def study_rows(name: str, args) -> list[dict]:
 
 
 def reconstructions(args) -> Path:
-    """Cacophony's stage 1: test scenes it never heard, painted from a fifth of their patches."""
+    """Cacophony's stage 1: unseen test scenes, reconstructed from a fifth of their patches."""
     rows = [row for row in study_rows("cacophony", args) if row["split"] == "test"]
     rows = [
         row for row in rows if row["labels"] in (["rooster"], ["crying_baby"])
@@ -602,7 +600,7 @@ def reconstructions(args) -> Path:
 
 
 def attention(args) -> Path:
-    """CoLLAT: where the tokens of a caption look."""
+    """CoLLAT: attention of caption tokens over the spectrogram."""
     rows = [
         row
         for row in study_rows("collat", args)
@@ -613,8 +611,8 @@ def attention(args) -> Path:
 
 
 def curation(args) -> Path:
-    """curation-CLAP: the pool's cosines to the annotated captions, and how right such pairs are
-    (its labels are known to this picture only).
+    """curation-CLAP: cosines of pool clips and annotated captions, and how often such pairs are
+    right (only this picture uses the pool's labels).
     """
     model = curation_clap.Model.from_checkpoint(stored_checkpoint("curation_clap", "start", args))
     sounds = {
@@ -669,7 +667,7 @@ OF_RESULTS = {f.__name__: f for f in (reconstructions, attention, curation)}
 
 
 def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[Path]:
-    """The pictures in `names` for which the model and the rows have what it takes."""
+    """Draw the pictures in `names` that the model and the rows support."""
     has = {key: any(row.get(key) for row in rows) for key in ("captions", "events", "negatives")}
     with_frames = hasattr(model, "embed_frames") and has["events"]
     classes = common.read_classes(settings.data, rows)
@@ -717,9 +715,9 @@ def draw_stage_1(path: Path, rows: list[dict], folder: Path, **given) -> Path:
 
 
 def of_models(flags) -> list[Path]:
-    """The pictures of every model named; of several each has its own folder."""
+    """Draw the pictures of each model; several models get one folder each."""
     evaluation.check_flags(flags)
-    pyplot()  # a missing matplotlib is better known now
+    pyplot()  # raises an error early if matplotlib is missing
     manifest, split, rows = evaluation.read_rows(flags)
     names = flags.only or [name for name in OF_A_MODEL if name != "noise"]
     paths = []

@@ -2,7 +2,7 @@
 
   python -m tools.hear runs/cacophony-1/best.pt --task tasks/esc50-v2.0.0-full --json scores.json
 
-This module is one of HEAR's interface: load_model, get_scene_embeddings, get_timestamp_embeddings.
+This module implements HEAR's interface: load_model, get_scene_embeddings, get_timestamp_embeddings.
 """
 
 import csv
@@ -33,10 +33,9 @@ from tools.downstream import (
 
 
 def load_model(model_file_path, text_model: str | None = None):
-    """The Model of a checkpoint as eval.load_model gives it, with the sizes of its embeddings,
-    HEAR's interface.
+    """HEAR's interface: the model from eval.load_model, with its embedding sizes added.
 
-    scene_embedding_size, and timestamp_embedding_size if it has frames.
+    These are scene_embedding_size, and timestamp_embedding_size if it has frames.
     """
     model = evaluation.load_model(model_file_path, text_model)
     hum = torch.full((1, model.sample_rate // 10), 0.1)
@@ -54,8 +53,8 @@ def get_scene_embeddings(audio, model):
 
 
 def hear_frames(model) -> str:
-    """The method whose frames HEAR gets: the encoder's own where a model offers them beside those
-    in the joint space.
+    """Name of the method that gives HEAR's frames: the encoder's own frames if the model offers
+    them, else those in the joint space.
     """
     return "event_feats" if hasattr(model, "event_feats") else "embed_frames"
 
@@ -63,10 +62,10 @@ def hear_frames(model) -> str:
 def get_timestamp_embeddings(audio, model):
     """HEAR's interface: audio as above -> embeddings (n_sounds, n_timestamps,
     timestamp_embedding_size), timestamps (n_sounds, n_timestamps) in milliseconds: the centres of
-    the frames, those behind the audio's end left out.
+    the frames, without frames after the end of the audio.
 
-    True times: Cacophony's evaluation stretches them so that the last is the end of the audio,
-    which moves events.
+    These are true times; Cacophony's evaluation stretches them so that the last one is the end of
+    the audio, which shifts events.
     """
     n_frames = max(1, math.floor(audio.shape[1] / model.sample_rate / model.frame_s + 0.5 + 1e-6))
     embeds = getattr(model, hear_frames(model))(audio)[:, :n_frames]
@@ -80,7 +79,7 @@ def get_timestamp_embeddings(audio, model):
 
 
 def read_json(path: Path) -> dict:
-    """An object of a HEAR task folder."""
+    """Read a JSON object of a HEAR task folder."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; --task expects a task folder as hear-preprocess writes it"
@@ -99,7 +98,7 @@ def read_hear_task(folder: Path, sample_rate: int) -> dict:
     {split: rows}}.
 
     kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). Audio
-    comes from the folder RATE/SPLIT of the model's own rate, else of the highest.
+    comes from the folder RATE/SPLIT at the model's rate if present, else at the highest rate.
     """
     metadata, path = read_json(folder / "task_metadata.json"), folder / "labelvocabulary.csv"
     kind = "event" if metadata.get("embedding_type") == "event" else metadata.get("prediction_type")
@@ -141,7 +140,7 @@ def read_hear_task(folder: Path, sample_rate: int) -> dict:
     )
     if not rates:
         raise ValueError(
-            f"{folder}: holds no folder of audio, which is named by its sample rate, as 48000"
+            f"{folder}: holds no folder of audio named by its sample rate, such as 48000"
         )
     scores = metadata.get("evaluation") or []
     if not isinstance(scores, list):
@@ -184,7 +183,7 @@ def hear_rows(path: Path, audio: Path, kind: str, classes: list[str]) -> list[di
             raise ValueError(f"{path}: {name}: label {unknown[0]!r} is not in labelvocabulary.csv")
         if kind == "multiclass" and len(labels) != 1:
             raise ValueError(
-                f"{path}: {name} has {len(labels)} labels; a multiclass task has one a file"
+                f"{path}: {name} has {len(labels)} labels; a multiclass task has one per file"
             )
         events = (
             [
@@ -226,8 +225,8 @@ HEAR_MEDIAN_S, HEAR_MIN_S = 0.25, (0.125, 0.25)
 
 
 def hear_inputs(model, task: dict, split: str, settings) -> dict:
-    """Embeddings and targets of one split's clips, of a timestamp task's frames: {"rows", "inputs",
-    "targets", "lengths"}.
+    """Embeddings and targets of one split, per clip or (timestamp task) per frame: {"rows",
+    "inputs", "targets", "lengths"}.
     """
     rows, event = task["splits"][split], task["kind"] == "event"
     kept, embeds, frame_embeds = embed(
@@ -261,12 +260,12 @@ def onset_counts(
     min_s: float,
     tolerance_s: float,
 ) -> np.ndarray:
-    """Events of one file found, detections, and true events, all classes together (3,).
+    """Counts of matched events, detections and true events of one file, over all classes (3,).
 
-    A frame is active where its probability, median-filtered over `width` frames, is above one half;
-    active frames in a row are one detection, from where the first begins to where the last ends, if
-    that lasts `min_s`. A detection is right if its onset lies within the tolerance of an event's;
-    of each at most one. logits (T, C).
+    A frame is active if its probability, median-filtered over `width` frames, is above one half.
+    Consecutive active frames are one detection, from the start of the first to the end of the last,
+    if it lasts at least `min_s`. A detection matches an event if their onsets differ by at most the
+    tolerance; each is matched at most once. logits (T, C).
     """
     active, counts = median_filter(logits, width) > 0, np.zeros(3)
     for c, name in enumerate(classes):
@@ -281,10 +280,9 @@ def onset_counts(
 def hear_evidence(
     task: dict, logits, part: dict, frame_s, min_s: float, shift: int = 0
 ) -> np.ndarray:
-    """What the score needs of each file, one row a file: right or not, logits and targets, or
-    `onset_counts`.
+    """What the score needs, one row per file: right or not, logits and targets, or `onset_counts`.
 
-    shift: events are held against the detections of the file so many places on (for the chance
+    shift: events are compared with the detections of the file so many places later (for the chance
     level).
     """
     if task["kind"] != "event":
@@ -300,7 +298,7 @@ def hear_evidence(
 
 
 def hear_score(kind: str, evidence: np.ndarray) -> float:
-    """`label_score`, or F1 of onsets, events of all classes counted together."""
+    """`label_score`, or onset F1 with the events of all classes counted together."""
     if kind != "event":
         return label_score(kind, evidence)
     found, detections, events = evidence.sum(0)
@@ -342,7 +340,7 @@ def hear_probe(
 
 
 def hear_chance(task: dict, train: dict, test: dict, logits, frame_s, min_s: float) -> float:
-    """`label_chance`; of events what the next file's detections would score."""
+    """`label_chance`; for events, the score of the next file's detections."""
     if task["kind"] != "event":
         return label_chance(task["kind"], train["targets"], test["targets"])
     return (
@@ -353,24 +351,24 @@ def hear_chance(task: dict, train: dict, test: dict, logits, frame_s, min_s: flo
 
 
 def hear(model, task: dict, settings) -> dict:
-    """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, for timestamp tasks of
-    single frames.
+    """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, or of single frames
+    for timestamp tasks.
 
     Score: accuracy (multiclass), macro mAP (multilabel), F1 of event onsets (event; within 200 ms
-    unless the task's metadata names another tolerance). All eight probes of HEAR's grid are
-    trained, each up to 500 epochs until 20 bring no better score on split valid; epoch, probe and
-    shortest event are those with the best score there. With folds each is tested once, the next one
-    is for validation, the others for training; the grid is searched with the first one tested, as
-    HEAR's evaluator does, and the score is the mean over folds. Differences from that evaluator:
-    torch's own first weights, validation after every epoch, true frame times, detections that last
-    to the end of their last frame, an odd median filter. chance: `hear_chance`. Source: Turian et
-    al., HEAR 2021; Cacophony's evaluation on it.
+    unless the task's metadata names another tolerance). All eight probes of HEAR's grid are trained
+    for up to 500 epochs, and stop after 20 without a better score on split valid. Epoch, probe and
+    shortest event are those with the best score there. With folds, each one is tested once, the
+    next one is for validation and the others for training. The grid is searched with the first test
+    fold only, as in HEAR's evaluator; the score is the mean over folds. Differences from that
+    evaluator: torch's default initialisation, validation after every epoch, true frame times,
+    detections that last to the end of their last frame, an odd median filter. chance:
+    `hear_chance`. Source: Turian et al., HEAR 2021; Cacophony's evaluation on it.
     """
     kind, folds, told = task["kind"], [], []
     if kind == "event" and not hasattr(model, "embed_frames"):
         raise ValueError(
             f"{task['name']} is a timestamp task: it needs a model with embed_frames, which this "
-            "one has not"
+            "one lacks"
         )
     frame_s = getattr(model, "frame_s", None)
     splits = {name: hear_inputs(model, task, name, settings) for name in task["splits"]}

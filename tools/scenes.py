@@ -1,4 +1,4 @@
-"""Captioned scenes from single-label recordings, in any folder of classes or ESC-50's layout.
+"""Make captioned scenes from single-label recordings (one folder per class, or ESC-50's layout).
 
   python -m tools.scenes --sounds ESC-50-master --out data/scenes
   python -m tools.scenes --sounds ESC-50-master --preset esc-mixed-up --out data/mixed_up
@@ -35,7 +35,7 @@ def list_sounds(folder: Path) -> list[dict]:
     """Single-label recordings as {audio, label, recording, fold or None}.
 
     ESC-50 layout (meta/esc50.csv and audio/, folds given), or one folder of files per class. A
-    recording is the unit that may not appear in two splits: ESC-50's src_file, else the file.
+    recording (ESC-50's src_file, else the file) must not occur in two splits.
     """
     table = folder / "meta" / "esc50.csv"
     if table.is_file():
@@ -67,7 +67,7 @@ def list_sounds(folder: Path) -> list[dict]:
 def split_sounds(sounds, train_folds, test_folds, val_fraction: float, seed: int) -> dict:
     """{"train": [...], "val": [...], "test": [...]} with every recording in one split only.
 
-    With folds: as they say; without: a fifth of the recordings of each class is for test. Then
+    The folds decide; without folds, a fifth of the recordings of each class is for test. Then
     `val_fraction` of the training recordings goes to val.
     """
     rng = np.random.default_rng(seed)
@@ -142,7 +142,7 @@ IN_ORDER = ["{0} followed by {1}", "{0} and then {1}"]
 
 
 def _mixed_job(job):
-    """One clip of ESC-mixed-up -> its row: a recording, then one of another class. Audio that an
+    """Make a clip of ESC-mixed-up, a recording and one of another class -> its row. Audio that an
     interrupted call has written is kept.
     """
     split, number, args = job
@@ -193,12 +193,12 @@ SCENES = {
 
 
 def scenes(args) -> dict:
-    """10 s scenes of recordings, with captions, events, phrases and swapped order.
+    """Make 10 s scenes from recordings, with captions, events, phrases and swapped order.
 
     Preset scenes: one to three recordings, trimmed, at random times and levels in noise. Preset
     esc-mixed-up (T-CLAP, Sec. 2.3 and 3.1): two recordings of 5 s and of different classes, one
-    after the other. The number of events a clip, the validation and test counts and --overlay are
-    ours.
+    after the other. The number of events per clip, the validation and test counts and --overlay
+    are ours.
     """
     args = argparse.Namespace(**{**SCENES[args.preset], **vars(args)})
     out, mixed = Path(args.out), args.preset == "esc-mixed-up"
@@ -246,7 +246,7 @@ def scenes(args) -> dict:
             raise ValueError(
                 f"the {split} split has recordings of one class only; a clip needs two"
             )
-    # the scenes are a function of these and of the sounds, by name and size
+    # the scenes depend on these settings and on the sounds (their names and sizes)
     told = {k: v for k, v in sorted(vars(args).items()) if k not in ("run", "out", "workers")}
     sizes = [(sound["audio"], os.path.getsize(sound["audio"])) for sound in sounds]
     told["sounds_found"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
@@ -290,7 +290,7 @@ def scenes(args) -> dict:
                 unit="clip",
             )
         )
-    # Every class that test scenes can hold; classes that only occur in training are vocabulary
+    # Every class that test scenes can hold; a class that only occurs in training is not scored
     classes = sorted({s["label"] for s in pools["test" if counts["test"] else "train"]})
     common.write_lines(out / "classes.txt", classes)
     common.write_lines(out / "manifest.jsonl", [json.dumps(row) for row in rows])
@@ -344,7 +344,7 @@ def parse(argv=None):
         "--format",
         choices=["wav", "flac"],
         default=argparse.SUPPRESS,
-        help=f"of the clips, 16 bit {told('format')}",
+        help=f"file format of the clips, 16 bit {told('format')}",
     )
     p.add_argument(
         "--overlay",
@@ -370,10 +370,10 @@ def parse(argv=None):
         nargs="+",
         default=[],
         metavar="MANIFEST",
-        help="leave out the recordings that these hold, by Freesound id or the file's content",
+        help="leave out the recordings of these, by Freesound id or the file's content",
     )
-    p.add_argument("--val-fraction", type=float, default=0.1, help="of the training recordings")
-    p.add_argument("--seed", type=int, default=0, help="every scene is a function of it")
+    p.add_argument("--val-fraction", type=float, default=0.1, help="share of train recordings")
+    p.add_argument("--seed", type=int, default=0, help="random seed of all scenes")
     p.add_argument(
         "--workers",
         type=at_least_one,
