@@ -472,9 +472,9 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
         )
         for axis, codeword in zip(axes[:, 0], top):
             nearest = cosines[codeword].argsort(descending=True)[:3].tolist()
-            axis.step(
-                (np.arange(len(activity)) + 0.5) * model.frame_s, activity[:, codeword], where="mid"
-            )
+            edges = np.arange(len(activity) + 1) * model.frame_s
+            axis.stairs(activity[:, codeword], edges, baseline=None, linewidth=1.5)
+            axis.set_xlim(0, edges[-1])
             for event in row.get("events", []):
                 axis.axvspan(event["onset"], event["offset"], alpha=0.15, color="tab:green", lw=0)
             axis.set_title(
