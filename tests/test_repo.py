@@ -291,7 +291,14 @@ def test_measured_tables_agree_with_results():
     """Every table of results/README.md is what the stored runs and bench.json make it."""
     assert readme.written(RESULTS) == RESULTS, "run python tests/readme.py"
     shown = re.findall(r"<!-- (outcomes|study \w+|said \w+|bench) -->\n\|", RESULTS)
-    assert {"outcomes", "bench", *(f"study {name}" for name in claims.STUDIES)} <= set(shown)
+    runs = claims.read_runs()
+    decided = {  # what was measured is shown
+        f"study {name}"
+        for name, study in claims.STUDIES.items()
+        if study.claims
+        and all(claims.outcome(study, claim, runs)["outcome"] != "open" for claim in study.claims)
+    }
+    assert len(decided) >= 4 and {"outcomes", "bench", *decided} <= set(shown)
     changed = re.sub(r"[+-]0\.\d{3} \[", "+9.999 [", RESULTS, count=1)
     assert readme.written(changed) == RESULTS != changed
     # one line of either kind from the stored runs, without claims.py
