@@ -210,6 +210,7 @@ STUDIES = {
         T,
         {
             "1 : 4, without L_t": dict(mix=4.0, lt_weight=0.0),
+            "1 : 4, lambda 0.15": dict(mix=4.0, lt_weight=0.15),
             "1 : 4, lambda 0.5": dict(mix=4.0, lt_weight=0.5),
             "1 : 4, lambda 2": dict(mix=4.0),
         },
