@@ -452,8 +452,7 @@ def test_slots_are_drawn_anew_in_training_fixed_in_evaluation_and_shared_by_both
     model.embed_audio(x), model.embed_audio(x)
     assert torch.equal(seen[2], seen[3]) and torch.equal(seen[2][0], seen[2][1])
     monkeypatch.undo()
-    monkeypatch.setattr(collat, "NOISE_STD", 0.0)
-    assert model(**batch)[4].abs().max() < 1e-5  # without noise both views are one
+    assert model(**batch, noise_std=0.0)[4].abs().max() < 1e-5  # without noise both views are one
 
 
 def test_the_noisy_view_has_the_stated_noise_and_is_left_out_at_weight_0(monkeypatch):
@@ -461,14 +460,14 @@ def test_the_noisy_view_has_the_stated_noise_and_is_left_out_at_weight_0(monkeyp
     forward = collat.AST.forward
     monkeypatch.setattr(collat.AST, "forward", lambda self, x: seen.append(x) or forward(self, x))
     batch = small_batch(model, 3)
-    model(**batch), model(**batch, noisy=False)
+    model(**batch), model(**batch, noise_std=None)
     noise = seen[0][3:] - seen[0][:3]
     assert (
         noise.std().item() == pytest.approx(0.1, rel=0.02)
         and abs(noise.mean().item()) < 1e-3
         and torch.equal(seen[0][:3], batch["log_mel"])
     )
-    assert seen[1].shape[0] == 3 and model(**batch, noisy=False)[4].tolist() == [0, 0, 0]
+    assert seen[1].shape[0] == 3 and model(**batch, noise_std=None)[4].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -497,7 +496,7 @@ def test_parts_with_gradient_caching_equal_one_big_batch(part):
         model = small_model()  # in evaluation, slots are fixed
         batch = small_batch(model)
         parts = [
-            {k: v[i : i + size] for k, v in batch.items()} | {"noisy": False}
+            {k: v[i : i + size] for k, v in batch.items()} | {"noise_std": None}
             for i in range(0, 6, size)
         ]
         loss, sim, _ = common.cached_backward(

@@ -569,7 +569,9 @@ def noise(model, clips, classes, settings) -> dict:
     """
     kind, targets, counted = label_task(clips["rows"], classes)
     evidence = {}
-    for name, added in NOISE.items():
+    levels = [name for name in NOISE if name in settings.flags.noise_levels]
+    for name in levels:
+        added = NOISE[name]
         embeds, frame_embeds = clips["audio_embeds"], clips["frame_embeds"]
         if added:
             _, embeds, frame_embeds, bad = common.embed_files(
@@ -600,7 +602,7 @@ def noise(model, clips, classes, settings) -> dict:
         "noise",
         score,
         len(counted),
-        dict.fromkeys((f"{metric}_{name}" for name in NOISE), level),
+        dict.fromkeys((f"{metric}_{name}" for name in levels), level),
         settings,
         prompt=settings.prompt,
         n_classes=len(classes) if kind == "multiclass" else int(targets.any(0).sum()),
@@ -1169,6 +1171,13 @@ def parse(argv=None):
     parser.add_argument(
         "--image-model",
         help="image: transformers CLIP folder or hub id in whose space the audio embeddings lie",
+    )
+    parser.add_argument(
+        "--noise-levels",
+        nargs="+",
+        choices=list(NOISE),
+        default=list(NOISE),
+        help="noise: these only; each but clean embeds the audio anew (default: all)",
     )
     parser.add_argument(
         "--temperature",

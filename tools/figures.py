@@ -771,7 +771,7 @@ def parse(argv=None):
     )
     parser.add_argument("--out", default="pictures", help="folder for the pictures")
     parser.add_argument("--only", nargs="+", choices=OF_A_MODEL, help="default: all but noise")
-    parser.set_defaults(draw=of_models)
+    parser.set_defaults(draw=of_models, noise_levels=list(downstream.NOISE))
     return parser.parse_args(argv)
 
 

@@ -360,6 +360,8 @@ def test_noise_of_clips_with_several_labels_is_scored_by_mean_average_precision(
         r["scores"]["mAP_clean"]["value"] == pytest.approx(tagged["value"])
         and "mAP_snr20" in r["scores"]
     )
+    (one,) = run(model, data, "--protocol", "noise", "--noise-levels", "snr20")
+    assert one["scores"] == {"mAP_snr20": r["scores"]["mAP_snr20"]}
 
 
 # Pictures
