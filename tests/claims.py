@@ -23,7 +23,7 @@ results/runs.jsonl holds one line per run:
   itself was scored), data, seed, split      identify the run; no two lines agree in all of these
   scores, chance, n_clips, seconds (of the training; null: it was interrupted, or there was none),
   start_hash (of the weights it started from), data_hash (of the manifests), machine, commit, said
-  (ten captions)
+  (ten captions), curve (of Cacophony: [step, training loss, validation loss])
 """
 
 import argparse
@@ -72,6 +72,7 @@ SCENES = {
     "scenes_12": "--train-folds 1,2,4,5 --test-folds 3 --seed 12",
     "order_11": "--preset esc-mixed-up --train 4000 --val 500 --test 500 --rate 48000 --format wav "
     "--seed 11",
+    "few_10": "--train 100 --seed 10",
     "together_11": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 "
     "--format wav --seed 11",
     "annotated": "--train-folds 1,4 --train 1000 --val 100 --test 500 --rate 44100 --seed 1",
@@ -116,6 +117,7 @@ class Study:
     claims: tuple[Claim, ...] = ()
     seeds: int = 5
     start: str = "none"
+    start_data: tuple[str, ...] = ()  # what the start is trained on, if not on `data`
     pool: tuple[str, ...] = ()
     split: str = "test"
 
@@ -123,6 +125,7 @@ class Study:
 # Start -> its file in the run that makes it, the flag that takes it, settings of that run
 STARTS = {
     "mae": ("mae.pt", "audio_weights", dict(stage="mae")),
+    "captioning": ("last.pt", "weights", dict(audio_weights="none", rho=0.0, steps=300)),
     "teacher": ("teacher.pt", "teacher", dict(stage="teacher")),
 }
 TAGGING_STEPS, TAGGING_BATCH = 250, 48
@@ -138,6 +141,9 @@ MGA_CLAIMS = (
 )
 T = dict(size="tiny", steps=2400, eval_steps=600)
 CACOPHONY = dict(size="tiny", stage="contrastive")
+# The paper's rho of 0.075 is 0.0002 of the norm (376) that a model of its size has at random
+# weights; so is 0.013 of the small model's norm (64)
+RHO = 0.013
 COLLAT = dict(size="tiny", text_model=MINILM, lr=2e-3, audio_lr=1e-4)
 CURATION = dict(size="tiny", text_model=MINILM, lr=3e-4)
 STUDIES = {
@@ -239,6 +245,18 @@ STUDIES = {
         ),
         seeds=3,
         start="mae",
+    ),
+    # After how many steps on 100 scenes does the validation loss rise again?
+    "cacophony_sam_search": Study(
+        "cacophony",
+        ("few_10",),
+        dict(**CACOPHONY, steps=400, eval_steps=40),
+        {"rho 0": dict(rho=0.0), "rho 0.013": dict(rho=RHO)},
+        ("val_loss_lowest", "val_loss_last", "t2a_R@5", "a2t_R@5"),
+        seeds=1,
+        start="captioning",
+        start_data=("scenes_11",),
+        split="val",
     ),
     "collat": Study(
         "collat",
@@ -352,6 +370,7 @@ def weights_hash(path: Path) -> str:
 
 def start_path(study: Study, seed: int, args) -> Path:
     told = [study.method, study.start, study.settings, study.data, study.pool, seed]
+    told += [study.start_data] if study.start_data else []
     name = STARTS[study.start][0] if study.start in STARTS else "start.pt"
     return Path(args.runs) / f"start_{key_of(told)}" / name
 
@@ -366,6 +385,8 @@ def start_of(study: Study, seed: int, args) -> Path | None:
             tagging_start(study, seed, args, path)
         else:
             more = STARTS[study.start][2]
+            if study.start_data:
+                study = dataclasses.replace(study, data=study.start_data)
             SCRIPTS[study.method].main(configured(study, seed, args, path.parent.name, **more))
         (path.parent / "done").touch()
     return path
@@ -423,9 +444,9 @@ def scores_of(study: Study, checkpoint: Path, args) -> dict:
     flags = [str(checkpoint), "--data", *folders(args, study.data), "--split", study.split]
     flags += ["--bootstrap", "0", "--prompt", prompt]
     results = evaluator.main(evaluator.parse(flags))
-    more = ["gap", "captioning"] if study.method == "cacophony" else ["gap"]
-    for protocol in more:
-        results += downstream.main(downstream.parse([*flags, "--protocol", protocol]))
+    more = {"cacophony": ["captioning"], "collat": ["noise", "--noise-levels", "snr20"]}
+    flags += ["--protocol", "gap", *more.get(study.method, [])]
+    results += downstream.main(downstream.parse(flags))
     out = {"scores": {}, "chance": {}, "n_clips": results[0]["n_clips"]}
     prefix = {"tagging": "tagging_", "frames": "frame_", "t_classify": "t_classify_"}
     for r in results:
@@ -436,6 +457,24 @@ def scores_of(study: Study, checkpoint: Path, args) -> dict:
             captions = r["details"]["captions"][:10]
             out["said"] = [{"said": c["said"], "truth": c["references"][0]} for c in captions]
     return out
+
+
+def curve_of(folder: Path) -> list:
+    """[step, training loss, validation loss] of every validation of a captioning run of Cacophony.
+
+    Eq. (3) with lambda 1, without the captioning loss where there is none; the training loss is
+    the mean of the lines of log.jsonl since the validation before (None before the first step).
+    """
+    curve, losses = [], []
+    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        if "validation" in line:
+            scores = line["validation"]
+            loss = scores["loss_con"] + scores.get("loss_cap", 0.0)
+            curve.append([line["step"], statistics.mean(losses) if losses else None, loss])
+            losses = []
+        elif "loss" in line:
+            losses.append(line["loss"])
+    return curve
 
 
 def git(*words) -> str:
@@ -466,6 +505,9 @@ def run(study: Study, row: str, seed: int, args) -> dict:
         for name in {"loss_con", "loss_cap"} & set(of_val["scores"]):
             line["scores"][f"val_{name}"] = of_val["scores"][name]
             line["chance"][f"val_{name}"] = of_val["chance"][name]
+        line["curve"] = curve_of(best.parent)
+        line["scores"]["val_loss_lowest"] = min(loss for _, _, loss in line["curve"])
+        line["scores"]["val_loss_last"] = line["curve"][-1][2]
     manifests = [
         common.manifest_path(f).read_bytes() for f in folders(args, [*study.data, *study.pool])
     ]

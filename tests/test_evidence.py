@@ -58,6 +58,7 @@ def evidence(corpus, tmp_path, monkeypatch):
     (tmp_path / "data/corpus").symlink_to(corpus)
     monkeypatch.setattr(claims, "RUNS", tmp_path / "runs.jsonl")
     monkeypatch.setattr(claims, "TAGGING_STEPS", 2)
+    monkeypatch.setitem(claims.STARTS["captioning"][2], "steps", 2)
     given = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
 
     def run(name, *flags, rows=None, settings=None, **changes):
@@ -117,16 +118,33 @@ def test_every_kind_of_start_in_miniature(evidence, tmp_path):
     (line,) = [x for x in claims.outcome_table(["cacophony"]) if "above chance" in x]
     assert line.startswith("| open")  # one seed has no interval
 
+    # a start trained on other data, from which the loss of the validation clips is followed
+    settings = dict(stage="contrastive", steps=4, eval_steps=2)
+    data = dict(seeds=1, start_data=("corpus",), split="test")
+    runs = evidence("cacophony_sam_search", settings=settings, **data)[2:]
+    assert runs[0]["start_hash"] == runs[1]["start_hash"] and runs[0]["scores"] != runs[1]["scores"]
+    for r in runs:
+        losses = [loss for _, _, loss in r["curve"]]
+        assert [(step, train is None) for step, train, _ in r["curve"]] == [
+            (0, True),
+            (2, False),
+            (4, False),
+        ]
+        assert r["scores"]["val_loss_lowest"] == min(losses)
+        assert r["scores"]["val_loss_last"] == losses[-1]
+    assert runs[0]["curve"][0] == runs[1]["curve"][0]  # the same start
+
     small = dict(teacher_epochs=1, student_epochs=1, text_model="none")
-    runs = evidence("curation_clap", settings=small, rows=["teacher", "ADS + SL"], seeds=1)[2:]
+    runs = evidence("curation_clap", settings=small, rows=["teacher", "ADS + SL"], seeds=1)[4:]
     assert [r["trained"] for r in runs] == [False, True] and runs[0]["seconds"] is None
     assert runs[0]["start_hash"] == runs[1]["start_hash"]
     assert len(list((tmp_path / "runs").glob("start_*/teacher.pt"))) == 1
 
     settings = dict(steps=2, eval_steps=2, text_model=claims.MINILM)
-    runs = evidence("collat", settings=settings, rows=["CoLLAT", "CLAP"], seeds=1)[4:]
+    runs = evidence("collat", settings=settings, rows=["CoLLAT", "CLAP"], seeds=1)[6:]
     assert len({json.dumps(r["scores"]) for r in runs}) == 2
     assert all(r["changed"]["text_model"] == claims.MINILM for r in runs)
+    assert all(0 < r["scores"]["mAP_snr20"] <= 1 for r in runs)
 
 
 def test_claims_are_decided_by_the_t_interval_of_paired_differences(monkeypatch):
