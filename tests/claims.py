@@ -77,6 +77,7 @@ SCENES = {
     "together_12": "--preset esc-mixed-up --train-folds 1,2,4,5 --test-folds 3 --overlay 1 "
     "--train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 12",
     "few_10": "--train 100 --seed 10",
+    "few_11": "--train 100 --seed 11",
     "together_11": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 "
     "--format wav --seed 11",
     "annotated": "--train-folds 1,4 --train 1000 --val 100 --test 500 --rate 44100 --seed 1",
@@ -262,6 +263,21 @@ STUDIES = {
         ),
         seeds=3,
         start="mae",
+    ),
+    # Fig. 4: SAM delays overfitting and lowers the lowest validation loss
+    "cacophony_sam": Study(
+        "cacophony",
+        ("few_11",),
+        dict(**CACOPHONY, steps=400, eval_steps=40),
+        {"rho 0": dict(rho=0.0), "rho 0.013": dict(rho=RHO)},
+        ("val_loss_lowest", "val_loss_last", "t2a_R@5", "a2t_R@5"),
+        (
+            Claim("val_loss_lowest", "rho 0.013", "rho 0", lower=True),
+            Claim("val_loss_last", "rho 0.013", "rho 0", lower=True),
+            Claim("t2a_R@5", "rho 0.013", "rho 0"),
+        ),
+        start="captioning",
+        start_data=("scenes_11",),
     ),
     # After how many steps on 100 scenes does the validation loss rise again?
     "cacophony_sam_search": Study(

@@ -286,10 +286,13 @@ def test_pictures_of_the_results_in_miniature(evidence, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "outcome_table", lambda _: [])
     given = ["results", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
     flags = figures.parse([*given, "--out", str(tmp_path / "out")])
-    with pytest.raises(FileNotFoundError, match="data/scenes_1: no such manifest"):
+    with pytest.raises(FileNotFoundError, match="t_clap --seeds 0 makes it"):
         figures.main(flags)
+    settings = dict(steps=2, eval_steps=2)
+    evidence("t_clap", settings=settings, seeds=1)
     settings = dict(steps=2, stage="contrastive")
     evidence("cacophony", settings=settings, rows=["Cacophony"], seeds=1)
+    evidence("cacophony_sam", settings=settings, seeds=1, start_data=("corpus",))
     small = dict(teacher_epochs=1, text_model="none")
     evidence("curation_clap", settings=small, rows=["teacher"], seeds=1)
     settings = dict(steps=2, eval_steps=2, text_model=claims.MINILM)
@@ -298,7 +301,7 @@ def test_pictures_of_the_results_in_miniature(evidence, tmp_path, monkeypatch):
         figures.main(flags)
     evidence("collat", settings=settings, rows=["CoLLAT"], seeds=1)
     paths = figures.main(flags)
-    assert [path.stem for path in paths] == ["reconstructions", "attention", "curation"]
+    assert [path.stem for path in paths] == list(figures.OF_RESULTS)
     assert all(matplotlib.image.imread(path)[..., :3].std() > 0.05 for path in paths)
 
 

@@ -590,6 +590,38 @@ def study_rows(name: str, args) -> list[dict]:
     return common.read_manifest([args.data / scene for scene in stored_runs().STUDIES[name].data])
 
 
+def order(args) -> Path:
+    """T-CLAP: by how much the true order is preferred, without and with the temporal loss."""
+    study, results = stored_runs().STUDIES["t_clap"], {}
+    for row in study.rows:
+        checkpoint = stored_checkpoint("t_clap", row, args)
+        data = [str(args.data / scene) for scene in study.data]
+        flags = [str(checkpoint), "--data", *data, "--split", "test", "--bootstrap", "0"]
+        (results[row],) = evaluation.main(evaluation.parse([*flags, "--protocol", "t_classify"]))
+    return plot_order(results, args.out, "one run each, seed 0")
+
+
+def sam(args) -> Path:
+    """Cacophony: training and validation loss over the steps, without and with SAM (Fig. 4)."""
+    claims = stored_runs()
+    study, runs, plt = claims.STUDIES["cacophony_sam"], claims.read_runs(), pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for number, row in enumerate(study.rows):
+        found = [claims.find(runs, claims.identity(study, row, s)) for s in range(study.seeds)]
+        for seed, run in enumerate(r for r in found if r):
+            steps, *losses = np.array(run["curve"], float).T
+            for of, style, values in zip(("training", "validation"), (":", "-"), losses):
+                label = f"{row}, {of}" if seed == 0 else ""
+                axis.plot(steps, values, style, color=f"C{number}", lw=1, label=label)
+    axis.set_xlabel("step after the fork")
+    axis.set_ylabel("contrastive + captioning loss")
+    axis.set_title("one line a seed", fontsize=10)
+    axis.legend(fontsize=8)
+    save(figure, args.out / "sam.png", 100)
+    plt.close(figure)
+    return args.out / "sam.png"
+
+
 def reconstructions(args) -> Path:
     """Cacophony's stage 1: unseen test scenes, reconstructed from a fifth of their patches."""
     rows = [row for row in study_rows("cacophony", args) if row["split"] == "test"]
@@ -663,7 +695,7 @@ def curation(args) -> Path:
 # ------------------------------------------------------------------------------------------------
 
 OF_A_MODEL = ("learning", "frames", "gap", "order", "attention", "maps", "noise", "reconstructions")
-OF_RESULTS = {f.__name__: f for f in (reconstructions, attention, curation)}
+OF_RESULTS = {f.__name__: f for f in (order, reconstructions, sam, attention, curation)}
 
 
 def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[Path]:
