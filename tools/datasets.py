@@ -1920,6 +1920,30 @@ def exclude(rows: list[dict], manifests: list[str]) -> list[dict]:
     return rows
 
 
+def _start_process() -> None:
+    """Set up a worker: Ctrl-C is for the main process; torch's threads do not survive a fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def in_processes(function, jobs: list, workers: int, doing: str, unit: str) -> list:
+    """[function(job) for job in jobs], computed by `workers` processes.
+
+    Raises: OSError if one of them was killed.
+    """
+    # not multiprocessing.Pool, which would wait forever for a process that the system has killed
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_process) as pool:
+        done = pool.map(function, jobs, chunksize=8)
+        try:
+            return list(tqdm(done, total=len(jobs), desc=doing, unit=unit))
+        except concurrent.futures.process.BrokenProcessPool:
+            raise OSError(
+                f"a process was killed while {doing}, probably because memory ran out; repeat the "
+                "call with fewer --workers"
+            ) from None
+
+
 def _check_file(row):
     """-> (sample rate or None, seconds, error text or None); decodes the whole file."""
     try:
@@ -1962,15 +1986,7 @@ def check(args) -> dict:
     between splits or manifests.
     """
     rows = common.read_manifest(args.data)
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-        found = list(
-            tqdm(
-                pool.imap(_check_file, rows, chunksize=16),
-                total=len(rows),
-                desc="decoding",
-                unit="file",
-            )
-        )
+    found = in_processes(_check_file, rows, args.workers, "decoding", "file")
     report = {
         "clips": len(rows),
         "unreadable": [text for _, _, text in found if text],
@@ -2037,12 +2053,6 @@ def resampled_name(row: dict, rate: int) -> str:
     return f"{Path(row['audio']).stem}_{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.wav"
 
 
-def _start_resampling() -> None:
-    """Set up a worker: Ctrl-C is for the main process; torch's threads do not survive a fork."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 def _resample_file(job):
     """-> error text or None. A file that exists was written completely by an earlier call."""
     row, rate, path = job
@@ -2085,18 +2095,7 @@ def resample(args) -> dict:
         raise ValueError(
             f"--out {out}: about {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
         )
-    # not multiprocessing.Pool, which would wait forever for a process that the system has killed
-    context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(args.workers, context, _start_resampling) as pool:
-        errors = pool.map(_resample_file, todo, chunksize=8)
-        bar = tqdm(errors, total=len(todo), desc="resampling", unit="file")
-        try:
-            bad = [error for error in bar if error]
-        except concurrent.futures.process.BrokenProcessPool:
-            raise OSError(
-                "a process that resamples was killed, probably because memory ran out; repeat the "
-                "call with fewer --workers, it continues"
-            ) from None
+    bad = list(filter(None, in_processes(_resample_file, todo, args.workers, "resampling", "file")))
     for error in bad:
         print(f"kept at its place: {error}")
     for row in rows:

@@ -11,13 +11,11 @@ import collections
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
-import torch
 from tqdm import tqdm
 
 import common
@@ -26,6 +24,7 @@ from tools.datasets import (
     at_least_one,
     check_output,
     exclude,
+    in_processes,
     number,
     read_table,
 )
@@ -278,18 +277,8 @@ def scenes(args) -> dict:
         f"{len(jobs)} clips of 10 s at {args.rate} Hz: about {size:.1f} GB of 16-bit "
         f"{args.format.upper()}"
     )
-    # one thread each: torch's own threads do not survive a fork
-    with multiprocessing.get_context("fork").Pool(
-        args.workers, torch.set_num_threads, (1,)
-    ) as pool:
-        rows = list(
-            tqdm(
-                pool.imap(_mixed_job if mixed else _scene_job, jobs, chunksize=8),
-                total=len(jobs),
-                desc=args.preset,
-                unit="clip",
-            )
-        )
+    job = _mixed_job if mixed else _scene_job
+    rows = in_processes(job, jobs, args.workers, f"making {args.preset}", "clip")
     # Every class that test scenes can hold; a class that only occurs in training is not scored
     classes = sorted({s["label"] for s in pools["test" if counts["test"] else "train"]})
     common.write_lines(out / "classes.txt", classes)

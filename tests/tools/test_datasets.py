@@ -1711,13 +1711,17 @@ def dies(path, *args, **given):
         os.kill(os.getpid(), 9)
     return read(path, *args, **given)
 common.read_audio = dies
-words = ["resample", {str(tmp_path / "a")!r}, "--out", {str(tmp_path / "o")!r}, "--rate", "8000"]
-common.run_entry(datasets.main, datasets.parse, [*words, "--workers", "2"])
+common.run_entry(datasets.main, datasets.parse, [*sys.argv[1:], "--workers", "2"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60
-    )
-    assert "error: a process that resamples was killed" in done.stderr, done.stderr[-2000:]
+    resampling = ["resample", tmp_path / "a", "--out", tmp_path / "o", "--rate", "8000"]
+    for words, doing in ((resampling, "resampling"), (["check", tmp_path / "a"], "decoding")):
+        done = subprocess.run(
+            [sys.executable, "-c", source, *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert f"error: a process was killed while {doing}" in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
