@@ -230,7 +230,11 @@ STUDIES = {
         "t_clap",
         ("order_11", "together_11"),
         T_PRETRAINED,
-        T_ROWS,
+        {
+            **T_ROWS,
+            "lambda 2, 1,600 steps": dict(lt_weight=2.0, steps=1600),
+            "lambda 4, cosines times 1, 1,600 steps": dict(lt_weight=4.0, lt_scale=1.0, steps=1600),
+        },
         ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),
         seeds=1,
         split="val",
