@@ -225,16 +225,23 @@ STUDIES = {
         seeds=1,
         start="tagging",
     ),
+    # As LAION-CLAP's, an audio encoder that knows the sounds
+    "t_clap_search_3": Study(
+        "t_clap",
+        ("order_11", "together_11"),
+        dict(size="tiny", mix=4.0, lt_weight=0.5, steps=1200, eval_steps=200),
+        T_ROWS,
+        ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),
+        seeds=1,
+        start="tagging",
+        split="val",
+    ),
     # As the paper's RoBERTa, a pre-trained text encoder tells orders apart from the start
     "t_clap_search_2": Study(
         "t_clap",
         ("order_11", "together_11"),
         T_PRETRAINED,
-        {
-            **T_ROWS,
-            "lambda 2, 1,600 steps": dict(lt_weight=2.0, steps=1600),
-            "lambda 4, cosines times 1, 1,600 steps": dict(lt_weight=4.0, lt_scale=1.0, steps=1600),
-        },
+        T_ROWS,
         ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),
         seeds=1,
         split="val",
@@ -444,12 +451,17 @@ def start_of(study: Study, seed: int, args) -> Path | None:
 
 def tagging_start(study: Study, seed: int, args, path: Path) -> None:
     """Train an audio encoder to tag the training scenes (a linear layer on every frame, logits
-    averaged), in place of HTS-AT's training on AudioSet, which the papers start from.
+    averaged), in place of HTS-AT's training on AudioSet, which the papers start from. T-CLAP starts
+    from a whole model: this audio encoder, everything else with random weights.
     """
     cfg = configured(study, seed, args, path.parent.name)
+    rows = common.split_train_val(common.read_manifest(cfg.data))[0]
     shape = dict(dim=cfg.audio_dim, heads=cfg.audio_heads, patch=cfg.audio_patch)
     torch.manual_seed(seed)
-    if study.method == "mga_clap":
+    if study.method == "t_clap":
+        model = t_clap.start_model(cfg, t_clap.texts_of(rows))
+        encoder, log_mel, rate = model.audio_encoder, model.log_mel, model.sample_rate
+    elif study.method == "mga_clap":
         encoder = common.HTSAT(**shape, depths=cfg.audio_depths, drop_path=0.0)
         log_mel, rate = common.LogMel(), 32000
     else:
@@ -459,7 +471,6 @@ def tagging_start(study: Study, seed: int, args, path: Path) -> None:
         def log_mel(waveform):
             return torch.stack([collat.fbank(clip) for clip in waveform])
 
-    rows = common.split_train_val(common.read_manifest(cfg.data))[0]
     classes = sorted({label for row in rows for label in row["labels"]})
     targets = torch.from_numpy(common.label_targets(rows, classes)).float()
     encoder.train()
@@ -484,8 +495,17 @@ def tagging_start(study: Study, seed: int, args, path: Path) -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+    content = encoder.state_dict()
+    if study.method == "t_clap":
+        content = {
+            "method": "t_clap",
+            "config": dataclasses.asdict(cfg),
+            "model": model.state_dict(),
+            "shape": model.shape,
+            "text_encoder": model.text_encoder.description(),
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_checkpoint(path, encoder.state_dict())
+    common.save_checkpoint(path, content)
 
 
 def scores_of(study: Study, checkpoint: Path, args) -> dict:
@@ -539,7 +559,9 @@ def run(study: Study, row: str, seed: int, args) -> dict:
     best = start
     if told["trained"]:
         cfg = configured(study, seed, args, key_of(told), **study.rows[row])
-        flag = STARTS[study.start][1] if study.start in STARTS else "audio_weights"
+        flag = "weights" if study.method == "t_clap" else "audio_weights"
+        if study.start in STARTS:
+            flag = STARTS[study.start][1]
         if start is not None and flag not in study.rows[row]:  # a row may start from elsewhere
             cfg = dataclasses.replace(cfg, **{flag: str(start)})
         folder = Path(args.runs) / cfg.name
