@@ -257,9 +257,11 @@ STUDIES = {
             "1 : 4, lambda 0.15": dict(mix=4.0, lt_weight=0.15),
             "1 : 4, lambda 0.5": dict(mix=4.0, lt_weight=0.5),
             "1 : 4, lambda 2": dict(mix=4.0),
+            "1 : 4, lambda 2, cosines times 3": dict(mix=4.0, lt_scale=3.0),
+            "1 : 4, lambda 6, cosines times 1": dict(mix=4.0, lt_weight=6.0, lt_scale=1.0),
         },
         ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),  # validation clips have no swapped audio
-        seeds=1,
+        seeds=2,
         split="val",
     ),
     "t_clap": Study("t_clap", ("order_11", "together_11"), T_CHOSEN, T_ROWS, T_METRICS, T_CLAIMS),
