@@ -235,7 +235,11 @@ STUDIES = {
         "t_clap",
         ("order_21", "together_21"),
         dict(size="tiny", mix=4.0, lt_weight=0.5, steps=1200, eval_steps=200),
-        T_ROWS,
+        {
+            **T_ROWS,
+            "lambda 2, cosines times 3": dict(lt_weight=2.0, lt_scale=3.0),
+            "lambda 6, cosines times 1": dict(lt_weight=6.0, lt_scale=1.0),
+        },
         ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),
         seeds=2,
         split="val",
