@@ -278,6 +278,8 @@ STUDIES = {
             "1 : 4, lambda 2": dict(mix=4.0),
             "1 : 4, lambda 2, cosines times 3": dict(mix=4.0, lt_scale=3.0),
             "1 : 4, lambda 6, cosines times 1": dict(mix=4.0, lt_weight=6.0, lt_scale=1.0),
+            "1 : 4, lambda 2, cosines times 1": dict(mix=4.0, lt_weight=2.0, lt_scale=1.0),
+            "1 : 4, lambda 0.5, cosines times 1": dict(mix=4.0, lt_weight=0.5, lt_scale=1.0),
         },
         ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),  # validation clips have no swapped audio
         seeds=2,
