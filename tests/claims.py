@@ -76,11 +76,10 @@ SCENES = {
     "--test 500 --rate 48000 --format wav --seed 12",
     "together_12": "--preset esc-mixed-up --train-folds 1,2,4,5 --test-folds 3 --overlay 1 "
     "--train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 12",
-    # ten classes only: the others of esc50_part lie in fold 4
-    "order_21": "--preset esc-mixed-up --train-folds 1,2,3 --train 2000 --val 500 --test 500 "
-    "--rate 48000 --format wav --seed 21",
-    "together_21": "--preset esc-mixed-up --train-folds 1,2,3 --overlay 1 --train 2000 --val 0 "
-    "--test 0 --rate 48000 --format wav --seed 21",
+    "order_13": "--preset esc-mixed-up --train-folds 1,3,4,5 --test-folds 2 --train 4000 --val 500 "
+    "--test 500 --rate 48000 --format wav --seed 13",
+    "together_13": "--preset esc-mixed-up --train-folds 1,3,4,5 --test-folds 2 --overlay 1 "
+    "--train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 13",
     "few_10": "--train 100 --seed 10",
     "few_11": "--train 100 --seed 11",
     "together_11": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 "
@@ -150,11 +149,7 @@ MGA_CLAIMS = (
     Claim("frame_mAP_centred", "MGA-CLAP", "CLAP"),
 )
 T = dict(size="tiny", steps=2400, eval_steps=600)
-# chosen by t_clap_search: the paper's own mix and lambda, with lt_scale 14
-T_CHOSEN = dict(**T, mix=4.0, lt_weight=0.5)
-T_PRETRAINED = dict(
-    size="tiny", text_model=MINILM, lr=3e-4, mix=4.0, lt_weight=0.5, steps=1200, eval_steps=200
-)
+T_CHOSEN = dict(**T, mix=4.0, lt_weight=2.0, lt_scale=3.0)  # by t_clap_search
 T_ROWS = {"without L_t": dict(lt_weight=0.0), "T-CLAP": {}}
 T_METRICS = ("t_classify_t2a", "t_classify_a2t", "t2a_R@1", "t2a_R@5", "a2t_R@1", "a2t_R@5")
 T_CLAIMS = (
@@ -230,41 +225,6 @@ STUDIES = {
         seeds=1,
         start="tagging",
     ),
-    # Ten classes, which are learnt sooner than fifty
-    "t_clap_search_4": Study(
-        "t_clap",
-        ("order_21", "together_21"),
-        dict(size="tiny", mix=4.0, lt_weight=0.5, steps=1200, eval_steps=200),
-        {
-            **T_ROWS,
-            "lambda 2, cosines times 3": dict(lt_weight=2.0, lt_scale=3.0),
-            "lambda 6, cosines times 1": dict(lt_weight=6.0, lt_scale=1.0),
-        },
-        ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),
-        seeds=2,
-        split="val",
-    ),
-    # As LAION-CLAP's, an audio encoder that knows the sounds
-    "t_clap_search_3": Study(
-        "t_clap",
-        ("order_11", "together_11"),
-        dict(size="tiny", mix=4.0, lt_weight=0.5, steps=1200, eval_steps=200),
-        T_ROWS,
-        ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),
-        seeds=1,
-        start="tagging",
-        split="val",
-    ),
-    # As the paper's RoBERTa, a pre-trained text encoder tells orders apart from the start
-    "t_clap_search_2": Study(
-        "t_clap",
-        ("order_11", "together_11"),
-        T_PRETRAINED,
-        T_ROWS,
-        ("t_classify_t2a", "t2a_R@5", "a2t_R@5"),
-        seeds=1,
-        split="val",
-    ),
     # When does learning order need L_t? Ordered captions are rare (the paper's mix is 1 : 4), so
     # that the contrastive loss alone has little reason to learn order
     "t_clap_search": Study(
@@ -277,7 +237,6 @@ STUDIES = {
             "1 : 4, lambda 0.5": dict(mix=4.0, lt_weight=0.5),
             "1 : 4, lambda 2": dict(mix=4.0),
             "1 : 4, lambda 2, cosines times 3": dict(mix=4.0, lt_scale=3.0),
-            "1 : 4, lambda 6, cosines times 1": dict(mix=4.0, lt_weight=6.0, lt_scale=1.0),
             "1 : 4, lambda 2, cosines times 1": dict(mix=4.0, lt_weight=2.0, lt_scale=1.0),
             "1 : 4, lambda 0.5, cosines times 1": dict(mix=4.0, lt_weight=0.5, lt_scale=1.0),
         },
@@ -285,9 +244,18 @@ STUDIES = {
         seeds=2,
         split="val",
     ),
-    "t_clap": Study("t_clap", ("order_11", "together_11"), T_CHOSEN, T_ROWS, T_METRICS, T_CLAIMS),
+    # Claimed like t_clap below; stopped after two of five seeds, as L_t taught seed 1 nothing
+    "t_clap_stopped": Study(
+        "t_clap",
+        ("order_11", "together_11"),
+        dict(**T, mix=4.0, lt_weight=0.5),
+        T_ROWS,
+        T_METRICS,
+        seeds=2,
+    ),
+    "t_clap": Study("t_clap", ("order_12", "together_12"), T_CHOSEN, T_ROWS, T_METRICS, T_CLAIMS),
     "t_clap_again": Study(
-        "t_clap", ("order_12", "together_12"), T_CHOSEN, T_ROWS, T_METRICS, T_CLAIMS
+        "t_clap", ("order_13", "together_13"), T_CHOSEN, T_ROWS, T_METRICS, T_CLAIMS
     ),
     "cacophony": Study(
         "cacophony",
@@ -474,17 +442,13 @@ def start_of(study: Study, seed: int, args) -> Path | None:
 
 def tagging_start(study: Study, seed: int, args, path: Path) -> None:
     """Train an audio encoder to tag the training scenes (a linear layer on every frame, logits
-    averaged), in place of HTS-AT's training on AudioSet, which the papers start from. T-CLAP starts
-    from a whole model: this audio encoder, everything else with random weights.
+    averaged), in place of HTS-AT's training on AudioSet, which the papers start from.
     """
     cfg = configured(study, seed, args, path.parent.name)
     rows = common.split_train_val(common.read_manifest(cfg.data))[0]
     shape = dict(dim=cfg.audio_dim, heads=cfg.audio_heads, patch=cfg.audio_patch)
     torch.manual_seed(seed)
-    if study.method == "t_clap":
-        model = t_clap.start_model(cfg, t_clap.texts_of(rows))
-        encoder, log_mel, rate = model.audio_encoder, model.log_mel, model.sample_rate
-    elif study.method == "mga_clap":
+    if study.method == "mga_clap":
         encoder = common.HTSAT(**shape, depths=cfg.audio_depths, drop_path=0.0)
         log_mel, rate = common.LogMel(), 32000
     else:
@@ -518,17 +482,8 @@ def tagging_start(study: Study, seed: int, args, path: Path) -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    content = encoder.state_dict()
-    if study.method == "t_clap":
-        content = {
-            "method": "t_clap",
-            "config": dataclasses.asdict(cfg),
-            "model": model.state_dict(),
-            "shape": model.shape,
-            "text_encoder": model.text_encoder.description(),
-        }
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_checkpoint(path, content)
+    common.save_checkpoint(path, encoder.state_dict())
 
 
 def scores_of(study: Study, checkpoint: Path, args) -> dict:
@@ -582,9 +537,7 @@ def run(study: Study, row: str, seed: int, args) -> dict:
     best = start
     if told["trained"]:
         cfg = configured(study, seed, args, key_of(told), **study.rows[row])
-        flag = "weights" if study.method == "t_clap" else "audio_weights"
-        if study.start in STARTS:
-            flag = STARTS[study.start][1]
+        flag = STARTS[study.start][1] if study.start in STARTS else "audio_weights"
         if start is not None and flag not in study.rows[row]:  # a row may start from elsewhere
             cfg = dataclasses.replace(cfg, **{flag: str(start)})
         folder = Path(args.runs) / cfg.name
