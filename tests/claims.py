@@ -72,6 +72,8 @@ SCENES = {
     "scenes_12": "--train-folds 1,2,4,5 --test-folds 3 --seed 12",
     "order_11": "--preset esc-mixed-up --train 4000 --val 500 --test 500 --rate 48000 --format wav "
     "--seed 11",
+    "together_11": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 "
+    "--format wav --seed 11",
     "order_12": "--preset esc-mixed-up --train-folds 1,2,4,5 --test-folds 3 --train 4000 --val 500 "
     "--test 500 --rate 48000 --format wav --seed 12",
     "together_12": "--preset esc-mixed-up --train-folds 1,2,4,5 --test-folds 3 --overlay 1 "
@@ -82,8 +84,6 @@ SCENES = {
     "--train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 13",
     "few_10": "--train 100 --seed 10",
     "few_11": "--train 100 --seed 11",
-    "together_11": "--preset esc-mixed-up --overlay 1 --train 4000 --val 0 --test 0 --rate 48000 "
-    "--format wav --seed 11",
     "annotated": "--train-folds 1,4 --train 1000 --val 100 --test 500 --rate 44100 --seed 1",
     "pool": "--train-folds 2,3,4 --train 1500 --val 0 --test 0 --rate 44100 --seed 2",
 }
@@ -158,9 +158,12 @@ T_CLAIMS = (
     Claim("t2a_R@5", "T-CLAP", "without L_t", margin=-0.02),
 )
 CACOPHONY = dict(size="tiny", stage="contrastive")
+SAM = dict(**CACOPHONY, steps=400, eval_steps=40)
 # The paper's rho of 0.075 is 0.0002 of the norm (376) that a model of its size has at random
 # weights; so is 0.013 of the small model's norm (64)
-RHO = 0.013
+SAM_ROWS = {"rho 0": dict(rho=0.0), "rho 0.013": dict(rho=0.013)}
+SAM_METRICS = ("val_loss_lowest", "val_loss_last", "t2a_R@5", "a2t_R@5")
+FORK = dict(start="captioning", start_data=("scenes_11",))
 COLLAT = dict(size="tiny", text_model=MINILM, lr=2e-3, audio_lr=1e-4)
 CURATION = dict(size="tiny", text_model=MINILM, lr=3e-4)
 STUDIES = {
@@ -283,28 +286,19 @@ STUDIES = {
     "cacophony_sam": Study(
         "cacophony",
         ("few_11",),
-        dict(**CACOPHONY, steps=400, eval_steps=40),
-        {"rho 0": dict(rho=0.0), "rho 0.013": dict(rho=RHO)},
-        ("val_loss_lowest", "val_loss_last", "t2a_R@5", "a2t_R@5"),
+        SAM,
+        SAM_ROWS,
+        SAM_METRICS,
         (
             Claim("val_loss_lowest", "rho 0.013", "rho 0", lower=True),
             Claim("val_loss_last", "rho 0.013", "rho 0", lower=True),
             Claim("t2a_R@5", "rho 0.013", "rho 0"),
         ),
-        start="captioning",
-        start_data=("scenes_11",),
+        **FORK,
     ),
     # After how many steps on 100 scenes does the validation loss rise again?
     "cacophony_sam_search": Study(
-        "cacophony",
-        ("few_10",),
-        dict(**CACOPHONY, steps=400, eval_steps=40),
-        {"rho 0": dict(rho=0.0), "rho 0.013": dict(rho=RHO)},
-        ("val_loss_lowest", "val_loss_last", "t2a_R@5", "a2t_R@5"),
-        seeds=1,
-        start="captioning",
-        start_data=("scenes_11",),
-        split="val",
+        "cacophony", ("few_10",), SAM, SAM_ROWS, SAM_METRICS, seeds=1, split="val", **FORK
     ),
     "collat": Study(
         "collat",
@@ -445,7 +439,6 @@ def tagging_start(study: Study, seed: int, args, path: Path) -> None:
     averaged), in place of HTS-AT's training on AudioSet, which the papers start from.
     """
     cfg = configured(study, seed, args, path.parent.name)
-    rows = common.split_train_val(common.read_manifest(cfg.data))[0]
     shape = dict(dim=cfg.audio_dim, heads=cfg.audio_heads, patch=cfg.audio_patch)
     torch.manual_seed(seed)
     if study.method == "mga_clap":
@@ -458,6 +451,7 @@ def tagging_start(study: Study, seed: int, args, path: Path) -> None:
         def log_mel(waveform):
             return torch.stack([collat.fbank(clip) for clip in waveform])
 
+    rows = common.split_train_val(common.read_manifest(cfg.data))[0]
     classes = sorted({label for row in rows for label in row["labels"]})
     targets = torch.from_numpy(common.label_targets(rows, classes)).float()
     encoder.train()

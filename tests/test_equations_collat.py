@@ -638,6 +638,7 @@ def test_attention_of_a_token_is_that_of_its_slot_and_names_the_token():
         dict(blocks=3),
         dict(token_weight=0.0, uni_weight=0.0, global_weight=1.0),
         dict(global_weight=0.0, micro_batch=2),
+        dict(noise_std=0.0),
     ],
     ids=str,
 )
@@ -648,6 +649,8 @@ def test_every_ablation_trains_and_reloads(corpus, tmp_path, runs_of, overrides)
     assert np.isfinite(result["scores"]["t2a_R@1"])
     model = collat.Model.from_checkpoint(tmp_path / "x/last.pt")
     assert len(model.interaction.blocks) == overrides.get("blocks", SMALL_OF["collat"]["blocks"])
+    both_views_alike = all(line["loss_uni"] < 1e-5 for line in log_of(tmp_path / "x"))
+    assert both_views_alike == (overrides.get("noise_std") == 0 or overrides.get("uni_weight") == 0)
     full = collat.Model.from_checkpoint(runs_of("collat")[0] / "last.pt")
     assert not all(
         torch.equal(a, b)

@@ -288,15 +288,20 @@ def test_pictures_of_the_results_in_miniature(evidence, tmp_path, monkeypatch):
     flags = figures.parse([*given, "--out", str(tmp_path / "out")])
     with pytest.raises(FileNotFoundError, match="t_clap --seeds 0 makes it"):
         figures.main(flags)
+    with pytest.raises(FileNotFoundError, match="data/scenes_1: no such manifest"):
+        figures.main(figures.parse([*given, "reconstructions", "--out", str(tmp_path / "out")]))
     settings = dict(steps=2, eval_steps=2)
     evidence("t_clap", settings=settings, seeds=1)
     settings = dict(steps=2, stage="contrastive")
     evidence("cacophony", settings=settings, rows=["Cacophony"], seeds=1)
-    evidence("cacophony_sam", settings=settings, seeds=1, start_data=("corpus",))
+    sam = settings | dict(eval_steps=2)
     small = dict(teacher_epochs=1, text_model="none")
     evidence("curation_clap", settings=small, rows=["teacher"], seeds=1)
     settings = dict(steps=2, eval_steps=2, text_model=claims.MINILM)
     evidence("collat", settings=settings, rows=["CoLLAT"], seeds=0)
+    with pytest.raises(FileNotFoundError, match="no run of cacophony_sam, rho 0;"):
+        figures.main(figures.parse([*given, "sam", "--out", str(tmp_path / "out")]))
+    evidence("cacophony_sam", settings=sam, seeds=1, start_data=("corpus",))
     with pytest.raises(FileNotFoundError, match="claims.py collat --seeds 0 makes it"):
         figures.main(flags)
     evidence("collat", settings=settings, rows=["CoLLAT"], seeds=1)

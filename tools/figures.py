@@ -608,6 +608,11 @@ def sam(args) -> Path:
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for number, row in enumerate(study.rows):
         found = [claims.find(runs, claims.identity(study, row, s)) for s in range(study.seeds)]
+        if not any(found):
+            raise FileNotFoundError(
+                f"{claims.RUNS} has no run of cacophony_sam, {row}; python tests/claims.py "
+                "cacophony_sam makes it"
+            )
         for seed, run in enumerate(r for r in found if r):
             steps, *losses = np.array(run["curve"], float).T
             for of, style, values in zip(("training", "validation"), (":", "-"), losses):
