@@ -84,6 +84,8 @@ SCENES = {
     "--train 4000 --val 0 --test 0 --rate 48000 --format wav --seed 13",
     "few_10": "--train 100 --seed 10",
     "few_11": "--train 100 --seed 11",
+    "annotated_11": "--train-folds 1,4 --train 500 --val 100 --test 500 --rate 44100 --seed 11",
+    "pool_11": "--train-folds 2,3,4 --train 5000 --val 0 --test 0 --rate 44100 --seed 12",
     "annotated": "--train-folds 1,4 --train 1000 --val 100 --test 500 --rate 44100 --seed 1",
     "pool": "--train-folds 2,3,4 --train 1500 --val 0 --test 0 --rate 44100 --seed 2",
 }
@@ -322,6 +324,18 @@ STUDIES = {
         ),
         seeds=3,
         start="tagging",
+    ),
+    # At which weight does the uni-token loss matter? Its gradient at 0.01 is four orders of
+    # magnitude below the others
+    "collat_search": Study(
+        "collat",
+        ("scenes_11",),
+        dict(**COLLAT, noise_std=0.17),
+        {f"uni-token weight {weight}": dict(uni_weight=weight) for weight in (1.0, 10.0, 100.0)},
+        ("tagging_mAP", "mAP_snr20"),
+        seeds=1,
+        start="tagging",
+        split="val",
     ),
     "curation_clap": Study(
         "curation_clap",
