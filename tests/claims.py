@@ -19,11 +19,13 @@ Rules:
 5. What does not hold is printed first.
 
 results/runs.jsonl holds one line per run:
-  method, changed (settings that are not the script's defaults), start, trained (false: the start
-  itself was scored), data, seed, split      identify the run; no two lines agree in all of these
+  method, changed (the settings that the study names), start, trained (false: the start itself was
+  scored), data, seed, split                 identify the run; no two lines agree in all of these
   scores, chance, n_clips, seconds (of the training; null: it was interrupted, or there was none),
-  start_hash (of the weights it started from), data_hash (of the manifests), machine, commit, said
+  start_hash (of the weights it started from), data_hash (of the manifests), machine, commit (when
+  the training began; null like seconds; in lines up to those of order_12 when it ended), said
   (ten captions), curve (of Cacophony: [step, training loss, validation loss])
+If a preset changes, its old value is written into the studies and lines that relied on it.
 """
 
 import argparse
@@ -543,6 +545,8 @@ def git(*words) -> str:
 def run(study: Study, row: str, seed: int, args) -> dict:
     """Train one row and score its best checkpoint -> its line of results/runs.jsonl."""
     told = identity(study, row, seed)
+    commit = git("rev-parse", "--short", "HEAD")
+    commit += "-changed" if git("status", "--porcelain", "--", "*.py") else ""
     start, seconds = start_of(study, seed, args), None
     best = start
     if told["trained"]:
@@ -573,8 +577,7 @@ def run(study: Study, row: str, seed: int, args) -> dict:
         "start_hash": weights_hash(start) if start else None,
         "data_hash": hashlib.sha256(b"".join(manifests)).hexdigest()[:12],
         "machine": bench.machine(),
-        "commit": git("rev-parse", "--short", "HEAD")
-        + ("-changed" if git("status", "--porcelain", "--", "*.py") else ""),
+        "commit": commit if seconds or not told["trained"] else None,
     }
 
 
@@ -595,17 +598,15 @@ def run_study(name: str, args) -> None:
                 continue
             print(f"{name}, seed {seed}: {row}", flush=True)
             line = run(study, row, seed, args)
-            shared = {k: told[k] for k in ("method", "start", "data", "seed")}
-            for r in runs:  # a paired comparison needs equal data and start
-                same_start = all(r["changed"].get(k) == v for k, v in study.settings.items())
-                if all(r[k] == v for k, v in shared.items()) and same_start:
-                    for what in ("start_hash", "data_hash"):
-                        if r[what] != line[what]:
-                            raise ValueError(
-                                f"{what} of {name}, seed {seed}, is {line[what]}; that of its "
-                                f"stored runs is {r[what]}: delete this seed's lines in {RUNS} "
-                                "and run all of its rows here"
-                            )
+            stored = [find(runs, identity(study, other, seed)) for other in study.rows]
+            for r in filter(None, stored):  # a paired comparison needs equal data and start
+                for what in ("start_hash", "data_hash"):
+                    if r[what] != line[what]:
+                        raise ValueError(
+                            f"{what} of {name}, seed {seed}, is {line[what]}; that of its stored "
+                            f"runs is {r[what]}: delete this seed's lines in {RUNS} and run all of "
+                            "its rows here"
+                        )
             with RUNS.open("a") as file:  # one write, so that two processes may share the file
                 file.write(json.dumps(line) + "\n")
 
