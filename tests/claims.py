@@ -191,6 +191,22 @@ STUDIES = {
         MGA_CLAIMS,
         start="tagging",
     ),
+    # Class-centred frames are not better with MGA-CLAP: is the training too short?
+    "mga_clap_search": Study(
+        "mga_clap",
+        ("scenes_12",),
+        MGA,
+        {
+            "CLAP": CLAP,
+            "MGA-CLAP": {},
+            "CLAP, 12 epochs": dict(**CLAP, epochs=12),
+            "MGA-CLAP, 12 epochs": dict(epochs=12),
+        },
+        MGA_METRICS,
+        seeds=2,
+        start="tagging",
+        split="val",
+    ),
     "mga_clap_parts": Study(  # the paper's Table 5
         "mga_clap",
         ("scenes_11",),
