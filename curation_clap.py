@@ -942,7 +942,8 @@ def count_pool(cfg: Config, corpus: dict) -> int:
             n_pool += sum(1 for _ in training_clips(item))
     if not n_pool:
         raise ValueError(
-            "--pool: no training row in it (rows of split val and test are never curated)"
+            "the pool (--pool, or --pool-share of --data) has no training row; rows of split val "
+            "and test are never curated"
         )
     return n_pool
 
