@@ -24,8 +24,8 @@ Equations (paper) -> code
 Letters: B pairs in a batch [N], S samples, T_mel or T spectrogram frames, M mel bins, C channels or
 classes, L text tokens, D joint dimension 1024 [d], N clips, Q captions and P their pairs in a
 curation (the paper's N is B). beta 0.3, tau temperature, sigma threshold.
-Clips are in rows and captions in columns: the transpose of the paper's C = t a' (whose T is D
-here). In Eq. (2) a and t are the teacher's, with a tilde in the paper.
+Clips are in rows and captions in columns: the transpose of the paper's C = t a'. In Eq. (2) a and t
+are the teacher's, with a tilde in the paper.
 
 Deviations from the paper, what it leaves open, and --variant official
   D1  The projection is MS-CLAP's (residual, LayerNorm), so that its file loads. The paper: "a
@@ -35,35 +35,39 @@ Deviations from the paper, what it leaves open, and --variant official
       put at a random place among zeros.
   D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to 5
       s, longer ones cut into windows. The code crops one window, at random in evaluation, at a
-      place fixed by a seed in curation. Curation uses the first 60 s of a clip.
+      place fixed by a seed in curation. Curation uses the first 60 s of a clip, or what eval.py
+      embed has stored.
   D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has the matrix
       for 32 kHz.
   D6  Soft targets of Eq. (3) and (4) below 0 count as 0. torch 1.10, which the authors used, did
       so; current torch gives NaN. They are not normalised (as printed): the mass of a row is 1 or
       more.
   D7  Not stated: Adam 1e-4, 20 epochs (the example in the code's README; its yaml files have 1e-3 B
-      / 1024 and 100), a tenth of the rate after 10 epochs without progress, clipping at 5, both
-      encoders trained, similarities between the pairs of all GPUs, an epoch of the student is one
-      pass over the replay set (all from the code; without replay one over the curated pairs, ours).
-      The paper averages three runs (Sec. 3.2); here a run is one seed.
+      / 1024 and 100), a tenth of the rate after 10 epochs without progress (not counted before
+      epoch 10, so never in 20 epochs), clipping at 5, both encoders trained, similarities between
+      the pairs of all GPUs, an epoch of the student has as many steps as one pass over the replay
+      set, of which curated batches take about half (all from the code; without replay one over the
+      curated pairs, ours). The paper averages three runs (Sec. 3.2); here a run is one seed.
   D8  Not stated: validation. Its clips are the rows of split val; where there are none, 5 % of the
       clips (at most 1,000) are drawn, and all captions of a clip stay together. The code draws 17 %
       of the rows, and one clip can lie on both sides. best.pt has the smallest validation loss (the
       stage's own loss, on centre crops). The code cannot compute its soft loss there (it runs no
       teacher in validation); with use_zs_loader it selects by accuracy on the data set that is then
-      evaluated.
+      evaluated. Our validation batches are one random order; the code shuffles all rows first.
   D9  Replay: "we used replay in all of our results" (Sec. 3.2). DU replays the teacher's pairs ("we
       randomly replace the batches"), ADS those of DS. Their share is not printed; here it is half
-      (the code's yaml files; 0 in its README's example). For DS the paper names no replay set, and
-      here it has none; SL alone trains on the annotated pairs.
-  D10 Cosines are of fp16 embeddings, as in the code, but summed in fp32. Device, block and number
-      of processes can change the pairs whose cosine lies within 1e-6 of the threshold, and no
-      others.
+      (`curation_prob` 0.5 in the code's yaml files; 0 in its README's example, which uses no
+      curated pairs). For DS the paper names no replay set, and here it has none; SL alone trains on
+      the annotated pairs.
+  D10 Cosines are of fp16 embeddings, as in the code, but summed in fp32. For the same embeddings,
+      device, block and number of processes can change the pairs whose cosine lies within 1e-6 of
+      the threshold, and no others.
   D11 --teacher-fraction keeps a share of the clips. The paper takes "10%" of the "paired audio and
       caption data", the code of the rows. --seed draws it: teacher, curation and student must have
       the same seed. Curation then takes the captions of these clips ("from the teacher training
       set", Sec. 3.1), or those of --captions (ours).
-  D12 bf16 autocast on a GPU; the losses are always in fp32.
+  D12 bf16 autocast on a GPU, also when a pool is embedded; the losses are never in bf16 (on a GPU,
+      their matrix products may use TF32).
   D13 --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
   D14 The random weights of a new text encoder (--size tiny) are larger than usual: with a standard
       deviation of 0.02, which suits wide encoders, the first token of a small one hardly depends on
@@ -88,7 +92,7 @@ Deviations from the paper, what it leaves open, and --variant official
   D21 Not printed: Hann window of 1,024 samples, hop 320, 64 mel bins from 50 to 14,000 Hz,
       bert-base-uncased, its first token, 100 tokens, captions without commas (all from the code)
       and without links, $ and * (in the code only FSD50K's, here all). Sec. 3.2 follows CLAP [9],
-      also for the initial weights: CNN14 starts from PANNs' file, BERT as published (ours).
+      also for the initial weights: CNN14 starts from PANNs' file, BERT as published (code).
   D22 "Excluding recordings that are [...] contained in AudioCaps" (Sec. 3.1): --pool is used as
       given, so leave AudioCaps out when preparing it (tools.datasets --exclude).
 
@@ -168,7 +172,7 @@ class Config(common.RunConfig):
     ds_top_k: common.Whole = 0
     # instead of curating, print similarities, yields and examples of a sample, to choose sigma
     dry_run: bool = False
-    # clips in a block, after which an interrupted curation can resume; never changes the result
+    # clips in a block, after which an interrupted curation can resume
     block: common.Count = 8192
 
     # model
@@ -453,11 +457,11 @@ class Model(nn.Module):
 
     @classmethod
     def from_published(cls, source, text_model: str = "bert-base-uncased"):
-        """MS-CLAP 2022's CLAP_weights_2022.pth, with `text_model`'s tokenizer."""
+        """MS-CLAP 2022's CLAP_weights_2022.pth, with `text_model`'s config and tokenizer."""
         weights = common.read_weights(source)
         weights = weights.get("model", weights)
         common.check_keys(source, weights, "audio_encoder.base.", "MS-CLAP 2022's file")
-        model = cls(common.text_encoder_from_pretrained(text_model, MAX_TOKENS))
+        model = cls(common.text_encoder_from_pretrained(text_model, MAX_TOKENS, weights=False))
         common.load_strict(model, ms_clap_state(weights, source), source)
         model.clean_caption = str  # Microsoft's wrapper tokenises captions as they are
         return model.eval()
@@ -508,7 +512,7 @@ def load_teacher(cfg: Config, folder: Path) -> tuple[Model, Path]:
 
 
 def whole_model(path, text_model: str) -> Model:
-    """A run's checkpoint, or MS-CLAP 2022's file with `text_model`'s tokenizer."""
+    """A run's checkpoint, or MS-CLAP 2022's file with `text_model`'s config and tokenizer."""
     if "method" in common.read_weights(path):
         return Model.from_checkpoint(path)
     return Model.from_published(path, text_model)
@@ -586,17 +590,16 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
 
 
 def read_corpus(cfg: Config) -> dict:
-    """-> annotated rows (train, val), the pool's items, and how many clips the stages may read."""
+    """-> annotated rows (train, val) and the pool's items."""
     # validation clips first: neither the pool nor --teacher-fraction may change them
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
-    n_clips = len(train_rows)
     pool = [item if is_stored(item) else str(common.manifest_path(item)) for item in cfg.pool]
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
         pool = [forgotten]  # its captions are not read (`training_clips`)
     train_rows, _ = split_clips(train_rows, cfg.teacher_fraction, (cfg.seed, 2))
     common.require(train_rows + val_rows, "captions")
-    return {"train": train_rows, "val": val_rows, "pool": pool, "n_clips": n_clips}
+    return {"train": train_rows, "val": val_rows, "pool": pool}
 
 
 def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict], list[dict]]:
@@ -614,7 +617,9 @@ def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict]
 class Centre:
     """Takes the place of a random generator where the middle crop is wanted."""
 
-    integers = staticmethod(lambda low, high: (low + high - 1) // 2)
+    @staticmethod
+    def integers(low: int, high: int) -> int:
+        return (low + high - 1) // 2
 
 
 class Pairs(Dataset):
@@ -709,7 +714,7 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
     # rows whose cosines are in memory at a time: few enough for a CPU's caches
     n_rows = max(1, (2**28 if text.is_cuda else 2**22) // len(text_embeds))
     found = []
-    # TF32, which start_device allows, would move a cosine by 1e-3
+    # TF32, which start_device allows, would move a cosine by up to 1e-4
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -769,6 +774,9 @@ def pool_blocks(pool: list, size: int):
             start += len(block)
             if stored and len(embeds) < len(block):
                 raise ValueError(f"{item}: audio.npy has fewer rows than audio.jsonl has lines")
+            if stored:
+                kept = [i for i, row in enumerate(block) if of_training(row)]
+                block, embeds = [block[i] for i in kept], embeds[kept]
             yield block, embeds
         if stored and start < len(stored_embeds(item, "audio")):
             raise ValueError(f"{item}: audio.npy has more rows than audio.jsonl has lines")
@@ -778,11 +786,15 @@ def item_of(folder) -> str:
     return str(Path(folder) / "audio.jsonl")
 
 
+def of_training(row: dict) -> bool:
+    return row.get("split", "train") == "train"
+
+
 def training_clips(item):
     """Audio and duration of a manifest's training rows (or of given rows), one a clip."""
     last = None  # only adjacent rows of a clip are merged: a pool's names may not fit into memory
     for row in item if isinstance(item, list) else common.iter_manifest([item]):
-        if row.get("split", "train") == "train" and row["audio"] != last:
+        if of_training(row) and row["audio"] != last:
             last = row["audio"]
             yield {key: row[key] for key in ("audio", "duration") if key in row}
 
@@ -839,6 +851,8 @@ def read_captions(cfg: Config, train_rows: list[dict], model: Model):
                 f"--captions {given[0]}: {len(told)} lines in captions.jsonl, {len(embeds)} rows "
                 "in text.npy; expected as many, and at least one"
             )
+        kept = [i for i, (_, row) in enumerate(told) if of_training(row)]
+        told, embeds = [told[i] for i in kept], embeds[kept]
     elif any(map(is_stored, given)):
         raise ValueError(f"--captions {' '.join(given)}: one folder of eval.py embed, or manifests")
     else:
@@ -846,10 +860,10 @@ def read_captions(cfg: Config, train_rows: list[dict], model: Model):
         if given:
             rows = common.read_manifest(given, ("captions",))
         for row in rows:
-            if row.get("split", "train") == "train":  # never captions of val or test
+            if of_training(row):  # never captions of val or test
                 told += [(clean_caption(caption), row) for caption in row["captions"]]
-        if not told:
-            raise ValueError(f"--captions {' '.join(given)}: no caption in it")
+    if not told:
+        raise ValueError(f"--captions {' '.join(given)}: no caption of a training clip in it")
     first, described = {}, {}  # caption -> its first place, the rows that have it
     for place, (caption, row) in enumerate(told):
         first.setdefault(caption, place)
@@ -937,7 +951,7 @@ def count_pool(cfg: Config, corpus: dict) -> int:
     n_pool = 0
     for item in corpus["pool"]:
         if is_stored(item):
-            n_pool += len(stored_embeds(item, "audio"))
+            n_pool += sum(map(of_training, common.iter_manifest([item_of(item)])))
         else:
             n_pool += sum(1 for _ in training_clips(item))
     if not n_pool:
@@ -949,8 +963,8 @@ def count_pool(cfg: Config, corpus: dict) -> int:
 
 
 def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: list[str]) -> dict:
-    """Stage 2 -> runs/NAME/curated.jsonl (and for ADS replay.jsonl, the pairs of DS), or a dry
-    run's report.
+    """Stage 2 -> runs/NAME/du.jsonl, ds.jsonl or ads.jsonl (and ds.jsonl, its replay), or the
+    report of a dry run.
 
     DU (Sec. 2.2.1): all captions, with the audio of the pool. DS (Sec. 2.2.2): the captions near a
     class prompt of the domain, with their own audio. ADS: these captions, with the pool's audio.
@@ -958,7 +972,7 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
     model, teacher_path = load_teacher(cfg, run.path)
     model.to(run.device)
     # with a log, the folder is that of the teacher or of an earlier curation, and is continued
-    run.open_folder(corpus["n_clips"] + n_pool, (run.path / "log.jsonl").exists())
+    run.open_folder(n_pool, (run.path / "log.jsonl").exists())
     run.say(
         f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix "
         f"{model.audio_encoder.mel_rate()}"
@@ -986,14 +1000,13 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
         common.barrier()
         return {}
     if cfg.curation != "du" and run.rank == 0:
-        name = "curated.jsonl" if cfg.curation == "ds" else "replay.jsonl"
-        write_own_pairs(run, run.path / name, captions, described, nearness)
+        write_own_pairs(run, run.path / "ds.jsonl", captions, described, nearness)
     if cfg.curation != "ds":
         # precision and device change embeddings, so they are part of the key
         key = [common.file_key({"audio": str(teacher_path)}), cfg.precision, run.device.type]
         mine(cfg, run, model, key, corpus["pool"], n_pool, captions, text_embeds)
     common.barrier()
-    return {"curated": str(run.path / "curated.jsonl")}
+    return {"curated": str(run.path / f"{cfg.curation}.jsonl")}
 
 
 def write_own_pairs(run, path: Path, captions: list[str], described, nearness) -> None:
@@ -1014,7 +1027,7 @@ def write_own_pairs(run, path: Path, captions: list[str], described, nearness) -
 def mine(
     cfg: Config, run: common.Run, model: Model, key: list, pool: list, n_pool: int, captions, text
 ) -> None:
-    """Pair the pool's audio with captions -> runs/NAME/curated.jsonl, one line a clip.
+    """Pair the pool's audio with captions -> runs/NAME/du.jsonl or ads.jsonl, one line a clip.
 
     The processes take blocks in turn: memory depends on the captions and one block. A block's pairs
     are kept under a key of all that they were made from, so that a killed run continues, and a file
@@ -1062,8 +1075,8 @@ def mine(
     common.barrier()
     if run.rank > 0:
         return
-    n_clips = n_pairs = 0
-    with common.written_whole(run.path / "curated.jsonl") as whole:
+    n_clips, n_pairs, manifest = 0, 0, run.path / f"{cfg.curation}.jsonl"
+    with common.written_whole(manifest) as whole:
         # files after the last block are left over from a longer pool
         for path in sorted(folder.glob("*.jsonl"))[: number + 1]:
             with open(path, "rb") as part:
@@ -1072,7 +1085,7 @@ def mine(
                     whole.write(line)
                     n_clips, n_pairs = n_clips + 1, n_pairs + len(json.loads(line)["captions"])
     if not n_pairs:
-        (run.path / "curated.jsonl").unlink()
+        manifest.unlink()
         raise ValueError(
             f"--threshold {cfg.threshold}: no clip of the pool is that close to any of "
             f"{len(captions)} captions; choose a lower one with --dry-run, or give --top-k"
@@ -1081,7 +1094,7 @@ def mine(
     run.log({"stage": "curate", "step": 0, **counts, "skipped": len(run.skipped)})
     run.say(
         f"{cfg.curation.upper()}: {n_pairs:,} pairs of {n_clips:,} of {n_pool:,} clips in "
-        f"{run.path / 'curated.jsonl'}"
+        f"{manifest}"
     )
 
 
@@ -1126,18 +1139,23 @@ def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embed
     """
     rng = np.random.default_rng(cfg.seed)
     wanted = set(rng.permutation(n_pool)[:SAMPLE_CLIPS].tolist())
-    rows, embeds, number = [], [], 0
+    rows, embeds, number, bad = [], [], 0, []
     for block, stored in pool_blocks(pool, cfg.block):
         chosen = [i for i in range(len(block)) if number + i in wanted]
         number += len(block)
         if stored is None:
             of_sample = [block[i] for i in chosen]
-            kept, found, _ = embed_block(model, of_sample, cfg, run, "embedding a sample")
+            kept, found, errors = embed_block(model, of_sample, cfg, run, "embedding a sample")
             chosen = [chosen[i] for i in kept]
+            bad += errors
         else:
             found = half(stored[chosen])
         rows += [block[i] for i in chosen]
         embeds.append(found)
+    if bad:
+        print(f"{len(bad)} clips of the sample cannot be used; first: {bad[0]}")
+    if not rows:
+        raise ValueError("no clip of the pool's sample can be read, so there is nothing to compare")
     embeds, columns = np.concatenate(embeds), text_embeds.astype(np.float32).T
     counts, best, examples = 0, [], {level: [] for level in LEVELS}
     for i in tqdm(rng.permutation(len(embeds)), desc="similarities", unit="clip", leave=False):
@@ -1222,13 +1240,15 @@ def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> 
     B, with soft ones another value, which depends on the teacher's cosines (D6).
     """
     n = len(dataset.sets[0])
+    # in the manifest's order, the captions of a clip would be each other's negatives
+    order = np.random.default_rng(0).permutation(n).tolist()
     # full batches only: the loss grows with the number of pairs it is computed over
     size = min(cfg.batch_size, n)
     readable = common.Readable(dataset, cfg.micro_batch)
     loader = common.Loader(
         readable,
         batch_sampler=[
-            [(0, 0, i) for i in range(start, start + size)]
+            [(0, 0, i) for i in order[start : start + size]]
             for start in range(0, n - size + 1, size)
         ],
         num_workers=cfg.workers,
@@ -1292,7 +1312,7 @@ def train(
         model,
         optimiser,
         steps,
-        corpus["n_clips"],
+        len({row["audio"] for rows in sets for row in rows}),
         f"{' + '.join(f'{n:,}' for n in sizes)} "
         f"pairs{' (replay + curated)' if len(sizes) > 1 else ''}, {len(corpus['val'])} clips for "
         f"validation; mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of "
@@ -1360,9 +1380,9 @@ def student_sets(cfg: Config, folder: Path, corpus: dict) -> list[list[dict]]:
     """What the student learns from: the replay first, where there is one (D9)."""
     if cfg.curation == "none":
         return [corpus["train"]]
-    names = ["curated.jsonl"]
+    names = [f"{cfg.curation}.jsonl"]
     if cfg.curation == "ads" and cfg.replay:
-        names.append("replay.jsonl")
+        names.append("ds.jsonl")
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -1383,7 +1403,7 @@ def main(cfg: Config) -> dict:
     checkpoint = run.checkpoint()
     in_student = checkpoint is not None and checkpoint["stage"] == "student"
     # a student may follow a teacher in its folder, so only an earlier student is refused here
-    if not cfg.resume and cfg.name and cfg.stage in ("all", "student"):
+    if not cfg.resume and cfg.name and cfg.stage != "teacher" and not cfg.dry_run:
         last = run.path / "last.pt"
         if last.exists() and common.read_checkpoint(last, METHOD)["stage"] == "student":
             raise FileExistsError(
@@ -1430,14 +1450,8 @@ def main(cfg: Config) -> dict:
         run.say(f"\nNext:\n  python curation_clap.py {flags}")
     else:
         teacher_file = cfg.teacher or str(run.path / "teacher.pt")
-        other = dict(name="", stage="all", teacher=teacher_file, replay=False)
-        run.say(
-            "\nNext:\n"
-            f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all "
-            "--prompt curation_clap\n"
-            f"  python curation_clap.py {common.flags_of(cfg, **other)}     "
-            "(another student, to compare)"
-        )
+        other = dict(stage="all", teacher=teacher_file, replay=False)
+        run.say_next("a student without replay", "--prompt curation_clap", **other)
     return result
 
 

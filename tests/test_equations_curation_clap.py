@@ -563,7 +563,7 @@ def curated(embeds, corpus, runs, name, **overrides):
         ds_threshold=0.1,
     )
     curation_clap.main(config("curation_clap", corpus, runs, **{**flags, **overrides}))
-    return (runs / name / "curated.jsonl").read_bytes()
+    return (runs / name / f"{overrides.get('curation', 'ads')}.jsonl").read_bytes()
 
 
 def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
@@ -612,10 +612,8 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
         for i, q in enumerate([*range(60), 3])
         if near[q] >= 0.1
     ]
-    assert sorted(ds) == sorted(expected) and ds == read(
-        (tmp_path / "ads/replay.jsonl").read_bytes()
-    )
-    assert common.read_manifest([str(tmp_path / "ads/curated.jsonl")])[0][
+    assert sorted(ds) == sorted(expected) and ds == read((tmp_path / "ads/ds.jsonl").read_bytes())
+    assert common.read_manifest([str(tmp_path / "ads/ads.jsonl")])[0][
         "similarity"
     ]  # a key of the contract
     capsys.readouterr()
@@ -640,7 +638,7 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
     row = next(line.split() for line in out.splitlines() if line.startswith("       0.40"))
     sim = audio.astype(np.float32) @ text[domain].astype(np.float32).T
     assert row[1] == f"{(sim >= 0.4).sum():,}" and row[2] == f"{(sim >= 0.4).any(1).sum():,}"
-    assert not (tmp_path / "dry/curated.jsonl").exists() and "class prompts" in out
+    assert not (tmp_path / "dry/ads.jsonl").exists() and "class prompts" in out
 
 
 def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(
@@ -685,7 +683,7 @@ def test_two_processes_take_the_blocks_in_turn(embeds, corpus, tmp_path):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     # only the first process has the manifest at the end
-    assert (tmp_path / "two/curated.jsonl").read_bytes() == whole, done.stderr[-3000:]
+    assert (tmp_path / "two/ads.jsonl").read_bytes() == whole, done.stderr[-3000:]
     assert len(list((tmp_path / "two/curation").glob("*.jsonl"))) == 16
 
 
@@ -703,7 +701,7 @@ def test_replaced_vanished_and_returned_sounds_are_noticed(corpus, tmp_path, run
     def again():
         embedded.clear()
         curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
-        rows = common.read_manifest([str(tmp_path / "a/curated.jsonl")])
+        rows = common.read_manifest([str(tmp_path / "a/ads.jsonl")])
         return {Path(row["audio"]).name: row["captions"] for row in rows}
 
     monkeypatch.setattr(curation_clap, "embed_block", counted)
@@ -731,7 +729,7 @@ def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
     teacher = str(runs_of("curation_clap")[0] / "teacher.pt")
     flags = dict(stage="curate", name="a", teacher=teacher, pool=[str(data)], max_bad=0.1)
     curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
-    rows = common.read_manifest([str(tmp_path / "a/curated.jsonl")])
+    rows = common.read_manifest([str(tmp_path / "a/ads.jsonl")])
     assert len(rows) == 11 and all(
         len(r["captions"]) == 2 for r in rows
     )  # top 2; test and val rows are not in the pool
@@ -750,8 +748,8 @@ def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
             **{**flags, "name": "b", "curation": "du", "top_k": 1},
         )
     )
-    assert len(common.read_manifest([str(tmp_path / "b/curated.jsonl")])) == 11
-    with pytest.raises(ValueError, match="1 of 24 clips could not be used, more than --max-bad 2%"):
+    assert len(common.read_manifest([str(tmp_path / "b/du.jsonl")])) == 11
+    with pytest.raises(ValueError, match="1 of 12 clips could not be used, more than --max-bad 2%"):
         curation_clap.main(
             config("curation_clap", corpus, tmp_path, **{**flags, "name": "c", "max_bad": 0.02})
         )
@@ -808,7 +806,7 @@ def test_what_a_curation_lacks_is_said_before_the_teacher_is_trained(
 
 def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs_of):
     folder, _ = runs_of("curation_clap")
-    names = ("curated.jsonl", "replay.jsonl", "log.jsonl")
+    names = ("ads.jsonl", "ds.jsonl", "log.jsonl")
     before = [(folder / name).stat().st_mtime_ns for name in names]
     with pytest.raises(FileExistsError, match="already holds a run"):
         curation_clap.main(
@@ -821,7 +819,14 @@ def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs
                 curation="du",
             )
         )
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        curation_clap.main(config("curation_clap", corpus, folder.parent, name="a", stage="curate"))
     assert [(folder / name).stat().st_mtime_ns for name in names] == before
+    # a student never learns from the pairs of another curation
+    student = dict(name="a", stage="student", curation="du")
+    cfg = config("curation_clap", corpus, folder.parent, **student)
+    with pytest.raises(FileNotFoundError, match="du.jsonl: no such manifest; run --stage curate"):
+        curation_clap.student_sets(cfg, folder, {"train": []})
 
 
 def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_of):
@@ -840,7 +845,8 @@ def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_o
     assert hard == pytest.approx(math.log(n), abs=1e-6)
     teacher = curation_clap.Model.from_checkpoint(folder / "teacher.pt")
     with torch.no_grad():
-        part = held_out.collate([held_out[0, 0, i] for i in range(n)])
+        order = np.random.default_rng(0).permutation(len(held_out.sets[0])).tolist()
+        part = held_out.collate([held_out[0, 0, i] for i in order[:n]])
         targets = curation_clap.soft_targets(*teacher(**part)[:2], cfg.beta)
     assert len(held_out.sets[0]) < 2 * n  # one batch
     divergence = (
@@ -867,12 +873,35 @@ def test_a_block_without_a_readable_clip_is_counted_and_a_dry_run_may_draw_none(
     teacher = str(runs_of("curation_clap")[0] / "teacher.pt")
     flags = dict(stage="curate", name="a", teacher=teacher, pool=[str(data)], max_bad=0.5, block=11)
     curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
-    assert len(common.read_manifest([str(tmp_path / "a/curated.jsonl")])) == 11
+    assert len(common.read_manifest([str(tmp_path / "a/ads.jsonl")])) == 11
     assert "train11.wav: file not found" in (tmp_path / "a/skipped.txt").read_text()
     monkeypatch.setattr(curation_clap, "SAMPLE_CLIPS", 1)
     flags |= dict(name="dry", block=2, dry_run=True)
     curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
     assert "Cosines of 1 of 12 clips of the pool" in capsys.readouterr().out
+    shutil.rmtree(data / "audio")
+    with pytest.raises(ValueError, match="no clip of the pool's sample can be read"):
+        curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
+    assert "1 clips of the sample cannot be used; first: " in capsys.readouterr().out
+
+
+def test_stored_clips_and_captions_of_val_and_test_are_not_curated(embeds, corpus, tmp_path):
+    every = [json.loads(line) for line in curated(embeds, corpus, tmp_path, "every").splitlines()]
+    for name, first in (("pool", 100), ("captions", 0)):
+        shutil.copytree(embeds / name, tmp_path / name)
+        path = tmp_path / name / "audio.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        splits = ["train" if i >= first else "test" for i in range(len(rows))]
+        lines = [json.dumps(row | {"split": split}) for row, split in zip(rows, splits)]
+        common.write_lines(path, lines)
+    given = dict(pool=[str(tmp_path / "pool")], captions=[str(tmp_path / "captions")])
+    left = [json.loads(x) for x in curated(embeds, corpus, tmp_path, "left", **given).splitlines()]
+    wanted = [row for row in every if int(Path(row["audio"]).stem) >= 100]
+    assert left == wanted and len(left) < len(every)
+    path = tmp_path / "captions/audio.jsonl"
+    path.write_text(path.read_text().replace('"train"', '"val"'))
+    with pytest.raises(ValueError, match="no caption of a training clip"):
+        curated(embeds, corpus, tmp_path, "none", **given)
 
 
 def test_moved_sounds_of_stored_embeddings_are_noticed_and_a_line_separator_is_no_line(
@@ -972,8 +1001,8 @@ def test_a_run_writes_teacher_manifests_student_and_a_log_of_all_stages(runs_of)
         "teacher.pt",
         "best.pt",
         "last.pt",
-        "curated.jsonl",
-        "replay.jsonl",
+        "ads.jsonl",
+        "ds.jsonl",
         "eval.json",
     }
     content = {

@@ -230,7 +230,7 @@ def test_sigterm_in_a_curation_keeps_the_finished_blocks(
     def of(path):
         return [
             (row["audio"], row["captions"])
-            for row in map(json.loads, (path / "curated.jsonl").read_text().splitlines())
+            for row in map(json.loads, (path / "ads.jsonl").read_text().splitlines())
         ]
 
     assert of(tmp_path / "a") == of(runs_of("curation_clap")[0])
