@@ -39,8 +39,9 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
       what the loss counts is not said, but the paper follows MAE and AudioMAE, which count masked
       patches, and calls the task "reconstructing these masked portions". "Between the per-patch
       normalized values of the reconstructed and the original input spectrogram patches" reads as if
-      both were normalised; in MAE only the target is. Padding is neither seen nor counted. 15 s
-      give 744 patches, not 750 (Sec. IV-A): they are 93.75 time steps, of which 93 are whole.
+      both were normalised; in MAE only the target is. Padding is neither seen nor counted. Not
+      stated: the mean over a clip's masked patches, then over clips. 15 s give 744 patches, not 750
+      (Sec. IV-A): they are 93.75 time steps, of which 93 are whole.
   D5  Eq. (2) is for one caption: the mean over its tokens after the start token, the end token
       included. Not stated: the mean over captions. jax, official: a caption's sum is divided by the
       padded length, max_tokens - 1, not by its own number of tokens, so that short captions weigh
@@ -50,11 +51,13 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D6  Not stated. From the code: 4 text decoder layers, the standard deviation of their initial
       weights ("initialized randomly", Sec. III-B; 0.02, the head's 0.01), joint dimension 768,
       RoBERTa's base size, dropout 0.1 on text and 0 on audio, positions added again in the MAE
-      decoder. From the torch port: a logit scale that starts at 1 / 0.07 and is never clamped.
-      Ours: a linear warm-up, AdamW betas 0.9 and 0.999, weight decay on all weights, no gradient
-      clipping, no dropout on the text decoder's attention weights (code: 0.1), 0.02 for the initial
-      MAE and query weights. --size ablation: the paper gives two widths and keeps the rest "the
-      same" (Sec. VI); so do we, its number of heads (8) included.
+      decoder, 0.02 for the initial queries, mask token and band embeddings. From the torch port: a
+      logit scale that starts at 1 / 0.07 and is never clamped. Ours: a linear warm-up, AdamW betas
+      0.9 and 0.999, weight decay on all weights, no gradient clipping, no dropout on the text
+      decoder's attention weights (code: 0.1), torch's initial weights in the linear layers of audio
+      encoder, MAE decoder and poolers (jax: flax's, and 0.02 in the text pooler's keys and values).
+      --size ablation: the paper gives two widths and keeps the rest "the same" (Sec. VI); so do we,
+      its number of heads (8) included.
   D7  Eq. (4) to (6) are written for the whole training set. Here they refer to a step's batch over
       all processes. Not stated: both passes take the same patches, captions and dropout masks; the
       norm is one over all "trainable parameters" (Sec. IV-B), and 1e-12 is added to it.
@@ -65,8 +68,8 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
   D9  "[We] process the full audio sequence if it fits in the memory", else "randomly sample a
       subset of spectrogram patches" (Sec. IV-A). In evaluation ours never samples: clips over 60 s
       are encoded in pieces of 60 s, each with positions from 0, and the patches of all pieces are
-      pooled together; in training a clip's positions run to its end. The code samples (jax) or
-      takes the first patches (port).
+      pooled together; in training, positions count on through the whole clip (D8). The code samples
+      (jax) or takes the first patches (port).
   D10 Zero-shot detection is ours: a time step's frame is the mean over its 8 patches of the pooling
       layer's value and output projections. For HEAR the encoder is "frozen and used as the input
       feature vector" (Sec. V-E). Scene tasks get the pooled and projected vector, event tasks the
@@ -74,7 +77,8 @@ Deviations from the paper, what it leaves open, and the variants ("code": the au
       III-A) counts patches; there are 6.25 time steps a second.
   D11 Not stated: the checkpoint with the best mAP@10 of both directions on the validation split.
       Stage 1 is not validated, mae.pt is its last step.
-  D12 Not stated: bf16 autocast on a GPU; the losses are always in fp32.
+  D12 Not stated: bf16 autocast on a GPU; the losses are never in bf16 (on a GPU, their matrix
+      products may use TF32).
   D13 The text encoder "follows RoBERTa's architecture" and starts from "the RoBERTa pretrained
       weights" (Sec. III-B). Its positions are counted from 0 (code), RoBERTa's from 2, so a token
       starts from the position embedding that was trained for the token two places before. The first
@@ -174,7 +178,8 @@ class Config(common.RunConfig):
     steps: common.Count = 300000  # optimiser steps of stage 2 (Sec. IV-A)
     batch_size: common.Count = 4096  # pairs over all processes (Sec. IV-A)
     lr: common.Positive = 1e-5  # peak of AdamW's learning rate (Sec. IV-A)
-    # largest number of patches a clip; a longer clip gives so many at random (Sec. IV-A: 10.24 s)
+    # at most so many patches of a clip; of a longer one, this many are drawn at random (Sec. IV-A:
+    # 10.24 s)
     patches: common.Count = 512
     # lambda, weight of the captioning loss (Eq. 3, Sec. IV-A); 0: no decoder
     caption_weight: common.NotNegative = 1.0
@@ -193,15 +198,21 @@ class Config(common.RunConfig):
                 f"--weights {self.weights} with --stage {self.stage}: stage 1 has nothing to do "
                 "for a whole model; give --stage contrastive"
             )
-        if self.stage == "all" and self.audio_weights:
+        if self.stage != "contrastive" and self.audio_weights:
             raise ValueError(
-                f"--audio-weights {self.audio_weights} with --stage all: stage 2 would not use "
-                "what stage 1 has learnt; give --stage contrastive"
+                f"--audio-weights {self.audio_weights} with --stage {self.stage}: stage 2 would "
+                "not use what stage 1 has learnt; give --stage contrastive"
             )
         if self.audio_dim % self.audio_heads or self.audio_dim % 2:
             raise ValueError(
                 f"--audio-dim {self.audio_dim}: expected an even number that --audio-heads "
                 f"{self.audio_heads} divides"
+            )
+        pool_heads = min(VARIANTS[self.variant]["heads"][0], self.audio_heads)
+        if self.audio_dim % pool_heads:
+            raise ValueError(
+                f"--audio-dim {self.audio_dim}: expected a multiple of {pool_heads}, the heads of "
+                "the audio pooler"
             )
         if self.text_model == "none" and self.text_dim % 8:
             raise ValueError(
@@ -825,7 +836,8 @@ class Model(nn.Module):
         """
         state = port_state(common.read_weights(source))
         common.check_keys(source, state, "audio_encoder.", "the authors' torch file")
-        text_encoder = common.text_encoder_from_pretrained(text_model, 100)  # the code's length
+        # 100: the code's length
+        text_encoder = common.text_encoder_from_pretrained(text_model, 100, weights=False)
         dim, layers, mlp, joint, decoders = port_size(state)
         model = cls(
             dict(
@@ -1049,12 +1061,19 @@ def require_texts(rows: list[dict]) -> None:
             common.require([row], "captions")
 
 
+def texts_of(rows: list[dict]) -> list[str]:
+    return [t for row in rows for t in (*row.get("captions", []), *row.get("synthetic", []))]
+
+
 def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
     """Stage 1, masked autoencoding (Sec. III-A) -> runs/NAME/mae.pt; needs audio only."""
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
-    if cfg.stage == "all":
-        require_texts(train_rows + val_rows)  # checked now, not after stage 1
+    if cfg.stage == "all":  # what stage 2 needs is checked now, not after stage 1
+        require_texts(train_rows + val_rows)
+        n = len(train_rows)
+        common.check_batch(cfg, min(cfg.batch_size, n), n, "clip")
+        common.start_text_encoder(cfg, texts_of(train_rows), cfg.max_tokens)
     batch_size = min(cfg.mae_batch_size, len(train_rows))
     common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
     torch.manual_seed(cfg.seed)
@@ -1148,12 +1167,7 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     if checkpoint:
         model = Model.from_checkpoint(run.path / "last.pt")
     else:
-        texts = [
-            text
-            for row in train_rows
-            for text in (*row.get("captions", []), *row.get("synthetic", []))
-        ]
-        model = start_model(cfg, texts, run.path / "mae.pt")
+        model = start_model(cfg, texts_of(train_rows), run.path / "mae.pt")
         if cfg.weights != "none":
             cfg = run.starts_from(
                 variant=model.shape["variant"], max_tokens=model.text_encoder.max_tokens
@@ -1220,15 +1234,10 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     result = run.finish(scores, chance, len(val_rows))
     if model.decoder:
         show_captions(model, val_rows[:3])
-    plain = dict(name="", stage="contrastive", rho=0.0, caption_weight=0.0)
+    plain = dict(stage="contrastive", rho=0.0, caption_weight=0.0)
     if cfg.weights == "none":
         plain["audio_weights"] = cfg.audio_weights or str(run.path / "mae.pt")
-    print(
-        "\nNext:\n"
-        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python cacophony.py {common.flags_of(cfg, **plain)}     "
-        "(the same start, without captioner and SAM, to compare)"
-    )
+    run.say_next("the same start, without captioner and SAM", **plain)
     return result
 
 
@@ -1351,7 +1360,8 @@ def audio_start(encoder: PatchTransformer, path, cfg: Config) -> None:
         # content["shape"] is the encoder's alone in a stage 1 file; stage 2 has it under "audio"
         stored = {**content["config"], **content["shape"].get("audio", content["shape"])}
         for name, now in (*audio_shape(cfg).items(), ("variant", cfg.variant)):
-            if stored[name] != now:
+            # paper and jax have the same audio encoder
+            if stored[name] != now and {stored[name], now} != {"paper", "jax"}:
                 raise ValueError(
                     f"{path}: trained with {name} = {stored[name]}, and this run has {now}; repeat "
                     "stage 1's flags"

@@ -72,8 +72,8 @@ Deviations from the paper, and what it leaves open
       one or two labels (here "A" and "A, and B"), the order of labels (here the manifest's), names
       that hold commas (kept). Rows without labels give one of their captions; the paper decides "to
       not utilize natural language descriptions".
-  D11 Not stated: precision. Ours: bf16 autocast on a GPU; the losses and the matching are always in
-      fp32 or higher.
+  D11 Not stated: precision. Ours: bf16 autocast on a GPU; the losses and the matching are never in
+      bf16 (on a GPU, matrix products of the losses may use TF32).
   D12 The blocks attend to all of AST's states, its two class tokens included; the paper's h^a are
       those of "the audio tokens (i.e., patches in the log mel spectrogram)".
   D13 The paper trains on 10 s clips. From audio over 10.24 s, training takes a random window, and
@@ -749,9 +749,11 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
     scores, chance = {}, {}
     classes = sorted({label for row in rows for label in row.get("labels", [])})
     if classes:
-        targets = common.label_targets(rows, classes)
+        labelled = common.annotated(rows, "labels")
+        targets = common.label_targets([rows[i] for i in labelled], classes)
         # the prompt of training with one label (D14)
-        sim = audio_embeds @ common.embed_texts(model, [label_prompt([c]) for c in classes]).T
+        prompts = common.embed_texts(model, [label_prompt([c]) for c in classes])
+        sim = audio_embeds[labelled] @ prompts.T
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
         chance["tagging_mAP"] = float(targets.mean())
     captions = [row.get("captions", []) for row in rows]
@@ -852,14 +854,8 @@ def main(cfg: Config) -> dict:
     model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, quiet=False)
     result = run.finish(scores, chance, len(val_rows))
-    baseline = dict(name="", token_weight=0.0, uni_weight=0.0, global_weight=1.0)
-    print(
-        "\nNext:\n"
-        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all "
-        "--prompt collat\n"
-        f"  python collat.py {common.flags_of(cfg, **baseline)}     "
-        "(the global loss alone: what Fig. 5 calls CLAP, to compare)"
-    )
+    baseline = dict(token_weight=0.0, uni_weight=0.0, global_weight=1.0)
+    run.say_next("the global loss alone: what Fig. 5 calls CLAP", "--prompt collat", **baseline)
     return result
 
 
@@ -910,15 +906,9 @@ def load_ast(encoder: AST, source: str) -> None:
     if Path(source).is_file():
         weights = common.read_encoder_weights(source)
     else:
-        transformers = common.quiet_transformers()
-        try:
+        with common.from_hub(f"--audio-weights {source}: not a file,") as transformers:
             config = common.transformers_config(source)
             weights = transformers.ASTModel.from_pretrained(source, config=config).state_dict()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--audio-weights {source}: not a file, not a local folder and not to be had from "
-                f"the hub ({str(error).strip().splitlines()[0]}); give AST's weights, or none"
-            ) from None
     common.load_strict(encoder, ast_state(weights), source)
 
 
@@ -926,15 +916,11 @@ def locked_text(name: str, max_tokens: int) -> common.TextEncoder:
     """A pre-trained text encoder and its tokenizer; of a CLIP, only the text tower and its
     projection.
     """
-    transformers = common.quiet_transformers()
-    try:
+    with common.from_hub(f"--text-model {name}:") as transformers:
         config = common.transformers_config(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--text-model {name}: not a local folder and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]}); give a folder that holds config.json, "
-            "weights and tokenizer, or none, or connect to a network"
-        ) from None
+    limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", max_tokens)
+    if max_tokens > limit:
+        raise ValueError(f"--max-tokens {max_tokens}: {name} has positions for {limit}")
     if not config.model_type.startswith("clip"):
         return common.text_encoder_from_pretrained(name, max_tokens)
     if config.model_type == "clip":

@@ -362,7 +362,7 @@ def join_windows(embeds, owner, weight):
 # ------------------------------------------------------------------------------------------------
 
 
-DEMO_HZ = 32000  # LogMel's default, so the demo needs no resampling
+DEMO_HZ = 32000  # MGA-CLAP's rate; the other scripts resample
 
 # Captions by the number of sounds; {0} is heard first, whatever the order of the words
 ONE = ["{0}", "the sound of {0}", "{0} can be heard"]
@@ -409,7 +409,9 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
     n, size = len(sounds), int(scene_s * rate)
     lengths = np.array([len(s[2]) for s in sounds])
     together = n == 2 and rng.random() < 0.3
-    if together:  # the second sound starts within the first half of the first
+    # the second sound starts within the first half of the first, or earlier where it would run past
+    # the end of the scene
+    if together:
         first = int(rng.integers(0, size - lengths[0] + 1))
         second = min(first + int(rng.integers(0, lengths[0] // 2 + 1)), size - lengths[1])
         onsets, swapped = [first, second], None
@@ -419,9 +421,9 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
         onsets = np.cumsum(gaps) + np.cumsum(lengths) - lengths
         back = np.cumsum(gaps) + np.cumsum(lengths[::-1]) - lengths[::-1]
         swapped = np.zeros(size, np.float32) if n > 1 else None
-    # background: white noise with some more energy at low frequencies
+    # background: white noise, plus a little brown noise (its running sum) whose slow drift, the
+    # moving average, is subtracted
     noise = np.cumsum(rng.standard_normal(size).astype(np.float32))
-    # diff gives back the white noise; its cumsum less a moving average is brown noise without drift
     noise = np.diff(noise, prepend=0) + 0.02 * (
         noise - np.convolve(noise, np.ones(64) / 64, "same")
     )
@@ -779,7 +781,7 @@ def split_train_val(
 ) -> tuple[list[dict], list[dict]]:
     """Rows for training (split "train" or none) and validation (split "val", else 5 % held out).
 
-    Held-out clips are drawn by the file's name, so several captions of a clip stay together.
+    Rows of one file are merged. Copied alone, needs merge_rows, negatives_of.
     """
     train = [row for row in rows if row.get("split", "train") == "train"]
     val = [row for row in rows if row.get("split") == "val"]
@@ -795,7 +797,40 @@ def split_train_val(
             f"no row of the manifest is for training (first: {first}); expected split 'train' or "
             "no split at all"
         )
-    return train, val
+    return merge_rows(train), merge_rows(val)
+
+
+def merge_rows(rows: list[dict]) -> list[dict]:
+    """One row a file: a manifest may hold one caption or one label a line."""
+    merged = {}
+    for row in rows:
+        first = merged.setdefault(row["audio"], row)
+        if first is row:
+            continue
+        one = merged[row["audio"]] = {**first}  # the caller's rows stay as they are
+        if first.get("negatives") or row.get("negatives"):  # one entry a caption
+            one["negatives"] = negatives_of(first) + negatives_of(row)
+        for key in ("captions", "synthetic", "similarity", "labels", "events", "phrases", "qa"):
+            old, new = first.get(key, []), row.get(key, [])
+            # equal captions stay: two people may write the same
+            if key not in ("captions", "synthetic", "similarity"):
+                new = [x for x in new if x not in old]
+            if key in first or key in row:
+                one[key] = old + new
+    return list(merged.values())
+
+
+def negatives_of(row: dict) -> list:
+    """One entry a caption, None where there is no negative."""
+    n = len(row.get("captions", []))
+    return (row.get("negatives", []) + [None] * n)[:n]
+
+
+def annotated(rows: list[dict], *keys: str) -> list[int]:
+    """Indices of the rows that have one of these keys. An empty list says that nothing is there; a
+    row without the key says nothing, and is no negative example.
+    """
+    return [i for i, row in enumerate(rows) if any(key in row for key in keys)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1068,7 +1103,9 @@ def read_checkpoint(path, method: str | None = None) -> dict:
 
 
 def check_keys(path, weights: dict, prefix: str, kind: str) -> None:
-    """ValueError for a file that is not of this kind, before its tokenizer is asked of the hub."""
+    """ValueError for a file that is not of this kind, before its tokenizer is fetched from the
+    hub.
+    """
     if not any(key.startswith(prefix) for key in weights):
         raise ValueError(
             f"{path}: neither a checkpoint of this script nor {kind} (keys: "
@@ -1157,24 +1194,27 @@ def transformers_config(name: str):
     return config
 
 
-def transformers_weights(name: str) -> dict:
-    """State dict of a transformers CLAP folder or hub id."""
-    transformers = quiet_transformers()
+@contextlib.contextmanager
+def from_hub(what: str):
+    """Gives transformers; if it cannot load the model, one sentence, which begins with `what`."""
     try:
-        config = transformers_config(name)
-        kind = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}[
-            config.model_type
-        ]
-        return kind.from_pretrained(name, config=config).state_dict()
-    except KeyError:
-        raise ValueError(
-            f"{name}: a transformers model of type '{config.model_type}'; expected CLAP"
-        ) from None
+        yield quiet_transformers()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: not a transformers CLAP folder or reachable hub id "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{what} not a model folder and not to be had from the hub "
+            f"({str(error).strip().splitlines()[0]}); give a folder that holds config.json, "
+            "weights and tokenizer, or connect to a network"
         ) from None
+
+
+def transformers_weights(name: str) -> dict:
+    """State dict of a transformers CLAP folder or hub id."""
+    with from_hub(f"{name}:") as transformers:
+        config = transformers_config(name)
+        kinds = {"clap": transformers.ClapModel, "clap_audio_model": transformers.ClapAudioModel}
+        if config.model_type in kinds:
+            return kinds[config.model_type].from_pretrained(name, config=config).state_dict()
+    raise ValueError(f"{name}: a transformers model of type '{config.model_type}'; expected CLAP")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1514,20 +1554,20 @@ class TextEncoder(nn.Module):
         }
 
 
-def text_encoder_from_pretrained(name: str, max_tokens: int, pooler: bool = False) -> TextEncoder:
-    """From a hub id or a local folder, e.g. "bert-base-uncased"."""
-    transformers = quiet_transformers()
-    try:
+def text_encoder_from_pretrained(
+    name: str, max_tokens: int, pooler: bool = False, weights: bool = True
+) -> TextEncoder:
+    """From a hub id or a local folder, e.g. "bert-base-uncased". Without weights: config and
+    tokenizer only, for a file that holds the weights.
+    """
+    with from_hub(f"--text-model {name}:") as transformers:
         config = transformers_config(name)
         # transformers 5 would keep half precision where the file has it
-        model = transformers.AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+        if weights:
+            model = transformers.AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+        else:
+            model = transformers.AutoModel.from_config(config, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--text-model {name}: not a local folder and not to be had from the hub ({reason}); "
-            "give a folder that holds config.json, weights and tokenizer, or connect to a network"
-        ) from None
     return TextEncoder(model, tokenizer, max_tokens, pooler)
 
 
@@ -1587,9 +1627,11 @@ def start_text_encoder(cfg, texts: list[str], max_tokens: int, pooler: bool = Fa
     """
     if cfg.text_model != "none":
         return text_encoder_from_pretrained(cfg.text_model, max_tokens, pooler)
-    # heads of 64 channels, as in BERT
+    heads = max(1, cfg.text_dim // 64)  # of 64 channels, as in BERT
+    if cfg.text_dim % heads:
+        raise ValueError(f"--text-dim {cfg.text_dim}: expected a multiple of 64")
     return text_encoder_from_scratch(
-        texts, cfg.text_dim, cfg.text_layers, max(1, cfg.text_dim // 64), max_tokens, pooler=pooler
+        texts, cfg.text_dim, cfg.text_layers, heads, max_tokens, pooler=pooler
     )
 
 
@@ -2433,7 +2475,7 @@ END_SIGNALS = []  # signals that asked a training, started as a script, to save 
 
 def ask_for_the_end(number, _frame) -> None:
     """First SIGTERM or Ctrl-C: the loop saves and ends (`Run.end_if_told`). A second one ends it at
-    once.
+    once, or is ignored under torchrun.
     """
     END_SIGNALS.append(number)
     # under torchrun a process gets two signals, the batch system's and torchrun's
@@ -2460,7 +2502,7 @@ def run_entry(main, parse, *given):
         main(settings)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sentence = str(error)
-        if isinstance(error, RuntimeError):  # raised by torch; two kinds are not bugs of ours
+        if isinstance(error, RuntimeError):  # raised by torch; some kinds are not bugs of ours
             sentence = what_torch_says(error, settings)
         if sentence is None or os.environ.get("TRACEBACK"):
             raise
@@ -2482,7 +2524,9 @@ def run_entry(main, parse, *given):
 
 
 def what_torch_says(error: RuntimeError, settings) -> str | None:
-    """An error message for too little memory or a lost process; None for any other error."""
+    """An error message for too little memory, a killed loader or a lost process; None for any other
+    error.
+    """
     text, first_line = str(error), (str(error).splitlines() or [""])[0]
     # torch has a type for a full GPU, but only messages for full main memory; the last is oneDNN's
     full = re.search("can't allocate memory|could not create a (primitive|memory)", text)
@@ -2490,6 +2534,8 @@ def what_torch_says(error: RuntimeError, settings) -> str | None:
         size = getattr(settings, "batch_size", None)
         where = f" at --batch-size {size}" if size else ""
         smaller = "a smaller --batch-size"
+        if hasattr(settings, "mae_batch_size"):  # either may be the one in use
+            where, smaller = "", smaller + " (stage 1: --mae-batch-size)"
         if hasattr(settings, "micro_batch"):
             smaller = "--micro-batch (gradient caching, the same gradients), " + smaller
         return f"out of memory{where}; try {smaller}, or --precision bf16 ({first_line})"
@@ -2628,7 +2674,7 @@ def bucketed_batches(
 ):
     """Indices of one epoch as batches of clips of similar length, in random order.
 
-    First N mod batch_size clips, drawn anew every epoch, are left out; then the clips that do not
+    N mod batch_size clips, drawn anew every epoch, are left out first; then the clips that do not
     fill a batch of their bucket form mixed batches: always floor(N / batch_size) batches (one if N
     is smaller). Inside a bucket the order is random: in order of length, a clip's negatives would
     come from its own source, and MGA-CLAP's official variant would stretch the shortest clips most.
@@ -2708,7 +2754,7 @@ def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not
     ignored.
     """
-    # settings that the weights do not depend on
+    # settings that may change on --resume
     free = (
         "resume name runs workers device log_steps save_steps eval_epochs eval_steps max_bad data"
     )
@@ -3088,6 +3134,15 @@ class Run:
         )
         return result
 
+    def say_next(self, why: str, scored_with: str = "", **changed) -> None:
+        """Print the commands that score this run, and that train another one to compare with."""
+        best, data = shlex.quote(f"{self.path}/best.pt"), shlex.join(self.cfg.data)
+        self.say(
+            f"\nNext:\n  python eval.py {best} --data {data} --protocol all {scored_with}\n"
+            f"  python {self.method}.py {flags_of(self.cfg, name='', **changed)}     ({why}, to "
+            "compare)"
+        )
+
     @property
     def stop(self) -> bool:
         """True if a signal asked the run to end; with several processes, once all know of it."""
@@ -3108,7 +3163,7 @@ class Run:
             return
         lines, path = [], self.path / "log.jsonl"
         for text in path.read_text().splitlines() if path.exists() else ():
-            if text.endswith("}"):  # a killed run may leave half a line
+            with contextlib.suppress(ValueError):  # a killed run may leave half a line
                 line = json.loads(text)
                 if line.get("stage", "") != self.stage or line.get("step", 0) <= step:
                     lines.append(text)

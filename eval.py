@@ -202,10 +202,11 @@ def tagging(model, clips, classes, settings) -> dict:
     Average precision is not interpolated; equal scores form one threshold. Source: MGA-CLAP Table 3
     (FSD50K, AudioSet; the paper names no split, ours are the evaluation splits).
     """
-    targets = common.label_targets(clips["rows"], classes)
+    index = common.annotated(clips["rows"], "labels", "events")
+    targets = common.label_targets([clips["rows"][i] for i in index], classes)
     sim = common.similarities(
         model, clips["audio_embeds"], clips["frame_embeds"], class_prompts(classes, settings)
-    )
+    )[index]
 
     def score(chosen):
         precisions = common.class_average_precisions(sim[chosen], targets[chosen])
@@ -223,6 +224,7 @@ def tagging(model, clips, classes, settings) -> dict:
         n_classes=int(targets.any(0).sum()),
         prompt=settings.prompt,
         tie_rule="equal scores are one threshold",
+        left_out=f"{len(clips['rows']) - len(index)} clips without labels or events",
     )
 
 
@@ -234,8 +236,9 @@ def frames(model, clips, classes, settings) -> dict:
     resembles any class text at all. Both are always reported: do not tune on one of them and report
     the other.
     """
-    rows, frame_embeds = clips["rows"], clips["frame_embeds"]
-    if not any(row.get("events") for row in rows):
+    index = common.annotated(clips["rows"], "events")
+    rows, frame_embeds = [[clips[key][i] for i in index] for key in ("rows", "frame_embeds")]
+    if not any(row["events"] for row in rows):
         raise ValueError("frames needs 'events' in the manifest, which has none")
     class_embeds = common.embed_texts(model, class_prompts(classes, settings))
     occurring = set(classes) & {event["label"] for row in rows for event in row.get("events", [])}
@@ -287,6 +290,7 @@ def frames(model, clips, classes, settings) -> dict:
         frame_s=model.frame_s,
         frame_rule=frame_rule(model),
         n_frames=sum(len(f) for f in frame_embeds),
+        left_out=f"{len(clips['rows']) - len(index)} clips without the key events",
     )
 
 
@@ -467,12 +471,12 @@ def t_classify(model, clips, classes, settings) -> dict:
     """T-Classify: is the right order of events preferred to the wrong one?
 
     t2a (T-CLAP's name): the share of captions with a `negative`, the same events in another order,
-    for which the clip's cosine to the caption is strictly larger than to the negative. a2t: the
-    share of captions of clips with a `swapped_audio`, the same sounds in another order, that lie
-    strictly closer to the clip than to the swapped audio. A tie is a miss; ties are counted. The
-    score is the micro-average over all pairs; details give each manifest and each connective alone,
-    so that shortcuts ("first", commas) show, and every pair's margin. Source: T-CLAP Table 3
-    (AudioCaps, Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
+    for which the clip's cosine to the caption is strictly larger than to the negative. a2t: among
+    these captions, those of clips with a `swapped_audio`, the same sounds in another order: the
+    share that lies strictly closer to the clip than to the swapped audio. A tie is a miss; ties are
+    counted. The score is the micro-average over all pairs; details give each manifest and each
+    connective alone, so that shortcuts ("first", commas) show, and every pair's margin. Source:
+    T-CLAP Table 3 (AudioCaps, Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
     """
     # swapped: clip -> (embed, frames) of its reordered audio
     rows, swapped = clips["rows"], clips["swapped"]
@@ -1002,8 +1006,8 @@ def per_class(classes, values) -> dict:
 
 
 def class_prompts(classes, settings) -> list[str]:
-    """The prompt filled with each class name; underscores become spaces."""
-    return [settings.prompt.format(c.replace("_", " ")) for c in classes]
+    """The prompt filled with each class name; underscores and slashes become spaces."""
+    return [settings.prompt.format(re.sub("[_/]", " ", c)) for c in classes]
 
 
 def interval(values: list[float]) -> dict:
@@ -1041,7 +1045,7 @@ def result(
     }
     split = settings.split
     if split == "all rows":
-        split += " (none is in split test: clips that a model was trained on may be among them)"
+        split += " (clips that a model was trained on may be among them)"
     if settings.fold is not None:
         split += f", fold {settings.fold}"
     return {
@@ -1091,8 +1095,10 @@ def differences(first: dict, other: dict) -> dict:
 def show(r: dict) -> None:
     """Print a result: its rules, then its scores."""
     counts = [f"{r['n_clips']} clips"]
-    counts += [f"{r['n_captions']} captions"] * bool(r["n_captions"])
-    counts += [f"{r['n_classes']} classes"] * bool(r["n_classes"])
+    if r["n_captions"]:
+        counts.append(f"{r['n_captions']} captions")
+    if r["n_classes"]:
+        counts.append(f"{r['n_classes']} classes")
     print(f"\n{r['protocol']}: {', '.join(counts)}")
     for key, value in r["settings"].items():
         if key not in ("checkpoint", "data"):
@@ -1238,15 +1244,21 @@ def read_rows(flags) -> tuple[list[dict], str, list[dict]]:
     """-> the manifest's rows of every split, the scored split, and its rows, one a file."""
     manifest, split = common.read_manifest(flags.data), flags.split
     if split is None:  # test rows where there are any, else everything
-        split = "test" if any(row.get("split") == "test" for row in manifest) else "all rows"
+        split = "test" if any(row.get("split") == "test" for row in manifest) else "all"
     rows = manifest
-    if split != "all rows":
+    if split == "all":
+        split = "all rows"
+    else:
         rows = [row for row in manifest if row.get("split", "train") == split]
     if not rows:
         raise ValueError(
             f"--split {split}: no row of the manifest is in it (rows without a split are for "
             "training)"
         )
+    for item in flags.data if len(flags.data) > 1 else []:
+        path = common.manifest_path(item)
+        if not any(row["where"].startswith(f"{path}:") for row in rows):
+            print(f"--data {item}: none of its rows is in split {split}, so none is scored")
     if flags.fold is not None:
         # compared as text: a manifest's folds are numbers or names
         folds = sorted({str(row["fold"]) for row in rows if "fold" in row})
@@ -1256,38 +1268,13 @@ def read_rows(flags) -> tuple[list[dict], str, list[dict]]:
                 f"--fold {flags.fold}: no row of split {split} is in it; folds there: "
                 f"{', '.join(folds) or 'none'}"
             )
-    merged = merge_rows(rows)
+    merged = common.merge_rows(rows)
     if len(merged) < len(rows):
         print(
             f"{len(rows)} rows of the manifest are {len(merged)} files: rows of one file were "
             "merged"
         )
     return manifest, split, merged
-
-
-def merge_rows(rows: list[dict]) -> list[dict]:
-    """One row a file: a manifest may hold one caption or one label a line."""
-    merged = {}
-    for row in rows:
-        if row["audio"] not in merged:
-            merged[row["audio"]] = {**row}
-            continue
-        one = merged[row["audio"]]
-        if one.get("negatives") or row.get("negatives"):  # one entry a caption
-            one["negatives"] = negatives_of(one) + negatives_of(row)
-        for key in ("captions", "labels", "events", "phrases", "qa"):
-            new = row.get(key, [])
-            if key != "captions":  # equal captions stay: two people may write the same
-                new = [x for x in new if x not in one.get(key, [])]
-            if row.get(key):
-                one[key] = one.get(key, []) + new
-    return list(merged.values())
-
-
-def negatives_of(row: dict) -> list:
-    """One entry a caption, None where there is no negative."""
-    n = len(row.get("captions", []))
-    return (row.get("negatives", []) + [None] * n)[:n]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1396,7 +1383,8 @@ def embed_swapped(model, rows: list[dict], settings) -> dict:
 def evaluate(model, rows: list[dict], settings, protocols: dict):
     """Score one model by every wanted protocol, one result after the other."""
     wanted = wanted_protocols(model, rows, settings, protocols)
-    classes = common.read_classes(settings.data, rows)
+    # without classes.txt the labels of all splits and folds
+    classes = common.read_classes(settings.data, settings.manifest)
     frames = any("embed_frames" in protocols[name].methods for name in wanted)
     clips = embed_clips(model, rows, settings, frames)
     labels = {label for row in rows for label in row.get("labels", [])}
@@ -1459,8 +1447,7 @@ def embed_command(flags) -> None:
     clips = []
     for k in kept:  # absolute: a relative path would start at the new folder
         clips.append({"audio": os.path.abspath(rows[k]["audio"])})
-        if "duration" in rows[k]:
-            clips[-1]["duration"] = rows[k]["duration"]
+        clips[-1] |= {key: rows[k][key] for key in ("duration", "split") if key in rows[k]}
     # audio.jsonl marks a complete folder of embeddings, and is written last
     for name, array in (("audio", audio_embeds), ("text", text_embeds)):
         with common.written_whole(out / f"{name}.npy") as file:
@@ -1468,7 +1455,10 @@ def embed_command(flags) -> None:
     for name, lines in (("captions", told), ("audio", clips)):
         text = [json.dumps(line, ensure_ascii=False) for line in lines]
         common.write_lines(out / f"{name}.jsonl", text)
-    print(f"{out}: {len(kept)} clips, {len(told)} captions, {audio_embeds.shape[1]} dimensions")
+    print(
+        f"{out}: split {split}, {len(kept)} clips, {len(told)} captions, {audio_embeds.shape[1]} "
+        "dimensions"
+    )
 
 
 def main(flags, protocols: dict = PROTOCOLS) -> list[dict]:
@@ -1551,8 +1541,9 @@ def make_parser(doc: str, data=True, json=True, scores=True, **given) -> argpars
     )
     parser.add_argument(
         "--split",
-        help="rows to use: train (also those without a split), val or test; "
-        "default: test where there is one, else all rows",
+        choices=["train", "val", "test", "all"],
+        help="rows to use: train (also those without a split), val, test or all; default: test "
+        "where there is one, else all",
     )
     parser.add_argument("--fold", metavar="N", help="only this fold of a set that has folds")
     if not scores:

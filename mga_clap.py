@@ -52,7 +52,8 @@ Deviations from the paper (and what --variant official does)
   D7  Official: the loss also has the term mean|A| / ||A||, where A is the matrix of the batch's
       clip embeddings, and the same term for its text embeddings.
   D8  Official: clips are padded to the longest clip of the batch, and HTS-AT stretches them to
-      10 s. We pad to 10 s, as the paper does.
+      10 s; with several processes, to the longest of each process's share. We pad to 10 s, as the
+      paper does.
   D9  Official: 10 epochs (paper 15). The schedule (warm-up of 2 epochs, cosine) is the code's; the
       paper names none.
   D10 bf16 autocast (code: fp16 with loss scaling; the paper names no precision). Clips of "similar
@@ -84,13 +85,14 @@ Deviations from the paper (and what --variant official does)
   D20 The paper crops or pads "all the audio clips" at random to 10 s and has no separate rule for
       test clips. Ours are cut into consecutive windows of 10 s, the last one zero-padded, whose
       embeddings are averaged, weighted by duration. The code crops long clips at random for
-      retrieval; for detection and grounding it takes their first 10 s and repeats short ones to
-      10 s. Official also repeats short clips for their frames. For the first 10 s add --crop first.
+      retrieval, and pads short ones to the longest of 32; for detection and grounding it takes
+      their first 10 s and repeats short ones to 10 s. Official also repeats short clips for their
+      frames, but pads to 10 s for retrieval. For the first 10 s add --crop first.
   D21 --aggregator mean, uaca, wstag, pacl: the authors' versions are not released. Ours follow Sec.
       3.2.1 ("mean pooling or attention pooling": mean) and Sec. 2.3 and 5.1.2 ("mean-mean pooling",
       "max-mean", "cross-modal attention pooling"). With --locality-blocks 0 --no-hard-negatives
       they correspond to rows of the paper's tables. Their frames include those of zero-padded audio
-      (D3) in training, but not in evaluation.
+      (D3) in training, and for mean also in evaluation.
   D22 Gradients flow through the weights of Eq. (8), as in the code; the paper does not say.
   D23 Eq. (5) is printed for one head; HTS-AT has its own windows, heads and position bias. Its
       output is "decoupled to produce the final frame-wise features" by the mean over frequency, as
@@ -427,7 +429,7 @@ class Model(nn.Module):
 
         self.frame_proj = two_layers(self.audio_encoder.out_dim)
         self.word_proj = two_layers(text_encoder.out_dim)
-        # learnt without a lower limit, as in the code; the gradient keeps it away from 0
+        # learnt without a lower limit, as in the code
         self.temperature = nn.Parameter(torch.tensor(cfg.init_temperature))
         self.eta = cfg.affinity_scale * math.sqrt(cfg.joint_dim)  # D2
         if cfg.aggregator == "codebook":
@@ -555,14 +557,18 @@ class Model(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, text_model="bert-base-uncased", variant=None):
-        """A run's last.pt or best.pt, or the authors' model.pt (with `text_model`'s tokenizer).
+        """A run's last.pt or best.pt, or the authors' model.pt (with `text_model`'s config and
+        tokenizer).
         variant: None keeps the variant of the training, which is official for model.pt.
         """
         content = common.read_weights(path)
         if "codebook" in content.get("model", {}) and "method" not in content:
             cfg = Config(data=[], **PUBLISHED)
             cfg = dataclasses.replace(cfg, variant=variant or cfg.variant)
-            model = cls(cfg, common.text_encoder_from_pretrained(text_model, cfg.max_tokens))
+            model = cls(
+                cfg,
+                common.text_encoder_from_pretrained(text_model, cfg.max_tokens, weights=False),
+            )
             common.load_strict(model, official_state(content["model"]), path)
         else:
             content = common.read_checkpoint(path, METHOD)
@@ -671,7 +677,7 @@ def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: boo
 
 def embedding_regulariser(embeds):
     """Extra term of the official loss (D7), which favours few large entries. embeds (B, D) are
-    normalised, so their norm is always sqrt(B) and only the mean absolute value varies.
+    normalised, so their norm is constant and only the mean absolute value varies.
     """
     return embeds.abs().mean() / embeds.norm()
 
@@ -756,16 +762,19 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     scores, chance, _ = common.caption_retrieval(model, audio_embeds, frame_embeds, captions)
     if classes and any(row.get("labels") or row.get("events") for row in rows):
         names = [c.replace("_", " ") for c in classes]
-        targets = common.label_targets(rows, classes)
-        sim = common.similarities(model, audio_embeds, frame_embeds, names)
+        tagged = common.annotated(rows, "labels", "events")
+        targets = common.label_targets([rows[i] for i in tagged], classes)
+        sim = common.similarities(model, audio_embeds, frame_embeds, names)[tagged]
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
         chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
         if frames:
             class_embeds = common.embed_texts(model, names)
+            timed = common.annotated(rows, "events")
+            of_timed = [[of[i] for i in timed] for of in (frame_embeds, rows)]
             # centred: each frame's mean over the classes is subtracted
             for name, centred in (("frame_mAP_raw", False), ("frame_mAP_centred", True)):
                 per_class, chance[name] = common.frame_average_precisions(
-                    frame_embeds, class_embeds, rows, classes, model.frame_s, centred
+                    of_timed[0], class_embeds, of_timed[1], classes, model.frame_s, centred
                 )
                 scores[name] = float(np.nanmean(per_class))
     return scores, chance
@@ -874,12 +883,11 @@ def main(cfg: Config) -> dict:
     model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, classes, quiet=False)
     result = run.finish(scores, chance, len(val_rows))
-    plain = dict(name="", aggregator="mean", locality_blocks=0, hard_negatives=False)
-    print(
-        "\nNext:\n"
-        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python mga_clap.py {common.flags_of(cfg, **plain)}     (plain CLAP, to compare)"
-    )
+    if cfg.weights == "none":
+        plain = dict(aggregator="mean", locality_blocks=0, hard_negatives=False)
+        run.say_next("plain CLAP", **plain)
+    else:  # the file decides on the model
+        run.say_next("without hard negatives", hard_negatives=False)
     return result
 
 

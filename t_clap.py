@@ -28,7 +28,8 @@ D joint dimension 512. Embeddings a, t and n are the paper's E^a, E^t and E^t-ba
 
 Deviations from the paper, and what it leaves open
   D1  LAION's training loader and Python API clip each waveform to [-1, 1] and convert it to int16
-      and back. This changes a sample within [-1, 1] by less than 1 / 32,767, so we omit it.
+      and back. This changes a sample within [-1, 1] by less than 1 / 32,767, so we omit it; louder
+      samples stay as they are.
   D2  In evaluation, audio over 10 s is cut into consecutive windows, whose embeddings are averaged,
       weighted by duration; LAION crops at random. Training crops at random as LAION does, so a crop
       of a longer clip (Clotho) may lack an event of its caption. A window or crop shorter than 10 s
@@ -39,13 +40,15 @@ Deviations from the paper, and what it leaves open
       which is a mean.
   D5  Not stated, so taken from LAION: Adam without weight decay, the cosine to 0 after the warm-up,
       and the choice of the checkpoint by mAP@10 of both directions. LAION averages mAP@10 over
-      Clotho and AudioCaps; here all clips of split val are one gallery. The paper averages three
-      trainings (Sec. 4); here a run is one seed.
+      Clotho and AudioCaps; here all clips of split val are one gallery, or, if there are none, 5 %
+      of the clips (2 to 1,000). The paper averages three trainings (Sec. 4); here a run is one
+      seed.
   D6  "a ratio of 1 : 4 to add the other three datasets within each batch" is read as one clip of
       the sets with negatives to four of Auto-ACD. Within each of the two parts, clips are drawn
       uniformly.
-  D7  Not stated: which caption a clip is paired with. Ours: one of its captions, drawn each time.
-  D8  Not stated: precision. Ours: bf16 autocast on a GPU; the losses are always in fp32.
+  D7  Not stated, so LAION's: a clip is paired with one of its captions, drawn each time.
+  D8  Not stated: precision. Ours: bf16 autocast on a GPU; the losses are never in bf16 (on a GPU,
+      their matrix products may use TF32).
   D9  --micro-batch: batch norm sees micro-batches, not the whole batch (common.cached_backward).
   D10 --size tiny starts from random weights, the paper from LAION-CLAP. It has small encoders,
       batches of 16, sets mixed 1 : 1, a higher learning rate, a shorter schedule, no drop path,
@@ -338,7 +341,7 @@ class Model(nn.Module):
     @classmethod
     def from_published(cls, source, text_model: str = "roberta-base", drop_path: float = 0.1):
         """A transformers CLAP folder or hub id, or a LAION-CLAP .pt file (with `text_model`'s
-        tokenizer).
+        config and tokenizer).
         """
         if Path(source).is_file():
             weights = common.read_weights(source)
@@ -347,7 +350,9 @@ class Model(nn.Module):
             if any("mel_conv2d" in k or "fusion_model" in k for k in weights):
                 raise ValueError(f"{source}: {FUSED}")
             common.check_keys(source, weights, "audio_branch.", "a LAION-CLAP file")
-            text_encoder = common.text_encoder_from_pretrained(text_model, MAX_TOKENS, pooler=True)
+            text_encoder = common.text_encoder_from_pretrained(
+                text_model, MAX_TOKENS, pooler=True, weights=False
+            )
             audio = htsat_size(weights, "audio_branch.") | {"drop_path": drop_path}
             model = cls(
                 text_encoder, audio, len(weights.get("audio_projection.0.weight", range(512)))
@@ -685,12 +690,7 @@ def main(cfg: Config) -> dict:
     model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, quiet=False)
     result = run.finish(scores, chance, len(val_rows))
-    control = common.flags_of(cfg, name="", lt_weight=0.0)
-    print(
-        "\nNext:\n"
-        f"  python eval.py {run.path}/best.pt --data {' '.join(cfg.data)} --protocol all\n"
-        f"  python t_clap.py {control}     (no temporal loss, to compare)"
-    )
+    run.say_next("no temporal loss", lt_weight=0.0)
     return result
 
 
@@ -768,30 +768,19 @@ def transformers_state(weights: dict) -> dict:
 
 def _transformers_clap(name):
     """-> TextEncoder (weights not loaded yet), ClapConfig, state dict, LogMel arguments."""
-    transformers = common.quiet_transformers()
-    try:
-        try:
-            config = common.transformers_config(name)
-        except ValueError:
-            raise ValueError(
-                f"{name}: not a model folder; expected a transformers CLAP with its config.json, "
-                "or a weight file"
-            ) from None
-        if config.model_type != "clap":
-            raise ValueError(
-                f"{name}: a transformers model of type {config.model_type!r}; expected 'clap'"
-            )
-        if config.audio_config.enable_fusion:
-            raise ValueError(f"{name}: {FUSED}")
+    with common.from_hub(f"{name}: not a weight file,") as transformers:
+        config = common.transformers_config(name)
+    if config.model_type != "clap":
+        raise ValueError(
+            f"{name}: a transformers model of type {config.model_type!r}; expected 'clap'"
+        )
+    if config.audio_config.enable_fusion:
+        raise ValueError(f"{name}: {FUSED}")
+    with common.from_hub(f"{name}:"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         weights = transformers.ClapModel.from_pretrained(
             name, config=config, dtype=torch.float32
         ).state_dict()
-    except OSError as error:
-        raise ValueError(
-            f"{name}: neither a checkpoint file nor a CLAP folder, and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None
     text = config.text_config.to_dict()
     text.pop("model_type")
     text_encoder = common.TextEncoder(

@@ -107,7 +107,7 @@ def test_a_log_with_a_strange_line_does_not_stop_a_resumed_run(corpus, tmp_path)
     script = SCRIPTS["mga_clap"]
     script.main(config_of("mga_clap", corpus, tmp_path, name="a", epochs=1))
     with open(tmp_path / "a/log.jsonl", "a") as file:
-        file.write('{}\n{"step": 99}\n{"step": 3')
+        file.write('{}\n{"step": 99}\n{"step": 3, "validation": {"a": 1}')
     script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))
     lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert {} in lines and all(line.get("step", 0) < 99 for line in lines)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_relative_and_absolute_paths_and_splits(tmp_path):
 def test_validation_is_held_out_by_clip_when_there_is_none():
     rows = [{"audio": f"{i // 2}.wav", "captions": ["x"]} for i in range(200)]
     train, val = common.split_train_val(rows, seed=1)
-    assert len(val) == 10 and not {r["audio"] for r in train} & {r["audio"] for r in val}
+    assert len(val) == 5 and not {r["audio"] for r in train} & {r["audio"] for r in val}
 
 
 # HTS-AT
@@ -411,6 +412,14 @@ def test_pretrained_text_encoder_from_a_folder_and_without_network(tmp_path):
     tokens = encoder.tokenize(["a dog barks"])  # [CLS] a dog bark ##s [SEP]
     assert tokens["word_mask"].sum() == 4
     assert encoder(tokens["input_ids"], tokens["attention_mask"]).shape == (1, 6, 384)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    empty = common.text_encoder_from_pretrained(str(tmp_path), 30, weights=False).eval()
+    empty.load_state_dict(encoder.state_dict())  # for a file that holds the weights
+    assert torch.equal(
+        empty(**{k: tokens[k] for k in ("input_ids", "attention_mask")}),
+        encoder(tokens["input_ids"], tokens["attention_mask"]),
+    )
     again = common.text_encoder_from_description(encoder.description(), 30)
     assert torch.equal(
         again.tokenize(["Thunder rumbles"])["input_ids"],
@@ -418,7 +427,7 @@ def test_pretrained_text_encoder_from_a_folder_and_without_network(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="--text-model no/such-model: not a local folder and not to be had from the hub",
+        match="--text-model no/such-model: not a model folder and not to be had from the hub",
     ):
         common.text_encoder_from_pretrained("no/such-model", 30)
 
@@ -742,12 +751,28 @@ def test_demo_corpus_is_deterministic_and_consistent(tmp_path):
 
 def test_clips_not_rows_are_held_out_for_validation():
     rows = [{"audio": "a.wav", "captions": [str(k)]} for k in range(7)]
-    assert common.split_train_val(rows) == (rows, [])  # one clip with seven captions
+    one = {"audio": "a.wav", "captions": list("0123456")}
+    assert common.split_train_val(rows) == ([one], [])  # one clip with seven captions
     rows = [{"audio": f"{k % 4}.wav"} for k in range(8)]
     train, val = common.split_train_val(rows)
-    assert len(train) == len(val) == 4 and not {r["audio"] for r in train} & {
+    assert len(train) == len(val) == 2 and not {r["audio"] for r in train} & {
         r["audio"] for r in val
     }
+
+
+def test_rows_of_a_file_become_one_row():
+    rows = [
+        {"audio": "a", "captions": ["x"], "labels": ["dog"]},
+        {"audio": "b", "captions": ["y"], "synthetic": ["made"]},
+        {"audio": "a", "captions": ["x", "z"], "negatives": [None, "not z"], "labels": []},
+        {"audio": "b", "synthetic": ["made too"], "labels": []},
+        {"audio": "a", "captions": [], "labels": ["dog", "rain"], "duration": 3.0},
+    ]
+    before = json.dumps(rows)
+    a = {"audio": "a", "captions": ["x", "x", "z"], "negatives": [None, None, "not z"]}
+    b = {"audio": "b", "captions": ["y"], "synthetic": ["made", "made too"], "labels": []}
+    assert common.merge_rows(rows) == [a | {"labels": ["dog", "rain"]}, b]
+    assert json.dumps(rows) == before
 
 
 def test_every_batch_comes_once_and_in_order():

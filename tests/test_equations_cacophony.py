@@ -2,6 +2,7 @@
 not leak.
 """
 
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -856,6 +857,8 @@ def test_stage_2_refuses_a_stage_1_of_other_settings(corpus, tmp_path, runs_of, 
     "flags, sentence",
     [
         (dict(audio_weights="none"), "with --stage all: stage 2 would not use"),
+        (dict(audio_weights="x.pt", stage="mae"), "with --stage mae: stage 2 would not use"),
+        (dict(audio_dim=300, audio_heads=12), "a multiple of 8, the heads of the audio pooler"),
         (dict(audio_heads=7), "expected an even number that --audio-heads 7 divides"),
         (dict(text_dim=60), "--text-dim 60: expected a multiple of 8"),
         (dict(min_lr=1.0), "--min-lr 1.0: expected at most --lr"),
@@ -865,6 +868,31 @@ def test_stage_2_refuses_a_stage_1_of_other_settings(corpus, tmp_path, runs_of, 
 def test_settings_that_do_not_fit_are_said_before_anything_is_read(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
         cacophony.Config(data=["nowhere"], size="tiny", **flags)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (dict(text_model="no/model"), "--text-model no/model: not a model folder"),
+        (dict(text_dim=200), "--text-dim 200: expected a multiple of 64"),
+        (dict(batch_size=1), "--batch-size 1 with 12 training clip"),
+    ],
+    ids=str,
+)
+def test_what_stage_2_lacks_is_said_before_stage_1(corpus, tmp_path, flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        cacophony.main(config("cacophony", corpus, tmp_path, name="a", **flags))
+    assert not (tmp_path / "a").exists()
+
+
+def test_stage_2_takes_the_encoder_of_the_other_paper_variant(corpus, tmp_path, runs_of):
+    """paper and jax differ in the text's pooler only."""
+    mae = runs_of("cacophony")[0] / "mae.pt"
+    cfg = config("cacophony", corpus, tmp_path, audio_weights=str(mae), stage="contrastive")
+    encoder = cacophony.PatchTransformer(256, **cacophony.audio_shape(cfg))
+    cacophony.audio_start(encoder, mae, dataclasses.replace(cfg, variant="jax"))
+    stored = torch.load(mae, weights_only=True)["model"]
+    assert torch.equal(encoder.state_dict()["norm.weight"], stored["audio_encoder.norm.weight"])
 
 
 def test_a_kill_in_stage_2_before_its_first_checkpoint_resumes_in_stage_2(corpus, tmp_path):

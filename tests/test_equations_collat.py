@@ -327,7 +327,7 @@ def test_ast_equals_transformers_and_loads_its_weights_and_ast_s_own(tmp_path):
     with pytest.raises(ValueError, match=r"bad.pth: .*missing keys: 1 \(norm.bias\)"):
         collat.load_ast(again, str(tmp_path / "bad.pth"))
     with pytest.raises(
-        ValueError, match="--audio-weights no/where: not a file, not a local folder"
+        ValueError, match="--audio-weights no/where: not a file, not a model folder"
     ):
         collat.load_ast(again, "no/where")
 
@@ -701,6 +701,8 @@ def test_a_clip_text_encoder_goes_through_training_and_checkpoint(corpus, tmp_pa
         model.eval()(**{k: ids[k] for k in ("input_ids", "attention_mask")}).text_embeds, dim=-1
     )
     assert torch.allclose(again.embed_text(["a bell"]), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="--max-tokens 31: .*clip has positions for 30"):
+        collat.locked_text(str(tmp_path / "clip"), 31)
 
 
 def test_a_new_model_starts_at_the_mean_token():

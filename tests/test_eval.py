@@ -366,10 +366,7 @@ def test_rows_without_a_split_say_what_they_are(mga_run, corpus, tmp_path, capsy
     ][:3]
     common.write_lines(tmp_path / "plain.jsonl", [json.dumps(r) for r in rows])
     for flags, split in (
-        (
-            [],
-            "all rows (none is in split test: clips that a model was trained on may be among them)",
-        ),
+        ([], "all rows (clips that a model was trained on may be among them)"),
         (["--split", "train"], "train"),
     ):
         (out,) = run(
@@ -671,6 +668,53 @@ def test_one_caption_a_row_gives_the_scores_of_one_row_a_clip(
                 results[r["protocol"]]["scores"][name]["value"], abs=1e-9
             ), (r["protocol"], name)
     assert "12 rows of the manifest are 6 files" in capsys.readouterr().out
+
+
+def test_clips_without_annotation_are_no_negatives(mga_run, corpus, tmp_path, results):
+    """Copies of every clip without labels and events must change neither tagging nor frames."""
+
+    def double(rows):
+        for i, row in enumerate(list(rows)):
+            copy = tmp_path / f"{i}.wav"
+            shutil.copy(row["audio"], copy)
+            rows.append({"audio": str(copy), "captions": row["captions"], "split": "test"})
+
+    data = rows_on_disk(tmp_path, corpus, double)
+    flags = ("--protocol", "tagging", "frames", "--bootstrap", 0)
+    for r in run(mga_run[0] / "best.pt", data, *flags):
+        assert r["settings"]["left_out"].startswith("6 clips without") and r["n_clips"] == 6
+        for name, s in results[r["protocol"]]["scores"].items():
+            assert r["scores"][name]["value"] == pytest.approx(s["value"], abs=1e-6)
+
+
+def test_all_splits_are_scored_together_and_a_folder_without_a_scored_row_is_named(
+    mga_run, corpus, tmp_path, capsys
+):
+    rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
+    rows = [{**row, "audio": str(corpus / row["audio"])} for row in rows]
+    plain = [{k: v for k, v in row.items() if k != "split"} for row in rows[:2]]
+    common.write_lines(tmp_path / "plain.jsonl", map(json.dumps, plain))
+    flags = ("--protocol", "retrieval", "--bootstrap", 0)
+    (out,) = run(mga_run[0] / "best.pt", corpus, *flags, "--split", "all")
+    assert out["n_clips"] == len(rows)
+    capsys.readouterr()
+    data = [str(corpus), str(tmp_path / "plain.jsonl")]
+    given = [str(mga_run[0] / "best.pt"), "--data", *data, *map(str, flags)]
+    (out,) = evaluate.main(evaluate.parse(given))
+    assert out["n_clips"] == sum(row["split"] == "test" for row in rows)
+    assert f"--data {tmp_path}/plain.jsonl: none of its rows is in split test" in (
+        capsys.readouterr().out
+    )
+
+
+def test_underscores_and_slashes_of_class_names_become_spaces():
+    class Args:
+        prompt = "this is a sound of {}"
+
+    assert evaluate.class_prompts(["cafe/restaurant", "dog_bark"], Args) == [
+        "this is a sound of cafe restaurant",
+        "this is a sound of dog bark",
+    ]
 
 
 def test_labels_outside_the_list_are_named_and_results_survive_a_late_failure(

@@ -277,7 +277,7 @@ def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(
     def killer(seed, step, *place):
         if (
             step == 3
-            and (tmp_path / "a/curated.jsonl").exists() == (stage == "student")
+            and (tmp_path / "a/ads.jsonl").exists() == (stage == "student")
             and stage != "curate"
         ):
             raise Killed
@@ -303,7 +303,7 @@ def test_curation_clap_killed_in_any_stage_resumes_bit_for_bit(
             assert torch.equal(value, whole[key]), key
     assert (
         result == uninterrupted
-        and (tmp_path / "a/curated.jsonl").read_bytes() == (folder / "curated.jsonl").read_bytes()
+        and (tmp_path / "a/ads.jsonl").read_bytes() == (folder / "ads.jsonl").read_bytes()
     )
 
     def drop(line):
@@ -324,6 +324,26 @@ def test_a_training_of_few_steps_says_what_would_be_enough(corpus, tmp_path, cap
     run = common.Run(common.RunConfig(), "x")
     common.say_if_few(run, "--epochs", 15, 200, ["a"])
     assert "only" not in capsys.readouterr().out
+
+
+def test_the_commands_at_the_end_of_a_run_can_be_pasted(corpus, tmp_path, runs_of, capsys):
+    """Also with a space in a path; a run that starts from a model is not compared with plain CLAP,
+    which would start from the same codebook.
+    """
+    data = tmp_path / "two words"
+    data.symlink_to(corpus)
+    mga_clap.main(config(data, tmp_path / "my runs", epochs=1, name="a"))
+    score, plain = capsys.readouterr().out.split("Next:\n")[1].splitlines()
+    words = shlex.split(score)
+    assert words[2:5] == [str(tmp_path / "my runs/a/best.pt"), "--data", str(data)]
+    words = shlex.split(plain.split("     (plain CLAP")[0])[2:]
+    cfg = common.cli(mga_clap.Config, mga_clap.__doc__, words)
+    assert (cfg.data, cfg.aggregator, cfg.locality_blocks) == ([str(data)], "mean", 0)
+    weights = str(runs_of("mga_clap")[0] / "best.pt")
+    capsys.readouterr()
+    mga_clap.main(config(corpus, tmp_path, epochs=1, name="b", weights=weights))
+    said = capsys.readouterr().out.split("Next:")[1]
+    assert "--no-hard-negatives" in said and "--aggregator mean" not in said
 
 
 def test_runs_without_a_name_are_numbered(corpus, tmp_path):
@@ -433,8 +453,8 @@ def test_two_gloo_processes_equal_one_with_the_joint_batch(
     assert two.returncode == 0, two.stderr[-8000:]
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     if method == "curation_clap":
-        assert (tmp_path / "one/curated.jsonl").read_bytes() == (
-            tmp_path / "two/curated.jsonl"
+        assert (tmp_path / "one/ads.jsonl").read_bytes() == (
+            tmp_path / "two/ads.jsonl"
         ).read_bytes()
         one, two = ([x for x in run if x["stage"] == "student"] for run in (one, two))
     losses = [[x["loss"] for x in run] for run in (one, two)]
@@ -753,7 +773,7 @@ def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(
     (data / "audio/train0.wav").write_text("not sound")
     (data / "audio/train1.wav").unlink()
     sf.write(data / "audio/val0.wav", np.zeros(16000), 16000)
-    result = SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="s", max_bad=0.2))
+    result = SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="s", max_bad=0.4))
     skipped = sorted((tmp_path / "runs/s/skipped.txt").read_text().splitlines())
     assert (
         len(skipped) == 2
@@ -762,7 +782,9 @@ def test_unreadable_files_are_skipped_counted_and_past_the_limit_stop_the_run(
     )
     assert np.isfinite(result["scores"]["t2a_R@1"])
     with pytest.raises(
-        ValueError, match=r"of 12 clips could not be used, more than --max-bad 5%; first: .*train"
+        # curation-CLAP's teacher reads the half that is not the pool
+        ValueError,
+        match=r"of (12|6) clips could not be used, more than --max-bad 5%; first: .*train",
     ):
         SCRIPTS[method].main(config_of(method, data, tmp_path / "runs", name="t"))
 
@@ -851,7 +873,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_clips(
         ),
         (
             ["--data", "CORPUS", "--size", "tiny", "--text-model", "no/model"],
-            "--text-model no/model: not a local folder",
+            "--text-model no/model: not a model folder",
         ),
         (
             ["--data", "CORPUS", "--size", "tiny", "--audio-weights", "none.ckpt"],

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import common
 import eval as evaluation
-from eval import class_prompts, embed, merge_rows, per_class, report_left_out, result
+from eval import class_prompts, embed, per_class, report_left_out, result
 
 # ------------------------------------------------------------------------------------------------
 # Probes on frozen embeddings
@@ -156,7 +156,7 @@ def embed_splits(model, clips, settings, key: str, what: str, tokens: bool = Fal
     return {
         settings.split: scored_split(model, clips, settings, tokens),
         **{
-            split: embed_rows(model, merge_rows(rows), settings, split, tokens)
+            split: embed_rows(model, common.merge_rows(rows), settings, split, tokens)
             for split, rows in trainable.items()
             if rows and split != settings.split
         },
