@@ -123,6 +123,7 @@ SMALL_OF = {
         blocks=2,
         text_dim=64,
         text_layers=1,
+        audio_lr=1e-4,
         steps=8,
         batch_size=6,
         warmup_steps=2,

@@ -470,17 +470,18 @@ def test_the_noisy_view_has_the_stated_noise_and_is_left_out_at_weight_0(monkeyp
     assert seen[1].shape[0] == 3 and model(**batch, noise_std=None)[4].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("layer", [0, 1, 2])
 def test_token_layer_compares_states_of_that_layer(layer):
+    """Layer 0: the predicted tokens of the clean view with the static token embeddings."""
     model = small_model()
     batch = small_batch(model, 3)
     sums = model(**batch, token_layer=layer)[2]
-    predicted = model.text.states(
-        model.interaction(model.slots.expand(3, -1, -1), model.audio_encoder(batch["log_mel"]))
-    )[layer]
-    text = model.text.states(model.text.token_embeds(batch["input_ids"]), batch["attention_mask"])[
-        layer
-    ]
+    slots = model.slots.expand(3, -1, -1)
+    predicted = model.interaction(slots, model.audio_encoder(batch["log_mel"]))
+    text = model.text.token_embeds(batch["input_ids"])
+    if layer:
+        predicted = model.text.states(predicted)[layer]
+        text = model.text.states(text, batch["attention_mask"])[layer]
     for b in range(3):
         n = int(batch["attention_mask"][b].sum())
         distance = torch.cdist(text[b, :n], predicted[b], p=1)[None]
@@ -651,12 +652,6 @@ def test_every_ablation_trains_and_reloads(corpus, tmp_path, runs_of, overrides)
     assert len(model.interaction.blocks) == overrides.get("blocks", SMALL_OF["collat"]["blocks"])
     both_views_alike = all(line["loss_uni"] < 1e-5 for line in log_of(tmp_path / "x"))
     assert both_views_alike == (overrides.get("noise_std") == 0 or overrides.get("uni_weight") == 0)
-    full = collat.Model.from_checkpoint(runs_of("collat")[0] / "last.pt")
-    assert not all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), full.state_dict().values())
-        if a.shape == b.shape
-    )
 
 
 def test_a_clip_text_encoder_goes_through_training_and_checkpoint(corpus, tmp_path):

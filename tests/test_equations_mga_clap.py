@@ -77,19 +77,58 @@ def test_codeword_affinity_by_hand():
 
 
 # Sec. 3.2.2, the mixture of codewords (no number), with Eq. (2) and (3)
-def test_aggregate_is_the_normalised_mixture_of_codewords():
-    model = tiny_model()
-    feats = torch.randn(3, 4, 16)
-    embeds, active = model.aggregate(feats)
+@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("sparsity", ["sparsemax", "softmax"])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_aggregate_is_the_normalised_mixture_of_codewords(pool, sparsity, variant):
+    settings = dict(affinity=pool, sparsity=sparsity, variant=variant, affinity_scale=1.0)
+    model = tiny_model(**settings)
+    feats, lengths = torch.randn(3, 4, 16), (4, 2, 3)
+    embeds, active = model.aggregate(feats, torch.arange(4) < torch.tensor(lengths)[:, None])
     slow, counts = [], []
-    for clip in feats:
-        affinity = [max((f @ z).item() for f in clip) / model.eta for z in model.codebook]
-        weights = entmax.sparsemax(torch.tensor(affinity)[None])[0]
+    for clip, n in zip(feats, lengths):
+        affinity = []
+        for z in model.codebook:
+            of_frames = [(f @ z).item() for f in clip[:n]]
+            if variant == "official" and n < 4 and pool == "max":
+                of_frames.append(0.0)  # D3
+            value = max(of_frames) if pool == "max" else sum(of_frames) / n
+            affinity.append(value / model.eta)
+        affinity = torch.tensor(affinity)[None]
+        weights = affinity.softmax(1)[0]
+        if sparsity == "sparsemax":
+            weights = entmax.sparsemax(affinity)[0]
         counts.append(int((weights > 0).sum()))
         mixture = sum(w * z for w, z in zip(weights, model.codebook))
         slow.append(mixture / mixture.norm())
     assert torch.allclose(embeds, torch.stack(slow), atol=1e-5)
     assert active.item() == pytest.approx(sum(counts) / 3)
+    assert (max(counts) < 12) == (sparsity == "sparsemax")  # of 12 codewords
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_training_loss_is_the_one_that_the_settings_ask_for(twins):
+    sim, tau, same = random_batch(B=5, D=6, twins=twins)
+    audio = F.normalize(torch.randn(5, 6, dtype=torch.float64), dim=-1)
+    text = F.normalize(torch.randn(5, 6, dtype=torch.float64), dim=-1)
+    sim, ids = audio @ text.T, same.int().argmax(1)
+
+    def ours(**settings):
+        cfg = mga_clap.Config(data=[], gamma=0.5, **settings)
+        loss, returned = mga_clap.training_loss(cfg, audio, text, tau, ids)
+        assert torch.equal(returned, sim)
+        return loss.item()
+
+    slow = slow_hard_negative
+    assert ours() == pytest.approx(slow(sim, tau, 0.5, same).item(), abs=1e-9)
+    plain = slow(sim, tau, 0.0, same).item()
+    assert ours(hard_negatives=False) == pytest.approx(plain, abs=1e-9)
+    extra = sum(x.abs().mean().item() / math.sqrt(5) for x in (audio, text))  # D7
+    for hard in (True, False):
+        core = mga_clap.official_loss(sim, tau, 0.5, same, hard).item()
+        loss = ours(variant="official", hard_negatives=hard)
+        assert loss == pytest.approx(core + extra, abs=1e-9)
+    assert core != pytest.approx(mga_clap.official_loss(sim, tau, 0.5, same).item(), abs=1e-3)
 
 
 def test_mean_aggregator_ignores_padding():

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import sklearn.metrics
 import soundfile as sf
 import torch
@@ -17,6 +18,7 @@ import torch
 import common
 import eval as evaluate
 from conftest import ROOT
+from test_psds import as_tables
 from tools import downstream
 
 
@@ -130,6 +132,46 @@ def test_scores_equal_a_slow_computation(results, mga_run, corpus):
         assert results["frames"]["scores"][name]["value"] == pytest.approx(np.mean(ap), abs=1e-4)
 
 
+def test_detection_and_grounding_equal_an_oracle_on_slow_scores(results, mga_run, corpus):
+    """sed_scores_eval with DCASE's two scenarios written out; 3 frames of median, gaps of 2."""
+    oracle = pytest.importorskip("sed_scores_eval").intersection_based
+    model, rows, _, frames, classes, class_embeds = embeddings(mga_run, corpus)
+
+    def filtered(scores):
+        return scipy.ndimage.median_filter(scores, size=(3, 1), mode="nearest")
+
+    found = {name: score["value"] for name, score in results["sed"]["scores"].items()}
+    for suffix, centred in (("", False), ("_centred", True)):
+        scores = [
+            np.array([[frame @ c for c in class_embeds] for frame in clip]) for clip in frames
+        ]
+        if centred:
+            scores = [s - s.mean(1, keepdims=True) for s in scores]
+        given = as_tables([filtered(s) for s in scores], rows, classes)
+        exact = dict(dtc_threshold=0.7, gtc_threshold=0.7, cttc_threshold=None, alpha_ct=0.0)
+        loose = dict(dtc_threshold=0.1, gtc_threshold=0.1, cttc_threshold=0.3, alpha_ct=0.5)
+        for name, scenario in (("PSDS1", exact), ("PSDS2", loose)):
+            for st, alpha_st in (("", 1.0), ("_st0", 0.0)):
+                value = oracle.psds(*given, **scenario, alpha_st=alpha_st, max_efpr=100.0)[0]
+                assert found[name + st + suffix] == pytest.approx(value, abs=1e-6), name
+
+    assert results["grounding"]["settings"]["gap"] == "2 frames"
+    asked = [(row, clip, p) for row, clip in zip(rows, frames) for p in row["phrases"]]
+    text = {p["phrase"]: model.embed_text([p["phrase"]]).numpy()[0] for _, _, p in asked}
+    mean = np.mean(list(text.values()), 0)
+    events = [
+        [{"label": "x", "onset": a, "offset": b} for a, b in p["segments"]] for *_, p in asked
+    ]
+    queries = [row | {"events": of} for (row, _, _), of in zip(asked, events)]
+    hours = sum(row["duration"] for row in queries) / 3600
+    for suffix, less in (("", 0.0), ("_centred", mean)):
+        values = [clip @ (text[p["phrase"]] - less) for _, clip, p in asked]
+        right, false = evaluate.grounding_points(values, queries, 0.3125, 3, 2).sum(0).T
+        curve = evaluate.staircase(right / sum(map(len, events)), false / hours, 800.0)
+        value = results["grounding"]["scores"]["PSDSm" + suffix]["value"]
+        assert value == pytest.approx(evaluate.psds([curve], 0.0, 800.0), abs=1e-6)
+
+
 def test_order_of_files_batch_size_and_workers_never_change_a_score(
     results, mga_run, corpus, tmp_path
 ):
@@ -183,6 +225,8 @@ def test_prompt_reaches_the_text_encoder(results, mga_run, corpus):
         0,
     )
     assert out["settings"]["prompt"] == "{} followed by a bell"
+    named = {"bare", "mga_clap", "t_clap", "cacophony", "collat", "curation_clap"}
+    assert named <= set(evaluate.PROMPTS)
     assert out["scores"]["mAP"]["value"] != results["tagging"]["scores"]["mAP"]["value"]
 
 
@@ -505,7 +549,9 @@ def test_every_encoder_and_compared_method_trains_resumes_and_is_evaluated(
     assert out["tagging"]["scores"]["mAP"]["value"] == pytest.approx(
         result["scores"]["tagging_mAP"], abs=1e-6
     )
-    assert "PSDS1" in out["sed"]["scores"]
+    for name in ("mAP_raw", "mAP_centred"):
+        of_training = result["scores"][f"frame_{name}"]
+        assert out["frames"]["scores"][name]["value"] == pytest.approx(of_training, abs=1e-6)
 
     rows = [r for r in common.read_manifest([str(corpus)]) if r["split"] == "test"][:3]
     waveforms = [torch.from_numpy(common.read_audio(r["audio"], model.sample_rate)) for r in rows]

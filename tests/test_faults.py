@@ -176,24 +176,26 @@ def test_sigterm_to_the_whole_group_leaves_the_loader_s_workers_alive_until_all_
 def test_a_signal_to_a_worker_that_has_just_started_does_not_kill_it(tmp_path):
     """The worker is slow to reach `outlive_signals`, and the signal comes meanwhile."""
     source = f"""
-import subprocess, sys, time
+import os, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch, common
 import torch.utils.data._utils.worker as worker
 set_num_threads = torch.set_num_threads
 def slow(n):
-    time.sleep(1)
+    while not os.path.exists({str(tmp_path / "sent")!r}):
+        time.sleep(0.05)
     set_num_threads(n)
 worker.torch.set_num_threads = slow  # called before a worker's `worker_init_fn`
 batches = iter(common.Loader(range(8), 2, num_workers=2, worker_init_fn=common.outlive_signals))
-time.sleep(0.4)
 subprocess.run(["kill", "-TERM", *[str(process.pid) for process in batches._workers]])
+open({str(tmp_path / "sent")!r}, "w").close()
 print([batch.tolist() for batch in batches])
 """
     done = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, timeout=100
     )
     assert done.stdout == "[[0, 1], [2, 3], [4, 5], [6, 7]]\n", done.stderr[-2000:]
+    (tmp_path / "sent").unlink()
     plain = source.replace("common.Loader", "torch.utils.data.DataLoader")
     killed = subprocess.run(
         [sys.executable, "-c", plain], capture_output=True, text=True, timeout=100
@@ -482,8 +484,7 @@ common.run_entry""",
             "torch.distributed.run",
             "--nproc-per-node",
             "2",
-            "--master-port",
-            "29619",
+            "--standalone",
             str(source),
         ],
         capture_output=True,

@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -179,8 +180,8 @@ def test_any_audio(place, which, changes, cut):
         )
 
 
-@pytest.mark.parametrize("rate", [44_100, 1_000])
-def test_a_header_that_claims_ten_hours_allocates_nothing(tmp_path, rate):
+def test_a_header_that_claims_ten_hours_allocates_nothing(tmp_path):
+    rate = 44_100
     samples = 36_000 * rate
     pcm = np.full(16_000, 1000, np.int16).tobytes()
     header = (
@@ -198,13 +199,15 @@ def test_a_header_that_claims_ten_hours_allocates_nothing(tmp_path, rate):
         ">I", samples & 0xFFFFFFFF
     )
     (tmp_path / "long.flac").write_bytes(flac)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()  # numpy's arrays too, touched or not
     for name in ("long.wav", "long.flac"):
         try:
             assert len(common.read_audio(tmp_path / name, rate)) <= 16_000
         except common.AudioError as error:
             one_sentence(error, tmp_path / name)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
 
 
 # Checkpoints
