@@ -15,6 +15,7 @@ import concurrent.futures.process
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
 import html
 import inspect
@@ -100,7 +101,17 @@ SIGNS = {
         ("*/label.json", "*/metadata/*.json", "train.json", "val.json", "test.json"),
         r'audiocap_id"\s*:\s*\{|[^\0]*"phrases"',
     ),
-    "tut2017": (("",), ("meta.txt", "TUT-acoustic-scenes-2017-*/meta.txt"), r"audio/"),
+    "tut2017": (
+        ("",),
+        (
+            *("meta.txt", "TUT-acoustic-scenes-2017-*/meta.txt"),
+            *(
+                f"{part}evaluation_setup/evaluate.txt"
+                for part in ("", "TUT-acoustic-scenes-2017-*/")
+            ),
+        ),
+        r"audio/",
+    ),
     "clotho_aqa": (
         ("",),
         ("clotho_aqa_train.csv", "clotho_aqa_val.csv", "clotho_aqa_test.csv"),
@@ -115,8 +126,8 @@ SIGNS = {
 
 
 def read_text(path) -> str:
-    """A whole text file: UTF-8 with or without a byte-order mark, else Latin-1 (Clotho's metadata,
-    Clotho-AQA).
+    """A whole text file: UTF-8 with or without a byte-order mark, else Windows-1252 or Latin-1
+    (Clotho's metadata, Clotho-AQA).
     """
     data = Path(path).read_bytes()
     if data.startswith(b"version https://git-lfs"):
@@ -129,10 +140,10 @@ def read_text(path) -> str:
         raise ValueError(
             f"{path}: not a text file; expected UTF-8 (a spreadsheet must be saved as CSV)"
         )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("latin-1")  # never fails
 
 
 def first_file(*paths: Path) -> Path | None:
@@ -159,7 +170,7 @@ def read_json(path):
 
 
 def delimiter_of(path) -> str:
-    return max("\t,;", key=read_text(path).split("\n", 1)[0].count)
+    return max("\t,;", key=head_of(path).split("\n", 1)[0].count)
 
 
 def read_table(path, *need: str, columns=None, comment=None, **dialect) -> list[dict]:
@@ -295,6 +306,10 @@ YOUTUBE = re.compile(
 )  # for fullmatch: an id may contain _ and begin with -
 
 
+# Names of ESC-50 and ESC-10, and of UrbanSound8K; some have the 11 characters of a YouTube id
+FREESOUND = re.compile(r"\d-(\d+)-[A-Z](?:-\d+)?|(\d+)-\d-\d+-\d+")
+
+
 def youtube_id(stem: str, sure: bool = False) -> str | None:
     """The id in a name such as id, Yid, id_30, id_000030, Yid_30.000_40.000.
 
@@ -302,17 +317,19 @@ def youtube_id(stem: str, sure: bool = False) -> str | None:
     300 has no capital.
     """
     found = YOUTUBE.fullmatch(stem)
-    return found[1] if found and (sure or re.search("[A-Z]", found[1])) else None
+    if not found or FREESOUND.fullmatch(stem):
+        return None
+    return found[1] if sure or re.search("[A-Z]", found[1]) else None
 
 
 def youtube_names(name: str, start_s: float) -> list[str]:
-    """Names that a clip's file may have, in the order tried; a final * stands for any end time."""
+    """Names that a clip's file may have, in the order tried; a final * stands for any end time.
+    Those that tell the start come first: one tree may hold two clips of a video.
+    """
     start_s = float(start_s)
     start = f"{start_s:g}" if start_s < 1e6 else str(int(start_s))
     return [
         f"{name}_{start}",
-        f"Y{name}",
-        name,
         f"{name}_{start_s:.3f}_*",
         f"Y{name}_{start_s:.3f}_*",
         f"{name}_{int(start_s):06d}",
@@ -320,6 +337,8 @@ def youtube_names(name: str, start_s: float) -> list[str]:
         f"Y{name}_{start}_*",
         f"{name}_{round(start_s * 1000)}_*",
         f"{name}_{round(start_s * 1000)}",
+        f"Y{name}",
+        name,
     ]
 
 
@@ -360,15 +379,24 @@ class AudioTree:
     def find(self, names, inside=None, written=None) -> str | None:
         """The file with the first of `names` that exists, or None.
 
-        inside: search only below a folder of this name, if there is one (names repeat across
-        splits). written: the path in a table. If several folders hold the name, but not the folder
-        in the table, the result is None, noted in `unsure`. A file found in another folder than the
-        table's is noted in `elsewhere`.
+        inside: search only below a folder of this name, or one that contains it (names repeat
+        across splits). written: the path in a table. If several folders hold the name, but not the
+        folder in the table, the result is None, noted in `unsure`. A file found in another folder
+        than the table's is noted in `elsewhere`.
         """
         for name in names:
             paths = self.files.get(name, [])
             if inside in self.folders:
                 paths = [p for p in paths if inside in Path(os.path.relpath(p, self.folder)).parts]
+            elif paths and inside and not written:
+                near = [
+                    p for p in paths if inside in os.path.dirname(os.path.relpath(p, self.folder))
+                ]
+                paths = near or paths
+                if len({os.path.dirname(p) for p in paths}) > 1:
+                    places = [os.path.relpath(p, self.folder) for p in sorted(paths)[:3]]
+                    self.unsure.append(f"{inside}/{name} ({' or '.join(places)})")
+                    return None
             if paths and written:
                 parts, of = (
                     Path(written).parent.parts,
@@ -453,6 +481,8 @@ def write_manifest(out: Path, rows: list[dict], classes=None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         if classes:
             common.write_lines(out.parent / "classes.txt", map(clean, classes))
+        elif (out.parent / "classes.txt").exists():
+            print(f"{out.parent / 'classes.txt'} is not of this call; remove it if it does not fit")
         common.write_lines(
             out,
             (
@@ -793,16 +823,13 @@ def clotho(path: Path, args):
                     "names": [stem, html.unescape(stem)],
                     "inside": name,
                     "split": split,
-                    "captions": [
-                        row[f"caption_{k}"].strip()
-                        for k in range(1, 6)
-                        if row.get(f"caption_{k}", "").strip()
-                    ],
+                    "captions": sentences(row.get(f"caption_{k}") for k in range(1, 6)),
                 }
                 if fact.get("sound_id", "").isdigit():  # else "Not found"
                     entry["id"] = fact["sound_id"]
                 if args.tags and fact.get("keywords"):
-                    entry["labels"] = [word for word in fact["keywords"].split(";") if word]
+                    words = map(str.strip, fact["keywords"].split(";"))
+                    entry["labels"] = [word for word in words if word]
                 yield entry
 
     return entries(), None, published
@@ -853,9 +880,10 @@ def wavcaps(path: Path, args):
         for source in args.sources or WAVCAPS
         for file in sorted((folder / source).glob("*_final.json"))
     ]
-    if not tables:
+    absent = sorted({*(args.sources or [])} - {source for source, _ in tables})
+    if absent or not tables:
         raise FileNotFoundError(
-            f"{folder}: no JSON file of {', '.join(args.sources)}; expected for example "
+            f"{folder}: no JSON file of {', '.join(absent or WAVCAPS)}; expected for example "
             "FreeSound/fsd_final.json"
         )
 
@@ -1215,28 +1243,24 @@ def tut2017(path: Path, args):
     """TUT Acoustic Scenes 2017: TUT-acoustic-scenes-2017-{development,evaluation}/{meta.txt,
     audio/, evaluation_setup/}.
 
-    PATH is one of the two folders or their parent. development -> train, with the fold whose
-    fold*_evaluate.txt lists the clip; evaluation -> test. 15 scenes. Published: 4,680 / 1,620
+    PATH is one of the two folders or their parent. Without meta.txt, evaluation_setup/evaluate.txt
+    is read. development -> train, with the fold whose fold*_evaluate.txt lists the clip;
+    evaluation -> test. 15 scenes. Published: 4,680 / 1,620
     clips of 10 s.
     Licence: non-commercial.
     """
     root = locate("tut2017", path)
-    parts = (
-        [root]
-        if (root / "meta.txt").is_file()
-        else sorted(f.parent for f in root.glob("TUT-acoustic-scenes-2017-*/meta.txt"))
-    )
+
+    def table_of(part):
+        return first_file(part / "meta.txt", part / "evaluation_setup" / "evaluate.txt")
+
+    parts = [root, *sorted(root.glob("TUT-acoustic-scenes-2017-*"))]
 
     def entries():
-        for part in parts:
-            rows = read_table(
-                part / "meta.txt",
-                "file",
-                "scene",
-                columns=["file", "scene", "recording"],
-                delimiter="\t",
-            )
-            check_labels(part / "meta.txt", [row["scene"] for row in rows], TUT2017)
+        for part in filter(table_of, parts):
+            columns = ["file", "scene", "recording"]
+            rows = read_table(table_of(part), "file", "scene", columns=columns, delimiter="\t")
+            check_labels(table_of(part), [row["scene"] for row in rows], TUT2017)
             folds = {
                 row["file"]: fold
                 for fold in range(1, 5)
@@ -1501,15 +1525,16 @@ def clotho_aqa(path: Path, args):
     audio_files/*.wav.
 
     Three people answer each question. `answer` is the majority answer (else the first) in lower
-    case, `answers` holds all three. clotho_aqa_metadata.csv gives the Freesound id where it has
-    a column sound_id. Published: 1,991 clips, 35,838 answers to 11,946 questions. Licence: see its
-    LICENSE.txt.
+    case, `answers` holds all three. clotho_aqa_metadata.csv gives the Freesound id, in sound_id or
+    at the end of sound_link. Published: 1,991 clips, 35,838 answers to 11,946 questions. Licence:
+    see its LICENSE.txt.
     """
     folder = locate("clotho_aqa", path)
     about = folder / "clotho_aqa_metadata.csv"
     ids = (
         {
-            row.get("file_name"): row.get("sound_id", "")
+            row.get("file_name"): row.get("sound_id")
+            or "".join(re.findall(r"/sounds/(\d+)", row.get("sound_link", ""))[-1:])
             for row in read_table(about, delimiter=delimiter_of(about))
         }
         if about.is_file()
@@ -1517,8 +1542,8 @@ def clotho_aqa(path: Path, args):
     )
     if not any(map(str.isdigit, ids.values())):
         print(
-            f"{about}: no sound_id there, so --exclude and check recognise these clips by their "
-            "content alone; exclude Clotho's too"
+            f"{about}: no Freesound id there, so --exclude and check recognise these clips by "
+            "their content alone; exclude Clotho's too"
         )
 
     def entries():
@@ -1639,6 +1664,11 @@ def records_of(file: Path, args, need=()) -> list[dict]:
     return records
 
 
+def files_below(path: Path) -> list[Path]:
+    """All that lies below a folder, hidden files left out, links to folders followed; sorted."""
+    return sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)))
+
+
 def any_table(path: Path, args):
     """Any CSV, TSV, JSON Lines or JSON: name its columns; rows of one audio file become one clip.
 
@@ -1651,7 +1681,7 @@ def any_table(path: Path, args):
     files = (
         [path]
         if path.is_file()
-        else sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".csv", ".tsv", ".jsonl"))
+        else [f for f in files_below(path) if f.suffix in (".txt", ".csv", ".tsv", ".jsonl")]
     )
     if not files:
         raise FileNotFoundError(f"{path}: a folder without .txt, .csv, .tsv or .jsonl tables")
@@ -1721,7 +1751,7 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
     name = str(record.get(args.audio) or "")
     if not name:
         raise ValueError(f"{file}: a row has nothing in column '{args.audio}': {record}")
-    split = literal or (str(record[args.split]) if args.split else None)
+    split = literal or (str(record[args.split] or "") if args.split else None)
     if split and split.lower() not in SPLITS:
         raise ValueError(
             f"{file}: '{split}' in column '{args.split}' is no split; known: {', '.join(SPLITS)}"
@@ -1742,14 +1772,13 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
     own = youtube_id(stem_of(told), sure=True) or told if told else youtube_id(stem)
     clip |= {"id": own} if own else {}
     if args.fold:
-        clip["fold"] = (
-            int(record[args.fold]) if str(record[args.fold]).isdigit() else str(record[args.fold])
-        )
+        fold = str(record[args.fold]).removesuffix(".0")  # pandas writes 1.0
+        clip["fold"] = int(fold) if fold.isdigit() else fold
     if args.caption:
         new = sentences(itertools.chain(*(t if isinstance(t, list) else [t] for t in texts)))
-        per_part = (
-            args.onset or args.phrase
-        )  # then every row of an event or phrase repeats the caption of its clip
+        # a row an event, phrase or label repeats the caption of its clip
+        per_part = args.onset or args.phrase
+        per_part = per_part or (args.label and not isinstance(record.get(args.label), list))
         clip["captions"] += [
             caption for caption in new if not per_part or caption not in clip["captions"]
         ]
@@ -1757,15 +1786,13 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
     labels = label if isinstance(label, list) else [] if label in (None, "") else [str(label)]
     if args.label_separator:
         labels = [part for text in labels for part in text.split(args.label_separator)]
-    clip.get("labels", []).extend(
-        x for x in dict.fromkeys(str(x).strip() for x in labels) if x not in clip["labels"]
-    )
+    labels = [text for text in (str(label).strip() for label in labels) if text]
+    clip.get("labels", []).extend(x for x in dict.fromkeys(labels) if x not in clip["labels"])
     if args.onset and labels:
         clip["events"] += [
-            event_of(file, str(x).strip(), record.get(args.onset), record.get(args.offset))
-            for x in labels
+            event_of(file, x, record.get(args.onset), record.get(args.offset)) for x in labels
         ]
-    if args.phrase:
+    if args.phrase and str(record[args.phrase] or "").strip():
         segments = record[args.segments]
         try:
             real = real_segments(json.loads(segments) if isinstance(segments, str) else segments)
@@ -1783,11 +1810,7 @@ def folders(path: Path, args):
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
-    files = [
-        f
-        for f in sorted(path.rglob("*"))
-        if f.suffix.lower() in AUDIO_SUFFIXES and not f.name.startswith(".")
-    ]
+    files = [f for f in files_below(path) if f.suffix.lower() in AUDIO_SUFFIXES]
     parts = [f.relative_to(path).parts for f in files]
     by_split = bool(files) and all(len(p) == 3 and p[0].lower() in SPLITS for p in parts)
     if not files or not (by_split or all(len(p) == 2 for p in parts)):
@@ -1841,9 +1864,7 @@ def keys_of(row: dict) -> list[str]:
     name, keys = stem_of(Path(row["audio"]).name), []
     if row.get("id") not in (None, ""):
         keys.append(youtube_id(stem_of(str(row["id"]))) or str(row["id"]))
-    freesound = re.fullmatch(
-        r"\d-(\d+)-[A-Z](?:-\d+)?|(\d+)-\d-\d+-\d+", name
-    )  # ESC-50 and ESC-10; UrbanSound8K
+    freesound = FREESOUND.fullmatch(name)
     found = youtube_id(name) or (freesound and (freesound[1] or freesound[2]))
     return keys + [found] * bool(found and found not in keys)
 
@@ -2062,6 +2083,9 @@ def _resample_file(job):
         waveform = common.read_audio(row["audio"], rate, expected_s=row.get("duration"))
     except common.AudioError as error:
         return str(error)
+    peak = np.abs(waveform).max()
+    if peak > 2:  # up to there, what resampling adds to full-scale audio
+        return f"{row['audio']}: its peak of {peak:.1f} does not fit into 16-bit audio"
     common.write_audio(path, np.clip(waveform, -1.0, 1.0), rate)
     return None
 
@@ -2079,10 +2103,11 @@ def resample(args) -> dict:
         raise PermissionError(
             f"--out {out}: this folder cannot be made ({error.strerror})"
         ) from None
-    jobs = {
-        row["audio"]: (row, args.rate, out / "audio" / resampled_name(row, args.rate))
-        for row in rows
-    }
+    jobs = {}
+    for row in rows:
+        for key in {"audio", "swapped_audio"} & set(row):
+            source = {**row, "audio": row[key]}
+            jobs[row[key]] = source, args.rate, out / "audio" / resampled_name(source, args.rate)
     # keyed by the file to write: two manifests may name one source differently
     todo = list({job[2]: job for job in jobs.values() if not job[2].exists()}.values())
     size = sum(2 * args.rate * (row.get("duration") or 10.0) for row, _, _ in todo)
@@ -2099,9 +2124,12 @@ def resample(args) -> dict:
     for error in bad:
         print(f"kept at its place: {error}")
     for row in rows:
-        path = jobs[row["audio"]][2]
-        if path.exists():  # an unreadable file keeps its path, and training reports it
-            row["audio"] = str(path)
+        if "id" not in row and keys_of(row):  # the new name tells none
+            row["id"] = keys_of(row)[0]
+        for key in {"audio", "swapped_audio"} & set(row):
+            path = jobs[row[key]][2]
+            if path.exists():  # a file that was left out keeps its path, and training reports it
+                row[key] = str(path)
     write_manifest(out / "manifest.jsonl", rows, classes)
     return {"files": len(jobs), "written": len(todo) - len(bad), "unreadable": len(bad)}
 

@@ -353,14 +353,12 @@ def test_audiocaps_ids_quotes_and_two_starts(tmp_path):
     ]
     assert Path(rows[2]["audio"]).name == "4.mp3"  # by audiocap_id, the last scheme
     names = datasets.youtube_names("-a_Bcdefg_h", 30)
-    assert names[:6] == [
+    assert names[:4] == [
         "-a_Bcdefg_h_30",
-        "Y-a_Bcdefg_h",
-        "-a_Bcdefg_h",
         "-a_Bcdefg_h_30.000_*",
         "Y-a_Bcdefg_h_30.000_*",
         "-a_Bcdefg_h_000030",
-    ]
+    ] and names[-2:] == ["Y-a_Bcdefg_h", "-a_Bcdefg_h"]  # these do not tell the start
     wav(tmp_path / "a/Y-a_Bcdefg_h.wav"), wav(tmp_path / "a/-a_Bcdefg_h.wav")
     assert Path(datasets.AudioTree(tmp_path / "a").find(names)).name == "-a_Bcdefg_h_30.wav"
     (tmp_path / "a/-a_Bcdefg_h_30.wav").unlink()
@@ -529,6 +527,28 @@ def test_clotho_same_name_in_two_splits(tmp_path):
     assert [r["split"] for r in rows] == ["test"] and report["missing"] == ["Bus"]
 
 
+def test_split_folders_of_another_name_are_never_mixed(tmp_path, capsys):
+    header = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+    for split in ("development", "evaluation"):
+        lines = f"Bus.wav,{split},...,c,d,e\n{split}.wav,x,b,c,d,e\n"
+        text(tmp_path / f"clotho_captions_{split}.csv", header + lines)
+    for parent in ("clotho_audio_development", "clotho_audio_evaluation"):
+        wav(tmp_path / parent / "Bus.wav", 0.5 if "dev" in parent else 0.7)
+        wav(tmp_path / parent / f"{parent.rpartition('_')[2]}.wav")
+    _, rows, _ = convert("clotho", tmp_path, tmp_path / "m")
+    assert [(r["split"], r["duration"]) for r in rows if "Bus" in r["audio"]] == [
+        ("train", 0.5),
+        ("test", 0.7),
+    ]
+    assert rows[0]["captions"] == ["development", "c", "d", "e"]  # "..." has no word
+    for old, new in (("clotho_audio_development", "one"), ("clotho_audio_evaluation", "two")):
+        (tmp_path / old).rename(tmp_path / new)
+    capsys.readouterr()
+    _, rows, _ = convert("clotho", tmp_path, tmp_path / "m2")
+    assert sorted(Path(r["audio"]).name for r in rows) == ["development.wav", "evaluation.wav"]
+    assert "development/Bus (one/Bus.wav or two/Bus.wav)" in capsys.readouterr().out
+
+
 @real
 def test_wavcaps(tmp_path, capsys):
     name, path, _ = make_wavcaps(tmp_path)
@@ -577,6 +597,9 @@ def test_wavcaps(tmp_path, capsys):
         convert(name, path, tmp_path / "m3", "--blacklist", "nothing")
     _, rows, _ = convert(name, path, tmp_path / "m4", "--sources", "SoundBible")
     assert len(rows) == 6
+    shutil.rmtree(path / "json_files/AudioSet_SL")
+    with pytest.raises(FileNotFoundError, match="no JSON file of AudioSet_SL; expected"):
+        convert(name, path, tmp_path / "m5", "--sources", "AudioSet_SL", "SoundBible")
 
 
 @real
@@ -965,14 +988,20 @@ def test_tut2017(tmp_path):
         ("2.wav", "beach", None, "test"),
     ]
     assert len(classes(tmp_path / "m")) == 15
-    _, rows, _ = convert(name, path / "TUT-acoustic-scenes-2017-evaluation", tmp_path / "e")
+    of_test = path / "TUT-acoustic-scenes-2017-evaluation"
+    _, rows, _ = convert(name, of_test, tmp_path / "e")
     assert [r["split"] for r in rows] == ["test", "test"]
+    (of_test / "evaluation_setup").mkdir()
+    (of_test / "meta.txt").rename(of_test / "evaluation_setup/evaluate.txt")
+    for given, n in ((path, 4), (of_test, 2)):
+        _, rows, _ = convert(name, given, tmp_path / f"without{n}")
+        assert len(rows) == n and [r["split"] for r in rows[-2:]] == ["test", "test"]
 
 
 def test_clotho_aqa(tmp_path, capsys):
     name, path, _ = make_clotho_aqa(tmp_path)
     _, rows, by_name = convert(name, path, tmp_path / "m")
-    assert "clotho_aqa_metadata.csv: no sound_id there" in capsys.readouterr().out and not any(
+    assert "clotho_aqa_metadata.csv: no Freesound id there" in capsys.readouterr().out and not any(
         "id" in row for row in rows
     )
     assert sorted(by_name) == [" Ambience Birds.wav", "Caf\u00e9, two.wav"] and {
@@ -996,6 +1025,13 @@ def test_clotho_aqa(tmp_path, capsys):
         by_name[" Ambience Birds.wav"]["id"] == "327673"
         and "id" not in by_name["Caf\u00e9, two.wav"]
     )
+    link = "https://freesound.org/people/someone/sounds/327674"
+    text(
+        path / "clotho_aqa_metadata.csv",
+        f"file_name;sound_link;start_end_samples\n Ambience Birds.wav;{link};[1, 2]\n",
+        "\r\n",
+    )
+    assert convert(name, path, tmp_path / "links")[2][" Ambience Birds.wav"]["id"] == "327674"
 
 
 @real
@@ -1108,6 +1144,23 @@ def test_csv_rows_of_one_file_become_one_clip(tmp_path):
 
 
 @real
+def test_csv_of_a_row_a_label_with_empty_cells(tmp_path):
+    wav(tmp_path / "a.wav")
+    lines = ["audio,caption,label,fold,phrase,at", "a.wav,a dog and a cat,dog;cat; ,1.0,dog,[]"]
+    lines += ["a.wav,a dog and a cat,rain,1.0,,[]", "a.wav,It\u2019s \u2013 caf\xe9,,1.0,,[]"]
+    (tmp_path / "t.csv").write_bytes("\r\n".join(lines).encode("cp1252"))
+    flags = "--audio audio --caption caption --label label --fold fold --phrase phrase"
+    flags = [*flags.split(), "--segments", "at", "--label-separator", ";"]
+    _, (row,), _ = convert("csv", tmp_path / "t.csv", tmp_path / "m", *flags)
+    assert row["captions"] == ["a dog and a cat", "It\u2019s \u2013 caf\xe9"]
+    assert row["labels"] == ["dog", "cat", "rain"] and row["fold"] == 1
+    assert [p["phrase"] for p in row["phrases"]] == ["dog"]
+    (tmp_path / "s.jsonl").write_text('{"audio": "a.wav", "caption": "x", "part": null}\n')
+    flags = ["--audio", "audio", "--caption", "caption", "--split", "part"]
+    _, (row,), _ = convert("csv", tmp_path / "s.jsonl", tmp_path / "m2", *flags)
+    assert "split" not in row
+
+
 def test_csv_reads_urban_sed_acav_and_auto_acd(tmp_path):
     root = copy("urbansed", tmp_path / "sed")
     (
@@ -1322,6 +1375,10 @@ def test_folders(tmp_path):
         (["dog"], False),
         (["sea waves"], False),
     ] and classes(tmp_path / "m1") == ["dog", "sea waves"]
+    wav(tmp_path / "elsewhere/c.wav")
+    (tmp_path / "one/cat").symlink_to(tmp_path / "elsewhere")
+    _, rows, _ = convert("folders", tmp_path / "one", tmp_path / "m4")
+    assert [r["labels"] for r in rows] == [["cat"], ["dog"], ["sea waves"]]
     _, rows, _ = convert("folders", tmp_path / "two", tmp_path / "m2")
     assert [r["split"] for r in rows] == ["train", "val"]
     with pytest.raises(ValueError, match="expected CLASS/file or SPLIT/CLASS/file"):
@@ -1659,6 +1716,24 @@ def test_resample_writes_audio_of_one_rate_and_a_manifest_that_differs_in_nothin
         resample([source], tmp_path / "out")
 
 
+def test_resample_keeps_ids_and_loud_files_and_takes_the_swapped_audio(tmp_path, capsys):
+    names = ("AbCdefghijk_000030.wav", "1-30226-A-0.wav", "loud.wav", "swapped.wav")
+    for name in names:
+        wav(tmp_path / "in" / name, rate=8000)
+    t = np.arange(8000) / 8000
+    sf.write(tmp_path / "in/loud.wav", 5 * np.sin(2 * np.pi * 440 * t), 8000, subtype="FLOAT")
+    rows = [{"audio": name} for name in names[:3]]
+    rows[0]["swapped_audio"] = "swapped.wav"
+    common.write_lines(tmp_path / "in/manifest.jsonl", map(json.dumps, rows))
+    resample([tmp_path / "in"], tmp_path / "out")
+    rows = common.read_manifest([str(tmp_path / "out")])
+    assert [row.get("id") for row in rows] == ["AbCdefghijk", "30226", None]
+    assert "swapped_" in rows[0]["swapped_audio"]
+    assert sf.info(rows[0]["swapped_audio"]).samplerate == 16000
+    assert rows[2]["audio"].endswith("in/loud.wav")
+    assert "its peak of 5.0 does not fit into 16-bit audio" in capsys.readouterr().out
+
+
 def test_resample_continues_after_a_kill_and_notices_a_changed_file(tmp_path, monkeypatch):
     folder = tmp_path / "source"
     folder.mkdir()
@@ -1764,10 +1839,20 @@ def test_check_of_many_rows(tmp_path):
         ("train_00003", None),
         ("AbCdefghijk", "AbCdefghijk"),
         ("2219", None),
+        ("1-30226-A-0", None),  # 11 characters, of ESC-50
     ],
 )
 def test_youtube_ids_in_names(name, expected):
     assert datasets.youtube_id(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("1-30226-A-0", "30226"), ("1-100032-A-0", "100032"), ("4-917-A", "917")]
+    + [("99180-9-0-7", "99180"), ("Y-bCdefgh_jk_30", "-bCdefgh_jk")],
+)
+def test_ids_that_exclude_knows_a_recording_by(name, expected):
+    assert datasets.keys_of({"audio": f"x/{name}.wav"}) == [expected]
 
 
 @real
