@@ -937,7 +937,8 @@ def rewrite(args) -> dict:
 def recaption(args) -> dict:
     """Write a manifest with `synthetic` captions by a model trained here; `captions` stay.
 
-    The model's `caption` gets the whole clip, and itself handles one longer than its window.
+    The model's `caption` gets the whole clip, and itself handles one longer than its window. What
+    it draws depends on the batch, so a call that continues another draws otherwise.
     """
     rows, classes, out = open_rows(args)
     device = common.start_device(args.device)

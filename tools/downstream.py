@@ -2,7 +2,6 @@
 
   python -m tools.downstream runs/collat-1/best.pt --data data/esc50 --protocol probe noise
   python -m tools.downstream runs/cacophony-1/best.pt --data data/clotho --protocol captioning
-  --json scores.json
 
 Protocols: probe (trained classifiers), aqa (question answering by a trained probe), captioning,
 noise (robustness), image (audio-image retrieval), gap (distance between the modalities). All else,
@@ -145,7 +144,9 @@ def embed_splits(model, clips, settings, key: str, what: str, tokens: bool = Fal
     `tokens`, else None.
     """
     trainable = {
-        split: [row for row in settings.manifest if row.get("split") == split and row.get(key)]
+        split: [
+            row for row in settings.manifest if row.get("split", "train") == split and row.get(key)
+        ]
         for split in ("train", "val")
     }
     if settings.split in ("train", "all rows") or not trainable["train"]:
@@ -191,9 +192,10 @@ def aqa(model, clips, classes, settings) -> dict:
     A 4-layer MLP (train_probe) takes the concatenated clip and question embeddings. It is trained
     on the rows of split train, chosen on val and scored on the evaluated split. One probe answers
     yes/no questions, another all others; the classes are the answers of the training rows. Word
-    R@k: the answer is among the k best; an answer never seen in training is a miss. Questions
-    whose type needs the image are left out. Source: Cacophony Table III, Sec. V-C (Clotho-AQA, and
-    Music-AQA, derived from MUSIC-AVQA; its layer widths and learning rate are not stated).
+    R@k: the answer is among the k best; an answer never seen in training is a miss. chance: always
+    the k commonest training answers. Questions whose type needs the image are left out. Source:
+    Cacophony Table III, Sec. V-C (Clotho-AQA, and Music-AQA, derived from MUSIC-AVQA; its layer
+    widths and learning rate are not stated).
     """
     splits = embed_splits(model, clips, settings, "qa", "aqa trains a probe")
     asked = {
@@ -228,7 +230,8 @@ def aqa(model, clips, classes, settings) -> dict:
                 [number.get(a, -1) for _, _, a in questions], dtype=np.int64
             )
 
-        logits_of = train_probe(data("train"), data("val"), len(answers), f"aqa, {kind} probe")
+        val = "val" if settings.split != "val" else "none"  # never chosen on what is scored
+        logits_of = train_probe(data("train"), data(val), len(answers), f"aqa, {kind} probe")
         inputs, targets = data(settings.split)
         logits = logits_of(inputs)
         right = np.take_along_axis(logits, np.maximum(targets, 0)[:, None], 1)
@@ -236,11 +239,14 @@ def aqa(model, clips, classes, settings) -> dict:
             targets >= 0, (logits >= right).sum(1) - 1, max(10, len(answers))
         )  # never seen: never among the best
         owner = np.array([i for i, _, _ in of[settings.split]])
+        counts = collections.Counter(answer for _, _, answer in of["train"])
+        common_first = sorted(answers, key=lambda answer: -counts[answer])
         for name, k in {
             "binary": {"binary_accuracy": 1},
             "word": {"word_R@1": 1, "word_R@5": 5, "word_R@10": 10},
         }[kind].items():
-            scored[name], chance[name] = (owner, rank < k), min(1.0, k / len(answers))
+            scored[name] = owner, rank < k
+            chance[name] = float(np.mean([a in common_first[:k] for _, _, a in of[settings.split]]))
         details[kind] = [
             {
                 "clip": clips["rows"][i]["audio"],
@@ -251,7 +257,7 @@ def aqa(model, clips, classes, settings) -> dict:
             for (i, q, a), r in zip(of[settings.split], rank)
         ]
         told.append(
-            f"{len(of['train'])} {kind} questions for training, {len(of.get('val', []))} for the "
+            f"{len(of['train'])} {kind} questions for training, {len(of.get(val, []))} for the "
             "choice of the epoch, "
             f"{len(rank)} scored, {len(answers)} answers, {int((targets < 0).sum())} never seen in "
             "training"
@@ -329,12 +335,13 @@ def label_task(rows: list[dict], classes: list[str]):
     """-> kind ("multiclass" where no row has two labels, else "multilabel"), targets for
     train_probe, rows that count.
 
-    A row without a label of the class list counts in a multilabel task only, as a negative for
-    every class.
+    An annotated row without a label of the class list counts in a multilabel task only, as a
+    negative for every class.
     """
     targets = common.label_targets(rows, classes)
     if (targets.sum(1) > 1).any():
-        return "multilabel", targets.astype(np.float32), np.arange(len(rows))
+        counted = np.array(common.annotated(rows, "labels", "events"))
+        return "multilabel", targets.astype(np.float32), counted
     return "multiclass", targets.argmax(1), np.flatnonzero(targets.any(1))
 
 
@@ -593,6 +600,7 @@ def noise(model, clips, classes, settings) -> dict:
         evidence[name] = label_evidence(kind, sim, targets[counted])
     metric, level = METRIC_OF[kind], 1 / len(classes)
     if kind == "multilabel":
+        targets = targets[counted]
         level = float(targets.mean(0)[targets.any(0)].mean())
 
     def score(chosen):
@@ -976,7 +984,10 @@ def decoded_captions(model, clips, settings):
     )  # number of each split's first clip
     tokens = np.concatenate([held for *_, held in splits.values()])
     spread = splits["train"][2].reshape(-1, tokens.shape[2])
-    tokens = torch.from_numpy((tokens - spread.mean(0)) / np.maximum(spread.std(0), 1e-6)).float()
+    mean, deviation = spread.mean(0), np.maximum(spread.std(0), 1e-6)
+    tokens -= mean  # in place: the tokens of a large set take many GB
+    tokens /= deviation
+    tokens = torch.from_numpy(tokens).float()
 
     def data(split):
         known = [

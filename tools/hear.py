@@ -24,6 +24,7 @@ from tools.downstream import (
     label_chance,
     label_evidence,
     label_score,
+    probe_loss,
     train_probe,
 )
 
@@ -94,11 +95,14 @@ def read_json(path: Path) -> dict:
 
 
 def read_hear_task(folder: Path, sample_rate: int) -> dict:
-    """A folder that hear-preprocess wrote -> {"name", "kind", "classes", "tolerance_s", "splits":
-    {split: rows}}.
+    """A folder that hear-preprocess wrote -> {"name", "kind", "scored", "classes", "splits":
+    {split: rows}} and the task's rules: "tolerance_s", "median_s", "least_s", "epochs", "patience",
+    "by_loss".
 
-    kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). Audio
-    comes from the folder RATE/SPLIT at the model's rate if present, else at the highest rate.
+    kind: multiclass, multilabel (both: a row has `labels`) or event (`events` in seconds). scored:
+    the kind by whose score it is judged, the first that the task names: multilabel (mAP) for some
+    multiclass tasks. Audio comes from the folder RATE/SPLIT at the model's rate if present, else at
+    the highest rate.
     """
     metadata, path = read_json(folder / "task_metadata.json"), folder / "labelvocabulary.csv"
     kind = "event" if metadata.get("embedding_type") == "event" else metadata.get("prediction_type")
@@ -148,11 +152,21 @@ def read_hear_task(folder: Path, sample_rate: int) -> dict:
             f"{folder}: task_metadata.json: 'evaluation' is {scores!r}; expected a list of names"
         )
     onset_ms = re.findall(r"event_onset_(\d+)ms_fms", " ".join(map(str, scores)))
+    name, rules = metadata.get("task_name", folder.name), metadata.get("evaluation_params") or {}
+    own, cut = rules.get("task_specific_param_grid", {}), rules.get("event_postprocessing_grid", {})
+    # epochs from validation to validation in HEAR's evaluator, which counts its patience in these
+    every = own.get("check_val_every_n_epoch", [10 if name == "dcase2016_task2" else 3])[0]
     return {
-        "name": metadata.get("task_name", folder.name),
+        "name": name,
         "kind": kind,
+        "scored": "multilabel" if kind == "multiclass" and scores[:1] == ["mAP"] else kind,
         "classes": classes,
         "tolerance_s": int(onset_ms[0]) / 1000 if onset_ms else 0.2,
+        "median_s": cut.get("median_filter_ms", [250])[0] / 1000,
+        "least_s": [ms / 1000 for ms in cut.get("min_duration", [125, 250])],
+        "epochs": own.get("max_epochs", [500])[0],
+        "patience": own.get("patience", [20])[0] * every,
+        "by_loss": metadata.get("use_scoring_for_early_stopping") is False,
         "splits": {
             name: hear_rows(folder / f"{name}.json", folder / str(rates[0]) / name, kind, classes)
             for name in names
@@ -214,14 +228,9 @@ HEAR_PROBE = dict(
     dropout=0.1,
     batch_norm=True,
     batch_size=1024,
-    epochs=500,
-    patience=20,
     weight_decay=0.0,
     standardise=False,
 )
-
-
-HEAR_MEDIAN_S, HEAR_MIN_S = 0.25, (0.125, 0.25)
 
 
 def hear_inputs(model, task: dict, split: str, settings) -> dict:
@@ -286,15 +295,24 @@ def hear_evidence(
     level).
     """
     if task["kind"] != "event":
-        return label_evidence(task["kind"], logits, part["targets"])
+        if task["scored"] != task["kind"]:  # each class over all clips, by its probability
+            logits = torch.from_numpy(logits).softmax(1).numpy()
+        return label_evidence(task["scored"], logits, scored_targets(task, part))
     files = np.split(logits, np.cumsum(part["lengths"])[:-1])
-    files, width = files[shift:] + files[:shift], median_frames(HEAR_MEDIAN_S, frame_s)
+    files, width = files[shift:] + files[:shift], median_frames(task["median_s"], frame_s)
     return np.stack(
         [
             onset_counts(x, row, task["classes"], frame_s, width, min_s, task["tolerance_s"])
             for x, row in zip(files, part["rows"])
         ]
     )
+
+
+def scored_targets(task: dict, part: dict) -> np.ndarray:
+    """Targets as the score needs them: one-hot if a multiclass task is judged by mAP."""
+    if task["scored"] == task["kind"]:
+        return part["targets"]
+    return np.eye(len(task["classes"]), dtype=np.float32)[part["targets"]]
 
 
 def hear_score(kind: str, evidence: np.ndarray) -> float:
@@ -308,17 +326,19 @@ def hear_score(kind: str, evidence: np.ndarray) -> float:
 def hear_probe(
     task: dict, train: dict, valid: dict, grid: list[dict], frame_s, device, desc: str
 ) -> dict:
-    """The probe of `grid` with the largest score on `valid`: {"score", "point", "min_s",
-    "logits_of"}, the first of equals.
+    """The probe of `grid` with the largest score on `valid`, or the smallest loss where the task
+    says so: {"score", "point", "min_s", "logits_of"}, the first of equals.
     """
-    best = {"score": -1.0}
-    lengths_s = HEAR_MIN_S if task["kind"] == "event" else (0.0,)
+    best = {"score": -math.inf}
+    lengths_s = task["least_s"] if task["kind"] == "event" else [0.0]
+
+    def score_with(logits, min_s):
+        if task["by_loss"]:
+            return -probe_loss(logits, valid["targets"])
+        return hear_score(task["scored"], hear_evidence(task, logits, valid, frame_s, min_s))
 
     def score_of(logits):
-        return max(
-            hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s))
-            for min_s in lengths_s
-        )
+        return max(score_with(logits, min_s) for min_s in lengths_s)
 
     for k, point in enumerate(grid, 1):
         logits_of = train_probe(
@@ -328,12 +348,14 @@ def hear_probe(
             f"{desc}, probe {k} of {len(grid)}",
             score_of=score_of,
             device=device,
+            epochs=task["epochs"],
+            patience=task["patience"],
             **HEAR_PROBE,
             **point,
         )
         logits = logits_of(valid["inputs"])
         for min_s in lengths_s:
-            score = hear_score(task["kind"], hear_evidence(task, logits, valid, frame_s, min_s))
+            score = score_with(logits, min_s)
             if score > best["score"]:
                 best = {"score": score, "point": point, "min_s": min_s, "logits_of": logits_of}
     return best
@@ -342,7 +364,7 @@ def hear_probe(
 def hear_chance(task: dict, train: dict, test: dict, logits, frame_s, min_s: float) -> float:
     """`label_chance`; for events, the score of the next file's detections."""
     if task["kind"] != "event":
-        return label_chance(task["kind"], train["targets"], test["targets"])
+        return label_chance(task["scored"], train["targets"], scored_targets(task, test))
     return (
         hear_score("event", hear_evidence(task, logits, test, frame_s, min_s, shift=1))
         if len(test["rows"]) > 1
@@ -354,17 +376,20 @@ def hear(model, task: dict, settings) -> dict:
     """A HEAR task: an MLP (train_probe) on frozen embeddings of whole clips, or of single frames
     for timestamp tasks.
 
-    Score: accuracy (multiclass), macro mAP (multilabel), F1 of event onsets (event; within 200 ms
-    unless the task's metadata names another tolerance). All eight probes of HEAR's grid are trained
-    for up to 500 epochs, and stop after 20 without a better score on split valid. Epoch, probe and
-    shortest event are those with the best score there. With folds, each one is tested once, the
-    next one is for validation and the others for training. The grid is searched with the first test
-    fold only, as in HEAR's evaluator; the score is the mean over folds. Differences from that
-    evaluator: torch's default initialisation, validation after every epoch, true frame times,
-    detections that last to the end of their last frame, an odd median filter. chance:
-    `hear_chance`. Source: Turian et al., HEAR 2021; Cacophony's evaluation on it.
+    Score: accuracy (multiclass; macro mAP if the task names it first), macro mAP (multilabel), F1
+    of event onsets (event; within 200 ms unless the task's metadata names another tolerance). Eight
+    probes, HEAR's hidden layers times learning rates, are trained for up to 500 epochs, and stop
+    after 60 (DCASE 2016: 200) without a better score on split valid, HEAR's 20 validations every
+    third (tenth) epoch. Epoch, probe and shortest event are those with the best score there. A
+    task's own evaluation_params and use_scoring_for_early_stopping (MAESTRO's) replace these. With
+    folds, each one is tested once, the next one is for validation and the others for training. The
+    grid is searched with the first test fold only, as in HEAR's evaluator; the score is the mean
+    over folds. Differences from that evaluator: torch's default initialisation (its grid draws
+    among two of Xavier's), validation after every epoch, true frame times, detections that last to
+    the end of their last frame, an odd median filter. chance: `hear_chance`. Source: Turian et al.,
+    HEAR 2021; Cacophony's evaluation on it.
     """
-    kind, folds, told = task["kind"], [], []
+    kind, scored, folds, told = task["kind"], task["scored"], [], []
     if kind == "event" and not hasattr(model, "embed_frames"):
         raise ValueError(
             f"{task['name']} is a timestamp task: it needs a model with embed_frames, which this "
@@ -393,7 +418,7 @@ def hear(model, task: dict, settings) -> dict:
                 "evidence": evidence,
                 "rows": test["rows"],
                 "valid": best["score"],
-                "score": hear_score(kind, evidence),
+                "score": hear_score(scored, evidence),
                 "chance": hear_chance(task, train, test, logits, frame_s, best["min_s"]),
                 "min_s": best["min_s"],
             }
@@ -407,18 +432,19 @@ def hear(model, task: dict, settings) -> dict:
 
     def score(chosen):
         of_folds = [
-            hear_score(kind, evidence[chosen[of_fold[chosen] == k]])
+            hear_score(scored, evidence[chosen[of_fold[chosen] == k]])
             for k in np.unique(of_fold[chosen])
         ]
         return {name: float(np.mean(of_folds))}
 
-    name = "onset_F1" if kind == "event" else METRIC_OF[kind]
+    name = "onset_F1" if kind == "event" else METRIC_OF[scored]
     rules = {}
     if kind == "event":
         rules = {
             "tolerance": f"{task['tolerance_s'] * 1000:g} ms",
             "frame_s": frame_s,
-            "median": f"{median_frames(HEAR_MEDIAN_S, frame_s)} frames (250 ms)",
+            "median": f"{median_frames(task['median_s'], frame_s)} frames "
+            f"({task['median_s'] * 1000:g} ms)",
         }
     details = {
         "folds": {
@@ -430,13 +456,13 @@ def hear(model, task: dict, settings) -> dict:
             for fold in folds
         }
     }
-    if kind != "multilabel":
+    if scored != "multilabel":
         details["clips"] = [
             {
                 "clip": row["audio"],
                 **dict(
                     zip(
-                        ("right",) if kind == "multiclass" else ("found", "detected", "events"),
+                        ("right",) if scored == "multiclass" else ("found", "detected", "events"),
                         map(int, counts),
                     )
                 ),
@@ -456,7 +482,7 @@ def hear(model, task: dict, settings) -> dict:
         probe=f"MLP, {grid[0]['layers'] - 1} hidden layer(s) of {HEAR_PROBE['width']}, lr "
         f"{grid[0]['lr']:g}: the best of {len(HEAR_GRID)}",
         validation="; ".join(told),
-        tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold",
+        tie_rule="a tie is a miss" if scored == "multiclass" else "equal scores are one threshold",
         **rules,
     )
 

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import soundfile as sf
 import torch
 
@@ -90,6 +91,8 @@ def write_task(folder, told: dict, sounds: dict, classes, rate="8000", **metadat
         "task_name": "tones",
         "embedding_type": "scene",
         "prediction_type": "multiclass",
+        # a short patience, which keeps the tests short
+        "evaluation_params": {"task_specific_param_grid": {"check_val_every_n_epoch": [1]}},
         **metadata,
     }
     folder.mkdir(exist_ok=True)
@@ -146,8 +149,6 @@ def test_the_grid_is_the_papers(tmp_path, hear, monkeypatch):
         dropout=0.1,
         batch_norm=True,
         batch_size=1024,
-        epochs=500,
-        patience=20,
         weight_decay=0.0,
         standardise=False,
     )
@@ -226,8 +227,64 @@ def test_a_timestamp_task(tmp_path, hear, capsys):
         tmp_path / "music",
         n_files=2,
         evaluation=["event_onset_50ms_fms", "event_onset_offset_50ms_20perc_fms"],
+        evaluation_params={},
     )
-    assert benchmark.read_hear_task(folder, RATE)["tolerance_s"] == 0.05
+    task = benchmark.read_hear_task(folder, RATE)
+    assert task["tolerance_s"] == 0.05
+    # 20 validations, every third epoch; HEAR's own default for events
+    rules = ("epochs", "patience", "median_s", "least_s", "by_loss")
+    assert [task[rule] for rule in rules] == [500, 60, 0.25, [0.125, 0.25], False]
+    told = dict(task_name="dcase2016_task2", evaluation_params={})
+    folder = event_task(tmp_path / "dcase", n_files=2, **told)
+    assert benchmark.read_hear_task(folder, RATE)["patience"] == 200
+    told = {
+        "use_scoring_for_early_stopping": False,
+        "evaluation_params": {
+            "event_postprocessing_grid": {"median_filter_ms": [150], "min_duration": [50]},
+            "task_specific_param_grid": {"max_epochs": [50], "check_val_every_n_epoch": [1]},
+        },
+    }  # as MAESTRO's metadata
+    folder = event_task(tmp_path / "maestro", n_files=2, **told)
+    task = benchmark.read_hear_task(folder, RATE)
+    assert [task[rule] for rule in rules] == [50, 20, 0.15, [0.05], True]
+
+
+def test_a_task_is_judged_by_the_score_and_the_loss_that_it_names(tmp_path, monkeypatch):
+    """mAP of a multiclass task: each class over all clips, by probability, not by logit."""
+    counts = {"train": 4, "valid": 4, "test": 4}
+    folder = tone_task(tmp_path / "task", counts, evaluation=["mAP", "top1_acc"])
+    task = benchmark.read_hear_task(folder, RATE)
+    assert (task["kind"], task["scored"]) == ("multiclass", "multilabel")
+    task["classes"] = ["a", "b"]
+    logits, part = np.array([[9.0, 8], [1, 5], [2, 0]]), {"targets": np.array([0, 1, 0])}
+    evidence = benchmark.hear_evidence(task, logits, part, None, 0.0)
+    probability = torch.from_numpy(logits).softmax(1).numpy()
+    by_class = [
+        sklearn.metrics.average_precision_score(part["targets"] == k, probability[:, k])
+        for k in range(2)
+    ]
+    assert benchmark.hear_score("multilabel", evidence) == pytest.approx(np.mean(by_class))
+    plain = [
+        sklearn.metrics.average_precision_score(part["targets"] == k, logits[:, k])
+        for k in range(2)
+    ]
+    assert np.mean(plain) < np.mean(by_class)
+    assert benchmark.hear_chance(task, part, part, logits, None, 0.0) == pytest.approx(0.5)
+    # the probe with the smallest loss, where the task says so
+    valid = {"inputs": np.zeros((2, 1), np.float32), "targets": np.array([0, 1])}
+    sure, right = np.array([[0.1, 0], [5.0, 0]]), np.array([[0.2, 0], [0.1, 0]])
+    probes = iter([sure, right])
+
+    def probe(train, val, n, desc, score_of, **_):
+        logits = next(probes)
+        assert score_of(logits) == -benchmark.probe_loss(logits, valid["targets"])
+        return lambda inputs: logits
+
+    monkeypatch.setattr(benchmark, "train_probe", probe)
+    task |= {"by_loss": True}
+    grid = [{"layers": 2, "lr": 1.0}, {"layers": 3, "lr": 1.0}]
+    best = benchmark.hear_probe(task, valid, valid, grid, None, "cpu", "x")
+    assert best["point"] == grid[1]
 
 
 def test_folds_take_turns_and_the_grid_is_searched_once(tmp_path, hear, monkeypatch):
@@ -373,14 +430,14 @@ def test_onset_f1_equals_sed_eval():
 
 
 def test_scores_of_scene_tasks_by_hand():
-    task = {"kind": "multiclass", "classes": ["a", "b"]}
+    task = {"kind": "multiclass", "scored": "multiclass", "classes": ["a", "b"]}
     logits = np.array([[2.0, 1], [1, 2], [1, 1]])
     evidence = benchmark.hear_evidence(task, logits, {"targets": np.array([0, 0, 1])}, None, 0.0)
     assert evidence.ravel().tolist() == [1, 0, 0] and benchmark.hear_score(
         "multiclass", evidence
     ) == pytest.approx(1 / 3)
     task, targets = (
-        {"kind": "multilabel", "classes": ["a", "b", "c"]},
+        {"kind": "multilabel", "scored": "multilabel", "classes": ["a", "b", "c"]},
         np.array([[1.0, 0, 0], [0, 1, 0], [1, 1, 0]]),
     )
     logits = np.array([[3.0, 5, 1], [2, 4, 1], [1, 3, 1]])
