@@ -683,7 +683,9 @@ def test_question_answering_scores_by_hand(corpus, tmp_path, monkeypatch, capsys
         evaluate.main(evaluate.parse(["stub", "--data", str(tmp_path / "bare.jsonl")]))
 
 
-def test_question_answering_from_a_manifest_to_a_printed_score(corpus, mga_run, tmp_path):
+def test_question_answering_from_a_manifest_to_a_printed_score(
+    corpus, mga_run, tmp_path, monkeypatch
+):
     rows = [json.loads(x) for x in (corpus / "manifest.jsonl").read_text().splitlines()]
     common.write_lines(
         tmp_path / "qa.jsonl",
@@ -691,7 +693,7 @@ def test_question_answering_from_a_manifest_to_a_printed_score(corpus, mga_run, 
             json.dumps(
                 {
                     "audio": str(corpus / row["audio"]),
-                    "split": row["split"],
+                    **({} if row["split"] == "train" else {"split": row["split"]}),
                     "qa": [
                         {
                             "question": "is there one sound?",
@@ -704,19 +706,9 @@ def test_question_answering_from_a_manifest_to_a_printed_score(corpus, mga_run, 
             for row in rows
         ],
     )
-    (r,) = downstream.main(
-        downstream.parse(
-            [
-                str(mga_run[0] / "best.pt"),
-                "--data",
-                str(tmp_path / "qa.jsonl"),
-                "--protocol",
-                "aqa",
-                "--bootstrap",
-                "10",
-            ]
-        )
-    )
+    given = [str(mga_run[0] / "best.pt"), "--data", str(tmp_path / "qa.jsonl")]
+    given += ["--protocol", "aqa", "--bootstrap", "10"]
+    (r,) = downstream.main(downstream.parse(given))
     assert r["protocol"] == "aqa" and set(r["scores"]) == {
         "binary_accuracy",
         "word_R@1",
@@ -724,3 +716,23 @@ def test_question_answering_from_a_manifest_to_a_printed_score(corpus, mga_run, 
         "word_R@10",
     }
     assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 for s in r["scores"].values())
+    # the epoch is never chosen on the scored questions
+    probe, chosen_on = downstream.train_probe, []
+
+    def spy(train, val, *given, **more):
+        chosen_on.append(len(val[1]))
+        return probe(train, val, *given, **more, epochs=1)
+
+    monkeypatch.setattr(downstream, "train_probe", spy)
+    (
+        downstream.main(downstream.parse(given)),
+        downstream.main(downstream.parse([*given, "--split", "val"])),
+    )
+    assert chosen_on == [4, 4, 0, 0]  # yes or no, and words; of test, of val
+
+
+def test_clips_without_annotation_do_not_count():
+    rows = [{"labels": ["a", "b"]}, {"labels": []}, {"captions": ["x"]}, {"labels": ["a"]}]
+    kind, targets, counted = downstream.label_task(rows, ["a", "b"])
+    assert kind == "multilabel" and counted.tolist() == [0, 1, 3]
+    assert targets[counted].tolist() == [[1, 1], [0, 0], [1, 0]]
