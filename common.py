@@ -2879,6 +2879,9 @@ class Run:
         path = self.path / "last.pt"
         stored = read_checkpoint(path, self.method)
         check_resume(self.cfg, stored["config"])
+        if self.cfg.data != stored["config"]["data"]:  # allowed, since files may have moved
+            told = " ".join(stored["config"]["data"])
+            self.say(f"--resume: the run was started with --data {told}; goes on with the new one")
         step, best = stored.get("step"), stored.get("best")
         if not isinstance(step, int) or not isinstance(best, dict) or "score" not in best:
             raise ValueError(f"{path}: cannot be continued: step {step!r}, best {best!r}")

@@ -603,15 +603,11 @@ def read_corpus(cfg: Config) -> dict:
 
 
 def split_clips(rows: list[dict], share: float, seed: tuple) -> tuple[list[dict], list[dict]]:
-    """Rows of a random share of the clips, and the others; the rows of a clip stay together and
-    keep their order (D11).
-    """
-    # the clips in the manifest's order: that of a set would change from run to run
-    audio = list(dict.fromkeys(row["audio"] for row in rows))
-    order = np.random.default_rng(seed).permutation(len(audio))
-    chosen = {audio[i] for i in order[: max(1, round(share * len(audio)))]}
-    others = [row for row in rows if row["audio"] not in chosen]
-    return [row for row in rows if row["audio"] in chosen], others
+    """Rows of a random share of the clips, and the others, in their order (D11)."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    chosen = {*order[: max(1, round(share * len(rows)))].tolist()}
+    others = [row for i, row in enumerate(rows) if i not in chosen]
+    return [row for i, row in enumerate(rows) if i in chosen], others
 
 
 class Centre:

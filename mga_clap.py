@@ -709,11 +709,7 @@ class Pairs(Dataset):
     """One item per (clip, caption) pair. A key is (epoch, index), which seeds the random crop."""
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
-        # file -> number of the clip, the same in all rows of a file
-        clips = {audio: i for i, audio in enumerate(dict.fromkeys(row["audio"] for row in rows))}
-        self.pairs = [
-            (clips[row["audio"]], row, caption) for row in rows for caption in row["captions"]
-        ]
+        self.pairs = [(i, row, text) for i, row in enumerate(rows) for text in row["captions"]]
         self.durations = [row.get("duration", WINDOW_S) for _, row, _ in self.pairs]
         self.cfg, self.tokenize, self.rate = cfg, tokenize, SAMPLE_RATE[cfg.encoder]
 

@@ -1094,7 +1094,7 @@ def test_every_student_goes_on_from_a_given_teacher(corpus, tmp_path, runs_of, o
 
 
 def test_a_tenth_of_the_clips_and_the_forgotten_ones(corpus):
-    rows = [{"audio": f"{i // 2}.wav", "captions": ["x"]} for i in range(100)]
+    rows = [{"audio": f"{i}.wav", "captions": ["x"]} for i in range(100)]
     kept, left = curation_clap.split_clips(rows, 0.1, (0, 2))
     assert (
         len(kept) == 10

@@ -170,7 +170,7 @@ def strip(path):
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
-    corpus, tmp_path, monkeypatch, runs_of, method, workers, other
+    corpus, tmp_path, monkeypatch, runs_of, capsys, method, workers, other
 ):
     class Killed(Exception):
         pass
@@ -202,6 +202,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
         for p in (tmp_path / "a", folder)
     ]
     assert logs[0] == logs[1]
+    capsys.readouterr()
+    moved = dict(resume=True, name="a", runs=str(tmp_path), data=[f"{corpus}/manifest.jsonl"])
+    common.Run(common.configure(script.Config, **moved), method).checkpoint()
+    assert f"the run was started with --data {corpus}; goes on" in capsys.readouterr().out
     with pytest.raises(
         ValueError, match=f"--resume: --{other.replace('_', '-')} is 7 but the run was started with"
     ):
@@ -1002,15 +1006,6 @@ def test_a_run_of_another_version_names_the_settings_that_differ(tmp_path, mga_r
         "--resume", "--name", "x", "--runs", tmp_path
     )  # as a script its module has another name
     assert "another version of mga_clap.py, with other settings (gamma, momentum)" in done.stderr
-
-
-def test_clips_listed_in_several_rows_are_one_clip():
-    rows = [{"audio": a, "captions": ["x"], "where": "m"} for a in ("a.wav", "b.wav", "a.wav")]
-    assert [clip for clip, _, _ in mga_clap.Pairs(rows, mga_clap.Config(data=[]), None).pairs] == [
-        0,
-        1,
-        0,
-    ]
 
 
 def test_model_state_is_deterministic_from_the_seed(corpus):
