@@ -1069,13 +1069,13 @@ def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
     """Stage 1, masked autoencoding (Sec. III-A) -> runs/NAME/mae.pt; needs audio only."""
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
+    batch_size = min(cfg.mae_batch_size, len(train_rows))
+    common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
     if cfg.stage == "all":  # what stage 2 needs is checked now, not after stage 1
         require_texts(train_rows + val_rows)
         n = len(train_rows)
         common.check_batch(cfg, min(cfg.batch_size, n), n, "clip")
         common.start_text_encoder(cfg, texts_of(train_rows), cfg.max_tokens)
-    batch_size = min(cfg.mae_batch_size, len(train_rows))
-    common.check_batch(cfg, batch_size, len(train_rows), "clip", "mae_batch_size")
     torch.manual_seed(cfg.seed)
     eps = VARIANTS[cfg.variant]["eps"]
     model = MAE(audio_shape(cfg), cfg.mae_layers, cfg.mask_ratio, eps)

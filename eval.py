@@ -1513,7 +1513,10 @@ def make_parser(doc: str, data=True, json=True, scores=True, **given) -> argpars
     )
     if scores:
         parser.add_argument(
-            "--bootstrap", type=int, default=200, help="draws for the 95 %% intervals; 0: none"
+            "--bootstrap",
+            type=int,
+            default=200,
+            help="draws for the 95 %% intervals, as many as fit in ten minutes (under 20: none)",
         )
     parser.add_argument(
         "--batch-size", type=int, default=32, help="clips at once; never changes a score"

@@ -607,7 +607,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
     if Path(cfg.audio_weights).suffix and not Path(cfg.audio_weights).exists():
         raise FileNotFoundError(
             f"--audio-weights {cfg.audio_weights}: no such weight file; HTS-AT's HTSAT.ckpt is at "
-            "github.com/RetroCirce/HTS-Audio-Transformer, ATST-Frame's at "
+            "github.com/XinhaoMei/WavCaps, ATST-Frame's at "
             "github.com/Audio-WestlakeU/audiossl (or give none)"
         )
     model = Model(cfg, common.start_text_encoder(cfg, captions, cfg.max_tokens))

@@ -443,7 +443,6 @@ def test_rows_without_a_split_say_what_they_are(mga_run, corpus, tmp_path, capsy
             ["CKPT", "--data", "CORPUS", "--prompt", "a sound"],
             "must hold {} once, where the class name goes",
         ),
-        (["CKPT", "--data", "CORPUS", "--split", "dev"], "--split dev: no row"),
         (["CKPT", "--data", "CORPUS", "--json", "/no/x.json"], "--json /no/x.json"),
         (
             ["CKPT", "--data", "PLAIN", "--split", "val"],
