@@ -371,6 +371,17 @@ def test_drop_path_is_drawn_per_clip_and_keeps_the_mean():
     assert common.drop_path(x, 0.25, False) is x
 
 
+def test_htsat_masks_its_input_in_training_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "spec_augment", lambda x, **widths: calls.append(widths) or x)
+    encoder = common.HTSAT(16, (1, 2), (2, 4), 16)
+    log_mel = torch.randn(2, 1001, 64)
+    encoder.eval()(log_mel)
+    assert not calls
+    encoder.train()(log_mel)
+    assert calls == [dict(time_width=64, mel_width=8)]
+
+
 def test_spec_augment_zeroes_stripes_of_bounded_width():
     torch.manual_seed(0)
     y = common.spec_augment(torch.ones(200, 100, 40), time_width=20, mel_width=8)

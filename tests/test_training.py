@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 import torch.nn.functional as F
 
@@ -198,3 +199,59 @@ def test_curation_clap_s_rate_drops_to_a_tenth_without_progress(corpus, tmp_path
     curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
     rates = [line["lr"] for line in log_of(tmp_path / "a")]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
+# What validation and curation read
+def test_cacophony_s_validation_losses_are_those_of_whole_clips_and_first_captions(runs_of, corpus):
+    model, rows, cfg = trained("cacophony", runs_of, corpus)
+    rows = rows[:4]
+    scores = cacophony.validate(model, rows, cfg)[0]
+    waveforms = [common.read_audio(row["audio"], 16000) for row in rows]
+    audio = model.embed_audio(*common.pad_batch(waveforms))
+    sim = audio @ model.embed_text([row["captions"][0] for row in rows]).T * model.log_scale.exp()
+    target = torch.arange(4)
+    both = F.cross_entropy(sim, target) + F.cross_entropy(sim.T, target)  # Eq. (1)
+    assert scores["loss_con"] == pytest.approx(both.item(), rel=1e-4)
+    dataset = cacophony.Clips(
+        [{**row, "captions": row["captions"][:1]} for row in rows], cfg, model.text_encoder.tokenize
+    )
+    with torch.no_grad():
+        nll = model(**dataset.collate([dataset[0, i] for i in range(4)]))[2]
+    assert scores["loss_cap"] == pytest.approx(nll.mean().item(), rel=1e-4)
+
+
+def test_curation_hears_the_first_60_s(runs_of, corpus, tmp_path):
+    import curation_clap
+
+    model, _, cfg = trained("curation_clap", runs_of, corpus)
+    sound = 0.1 * np.random.default_rng(0).normal(size=70 * 44100)
+    sound[60 * 44100 :] = np.sin(np.arange(10 * 44100) / 20)
+    for name, seconds in (("long", 70), ("cut", 60)):
+        sf.write(tmp_path / f"{name}.wav", sound[: seconds * 44100], 44100)
+    rows = [{"audio": str(tmp_path / f"{name}.wav")} for name in ("long", "cut")]
+    run = common.Run(cfg, "curation_clap")
+    embeds = curation_clap.embed_block(model, rows, cfg, run, "x")[1].astype(np.float32)
+    assert embeds[0] @ embeds[1] == pytest.approx(1, abs=1e-3)  # fp16
+    whole = common.embed_files(model, rows[:1])[1][0]
+    assert whole @ embeds[1] < 0.99
+
+
+def test_official_mga_clap_pads_short_clips_for_retrieval_and_repeats_them_for_frames(corpus):
+    """D20"""
+    models = {}
+    for variant in ("paper", "official"):
+        torch.manual_seed(0)
+        cfg = config("mga_clap", corpus, "x", variant=variant)
+        models[variant] = mga_clap.start_model(cfg, ["a dog barks"]).eval()
+    official = models["official"]
+    x = torch.randn(1, 3 * 32000, generator=torch.Generator().manual_seed(0)) * 0.1
+    padded = F.pad(x, (0, 7 * 32000))
+    assert torch.allclose(official.embed_audio(x), official.embed_audio(padded), atol=1e-6)
+    again = torch.cat([x] * 4, 1)[:, : 10 * 32000]
+    frames = official.embed_frames(x)
+    assert torch.allclose(frames, official.embed_frames(again), atol=1e-6)
+    assert not torch.allclose(frames, official.embed_frames(padded), atol=1e-3)
+    plain = models["paper"].embed_frames(x)
+    assert torch.allclose(
+        plain, models["paper"].embed_frames(padded)[:, : plain.shape[1]], atol=1e-6
+    )
