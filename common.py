@@ -1202,8 +1202,8 @@ def from_hub(what: str):
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{what} not a model folder and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]}); give a folder that holds config.json, "
-            "weights and tokenizer, or connect to a network"
+            f"({str(error).strip().splitlines()[0]}); give a folder that holds config.json and "
+            "weights (of a text encoder its tokenizer, too), or connect to a network"
         ) from None
 
 
@@ -3140,8 +3140,9 @@ class Run:
     def say_next(self, why: str, scored_with: str = "", **changed) -> None:
         """Print the commands that score this run, and that train another one to compare with."""
         best, data = shlex.quote(f"{self.path}/best.pt"), shlex.join(self.cfg.data)
+        score = f"python eval.py {best} --data {data} --protocol all {scored_with}".rstrip()
         self.say(
-            f"\nNext:\n  python eval.py {best} --data {data} --protocol all {scored_with}\n"
+            f"\nNext:\n  {score}\n"
             f"  python {self.method}.py {flags_of(self.cfg, name='', **changed)}     ({why}, to "
             "compare)"
         )

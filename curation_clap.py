@@ -959,8 +959,8 @@ def count_pool(cfg: Config, corpus: dict) -> int:
 
 
 def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: list[str]) -> dict:
-    """Stage 2 -> runs/NAME/du.jsonl, ds.jsonl or ads.jsonl (and ds.jsonl, its replay), or the
-    report of a dry run.
+    """Stage 2 -> runs/NAME/du.jsonl, ds.jsonl or ads.jsonl (and ads_replay.jsonl, the pairs of
+    DS), or the report of a dry run.
 
     DU (Sec. 2.2.1): all captions, with the audio of the pool. DS (Sec. 2.2.2): the captions near a
     class prompt of the domain, with their own audio. ADS: these captions, with the pool's audio.
@@ -996,7 +996,8 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
         common.barrier()
         return {}
     if cfg.curation != "du" and run.rank == 0:
-        write_own_pairs(run, run.path / "ds.jsonl", captions, described, nearness)
+        name = "ds.jsonl" if cfg.curation == "ds" else "ads_replay.jsonl"
+        write_own_pairs(run, run.path / name, captions, described, nearness)
     if cfg.curation != "ds":
         # precision and device change embeddings, so they are part of the key
         key = [common.file_key({"audio": str(teacher_path)}), cfg.precision, run.device.type]
@@ -1378,7 +1379,7 @@ def student_sets(cfg: Config, folder: Path, corpus: dict) -> list[list[dict]]:
         return [corpus["train"]]
     names = [f"{cfg.curation}.jsonl"]
     if cfg.curation == "ads" and cfg.replay:
-        names.append("ds.jsonl")
+        names.append("ads_replay.jsonl")
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -1446,8 +1447,9 @@ def main(cfg: Config) -> dict:
         run.say(f"\nNext:\n  python curation_clap.py {flags}")
     else:
         teacher_file = cfg.teacher or str(run.path / "teacher.pt")
-        other = dict(stage="all", teacher=teacher_file, replay=False)
-        run.say_next("a student without replay", "--prompt curation_clap", **other)
+        other = dict(stage="all", teacher=teacher_file, soft_labels=not cfg.soft_labels)
+        how = "hard" if cfg.soft_labels else "soft"
+        run.say_next(f"a student with {how} labels", "--prompt curation_clap", **other)
     return result
 
 

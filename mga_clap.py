@@ -757,13 +757,13 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
     captions = [[clean_caption(text) for text in row["captions"]] for row in rows]
     scores, chance, _ = common.caption_retrieval(model, audio_embeds, frame_embeds, captions)
     if classes and any(row.get("labels") or row.get("events") for row in rows):
-        names = [c.replace("_", " ") for c in classes]
+        names = [re.sub("[_/]", " ", c) for c in classes]
         tagged = common.annotated(rows, "labels", "events")
         targets = common.label_targets([rows[i] for i in tagged], classes)
         sim = common.similarities(model, audio_embeds, frame_embeds, names)[tagged]
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
         chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
-        if frames:
+        if frames and any(row.get("events") for row in rows):
             class_embeds = common.embed_texts(model, names)
             timed = common.annotated(rows, "events")
             of_timed = [[of[i] for i in timed] for of in (frame_embeds, rows)]
@@ -879,11 +879,12 @@ def main(cfg: Config) -> dict:
     model = Model.from_checkpoint(run.path / "best.pt").to(run.device)
     scores, chance = validate(model, val_rows, classes, quiet=False)
     result = run.finish(scores, chance, len(val_rows))
-    if cfg.weights == "none":
+    if cfg.weights == "none" and cfg.aggregator == "codebook":
         plain = dict(aggregator="mean", locality_blocks=0, hard_negatives=False)
         run.say_next("plain CLAP", **plain)
-    else:  # the file decides on the model
-        run.say_next("without hard negatives", hard_negatives=False)
+    else:  # with --weights the file decides on the model
+        how = "without" if cfg.hard_negatives else "with"
+        run.say_next(f"{how} hard negatives", hard_negatives=not cfg.hard_negatives)
     return result
 
 

@@ -499,18 +499,20 @@ def texts_of(rows: list[dict]) -> list[str]:
     return texts
 
 
-def split_sets(rows: list[dict]) -> list[list[dict]]:
-    """-> rows of the manifests with negatives, rows of the manifests without."""
+def split_sets(rows: list[dict], as_read: list[dict] | None = None) -> list[list[dict]]:
+    """-> rows of the manifests with negatives, rows of the manifests without.
+
+    as_read: the manifests' rows, of which `rows` are a part, one a file (default: rows).
+    """
 
     def manifest(row):
         return row["where"].rpartition(":")[0]  # where: "FILE:LINE"
 
     # by manifest, so that a clip without a negative stays with the rest of its set
-    ordered = {manifest(row) for row in rows if has_negatives(row)}
-    return [
-        [row for row in rows if manifest(row) in ordered],
-        [row for row in rows if manifest(row) not in ordered],
-    ]
+    ordered = {manifest(row) for row in as_read or rows if has_negatives(row)}
+    first = [row for row in rows if has_negatives(row) or manifest(row) in ordered]
+    second = [row for row in rows if not has_negatives(row) and manifest(row) not in ordered]
+    return [first, second]
 
 
 def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
@@ -618,7 +620,7 @@ def main(cfg: Config) -> dict:
     rows = common.read_manifest(cfg.data)
     train_rows, val_rows = common.split_train_val(rows, cfg.seed)
     common.require(train_rows + val_rows, "captions")
-    groups = split_sets(train_rows)
+    groups = split_sets(train_rows, [r for r in rows if r.get("split", "train") == "train"])
     sizes = [len(group) for group in groups]
     if cfg.lt_weight and not sizes[0]:
         raise ValueError(

@@ -621,7 +621,9 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
         for i, q in enumerate([*range(60), 3])
         if near[q] >= 0.1
     ]
-    assert sorted(ds) == sorted(expected) and ds == read((tmp_path / "ads/ds.jsonl").read_bytes())
+    assert sorted(ds) == sorted(expected) and ds == read(
+        (tmp_path / "ads/ads_replay.jsonl").read_bytes()
+    )
     assert common.read_manifest([str(tmp_path / "ads/ads.jsonl")])[0][
         "similarity"
     ]  # a key of the contract
@@ -815,7 +817,7 @@ def test_what_a_curation_lacks_is_said_before_the_teacher_is_trained(
 
 def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs_of):
     folder, _ = runs_of("curation_clap")
-    names = ("ads.jsonl", "ds.jsonl", "log.jsonl")
+    names = ("ads.jsonl", "ads_replay.jsonl", "log.jsonl")
     before = [(folder / name).stat().st_mtime_ns for name in names]
     with pytest.raises(FileExistsError, match="already holds a run"):
         curation_clap.main(
@@ -840,7 +842,7 @@ def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs
 
 def test_what_a_student_learns_from_and_replays(corpus, tmp_path):
     """The replay comes first, where there is one (D9)."""
-    for name in ("du", "ds", "ads"):
+    for name in ("du", "ds", "ads", "ads_replay"):
         row = json.dumps({"audio": f"/{name}.wav", "captions": [name]})
         common.write_lines(tmp_path / f"{name}.jsonl", [row])
 
@@ -850,7 +852,7 @@ def test_what_a_student_learns_from_and_replays(corpus, tmp_path):
         learnt = curation_clap.student_sets(cfg, tmp_path, {"train": train})
         return [Path(row["audio"]).stem for (row,) in learnt]
 
-    assert sets() == ["ds", "ads"] and sets(replay=False) == ["ads"]
+    assert sets() == ["ads_replay", "ads"] and sets(replay=False) == ["ads"]
     assert sets(curation="du") == ["told", "du"] and sets(curation="du", replay=False) == ["du"]
     assert sets(curation="ds") == ["ds"] and sets(curation="none") == ["told"]
 
@@ -1032,7 +1034,7 @@ def test_a_run_writes_teacher_manifests_student_and_a_log_of_all_stages(runs_of)
         "best.pt",
         "last.pt",
         "ads.jsonl",
-        "ds.jsonl",
+        "ads_replay.jsonl",
         "eval.json",
     }
     content = {

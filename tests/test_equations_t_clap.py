@@ -376,6 +376,20 @@ def test_positives_only_manifests_are_mixed_in_and_get_no_temporal_loss(corpus, 
     )
 
 
+@pytest.mark.parametrize("order", [("plain", "told"), ("told", "plain")])
+def test_a_clip_in_two_manifests_changes_the_sets_of_no_other(tmp_path, order):
+    """Rows of one file are merged; the manifest of the first is not one with negatives thereby."""
+    told = [{"audio": f"{i}.wav", "captions": ["x"], "negatives": ["y"]} for i in range(3)]
+    plain = [{"audio": f"{i}.wav", "captions": ["z"]} for i in range(2, 9)]
+    for name, rows in (("told", told), ("plain", plain)):
+        common.write_lines(tmp_path / f"{name}.jsonl", map(json.dumps, rows))
+    rows = common.read_manifest([str(tmp_path / f"{name}.jsonl") for name in order])
+    train, _ = common.split_train_val([*rows, {"audio": "v.wav", "split": "val"}])
+    sets = t_clap.split_sets(train, rows)
+    names = [sorted(int(Path(row["audio"]).stem) for row in group) for group in sets]
+    assert names == [[0, 1, 2], [3, 4, 5, 6, 7, 8]]
+
+
 def test_fine_tuning_starts_at_the_scores_of_the_published_model(
     corpus, tmp_path, clap_folder, capsys
 ):

@@ -15,7 +15,6 @@ import concurrent.futures.process
 import contextlib
 import csv
 import functools
-import glob
 import hashlib
 import html
 import inspect
@@ -389,9 +388,9 @@ class AudioTree:
             if inside in self.folders:
                 paths = [p for p in paths if inside in Path(os.path.relpath(p, self.folder)).parts]
             elif paths and inside and not written:
-                near = [
-                    p for p in paths if inside in os.path.dirname(os.path.relpath(p, self.folder))
-                ]
+                # as a word of it: "development" in clotho_audio_development, "val" not in eval
+                word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(inside)}(?![A-Za-z0-9])")
+                near = [p for p in paths if word.search(os.path.relpath(p, self.folder))]
                 paths = near or paths
                 if len({os.path.dirname(p) for p in paths}) > 1:
                     places = [os.path.relpath(p, self.folder) for p in sorted(paths)[:3]]
@@ -564,7 +563,7 @@ def convert(args) -> dict:
     if not rows and tree.unsure:
         raise ValueError(
             f"{args.path}: files of the same name lie in several folders, such as "
-            f"{tree.unsure[0]}; write the folder in the table"
+            f"{tree.unsure[0]}; write the folder in the table, or name the right one with --audio"
         )
     if not rows and not tried:
         raise ValueError(
@@ -603,7 +602,7 @@ def convert(args) -> dict:
         ("left out, without a caption", wordless),
         (
             "left out, since files of that name lie in several folders (write the folder in the "
-            "table)",
+            "table, or name the right folder with --audio)",
             tree.unsure,
         ),
         ("found in another folder than the table says", tree.elsewhere),
@@ -1665,8 +1664,16 @@ def records_of(file: Path, args, need=()) -> list[dict]:
 
 
 def files_below(path: Path) -> list[Path]:
-    """All that lies below a folder, hidden files left out, links to folders followed; sorted."""
-    return sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)))
+    """The files below a folder, without hidden ones, links to folders followed; sorted."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(parent) in seen:  # a link to a folder already visited
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        found += [Path(parent) / name for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def any_table(path: Path, args):

@@ -508,8 +508,8 @@ def probe(model, clips, classes, settings) -> dict:
         + (
             "chosen on val" if turns[0][1] and parts["val"]["rows"] else "is the last: no split val"
         ),
-        left_out=f"{len(rows) - sum(len(part['rows']) for part in parts.values())} clips without a "
-        "label of the class list",
+        left_out=f"{len(rows) - sum(len(part['rows']) for part in parts.values())} clips without "
+        + ("labels" if kind == "multilabel" else "a label of the class list"),
         **{name: f"{read[name]}, {told_settings(PROBES[name][1])}" for name in evidence},
         tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold",
     )
@@ -616,7 +616,8 @@ def noise(model, clips, classes, settings) -> dict:
         n_classes=len(classes) if kind == "multiclass" else int(targets.any(0).sum()),
         noise="Gaussian, added to the samples at the model's rate before padding, seeded by the "
         "clip",
-        left_out=f"{len(clips['rows']) - len(counted)} clips without a label of the class list",
+        left_out=f"{len(clips['rows']) - len(counted)} clips without "
+        + ("labels" if kind == "multilabel" else "a label of the class list"),
         tie_rule="a tie is a miss" if kind == "multiclass" else "equal scores are one threshold",
     )
 

@@ -112,7 +112,7 @@ def plot_frames(model, clips, classes, settings, folder: Path) -> list[Path]:
                             event["onset"], event["offset"], alpha=0.25, color="tab:green", lw=0
                         )
                 axis.set_ylabel(what)
-                prompt = repr(settings.prompt.format(name.replace("_", " ")))
+                prompt = repr(evaluation.class_prompts([name], settings)[0])
                 axis.set_title(prompt + ", true event shaded", fontsize=9, loc="left")
             axes[-1, column].set_xlabel("time (s)")
             axes[-1, column].set_xlim(0, row.get("duration") or edges[-1])
@@ -707,7 +707,7 @@ def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[P
     """Draw the pictures in `names` that the model and the rows support."""
     has = {key: any(row.get(key) for row in rows) for key in ("captions", "events", "negatives")}
     with_frames = hasattr(model, "embed_frames") and has["events"]
-    classes = common.read_classes(settings.data, rows)
+    classes = common.read_classes(settings.data, settings.manifest)
     clips = evaluation.embed_clips(model, rows, settings, with_frames)
     paths = []
     if "frames" in names and with_frames:

@@ -153,20 +153,31 @@ def read_hear_task(folder: Path, sample_rate: int) -> dict:
         )
     onset_ms = re.findall(r"event_onset_(\d+)ms_fms", " ".join(map(str, scores)))
     name, rules = metadata.get("task_name", folder.name), metadata.get("evaluation_params") or {}
-    own, cut = rules.get("task_specific_param_grid", {}), rules.get("event_postprocessing_grid", {})
-    # epochs from validation to validation in HEAR's evaluator, which counts its patience in these
-    every = own.get("check_val_every_n_epoch", [10 if name == "dcase2016_task2" else 3])[0]
+    try:
+        own = rules.get("task_specific_param_grid", {})
+        cut = rules.get("event_postprocessing_grid", {})
+        # epochs from validation to validation in HEAR's evaluator, which counts its patience in
+        # these
+        every = own.get("check_val_every_n_epoch", [10 if name == "dcase2016_task2" else 3])[0]
+        of_task = {
+            "median_s": cut.get("median_filter_ms", [250])[0] / 1000,
+            "least_s": [ms / 1000 for ms in cut.get("min_duration", [125, 250])],
+            "epochs": own.get("max_epochs", [500])[0],
+            "patience": own.get("patience", [20])[0] * every,
+        }
+    except (TypeError, AttributeError, IndexError):
+        raise ValueError(
+            f"{folder}: task_metadata.json: 'evaluation_params' is {rules!r}; expected lists of "
+            "numbers in task_specific_param_grid and event_postprocessing_grid"
+        ) from None
     return {
         "name": name,
         "kind": kind,
         "scored": "multilabel" if kind == "multiclass" and scores[:1] == ["mAP"] else kind,
         "classes": classes,
         "tolerance_s": int(onset_ms[0]) / 1000 if onset_ms else 0.2,
-        "median_s": cut.get("median_filter_ms", [250])[0] / 1000,
-        "least_s": [ms / 1000 for ms in cut.get("min_duration", [125, 250])],
-        "epochs": own.get("max_epochs", [500])[0],
-        "patience": own.get("patience", [20])[0] * every,
         "by_loss": metadata.get("use_scoring_for_early_stopping") is False,
+        **of_task,
         "splits": {
             name: hear_rows(folder / f"{name}.json", folder / str(rates[0]) / name, kind, classes)
             for name in names
@@ -424,7 +435,7 @@ def hear(model, task: dict, settings) -> dict:
             }
         )
         told.append(
-            f"{test_name}: {best['score']:.3f}"
+            f"{test_name}: {'loss ' * task['by_loss']}{abs(best['score']):.3f}"
             + (f", events of at least {best['min_s']:g} s" if kind == "event" else "")
         )
     of_fold = np.concatenate([np.full(len(fold["rows"]), k) for k, fold in enumerate(folds)])

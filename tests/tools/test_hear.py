@@ -249,6 +249,18 @@ def test_a_timestamp_task(tmp_path, hear, capsys):
     assert [task[rule] for rule in rules] == [50, 20, 0.15, [0.05], True]
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [["x"], {"task_specific_param_grid": {"patience": 20}}, {"event_postprocessing_grid": 3}],
+)
+def test_rules_of_another_form_are_one_sentence(tmp_path, rules):
+    folder = tone_task(
+        tmp_path / "task", {"train": 3, "valid": 3, "test": 3}, evaluation_params=rules
+    )
+    with pytest.raises(ValueError, match="'evaluation_params' is .*expected lists of numbers"):
+        benchmark.read_hear_task(folder, RATE)
+
+
 def test_a_task_is_judged_by_the_score_and_the_loss_that_it_names(tmp_path, monkeypatch):
     """mAP of a multiclass task: each class over all clips, by probability, not by logit."""
     counts = {"train": 4, "valid": 4, "test": 4}
