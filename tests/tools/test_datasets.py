@@ -1288,7 +1288,8 @@ def test_csv_never_guesses_between_folders(tmp_path, capsys):
     said = capsys.readouterr().out
     assert (
         "left out, since files of that name lie in several folders (write the folder in the "
-        "table, or name the right folder with --audio): 2, such as '1.wav (a/1.wav or b/1.wav)'" in said
+        "table, or name the right folder with --audio): 2, such as '1.wav (a/1.wav or b/1.wav)'"
+        in said
     )
     assert "found in another folder than the table says: 1, such as 'c/3.wav -> z/3.wav'" in said
     text(tmp_path / "one.csv", "f,t\n1.wav,rain\n")
