@@ -40,7 +40,8 @@ def pyplot():
         import matplotlib
     except ImportError:
         raise ValueError(
-            "pictures need matplotlib; install it with: pip install matplotlib, or uv run --extra plot"
+            "pictures need matplotlib; install it with: pip install matplotlib (uv: uv run --extra "
+            "plot)"
         ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
