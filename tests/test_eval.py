@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ import eval as evaluate
 from conftest import ROOT
 from test_psds import as_tables
 from tools import downstream
+
+
+def settings(bootstrap=0):
+    """What a protocol reads of its settings."""
+    plain = dict(crop="all", split="test", window_s=10.0, checkpoint="x", data=["y"])
+    return types.SimpleNamespace(**plain, prompt="{}", crop_rule="", fold=None, bootstrap=bootstrap)
 
 
 def run(checkpoint, data, *flags):
@@ -231,23 +238,12 @@ def test_prompt_reaches_the_text_encoder(results, mga_run, corpus):
 
 
 def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
-    class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, crop_rule, fold = (
-            100,
-            "all",
-            "test",
-            10.0,
-            "x",
-            ["y"],
-            "",
-            None,
-        )
-
+    given = settings(bootstrap=100)
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
         hits = rng.random(80) < 0.3
         s = evaluate.result(
-            "x", lambda chosen: {"a": float(hits[chosen].mean())}, 80, {"a": 0}, Args
+            "x", lambda chosen: {"a": float(hits[chosen].mean())}, 80, {"a": 0}, given
         )["scores"]["a"]
         covered += s["low"] <= 0.3 <= s["high"]
     assert 178 <= covered <= 200
@@ -259,23 +255,11 @@ def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
         def embed_text(texts):
             return torch.eye(3)[[int(t) for t in texts]]
 
-    class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule, fold = (
-            0,
-            "all",
-            "test",
-            10.0,
-            "x",
-            ["y"],
-            "{}",
-            "",
-            None,
-        )
-
+    given = settings()
     rows = [{"labels": [x], "where": "x"} for x in "012"] + [{"labels": ["0", "1"], "where": "x"}]
     audio = np.array([[1, 0, 0], [0.5, 0.5, 0], [0, 0.1, 0.9], [1, 1, 0]], np.float32)
     out = evaluate.classification(
-        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1", "2"], Args
+        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1", "2"], given
     )
     assert out["scores"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["settings"][
         "left_out"
@@ -288,23 +272,11 @@ def test_folds_are_averaged_when_they_are_unequal():
         def embed_text(texts):
             return torch.eye(2)[[int(t) for t in texts]]
 
-    class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, prompt, crop_rule, fold = (
-            0,
-            "all",
-            "test",
-            10.0,
-            "x",
-            ["y"],
-            "{}",
-            "",
-            None,
-        )
-
+    given = settings()
     rows = [{"labels": ["0"], "fold": f, "where": "x"} for f in (1, 1, 1, 2)]
     audio = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
     out = evaluate.classification(
-        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1"], Args
+        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, ["0", "1"], given
     )
     assert out["scores"]["accuracy"]["value"] == 0.75 and out["scores"]["mean_of_folds"][
         "value"
@@ -319,22 +291,11 @@ def test_captions_of_several_clips_count_for_each_of_them_in_a_second_line():
         clean_caption = staticmethod(str)
         embed_text = staticmethod(lambda texts: torch.tensor([vectors[t] for t in texts]))
 
-    class Args:
-        bootstrap, crop, split, window_s, checkpoint, data, crop_rule, fold = (
-            0,
-            "all",
-            "test",
-            10.0,
-            "x",
-            ["y"],
-            "",
-            None,
-        )
-
+    given = settings()
     rows = [{"audio": str(k), "captions": [c], "where": "x"} for k, c in enumerate("aab")]
     audio = np.array([[0.8, 0.6], [0.96, 0.28], [0.6, 0.8]], np.float32)
     out = evaluate.retrieval(
-        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, [], Args
+        Model, {"rows": rows, "audio_embeds": audio, "frame_embeds": None}, [], given
     )
     value = {name: s["value"] for name, s in out["scores"].items()}
     # "a" to clips: .8, .96, .6; so the first "a" has rank 2, the second 1, by text both 1
@@ -592,18 +553,7 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
             lambda texts: torch.tensor([vectors[t] for t in texts], dtype=torch.float32)
         )
 
-    class Args:
-        bootstrap, crop, window_s, split, checkpoint, data, crop_rule, fold = (
-            0,
-            "all",
-            10.0,
-            "test",
-            "x",
-            ["x"],
-            "",
-            None,
-        )
-
+    given = settings()
     rows = [
         {"where": "a.jsonl:1", "captions": ["x then y", "x, y"], "negatives": ["y then x", "y, x"]},
         {
@@ -618,7 +568,7 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
         "frame_embeds": None,
         "swapped": {1: (np.array([0.6, 0.8], np.float32), None)},
     }
-    out = evaluate.t_classify(Model, clips, [], Args)
+    out = evaluate.t_classify(Model, clips, [], given)
     # t2a: right, tie, wrong, right; a2t of clip 1: "first x" .6 < .8 wrong, "x followed by y" .8 >
     # .6 right
     assert (
@@ -753,10 +703,9 @@ def test_all_splits_are_scored_together_and_a_folder_without_a_scored_row_is_nam
 
 
 def test_underscores_and_slashes_of_class_names_become_spaces():
-    class Args:
-        prompt = "this is a sound of {}"
-
-    assert evaluate.class_prompts(["cafe/restaurant", "dog_bark"], Args) == [
+    given = settings()
+    given.prompt = "this is a sound of {}"
+    assert evaluate.class_prompts(["cafe/restaurant", "dog_bark"], given) == [
         "this is a sound of cafe restaurant",
         "this is a sound of dog bark",
     ]
