@@ -2242,7 +2242,7 @@ class RunConfig:
     log_steps: Count = 10  # steps between lines of log.jsonl
     # processes that read audio; 0: the training process itself reads it
     workers: Annotated[int, "[0, 256]"] = 8
-    # torch.compile of the training pass: costs a minute or more at the start, then faster on a GPU
+    # torch.compile of the training pass: costs two minutes or more at the start
     compile: bool = False
     max_bad: Share = 0.05  # largest share of unreadable clips before the run stops
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train

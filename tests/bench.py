@@ -1,6 +1,6 @@
 """Speed against a named peer, both measured in the same run.
 
-  python tests/bench.py steps|scaling|feed|htsat|psds|psds_large|curate|matching|all [--json
+  python tests/bench.py steps|loops|scaling|feed|htsat|psds|psds_large|curate|matching|all [--json
   results/bench.json]
 
 Prints and writes a list of {"name", "ours", "peer", "peer_name", "unit", "ratio", "machine",
@@ -620,15 +620,15 @@ MICRO = {"mga_clap": 128, "t_clap": 128, "cacophony": 256, "collat": 64, "curati
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense, as the manufacturer states
 
 
-def measure_step(method: str, tiny: bool, compiled: bool, repeats: int) -> dict:
+def measure_step(method: str, tiny: bool, compiled: bool, repeats: int, pairs: int = 0) -> dict:
     """Seconds, FLOP and peak memory of one training step as in a script's loop, on a batch that is
-    already on the device.
+    already on the device: of `pairs`, or of the paper's batch.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model, batch, loss_of, cfg = paper_step(method, tiny, device)
     on_gpu = device.type == "cuda"
-    B = cfg.batch_size if on_gpu else 2 if tiny else 4
+    B = pairs or (cfg.batch_size if on_gpu else 2 if tiny else 4)
     parts = [batch(min(MICRO[method], B - i)) for i in range(0, B, MICRO[method])]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, 1e-6, fused=True)
@@ -777,6 +777,82 @@ def steps(tiny: bool) -> list[dict]:
     return rows
 
 
+# The loop's settings that make 200 steps of it, without a validation before the last
+LOOP_STEPS = 200
+LOOPS = {
+    "mga_clap": {},  # in epochs, whose length the corpus decides
+    "t_clap": dict(weights="none", steps=LOOP_STEPS, eval_steps=LOOP_STEPS),
+    "cacophony": dict(
+        audio_weights="none", stage="contrastive", steps=LOOP_STEPS, eval_steps=LOOP_STEPS
+    ),
+    "collat": dict(audio_weights="none", steps=LOOP_STEPS, eval_steps=LOOP_STEPS),
+    "curation_clap": dict(
+        audio_weights="none", stage="teacher", teacher_epochs=1, epoch_steps=LOOP_STEPS
+    ),
+}
+
+
+def loops(tiny: bool) -> list[dict]:
+    """A run of each script at the paper's size on the demo corpus, from random weights: pairs per
+    second of the loop, reading included, against the step alone on the same batch.
+
+    Needs a GPU; without one there are no rows.
+    """
+    rows = []
+    if not tiny and not torch.cuda.is_available():
+        print("loops: no rows, they need a GPU")
+        return rows
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        conftest.write_corpus(data) if tiny else common.build_demo(data)
+        captions = [
+            text
+            for row in common.read_manifest([str(data)])
+            if row["split"] == "train"
+            for text in row["captions"]
+        ]
+        for method, script in SCRIPTS.items():
+            B = 6 if tiny else MICRO[method]
+            settings = dict(size="paper", text_model="none", batch_size=B, log_steps=10)
+            settings |= LOOPS[method]
+            if method == "mga_clap":
+                epochs = -(-LOOP_STEPS // (len(captions) // B))
+                settings |= dict(audio_weights="none", epochs=epochs, eval_epochs=epochs)
+            if tiny:
+                settings |= {**conftest.SMALL_OF[method], "batch_size": B}
+            step = measure_step(method, tiny, False, 1 if tiny else 5, B)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            script.main(script.Config(data=[str(data)], runs=folder, name=method, **settings))
+            log = [json.loads(line) for line in open(Path(folder) / method / "log.jsonl")]
+            log = [line for line in log if "pairs_per_s" in line]
+            ours = statistics.median(line["pairs_per_s"] for line in log[len(log) // 2 :])
+            curve = [(line["step"], line["loss"]) for line in log]
+            first, last = curve[0], curve[-1]
+            rows.append(
+                {
+                    "name": f"loop_{method}",
+                    "ours": ours,
+                    "peer": step["pairs_per_s"],
+                    "peer_name": "the step alone",
+                    "unit": "pairs per second",
+                    "ratio": ours / step["pairs_per_s"],
+                    "machine": machine(),
+                    "settings": {
+                        "pairs": B,
+                        "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+                        "peak_GB": torch.cuda.max_memory_allocated() / 1e9
+                        if torch.cuda.is_available()
+                        else None,
+                        "loss": f"{first[1]:.2f} at step {first[0]}; {last[1]:.2f} at {last[0]}",
+                        "curve": curve,
+                    },
+                }
+            )
+    return rows
+
+
 LINKS = {
     "8 GPUs of one node, 450 GB/s each": (8, 450e9),
     "16 GPUs of two nodes, 50 GB/s each": (16, 50e9),
@@ -891,6 +967,7 @@ def feed(tiny: bool) -> list[dict]:
 
 BENCHES = {
     "steps": steps,
+    "loops": loops,
     "scaling": scaling,
     "feed": feed,
     "matching": matching,
@@ -914,6 +991,7 @@ def table(results: list[dict]) -> list[str]:
         "TFLOP",
         "share_of_bf16_peak",
         "peak_GB",
+        "loss",
         "million_pairs_per_s",
         "share_of_the_step",
         "ours_extra_GB",
