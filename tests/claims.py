@@ -164,6 +164,12 @@ T_CLAIMS = (
     Claim("t2a_R@5", "T-CLAP", "without L_t", margin=-0.02),
 )
 CACOPHONY = dict(size="tiny", stage="contrastive")
+CACOPHONY_METRICS = ("t2a_R@5", "a2t_R@5", "val_loss_con", "CIDEr-D")
+CACOPHONY_CLAIMS = (
+    Claim("t2a_R@5", "Cacophony", "no MAE start"),
+    Claim("val_loss_con", "Cacophony", "no MAE start", lower=True),
+    Claim("CIDEr-D", "Cacophony", "chance"),  # chance: always the commonest caption
+)
 SAM = dict(**CACOPHONY, steps=400, eval_steps=40)
 # The paper's rho of 0.075 is 0.0002 of the norm (376) that a model of its size has at random
 # weights; so is 0.013 of the small model's norm (64)
@@ -273,24 +279,24 @@ STUDIES = {
     ),
     "cacophony": Study(
         "cacophony",
-        ("scenes_1",),
-        CACOPHONY,
+        ("scenes_11",),
+        dict(**CACOPHONY, rho=0.013),
         {
             "Cacophony": {},
             "no MAE start": dict(audio_weights="none"),
             "no captioner": dict(caption_weight=0.0),
-            "no SAM": dict(rho=0.0),
         },
-        ("t2a_R@5", "a2t_R@5", "val_loss_con", "CIDEr-D", "gap"),
-        (
-            *(
-                Claim(metric, "Cacophony", f"no {part}", lower=metric == "val_loss_con")
-                for part in ("MAE start", "captioner", "SAM")
-                for metric in ("t2a_R@5", "val_loss_con")
-            ),
-            Claim("CIDEr-D", "Cacophony", "chance"),
-        ),
-        seeds=3,
+        CACOPHONY_METRICS,
+        (*CACOPHONY_CLAIMS, Claim("t2a_R@5", "Cacophony", "no captioner")),
+        start="mae",
+    ),
+    "cacophony_again": Study(
+        "cacophony",
+        ("scenes_12",),
+        dict(**CACOPHONY, rho=0.013),
+        {"Cacophony": {}, "no MAE start": dict(audio_weights="none")},
+        CACOPHONY_METRICS,
+        CACOPHONY_CLAIMS,
         start="mae",
     ),
     # Fig. 4: SAM delays overfitting and lowers the lowest validation loss
