@@ -88,6 +88,11 @@ SCENES = {
     "few_11": "--train 100 --seed 11",
     "annotated": "--train-folds 1,4 --train 1000 --val 100 --test 500 --rate 44100 --seed 1",
     "pool": "--train-folds 2,3,4 --train 1500 --val 0 --test 0 --rate 44100 --seed 2",
+    "annotated_11": "--train-folds 1,4 --train 500 --val 300 --test 500 --rate 44100 --seed 11",
+    "pool_11": "--train-folds 2,3,4 --train 5000 --val 0 --test 0 --rate 44100 --seed 12",
+    "annotated_12": "--train-folds 2,4 --test-folds 3 --train 500 --val 300 --test 500 "
+    "--rate 44100 --seed 13",
+    "pool_12": "--train-folds 1,5,4 --train 5000 --val 0 --test 0 --rate 44100 --seed 14",
 }
 
 
