@@ -628,6 +628,22 @@ def sam(args) -> Path:
     return args.out / "sam.png"
 
 
+def loops(args) -> Path:
+    """Loss of each script over the steps of `tests/bench.py loops`, at the paper's size on a GPU."""
+    path, plt = ROOT / "results/bench.json", pyplot()
+    rows = [r for r in json.loads(path.read_text()) if r["name"].startswith("loop_")]
+    figure, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows), 2.4), layout="constrained")
+    for axis, row in zip(axes, rows):
+        axis.plot(*zip(*row["settings"]["curve"]))
+        axis.set_title(row["name"].removeprefix("loop_"), fontsize=10)
+        axis.set_xlabel("step")
+    axes[0].set_ylabel("loss of the batch")
+    figure.suptitle(rows[0]["machine"], fontsize=10)
+    save(figure, args.out / "loops.png", 100)
+    plt.close(figure)
+    return args.out / "loops.png"
+
+
 def reconstructions(args) -> Path:
     """Cacophony's stage 1: unseen test scenes, reconstructed from a fifth of their patches."""
     rows = [row for row in study_rows("cacophony", args) if row["split"] == "test"]
@@ -701,7 +717,7 @@ def curation(args) -> Path:
 # ------------------------------------------------------------------------------------------------
 
 OF_A_MODEL = ("learning", "frames", "gap", "order", "attention", "maps", "noise", "reconstructions")
-OF_RESULTS = {f.__name__: f for f in (order, reconstructions, sam, attention, curation)}
+OF_RESULTS = {f.__name__: f for f in (order, loops, reconstructions, sam, attention, curation)}
 
 
 def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[Path]:
