@@ -828,7 +828,7 @@ def loops(tiny: bool) -> list[dict]:
             log = [json.loads(line) for line in open(Path(folder) / method / "log.jsonl")]
             log = [line for line in log if "pairs_per_s" in line]
             ours = statistics.median(line["pairs_per_s"] for line in log[len(log) // 2 :])
-            curve = [(line["step"], line["loss"]) for line in log]
+            curve = [[line["step"], line["loss"]] for line in log]
             first, last = curve[0], curve[-1]
             rows.append(
                 {

@@ -629,7 +629,7 @@ def sam(args) -> Path:
 
 
 def loops(args) -> Path:
-    """Loss of each script over the steps of `tests/bench.py loops`, at the paper's size on a GPU."""
+    """Loss of each script at the paper's size on a GPU, from `tests/bench.py loops`."""
     path, plt = ROOT / "results/bench.json", pyplot()
     rows = [r for r in json.loads(path.read_text()) if r["name"].startswith("loop_")]
     figure, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows), 2.4), layout="constrained")
