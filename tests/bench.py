@@ -67,6 +67,21 @@ def machine() -> str:
     return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
+def measured(name: str, ours: float, peer: float | None, peer_name: str, unit: str, **settings):
+    """One line of the results; the ratio is above 1 where ours is better."""
+    better = peer and (ours / peer if "per second" in unit else peer / ours)
+    return {
+        "name": name,
+        "ours": ours,
+        "peer": peer,
+        "peer_name": peer_name,
+        "unit": unit,
+        "ratio": better,
+        "machine": machine(),
+        "settings": settings,
+    }
+
+
 def alternate(steps: dict, repeats: int, device) -> dict:
     """Median seconds of each step; the steps alternate, so that noise affects all alike."""
     seconds = {name: [] for name in steps}
@@ -137,23 +152,19 @@ def htsat(tiny: bool) -> dict:
         repeats,
         device,
     )
-    return {
-        "name": "htsat",
-        "ours": medians["ours"],
-        "peer": medians["peer"],
-        "peer_name": "transformers ClapAudioModel",
-        "unit": "s per training step",
-        "ratio": medians["peer"] / medians["ours"],
-        "machine": machine(),
-        "settings": {
-            "batch": batch,
-            "input": "log-mel (1001, 64)",
-            "size": "tiny" if tiny else "paper",
-            "dtype": "float32",
-            "repeats": repeats,
-            "torch": str(torch.__version__),
-        },
-    }
+    return measured(
+        "htsat",
+        medians["ours"],
+        medians["peer"],
+        "transformers ClapAudioModel",
+        "s per training step",
+        batch=batch,
+        input="log-mel (1001, 64)",
+        size="tiny" if tiny else "paper",
+        dtype="float32",
+        repeats=repeats,
+        torch=str(torch.__version__),
+    )
 
 
 def detection_clips(n_clips: int, n_classes: int, n_frames=32, frame_s=0.3125, seed=0):
@@ -248,46 +259,38 @@ def psds(tiny: bool) -> dict:
             raise AssertionError(
                 f"{name}: ours {ours['values'][name]}, sed_scores_eval {peer['values'][name]}"
             )
-    return {
-        "name": "psds",
-        "ours": ours["seconds"],
-        "peer": peer["seconds"],
-        "peer_name": "sed_scores_eval",
-        "unit": "s for PSDS1 + PSDS2",
-        "ratio": peer["seconds"] / ours["seconds"],
-        "machine": machine(),
-        "settings": {
-            "clips": size[0],
-            "classes": size[1],
-            "frames": 32,
-            "values": ours["values"],
-            "ours_extra_GB": ours["extra_GB"],
-            "peer_extra_GB": peer["extra_GB"],
-        },
-    }
+    return measured(
+        "psds",
+        ours["seconds"],
+        peer["seconds"],
+        "sed_scores_eval",
+        "s for PSDS1 + PSDS2",
+        clips=size[0],
+        classes=size[1],
+        frames=32,
+        values=ours["values"],
+        ours_extra_GB=ours["extra_GB"],
+        peer_extra_GB=peer["extra_GB"],
+    )
 
 
 def psds_large(tiny: bool) -> dict:
     """As large as AudioSet-Strong's evaluation set; no peer: sed_scores_eval cannot finish it."""
     size = (30, 6) if tiny else (16996, 407)
     ours = in_own_process("ours", *size)
-    return {
-        "name": "psds_large",
-        "ours": ours["seconds"],
-        "peer": None,
-        "peer_name": "none: sed_scores_eval runs out of memory",
-        "unit": "s for PSDS1 + PSDS2",
-        "ratio": None,
-        "machine": machine(),
-        "settings": {
-            "clips": size[0],
-            "classes": size[1],
-            "frames": 32,
-            "values": ours["values"],
-            "extra_GB": ours["extra_GB"],
-            "total_GB": ours["total_GB"],
-        },
-    }
+    return measured(
+        "psds_large",
+        ours["seconds"],
+        None,
+        "none: sed_scores_eval runs out of memory",
+        "s for PSDS1 + PSDS2",
+        clips=size[0],
+        classes=size[1],
+        frames=32,
+        values=ours["values"],
+        extra_GB=ours["extra_GB"],
+        total_GB=ours["total_GB"],
+    )
 
 
 # keeps 2 in 100,000 random pairs, as many as DU keeps in the paper
@@ -353,24 +356,20 @@ def curate(tiny: bool) -> dict:
                     results.append(pool.apply(curate_pool, (folder, n, n_captions, peer)))
     large = results[2]
     n_pairs = sizes[1] * n_captions
-    return {
-        "name": "curate",
-        "ours": large["ours"],
-        "peer": large["peer"],
-        "peer_name": "bare matrix products of the same blocks",
-        "unit": f"s for {n_pairs / 1e6:,.0f} million pairs",
-        "ratio": large["peer"] / large["ours"],
-        "machine": machine(),
-        "settings": {
-            "million_pairs_per_s": round(n_pairs / large["ours"] / 1e6),
-            "clips": sizes[1],
-            "captions": n_captions,
-            "dimensions": DIM,
-            "sigma": CURATE_SIGMA,
-            "pairs_kept": large["pairs"],
-            "peak_GB": {str(n): round(r["peak_GB"], 3) for n, r in zip(sizes, results)},
-        },
-    }
+    return measured(
+        "curate",
+        large["ours"],
+        large["peer"],
+        "bare matrix products of the same blocks",
+        f"s for {n_pairs / 1e6:,.0f} million pairs",
+        million_pairs_per_s=round(n_pairs / large["ours"] / 1e6),
+        clips=sizes[1],
+        captions=n_captions,
+        dimensions=DIM,
+        sigma=CURATE_SIGMA,
+        pairs_kept=large["pairs"],
+        peak_GB={str(n): round(r["peak_GB"], 3) for n, r in zip(sizes, results)},
+    )
 
 
 def matching(tiny: bool) -> dict:
@@ -429,24 +428,20 @@ def matching(tiny: bool) -> dict:
         device,
     )
     medians["peer"] *= batch / part
-    return {
-        "name": "matching",
-        "ours": medians["ours"],
-        "peer": medians["peer"],
-        "peer_name": "a training step, matching included",
-        "unit": f"s for {batch} clips",
-        "ratio": medians["peer"] / medians["ours"],
-        "machine": machine(),
-        "settings": {
-            "share_of_the_step": medians["ours"] / medians["peer"],
-            "clips": batch,
-            "slots": N,
-            "tokens": N,
-            "width": width,
-            "clips_timed": part,
-            "dtype": "bfloat16" if device.type == "cuda" else "float32",
-        },
-    }
+    return measured(
+        "matching",
+        medians["ours"],
+        medians["peer"],
+        "a training step, matching included",
+        f"s for {batch} clips",
+        share_of_the_step=medians["ours"] / medians["peer"],
+        clips=batch,
+        slots=N,
+        tokens=N,
+        width=width,
+        clips_timed=part,
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+    )
 
 
 # Training steps at the papers' sizes
@@ -754,24 +749,20 @@ def steps(tiny: bool) -> list[dict]:
                 parts += ["compiled"] if compiled else []
                 parts += [which] if which in peers else []
                 rows.append(
-                    {
-                        "name": "_".join(parts),
-                        "ours": ours["seconds"],
-                        "peer": peer and peer["seconds"],
-                        "peer_name": which or "none",
-                        "unit": "s per training step",
-                        "ratio": peer and peer["seconds"] / ours["seconds"],
-                        "machine": machine(),
-                        "settings": {
-                            "pairs": ours["pairs"],
-                            "pairs_per_s": ours["pairs_per_s"],
-                            "dtype": "bfloat16" if on_gpu else "float32",
-                            "TFLOP": eager["flop"] / 1e12,
-                            "share_of_bf16_peak": peak and eager["flop"] / ours["seconds"] / peak,
-                            "peak_GB": ours["peak_GB"],
-                            "compiled": compiled,
-                        },
-                    }
+                    measured(
+                        "_".join(parts),
+                        ours["seconds"],
+                        peer and peer["seconds"],
+                        which or "none",
+                        "s per training step",
+                        pairs=ours["pairs"],
+                        pairs_per_s=ours["pairs_per_s"],
+                        dtype="bfloat16" if on_gpu else "float32",
+                        TFLOP=eager["flop"] / 1e12,
+                        share_of_bf16_peak=peak and eager["flop"] / ours["seconds"] / peak,
+                        peak_GB=ours["peak_GB"],
+                        compiled=compiled,
+                    )
                 )
             torch.cuda.empty_cache() if on_gpu else None
     return rows
@@ -798,8 +789,8 @@ def loops(tiny: bool) -> list[dict]:
 
     Needs a GPU; without one there are no rows.
     """
-    rows = []
-    if not tiny and not torch.cuda.is_available():
+    rows, on_gpu = [], torch.cuda.is_available()
+    if not tiny and not on_gpu:
         print("loops: no rows, they need a GPU")
         return rows
     with tempfile.TemporaryDirectory() as folder:
@@ -821,7 +812,7 @@ def loops(tiny: bool) -> list[dict]:
             if tiny:
                 settings |= {**conftest.SMALL_OF[method], "batch_size": B}
             step = measure_step(method, tiny, False, 1 if tiny else 5, B)
-            if torch.cuda.is_available():
+            if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             script.main(script.Config(data=[str(data)], runs=folder, name=method, **settings))
@@ -831,24 +822,18 @@ def loops(tiny: bool) -> list[dict]:
             curve = [[line["step"], line["loss"]] for line in log]
             first, last = curve[0], curve[-1]
             rows.append(
-                {
-                    "name": f"loop_{method}",
-                    "ours": ours,
-                    "peer": step["pairs_per_s"],
-                    "peer_name": "the step alone",
-                    "unit": "pairs per second",
-                    "ratio": ours / step["pairs_per_s"],
-                    "machine": machine(),
-                    "settings": {
-                        "pairs": B,
-                        "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
-                        "peak_GB": torch.cuda.max_memory_allocated() / 1e9
-                        if torch.cuda.is_available()
-                        else None,
-                        "loss": f"{first[1]:.2f} at step {first[0]}; {last[1]:.2f} at {last[0]}",
-                        "curve": curve,
-                    },
-                }
+                measured(
+                    f"loop_{method}",
+                    ours,
+                    step["pairs_per_s"],
+                    "the step alone",
+                    "pairs per second",
+                    pairs=B,
+                    dtype="bfloat16" if on_gpu else "float32",
+                    peak_GB=torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+                    loss=f"{first[1]:.2f} at step {first[0]}; {last[1]:.2f} at {last[0]}",
+                    curve=curve,
+                )
             )
     return rows
 
@@ -869,16 +854,16 @@ def scaling(tiny: bool) -> list[dict]:
         n_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         passes = 2 if method == "cacophony" else 1  # SAM
         rows += [
-            {
-                "name": f"scaling_{method}",
-                "ours": passes * 2 * (n - 1) / n * n_bytes / speed,
-                "peer": None,
-                "peer_name": f"computed, {name}",
-                "unit": "s per step to add up the gradients",
-                "ratio": None,
-                "machine": "none",
-                "settings": {"gradient_GB": n_bytes / 1e9, "passes": passes},
-            }
+            measured(
+                f"scaling_{method}",
+                passes * 2 * (n - 1) / n * n_bytes / speed,
+                None,
+                f"computed, {name}",
+                "s per step to add up the gradients",
+                gradient_GB=n_bytes / 1e9,
+                passes=passes,
+            )
+            | {"machine": "none"}
             for name, (n, speed) in LINKS.items()
         ]
     return rows
@@ -888,48 +873,45 @@ def scaling(tiny: bool) -> list[dict]:
 # ---------------------------------------------------------------------------------------
 
 
+FEED_FORMATS = ("wav", "flac", "ogg")
+
+
 def feed(tiny: bool) -> list[dict]:
     """Crops of 10 s from files of 30 s (44.1 kHz, for a model at 32 kHz), against reading and
     resampling whole files; and crops from files that were resampled before.
     """
-    n, rows = (3, []) if tiny else (16, [])
-    rng, settings = (
+    n, repeats, rows = (3, 1, []) if tiny else (16, 5, [])
+    rng, crops, threads = (
         np.random.default_rng(0),
-        {"files": n, "file_s": 30, "crop_s": 10, "from_hz": 44100, "to_hz": 32000},
+        np.random.default_rng(1),
+        torch.get_num_threads(),
     )
+    torch.set_num_threads(1)
+
+    def crops_of(paths):
+        return lambda: [common.read_audio(path, 32000, 10.0, crops) for path in paths]
+
+    def compare(name, ours, peer, peer_name):
+        medians = alternate({"ours": ours, "peer": peer}, repeats, torch.device("cpu"))
+        values, unit = (n / medians["ours"], n / medians["peer"]), "clips per second and core"
+        settings = {"files": n, "file_s": 30, "crop_s": 10, "from_hz": 44100, "to_hz": 32000}
+        rows.append(measured(name, *values, peer_name, unit, **settings))
+
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         noise = np.cumsum(rng.normal(size=(n, 44100 * 30)), 1)
         noise = 0.5 * noise / np.abs(noise).max(1, keepdims=True)
-        for suffix in ("wav", "flac", "ogg"):
-            paths = [folder / f"{i}.{suffix}" for i in range(n)]
+        files = {suffix: [folder / f"{i}.{suffix}" for i in range(n)] for suffix in FEED_FORMATS}
+        for suffix, paths in files.items():
             for path, x in zip(paths, noise):
                 common.write_audio(path, x, 44100) if suffix != "ogg" else sf.write(
                     path, x, 44100, format="OGG", subtype="VORBIS"
                 )
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            crops = np.random.default_rng(1)
-            medians = alternate(
-                {
-                    "ours": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in paths],
-                    "peer": lambda: [common.read_audio(path, 32000)[:320_000] for path in paths],
-                },
-                1 if tiny else 5,
-                torch.device("cpu"),
-            )
-            torch.set_num_threads(threads)
-            rows.append(
-                {
-                    "name": f"feed_{suffix}",
-                    "ours": n / medians["ours"],
-                    "peer": n / medians["peer"],
-                    "peer_name": "whole files read and resampled",
-                    "unit": "clips per second and core",
-                    "ratio": medians["peer"] / medians["ours"],
-                    "machine": machine(),
-                    "settings": settings,
-                }
+            compare(
+                f"feed_{suffix}",
+                crops_of(paths),
+                lambda: [common.read_audio(path, 32000)[:320_000] for path in paths],
+                "whole files read and resampled",
             )
         # 16-bit wav at the model's rate, as `tools.datasets resample` writes it
         names = [{"audio": f"{i}.flac"} for i in range(n)]
@@ -937,31 +919,10 @@ def feed(tiny: bool) -> list[dict]:
         words = ["resample", str(folder), "--rate", "32000", "--out", str(folder / "out")]
         datasets.resample(datasets.parse([*words, "--workers", "1"]))
         ready = [row["audio"] for row in common.read_manifest([str(folder / "out")])]
-        torch.set_num_threads(1)
-        crops = np.random.default_rng(1)
-        for suffix in ("wav", "flac", "ogg"):
-            paths = [folder / f"{i}.{suffix}" for i in range(n)]
-            medians = alternate(
-                {
-                    "ours": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in ready],
-                    "peer": lambda: [common.read_audio(path, 32000, 10.0, crops) for path in paths],
-                },
-                1 if tiny else 5,
-                torch.device("cpu"),
-            )
-            rows.append(
-                {
-                    "name": f"feed_resampled_{suffix}",
-                    "ours": n / medians["ours"],
-                    "peer": n / medians["peer"],
-                    "peer_name": f"crops from the {suffix} files of 44.1 kHz",
-                    "unit": "clips per second and core",
-                    "ratio": medians["peer"] / medians["ours"],
-                    "machine": machine(),
-                    "settings": settings,
-                }
-            )
-        torch.set_num_threads(threads)
+        for suffix, paths in files.items():
+            peer_name = f"crops from the {suffix} files of 44.1 kHz"
+            compare(f"feed_resampled_{suffix}", crops_of(ready), crops_of(paths), peer_name)
+    torch.set_num_threads(threads)
     return rows
 
 
