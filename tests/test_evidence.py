@@ -121,7 +121,6 @@ def test_every_kind_of_start_in_miniature(evidence, tmp_path):
     # a start trained on other data, from which the loss of the validation clips is followed
     settings = dict(stage="contrastive", steps=4, eval_steps=2)
     data = dict(seeds=1, start_data=("corpus",), split="test")
-    data["rows"] = ["rho 0", "rho 0.013, lr 0.0003"]
     runs = evidence("cacophony_sam_search", settings=settings, **data)[2:]
     assert runs[0]["start_hash"] == runs[1]["start_hash"] and runs[0]["scores"] != runs[1]["scores"]
     for r in runs:
