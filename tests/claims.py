@@ -184,7 +184,8 @@ FORK = dict(start="captioning", start_data=("scenes_11",))
 # A standard deviation of 0.17 is the noise of 20 dB below the clips, in log-mel
 COLLAT = dict(size="tiny", text_model=MINILM, lr=2e-3, audio_lr=1e-4, noise_std=0.17)
 COLLAT_METRICS = ("tagging_mAP", "mAP_snr20")
-CURATION = dict(size="tiny", text_model=MINILM, lr=3e-4)
+CURATION = dict(size="tiny", text_model=MINILM, lr=3e-4, student_epochs=10)
+CURATION_METRICS = ("accuracy", "tagging_mAP")
 STUDIES = {
     "mga_clap": Study(
         "mga_clap",
@@ -383,6 +384,24 @@ STUDIES = {
         seeds=3,
         start="teacher",
         pool=("pool",),
+    ),
+    # Which sigma? --dry-run, seed 0: 0.6 keeps 20,900 pairs of the pool with all captions (DU), 0.65
+    # 4,900; the paper keeps 2.6 pairs per clip, which would be 13,000
+    "curation_clap_search": Study(
+        "curation_clap",
+        ("annotated_11",),
+        CURATION,
+        {
+            "teacher": None,
+            "sigma 0.6": dict(threshold=0.6, top_k=0),
+            "sigma 0.65": dict(threshold=0.65, top_k=0),
+            "two best captions": {},
+        },
+        CURATION_METRICS,
+        seeds=1,
+        start="teacher",
+        pool=("pool_11",),
+        split="val",
     ),
 }
 
