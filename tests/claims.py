@@ -385,8 +385,8 @@ STUDIES = {
         start="teacher",
         pool=("pool",),
     ),
-    # Which sigma? --dry-run, seed 0: 0.6 keeps 20,900 pairs of the pool with all captions (DU), 0.65
-    # 4,900; the paper keeps 2.6 pairs per clip, which would be 13,000
+    # Which sigma? --dry-run, seed 0: 0.6 keeps 20,900 pairs of the pool and all captions (DU), 0.65
+    # keeps 4,900; the paper keeps 2.6 pairs per clip, which would be 13,000
     "curation_clap_search": Study(
         "curation_clap",
         ("annotated_11",),
