@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import soundfile as sf
+import torch
 
 import bench
 import claims
@@ -43,6 +44,10 @@ def test_bench_prints_and_writes_what_other_tools_read(tmp_path):
             if r["peer"]
             else None
         )
+    loops = [r for r in out if r["name"].startswith("loop_")]
+    assert len(loops) == 5 and all(r["settings"]["curve"][0][0] == 1 for r in loops)
+    if not torch.cuda.is_available():
+        assert bench.loops(tiny=False) == []
     merged = bench.main(["htsat", "--tiny", "--json", str(tmp_path / "b.json")])
     assert {r["name"] for r in json.loads((tmp_path / "b.json").read_text())} == {
         r["name"] for r in out
