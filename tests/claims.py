@@ -373,7 +373,7 @@ STUDIES = {
     "curation_clap": Study(
         "curation_clap",
         ("annotated",),
-        CURATION,
+        dict(size="tiny", text_model=MINILM, lr=3e-4),
         {"teacher": None, "DS + SL": dict(curation="ds"), "ADS + SL": {}},
         ("accuracy", "tagging_mAP", "t2a_R@5", "a2t_R@5"),
         tuple(
