@@ -606,7 +606,7 @@ def sam(args) -> Path:
     """Cacophony: training and validation loss over the steps, without and with SAM (Fig. 4)."""
     claims = stored_runs()
     study, runs, plt = claims.STUDIES["cacophony_sam"], claims.read_runs(), pyplot()
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for number, row in enumerate(study.rows):
         found = [claims.find(runs, claims.identity(study, row, s)) for s in range(study.seeds)]
         if not any(found):
@@ -616,13 +616,13 @@ def sam(args) -> Path:
             )
         for seed, run in enumerate(r for r in found if r):
             steps, *losses = np.array(run["curve"], float).T
-            for of, style, values in zip(("training", "validation"), (":", "-"), losses):
-                label = f"{row}, {of}" if seed == 0 else ""
-                axis.plot(steps, values, style, color=f"C{number}", lw=1, label=label)
-    axis.set_xlabel("step after the fork")
-    axis.set_ylabel("contrastive + captioning loss")
-    axis.set_title("one line a seed; training: 32 pairs at once, validation: 150", fontsize=10)
-    axis.legend(fontsize=8)
+            for axis, values in zip(axes, losses):
+                axis.plot(steps, values, color=f"C{number}", lw=1, label="" if seed else row)
+    for axis, of in zip(axes, ("training, batches of 32 pairs", "validation, 150 clips at once")):
+        axis.set_xlabel("step after the fork")
+        axis.set_title(of, fontsize=10)
+    axes[0].set_ylabel("contrastive + captioning loss")
+    axes[0].legend(fontsize=8, title="one line a seed", title_fontsize=8)
     save(figure, args.out / "sam.png", 100)
     plt.close(figure)
     return args.out / "sam.png"
