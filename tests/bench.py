@@ -997,7 +997,7 @@ def main(argv=None) -> list[dict]:
             if path.exists()
             else []
         )
-        common.write_lines(path, [json.dumps(kept + results, indent=1)])
+        common.write_lines(path, ["[", ",\n".join(map(json.dumps, kept + results)), "]"])
     return results
 
 

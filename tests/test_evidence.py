@@ -99,7 +99,8 @@ def test_a_study_runs_stores_and_continues(evidence, tmp_path, monkeypatch, caps
     text = capsys.readouterr().out
     differences = [runs[i + 1]["scores"]["t2a_R@5"] - runs[i]["scores"]["t2a_R@5"] for i in (0, 2)]
     assert f"than 0.02 | {np.mean(differences):+.3f} [" in text
-    assert f"| MGA-CLAP | 2 | {np.mean([r['scores']['t2a_R@1'] for r in runs[1::2]]):.3f} ±" in text
+    mean = np.mean([r["scores"]["t2a_R@1"] for r in runs[1::2]])
+    assert f"| MGA-CLAP | 2 | {mean:.3f} ±" in text
     monkeypatch.setattr(mga_clap, "main", None)  # a second call trains nothing,
     assert evidence("mga_clap", settings=dict(epochs=1), seeds=2) == runs
     claims.RUNS.unlink()  # nor does scoring again
