@@ -567,14 +567,17 @@ def tagging_start(study: Study, seed: int, args, path: Path) -> None:
     common.save_checkpoint(path, encoder.state_dict())
 
 
-def scores_of(study: Study, checkpoint: Path, args) -> dict:
+def scores_of(study: Study, changed: dict, checkpoint: Path, args) -> dict:
     """Every protocol of eval.py that the scenes have labels for, the modality gap and captions."""
     prompt = "curation_clap" if study.method == "curation_clap" else "bare"
     flags = [str(checkpoint), "--data", *folders(args, study.data), "--split", study.split]
     flags += ["--bootstrap", "0", "--prompt", prompt]
     results = evaluator.main(evaluator.parse(flags))
-    more = {"cacophony": ["captioning"], "collat": ["noise", "--noise-levels", "snr20"]}
-    flags += ["--protocol", "gap", *more.get(study.method, [])]
+    flags += ["--protocol", "gap"]
+    if study.method == "cacophony" and changed.get("caption_weight") != 0:
+        flags += ["captioning"]
+    if study.method == "collat":
+        flags += ["noise", "--noise-levels", "snr20"]
     results += downstream.main(downstream.parse(flags))
     out = {"scores": {}, "chance": {}, "n_clips": results[0]["n_clips"]}
     prefix = {"tagging": "tagging_", "frames": "frame_", "t_classify": "t_classify_"}
@@ -630,7 +633,7 @@ def run(study: Study, row: str, seed: int, args) -> dict:
             SCRIPTS[study.method].main(cfg)
             if not cfg.resume:
                 seconds = time.perf_counter() - begin
-    line = {**told, **scores_of(study, best, args), "seconds": seconds}
+    line = {**told, **scores_of(study, told["changed"], best, args), "seconds": seconds}
     if study.method == "cacophony":  # its losses on the validation clips
         of_val = json.loads((best.parent / "eval.json").read_text())
         for name in {"loss_con", "loss_cap"} & set(of_val["scores"]):
