@@ -247,6 +247,7 @@ TINY = dict(
     batch_size=32,
     lr=1e-3,
     patches=160,
+    rho=0.013,  # as large a share of the norm of the random weights as 0.075 is at the paper's size
     warmup_steps=40,
     min_lr=1e-5,
     eval_steps=100,
