@@ -295,7 +295,7 @@ def test_pictures_of_the_results_in_miniature(evidence, tmp_path, monkeypatch):
     flags = figures.parse([*given, "--out", str(tmp_path / "out")])
     with pytest.raises(FileNotFoundError, match="t_clap --seeds 0 makes it"):
         figures.main(flags)
-    with pytest.raises(FileNotFoundError, match="data/scenes_11: no such manifest"):
+    with pytest.raises(FileNotFoundError, match="data/scenes_12: no such manifest"):
         figures.main(figures.parse([*given, "reconstructions", "--out", str(tmp_path / "out")]))
     settings = dict(steps=2, eval_steps=2)
     evidence("t_clap", settings=settings, seeds=1)
