@@ -500,7 +500,7 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
 
 @torch.no_grad()
 def plot_reconstructions(
-    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 2, dpi: int = 80
+    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 2, dpi: int = 72
 ) -> Path:
     """Plot the first `clips` at least as loud as the median of the first twenty readable ones:
     spectrogram, visible patches, target (each patch normalised) and reconstruction.
