@@ -102,6 +102,7 @@ SMALL_OF = {
         text_layers=1,
         mae_steps=4,
         mae_batch_size=6,
+        mae_lr=3e-3,  # not the peak of stage 2
         mae_crop_s=2.0,
         steps=4,
         batch_size=6,
