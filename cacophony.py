@@ -106,8 +106,9 @@ Run:  python cacophony.py --data demo                                 (two CPU c
       python cacophony.py --stage contrastive --name full --micro-batch 256 --data audiocaps clotho
       torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-Stage 1 starts near 1 (patches are normalised) and falls fast, then slowly; Eq. (1) starts near
-2 ln B, Eq. (2) near the logarithm of the vocabulary's size.
+Stage 1 starts near 1 (patches are normalised) and soon has the loss of each band's mean; the small
+model needs about 1,000 steps to leave it. Eq. (1) starts near 2 ln B, Eq. (2) near the logarithm of
+the vocabulary's size.
 """
 
 import math

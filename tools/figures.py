@@ -500,7 +500,7 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
 
 @torch.no_grad()
 def plot_reconstructions(
-    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 2, dpi: int = 72
+    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 2
 ) -> Path:
     """Plot the first `clips` at least as loud as the median of the first twenty readable ones:
     spectrogram, visible patches, target (each patch normalised) and reconstruction.
@@ -552,7 +552,7 @@ def plot_reconstructions(
             axis.set_title(title, fontsize=9)
             axis.set_ylabel("mel bin")
         column[-1].set_xlabel("time (s)")
-    save(figure, path, dpi)
+    save(figure, path, 72)
     plt.close(figure)
     return path
 
