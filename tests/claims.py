@@ -15,8 +15,10 @@ Rules:
 3. A changed setting makes a new claim. The old one stays in results/README.md with its outcome.
 4. A method and its baseline share seed, data and start. They are compared pair by pair over the
    seeds: a claim holds if the 95 % t-interval of the mean paired difference lies on the predicted
-   side of the margin. A claim with missing runs is open.
+   side of the margin. It is contradicted if the interval lies on the other side, not shown if it
+   contains the margin, open if runs are missing.
 5. What does not hold is printed first.
+Exceptions to rule 2 are listed in results/README.md.
 
 results/runs.jsonl holds one line per run:
   method, changed (the settings that the study names), start, trained (false: the start itself was
@@ -691,6 +693,9 @@ def run_study(name: str, args) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
+OUTCOMES = ("contradicted", "not shown", "open", "holds")
+
+
 def interval(differences: list[float]) -> tuple[float, float, float]:
     """Mean of paired differences, and its 95 % t-interval."""
     n, mean = len(differences), statistics.mean(differences)
@@ -699,7 +704,7 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
 
 
 def outcome(study: Study, claim: Claim, runs: list[dict]) -> dict:
-    """{"outcome": holds, does not hold or open, "mean", "low", "high" of the differences}."""
+    """{"outcome": one of OUTCOMES (rule 4), "mean", "low", "high" of the differences}."""
     differences = []
     for seed in range(study.seeds):
         line = find(runs, identity(study, claim.row, seed))
@@ -712,8 +717,10 @@ def outcome(study: Study, claim: Claim, runs: list[dict]) -> dict:
     if len(differences) < max(study.seeds, 2):  # one seed has no interval
         return {"outcome": "open"}
     mean, low, high = interval(differences)
-    holds = high < claim.margin if claim.lower else low > claim.margin
-    said = "holds" if holds else "does not hold"
+    below, above = high < claim.margin, low > claim.margin
+    said = "not shown"
+    if below or above:
+        said = "holds" if below == claim.lower else "contradicted"
     return {"outcome": said, "mean": mean, "low": low, "high": high}
 
 
@@ -728,7 +735,7 @@ def outcome_table(names=None) -> list[str]:
                 shown = f"{o['mean']:+.3f} [{o['low']:+.3f}, {o['high']:+.3f}]"
             seeds = STUDIES[name].seeds
             line = f"| {o['outcome']} | {name} | {claim.sentence()} | {shown} | {seeds} |"
-            lines.append((["does not hold", "open", "holds"].index(o["outcome"]), line))
+            lines.append((OUTCOMES.index(o["outcome"]), line))
     return [
         "| outcome | study | claim | mean difference [95 % interval] | seeds |",
         "|---|---|---|---|---|",

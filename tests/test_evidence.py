@@ -174,11 +174,13 @@ def test_claims_are_decided_by_the_t_interval_of_paired_differences(monkeypatch)
         return claims.outcome(study, claims.Claim("m", "A", "B", **claim), runs)["outcome"]
 
     assert decided([0.10, 0.11, 0.12]) == "holds"
-    assert decided([0.10, 0.11, 0.12], lower=True) == "does not hold"
+    assert decided([0.10, 0.11, 0.12], lower=True) == "contradicted"
     assert decided([-0.10, -0.11, -0.12], lower=True) == "holds"
-    assert decided([0.00, 0.11, 0.22]) == "does not hold"  # the interval crosses 0
+    assert decided([0.00, 0.11, 0.22]) == "not shown"  # the interval crosses 0
+    assert decided([-0.22, -0.11, -0.00], lower=True) == "not shown"
+    assert decided([-0.10, -0.11, -0.12]) == "contradicted"
     assert decided([-0.010, -0.011, -0.012], margin=-0.02) == "holds"
-    assert decided([-0.019, -0.020, -0.021], margin=-0.02) == "does not hold"
+    assert decided([-0.019, -0.020, -0.021], margin=-0.02) == "not shown"
     assert decided([0.10, 0.11]) == "open"
 
 
