@@ -1922,30 +1922,9 @@ def to_device(x, device):
     return x
 
 
-def batches_on(device, loader):
-    """Yield a loader's batches with their tensors on the device; the next batch is copied to a GPU
-    while the GPU computes with this one.
-    """
-    if device.type != "cuda":
-        yield from (to_device(batch, device) for batch in loader)
-        return
-    stream, ready = torch.cuda.Stream(device), None
-    for batch in loader:
-        # the copy must not overwrite freed memory of a batch that the GPU still computes with
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            coming = to_device(batch, device)
-        if ready is not None:
-            yield ready
-        torch.cuda.current_stream(device).wait_stream(stream)
-        ready = coming
-    if ready is not None:
-        yield ready
-
-
 def outlive_signals(_worker: int) -> None:
-    """A loader's `worker_init_fn`: its workers ignore the signals that torchrun, batch systems and
-    Ctrl-C send to the whole process group, so that the training can save. They end with it.
+    """Let a loader's worker ignore the signals that torchrun, batch systems and Ctrl-C send to the
+    whole process group, so that the training can save. Workers end with it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -1958,7 +1937,8 @@ class Loader(torch.utils.data.DataLoader):
 
     def __init__(self, *given, num_workers=0, **more):
         # torch warns of more workers than cores, which gain nothing
-        super().__init__(*given, num_workers=min(num_workers, os.cpu_count() or 1), **more)
+        workers = min(num_workers, os.cpu_count() or 1)
+        super().__init__(*given, num_workers=workers, worker_init_fn=outlive_signals, **more)
 
     def __iter__(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows
@@ -2049,7 +2029,6 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
         batch_sampler=[b for b in batches if b],
         num_workers=workers,
         collate_fn=collate_audio,
-        worker_init_fn=outlive_signals,
     )
 
 
@@ -2986,9 +2965,9 @@ class Run:
         )
         return wrap(model, self.device, self.cfg.compile, self.cfg.micro_batch)
 
-    def batches(self, dataset, batch_sampler):
-        """Yield every batch from the current step on, as a list of its parts (see `Readable`):
-        keyword arguments of the model, on the device. A bar shows the training's progress.
+    def load(self, dataset, batch_sampler):
+        """Yield the batches: a list of parts (see `Readable`), keyword arguments of the model on
+        the device; names of the files; errors of those that cannot be used.
         """
         readable = Readable(dataset, self.cfg.micro_batch)
         loader = Loader(
@@ -2997,8 +2976,14 @@ class Run:
             num_workers=self.cfg.workers,
             collate_fn=readable.collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=outlive_signals,
         )
+        for parts, names, bad in loader:
+            yield to_device(parts, self.device), names, bad
+
+    def batches(self, dataset, batch_sampler):
+        """Yield the parts of every batch from the current step on; a bar shows the training's
+        progress.
+        """
         self.bar = tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -3010,7 +2995,7 @@ class Run:
         self.recent, self.unreadable = [], []
         self.clock, self.seen = time.perf_counter(), 0
         self.model.train()
-        for parts, names, bad in batches_on(self.device, loader):
+        for parts, names, bad in self.load(dataset, batch_sampler):
             self.names = names  # files of this batch, reported if its loss is not finite
             self.unreadable += bad
             if not parts:
@@ -3152,13 +3137,16 @@ class Run:
         """True if a signal asked the run to end; with several processes, once all know of it."""
         return self.all_told or (self.world == 1 and bool(END_SIGNALS))
 
-    def end_if_told(self, saved: str) -> None:
-        """Exit if a signal asked for it; `saved` says what has just been saved."""
+    def end_if_told(self, saved: str, again: str = "") -> None:
+        """Exit if a signal asked for it; `saved` says what has just been saved, `again` what
+        continues the run, if that is not --resume.
+        """
         if self.stop:
             # SIGTERM where only another process got the signal
             number = END_SIGNALS[0] if END_SIGNALS else signal.SIGTERM
             name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            self.say(f"{name}: saved {saved}; continue with --resume --name {self.name}")
+            again = again or f"--resume --name {self.name}"
+            self.say(f"{name}: saved {saved}; continue with {again}")
             raise SystemExit(128 + number)  # the exit code that shells use for a signal
 
     def drop_log_after(self, step: int) -> None:

@@ -35,15 +35,14 @@ Deviations from the paper, what it leaves open, and --variant official
       put at a random place among zeros.
   D4  Evaluation and curation are never random: clips under 5 s (and last windows) are repeated to 5
       s, longer ones cut into windows. The code crops one window, at random in evaluation, at a
-      place fixed by a seed in curation. Curation uses the first 60 s of a clip, or what eval.py
-      embed has stored.
+      place fixed by a seed in curation. Curation uses the first 60 s of a clip.
   D5  The mel matrix is part of a checkpoint and the stored one is used: PANNs' file has the matrix
       for 32 kHz.
   D6  Soft targets of Eq. (3) and (4) below 0 count as 0. torch 1.10, which the authors used, did
       so; current torch gives NaN. They are not normalised (as printed): the mass of a row is 1 or
       more.
   D7  Not stated: Adam 1e-4, 20 epochs (the example in the code's README; its yaml files have 1e-3 B
-      / 1024 and 100), a tenth of the rate after 10 epochs without progress (not counted before
+      / 1024 and 100), a tenth of the rate at the 11th epoch without progress (not counted before
       epoch 10, so never in 20 epochs), clipping at 5, both encoders trained, similarities between
       the pairs of all GPUs, an epoch of the student has as many steps as one pass over the replay
       set, of which curated batches take about half (all from the code; without replay one over the
@@ -60,12 +59,12 @@ Deviations from the paper, what it leaves open, and --variant official
       curated pairs). For DS the paper names no replay set, and here it has none; SL alone trains on
       the annotated pairs.
   D10 Cosines are of fp16 embeddings, as in the code, but summed in fp32. For the same embeddings,
-      device, block and number of processes can change the pairs whose cosine lies within 1e-6 of
+      device, block and number of processes can change the pairs whose cosine lies within 1e-5 of
       the threshold, and no others.
   D11 --teacher-fraction keeps a share of the clips. The paper takes "10%" of the "paired audio and
       caption data", the code of the rows. --seed draws it: teacher, curation and student must have
       the same seed. Curation then takes the captions of these clips ("from the teacher training
-      set", Sec. 3.1), or those of --captions (ours).
+      set", Sec. 3.1).
   D12 bf16 autocast on a GPU, also when a pool is embedded; the losses are never in bf16 (on a GPU,
       their matrix products may use TF32).
   D13 --micro-batch: batch norm sees the parts of a batch, not the whole (common.cached_backward).
@@ -142,15 +141,11 @@ class Config(common.RunConfig):
     variant: Literal["paper", "official"] = "paper"
     # one of the three stages, or all in order
     stage: Literal["all", "teacher", "curate", "student"] = "all"
-    # unlabelled audio: manifests (captions and labels are not read; D22), or folders of eval.py
-    # embed
+    # unlabelled audio: manifests (captions and labels are not read; D22)
     pool: list[str] = field(default_factory=list)
     # without --pool: share of the training clips that lose their captions and form the pool (ours;
     # the demo has no other pool)
     pool_share: Annotated[float, "[0, 1)"] = 0.0
-    # captions to pair: manifests, or one folder of eval.py embed; none: those of the teacher's
-    # training (Sec. 3.1)
-    captions: list[str] = field(default_factory=list)
     # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
     labels: list[str] = field(default_factory=list)
     # teacher of stages curate and student: a run's teacher.pt or MS-CLAP 2022's file; empty:
@@ -210,8 +205,8 @@ class Config(common.RunConfig):
     epoch_steps: common.Whole = 0
     batch_size: common.Count = 128  # pairs over all processes (Sec. 3.2: 64 on each of 2 GPUs; D7)
     lr: common.Positive = 1e-4  # Adam's learning rate (code; D7)
-    # epochs without a smaller validation loss until the learning rate drops to a tenth; counted
-    # from this epoch on (code; D7)
+    # epochs without a smaller validation loss after which one more lets the learning rate drop to
+    # a tenth; counted from this epoch on (code; D7)
     patience: common.Whole = 10
     clip: common.Positive = 5.0  # largest norm of the gradient (code; D7)
     replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.2; D9)
@@ -462,7 +457,7 @@ class Model(nn.Module):
         weights = weights.get("model", weights)
         common.check_keys(source, weights, "audio_encoder.base.", "MS-CLAP 2022's file")
         model = cls(common.text_encoder_from_pretrained(text_model, MAX_TOKENS, weights=False))
-        common.load_strict(model, ms_clap_state(weights, source), source)
+        common.load_strict(model, published_state(weights), source)
         model.clean_caption = str  # Microsoft's wrapper tokenises captions as they are
         return model.eval()
 
@@ -478,8 +473,6 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
                 "in its authors' Zenodo record 3987831, MS-CLAP 2022's CLAP_weights_2022.pth in "
                 "record 7312125 (or give none)"
             )
-        weights = common.read_encoder_weights(cfg.audio_weights)
-        weights = weights.get("model", weights)
     text_encoder = common.start_text_encoder(cfg, captions, MAX_TOKENS)
     audio = dict(
         channels=cfg.audio_channels,
@@ -494,9 +487,9 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
                 if isinstance(module, nn.Linear):  # D14: from deviation 0.02 to 1 / sqrt(width)
                     module.weight *= 1 / math.sqrt(module.in_features) / 0.02
     if cfg.audio_weights != "none":
-        common.load_strict(
-            model.audio_encoder, panns_state(weights, cfg.audio_weights), cfg.audio_weights
-        )
+        weights = common.read_encoder_weights(cfg.audio_weights)
+        state = published_state(weights.get("model", weights))
+        common.load_strict(model.audio_encoder, state, cfg.audio_weights)
     return model
 
 
@@ -521,12 +514,6 @@ def whole_model(path, text_model: str) -> Model:
 # ------------------------------------------------------------------------------------------------
 # Loss: embeds (B, D) normalised, of all processes; sim (B, B) cosine, audio in rows
 # ------------------------------------------------------------------------------------------------
-
-
-def scaled(sim, scale, official: bool = False):
-    """Cosines -> logits; the code cuts them off above 100 (D2)."""
-    logits = sim * scale
-    return logits.clamp(max=100) if official else logits  # D2
 
 
 def contrastive_loss(logits):
@@ -571,14 +558,13 @@ def soft_labelled_loss(logits, target_a2t, target_t2a):
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
-    """Outputs of Model.forward in this process, and the teacher's embeds of all processes (or None)
-    -> loss, sim (B, B).
+    """Embeds (B, D) of Model.forward and the teacher's (or None), both of all processes -> loss,
+    sim (B, B).
     """
-    # the similarities are between the pairs of all processes (D7)
-    audio_embeds = common.gather_with_grad(audio_embeds)
-    text_embeds = common.gather_with_grad(text_embeds)
     sim = audio_embeds @ text_embeds.T  # (B, B); of embeds of length 1 (D16)
-    logits = scaled(sim, scale, cfg.variant == "official")
+    logits = sim * scale
+    if cfg.variant == "official":
+        logits = logits.clamp(max=100)  # D2
     if taught is None:
         return contrastive_loss(logits), sim.detach()
     return soft_labelled_loss(logits, *soft_targets(*taught, cfg.beta)), sim.detach()
@@ -593,7 +579,7 @@ def read_corpus(cfg: Config) -> dict:
     """-> annotated rows (train, val) and the pool's items."""
     # validation clips first: neither the pool nor --teacher-fraction may change them
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
-    pool = [item if is_stored(item) else str(common.manifest_path(item)) for item in cfg.pool]
+    pool = cfg.pool
     if not pool and cfg.pool_share:
         train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
         pool = [forgotten]  # its captions are not read (`training_clips`)
@@ -634,14 +620,12 @@ class Pairs(Dataset):
     def __getitem__(self, key):
         group, epoch, index = key
         row, k = self.sets[group][index]
-        rng = np.random.default_rng((self.cfg.seed, *key))
-        crop_rng = Centre if self.centre else rng
+        rng = Centre if self.centre else np.random.default_rng((self.cfg.seed, *key))
         waveform = common.read_audio(
-            row["audio"], SAMPLE_RATE, self.window_s, crop_rng, expected_s=row.get("duration")
+            row["audio"], SAMPLE_RATE, self.window_s, rng, expected_s=row.get("duration")
         )
         free = round(self.window_s * SAMPLE_RATE) - len(waveform)
-        before = Centre.integers(0, free + 1) if self.centre else int(rng.integers(free + 1))
-        before = before if self.cfg.variant == "official" else 0  # D3
+        before = int(rng.integers(0, free + 1)) if self.cfg.variant == "official" else 0  # D3
         waveform = np.pad(waveform, (before, free - before))
         return waveform, clean_caption(row["captions"][k]), row["audio"]
 
@@ -688,16 +672,11 @@ def mixed_batches(
 # ------------------------------------------------------------------------------------------------
 
 
-def half(embeds) -> np.ndarray:
+def half(embeds: np.ndarray) -> np.ndarray:
     """Embeddings (n, D) of length 1 as fp16, half the memory (D10)."""
-    embeds = np.asarray(embeds, np.float32)
     if not np.isfinite(embeds).all():
-        raise FloatingPointError(
-            "some embeddings are NaN or infinite; the teacher's weights, or the stored "
-            "embeddings, are broken"
-        )
-    norm = np.linalg.norm(embeds, axis=1, keepdims=True)
-    return (embeds / np.maximum(norm, 1e-12)).astype(np.float16)
+        raise FloatingPointError("some embeddings are NaN or infinite; the teacher is broken")
+    return embeds.astype(np.float16)
 
 
 def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device="cpu"):
@@ -710,22 +689,16 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
     # rows whose cosines are in memory at a time: few enough for a CPU's caches
     n_rows = max(1, (2**28 if text.is_cuda else 2**22) // len(text_embeds))
     found = []
-    # TF32, which start_device allows, would move a cosine by up to 1e-4
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        for start in range(0, max(1, len(embeds)), n_rows):  # one empty part if there are no rows
-            part = torch.from_numpy(embeds[start : start + n_rows]).to(device).float()
-            sim = part @ text  # (rows, Q)
-            if top_k:
-                cosine, caption = sim.topk(min(top_k, len(text_embeds)))  # (rows, top_k)
-                row = torch.arange(len(sim), device=device)[:, None].expand_as(caption)
-            else:
-                row, caption = (sim >= threshold).nonzero(as_tuple=True)
-                cosine = sim[row, caption]
-            found.append([x.flatten().cpu().numpy() for x in (row + start, caption, cosine)])
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    for start in range(0, max(1, len(embeds)), n_rows):  # one empty part if there are no rows
+        part = torch.from_numpy(embeds[start : start + n_rows]).to(device).float()
+        sim = part @ text  # (rows, Q)
+        if top_k:
+            cosine, caption = sim.topk(min(top_k, len(text_embeds)))  # (rows, top_k)
+            row = torch.arange(len(sim), device=device)[:, None].expand_as(caption)
+        else:
+            row, caption = (sim >= threshold).nonzero(as_tuple=True)
+            cosine = sim[row, caption]
+        found.append([x.flatten().cpu().numpy() for x in (row + start, caption, cosine)])
     row, caption, cosine = (np.concatenate(x) for x in zip(*found))
     # equal cosines in the order of the captions, so that devices and block sizes agree; which of
     # equal captions top_k keeps is torch's choice
@@ -733,64 +706,19 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
     return row[order], caption[order], cosine[order]
 
 
-def stored_embeds(folder, name: str) -> np.ndarray:
-    """audio.npy or text.npy of a folder that `eval.py embed` writes: (N, D), read when indexed."""
-    path = Path(folder) / f"{name}.npy"
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; eval.py embed writes one") from None
-    except Exception as error:  # of many types: a header may say anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path}: not an array that eval.py embed writes ({reason})") from None
-    if array.ndim != 2 or array.dtype.kind != "f" or not array.flags.c_contiguous:
-        raise ValueError(
-            f"{path}: shape {array.shape} of {array.dtype}; expected one row of floats a clip or "
-            "caption, in C order, as eval.py embed writes them"
-        )
-    return array
-
-
-def is_stored(item) -> bool:
-    """Is this item of --pool or --captions a folder that `eval.py embed` wrote?"""
-    return not isinstance(item, list) and (Path(item) / "audio.jsonl").is_file()
-
-
 def pool_blocks(pool: list, size: int):
-    """Yield the pool in blocks of at most `size` clips: their rows, and their embeddings (n, D) if
-    they come from a folder of `eval.py embed`, else None. Only one block is in memory at a time.
-    """
+    """Yield the pool's clips in blocks of at most `size`; only one block is in memory at a time."""
     for item in pool:
-        stored, start = is_stored(item), 0
-        rows = iter(training_clips(item) if not stored else common.iter_manifest([item_of(item)]))
-        while block := list(itertools.islice(rows, size)):
-            embeds = None
-            if stored:  # reopened for every block, which releases the memory of earlier ones
-                embeds = np.array(stored_embeds(item, "audio")[start : start + len(block)])
-            start += len(block)
-            if stored and len(embeds) < len(block):
-                raise ValueError(f"{item}: audio.npy has fewer rows than audio.jsonl has lines")
-            if stored:
-                kept = [i for i, row in enumerate(block) if of_training(row)]
-                block, embeds = [block[i] for i in kept], embeds[kept]
-            yield block, embeds
-        if stored and start < len(stored_embeds(item, "audio")):
-            raise ValueError(f"{item}: audio.npy has more rows than audio.jsonl has lines")
-
-
-def item_of(folder) -> str:
-    return str(Path(folder) / "audio.jsonl")
-
-
-def of_training(row: dict) -> bool:
-    return row.get("split", "train") == "train"
+        clips = training_clips(item)
+        while block := list(itertools.islice(clips, size)):
+            yield block
 
 
 def training_clips(item):
     """Audio and duration of a manifest's training rows (or of given rows), one a clip."""
     last = None  # only adjacent rows of a clip are merged: a pool's names may not fit into memory
     for row in item if isinstance(item, list) else common.iter_manifest([item]):
-        if of_training(row) and row["audio"] != last:
+        if row.get("split", "train") == "train" and row["audio"] != last:
             last = row["audio"]
             yield {key: row[key] for key in ("audio", "duration") if key in row}
 
@@ -813,10 +741,14 @@ def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, de
     return np.array(kept, int), half(embeds), bad
 
 
-def stored_block(model: Model, rows, cfg: Config, run: common.Run, key: str, number: int):
+def stored_block(model: Model, rows, cfg: Config, run: common.Run, teacher: str, number: int):
     """embed_block with its result kept in runs/embeds, under a key of the teacher and of every
     file's size and time, so that later and resumed curations do not embed the block again.
     """
+    # precision and device change embeddings; the key of a missing file is empty
+    files = [[row["audio"], common.file_key(row)] for row in rows]
+    told = [teacher, cfg.precision, run.device.type, files]
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     path = Path(cfg.runs) / "embeds" / f"{key}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -828,78 +760,15 @@ def stored_block(model: Model, rows, cfg: Config, run: common.Run, key: str, num
         return [rows[i] for i in held["kept"]], held["embeds"], held["bad"].tolist()
 
 
-def digest(*told) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def read_captions(cfg: Config, train_rows: list[dict], model: Model):
-    """Captions to pair with audio -> unique captions (D18), for each the rows that it describes,
-    embeds (Q, D) fp16.
-    """
-    given = cfg.captions
-    told, embeds = [], None  # (caption, row that it describes)
-    if len(given) == 1 and is_stored(given[0]):
-        embeds = stored_embeds(given[0], "text")
-        rows = common.read_manifest([item_of(given[0])])
-        told = list(stored_captions(given[0], rows))
-        if len(told) != len(embeds) or not told:
-            raise ValueError(
-                f"--captions {given[0]}: {len(told)} lines in captions.jsonl, {len(embeds)} rows "
-                "in text.npy; expected as many, and at least one"
-            )
-        kept = [i for i, (_, row) in enumerate(told) if of_training(row)]
-        told, embeds = [told[i] for i in kept], embeds[kept]
-    elif any(map(is_stored, given)):
-        raise ValueError(f"--captions {' '.join(given)}: one folder of eval.py embed, or manifests")
-    else:
-        rows = train_rows  # D11
-        if given:
-            rows = common.read_manifest(given, ("captions",))
-        for row in rows:
-            if of_training(row):  # never captions of val or test
-                told += [(clean_caption(caption), row) for caption in row["captions"]]
-    if not told:
-        raise ValueError(f"--captions {' '.join(given)}: no caption of a training clip in it")
-    first, described = {}, {}  # caption -> its first place, the rows that have it
-    for place, (caption, row) in enumerate(told):
-        first.setdefault(caption, place)
-        described.setdefault(caption, []).append(
-            {key: row[key] for key in ("audio", "duration") if key in row}
-        )
-    captions = list(first)
-    if embeds is None:
-        embeds = common.embed_texts(model, captions)
-    else:
-        embeds = embeds[list(first.values())]
-    if embeds.shape[1] != model.shape["joint_dim"]:
-        raise ValueError(
-            f"--captions: embeddings of {embeds.shape[1]} dimensions, the teacher's have "
-            f"{model.shape['joint_dim']}; embed them with the same teacher"
-        )
-    return captions, list(described.values()), half(embeds)
-
-
-def stored_captions(folder, rows: list[dict]):
-    """captions.jsonl of `eval.py embed` -> (caption, row of its clip) of each line, checked."""
-    path = Path(folder) / "captions.jsonl"
-    try:
-        # not splitlines, which would cut at U+2028 inside a caption
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); eval.py embed writes it") from None
-    for number, line in enumerate(lines if lines != [""] else [], 1):
-        where = f"{path}:{number}"
-        try:
-            told = json.loads(line)
-            caption, owner = told["caption"], told["owner"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise ValueError(f"{where}: expected {{'caption': text, 'owner': number}}") from None
-        common.check_text(caption, "the caption", where)
-        if type(owner) is not int or not 0 <= owner < len(rows):  # not isinstance: True is an int
-            raise ValueError(
-                f"{where}: owner {owner!r}; expected a line of audio.jsonl, 0 to {len(rows) - 1}"
-            )
-        yield caption, rows[owner]
+def read_captions(train_rows: list[dict], model: Model):
+    """-> unique captions (D18), for each the clips that it describes, embeds (Q, D) fp16."""
+    described = {}  # caption -> clips
+    for row in train_rows:
+        clip = {key: row[key] for key in ("audio", "duration") if key in row}
+        for caption in row["captions"]:
+            described.setdefault(clean_caption(caption), []).append(clip)
+    captions = list(described)
+    return captions, list(described.values()), half(common.embed_texts(model, captions))
 
 
 def read_labels(cfg: Config, rows: list[dict]) -> list[str]:
@@ -942,14 +811,9 @@ def count_pool(cfg: Config, corpus: dict) -> int:
     if not corpus["pool"]:
         raise ValueError(
             f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool "
-            "(manifests, or folders of eval.py embed)"
+            "(manifests)"
         )
-    n_pool = 0
-    for item in corpus["pool"]:
-        if is_stored(item):
-            n_pool += sum(map(of_training, common.iter_manifest([item_of(item)])))
-        else:
-            n_pool += sum(1 for _ in training_clips(item))
+    n_pool = sum(1 for item in corpus["pool"] for _ in training_clips(item))
     if not n_pool:
         raise ValueError(
             "the pool (--pool, or --pool-share of --data) has no training row; rows of split val "
@@ -973,7 +837,7 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
         f"{METHOD}, curation {cfg.curation}: teacher {teacher_path}, mel matrix "
         f"{model.audio_encoder.mel_rate()}"
     )
-    captions, described, text_embeds = read_captions(cfg, corpus["train"], model)
+    captions, described, text_embeds = read_captions(corpus["train"], model)
     if cfg.curation != "du":
         prompt_embeds = half(common.embed_texts(model, prompts))
         if cfg.dry_run and run.rank == 0:
@@ -996,77 +860,62 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
         common.barrier()
         return {}
     if cfg.curation != "du" and run.rank == 0:
-        name = "ds.jsonl" if cfg.curation == "ds" else "ads_replay.jsonl"
-        write_own_pairs(run, run.path / name, captions, described, nearness)
+        path = run.path / ("ds.jsonl" if cfg.curation == "ds" else "ads_replay.jsonl")
+        told = zip(captions, described, nearness.tolist())
+        pairs = [(clip, caption, value) for caption, clips, value in told for clip in clips]
+        write_pairs(path, pairs)
+        run.say(
+            f"DS: {len(pairs):,} pairs of {len({c['audio'] for c, *_ in pairs}):,} clips in {path}"
+        )
     if cfg.curation != "ds":
-        # precision and device change embeddings, so they are part of the key
-        key = [common.file_key({"audio": str(teacher_path)}), cfg.precision, run.device.type]
-        mine(cfg, run, model, key, corpus["pool"], n_pool, captions, text_embeds)
+        teacher = common.file_key({"audio": str(teacher_path)})
+        mine(cfg, run, model, teacher, corpus["pool"], n_pool, captions, text_embeds)
     common.barrier()
     return {"curated": str(run.path / f"{cfg.curation}.jsonl")}
 
 
-def write_own_pairs(run, path: Path, captions: list[str], described, nearness) -> None:
-    """DS: captions with their own audio, one line a clip."""
+def write_pairs(path: Path, pairs) -> None:
+    """pairs (clip's row, caption, cosine) -> a manifest, one line a clip."""
     lines = {}
-    for caption, rows, value in zip(captions, described, nearness.tolist()):
-        for row in rows:
-            # absolute: a relative path would start at the run's folder
-            line = {**row, "audio": os.path.abspath(row["audio"]), "captions": [], "similarity": []}
-            line = lines.setdefault(row["audio"], line)
-            line["captions"].append(caption)
-            line["similarity"].append(round(value, 4))
+    for row, caption, cosine in pairs:
+        # absolute: a relative path would start at the run's folder
+        line = {**row, "audio": os.path.abspath(row["audio"]), "captions": [], "similarity": []}
+        line = lines.setdefault(row["audio"], line)
+        line["captions"].append(caption)
+        line["similarity"].append(round(cosine, 4))
     common.write_lines(path, [json.dumps(line, ensure_ascii=False) for line in lines.values()])
-    n_pairs = sum(len(line["captions"]) for line in lines.values())
-    run.say(f"DS: {n_pairs:,} pairs of {len(lines):,} clips in {path}")
 
 
 def mine(
-    cfg: Config, run: common.Run, model: Model, key: list, pool: list, n_pool: int, captions, text
+    cfg: Config, run: common.Run, model: Model, teacher: str, pool, n_pool: int, captions, text
 ) -> None:
-    """Pair the pool's audio with captions -> runs/NAME/du.jsonl or ads.jsonl, one line a clip.
+    """Pair the pool's audio with captions (Q,), their embeds text (Q, D) fp16 -> runs/NAME/du.jsonl
+    or ads.jsonl, one line a clip.
 
-    The processes take blocks in turn: memory depends on the captions and one block. A block's pairs
-    are kept under a key of all that they were made from, so that a killed run continues, and a file
-    that changed, vanished or came back is read again.
-
-    key: of the teacher; captions (Q,), text (Q, D) fp16.
+    The processes take blocks in turn: memory depends on the captions and one block. teacher: a key
+    of its file.
     """
     folder = run.path / "curation"
     folder.mkdir(exist_ok=True)
-    of_text = hashlib.sha256(text.tobytes()).hexdigest()
-    settings = digest(cfg.threshold, cfg.top_k, captions, of_text)
     bar = tqdm(total=n_pool, unit="clip", desc="curating", disable=run.rank > 0, dynamic_ncols=True)
     bad, number = [], -1
-    for number, (rows, embeds) in enumerate(pool_blocks(pool, cfg.block)):
+    for number, block in enumerate(pool_blocks(pool, cfg.block)):
         if number % run.world == run.rank:
-            if embeds is None:
-                of_block = digest(key, [common.file_key(row) for row in rows])
-            else:
-                told = [[row["audio"], row.get("duration")] for row in rows]
-                of_block = digest(hashlib.sha256(embeds.tobytes()).hexdigest(), told)
-            path = folder / f"{number:06d}_{digest(of_block, settings)}.jsonl"
-            if not path.exists():
-                # this block's pairs from other inputs would be merged too
-                for old in folder.glob(f"{number:06d}_*"):
-                    old.unlink()
-                errors = []
-                if embeds is None:
-                    rows, embeds, errors = stored_block(model, rows, cfg, run, of_block, number)
-                elif embeds.shape[1] != text.shape[1]:
-                    raise ValueError(
-                        f"--pool: embeddings of {embeds.shape[1]} dimensions, the captions' have "
-                        f"{text.shape[1]}; embed both with the same teacher"
-                    )
-                write_pairs(path, rows, half(embeds), errors, captions, text, cfg, run.device)
-            with open(path, encoding="utf-8") as file:
-                bad += json.loads(file.readline())["skipped"]
-        bar.update(len(rows))
+            rows, embeds, errors = stored_block(model, block, cfg, run, teacher, number)
+            found = similar_pairs(embeds, text, cfg.threshold, cfg.top_k, run.device)
+            pairs = zip(*(x.tolist() for x in found))
+            write_pairs(
+                folder / f"{number:06d}.jsonl", [(rows[i], captions[q], c) for i, q, c in pairs]
+            )
+            bad += errors
+        bar.update(len(block))
         # a collective call: made only when every process has had a block
         if number % run.world == run.world - 1:
             run.settle_skipped(bad)
             bad = []
-            run.end_if_told(f"the pairs of {number + 1} blocks (or give the same call again)")
+            own = cfg.stage == "all" and not cfg.teacher  # --resume knows only a training's stage
+            saved = f"the embeddings of {number + 1} blocks"
+            run.end_if_told(saved, "" if own else "the same call again")
     bar.close()
     run.settle_skipped(bad)
     common.barrier()
@@ -1074,13 +923,10 @@ def mine(
         return
     n_clips, n_pairs, manifest = 0, 0, run.path / f"{cfg.curation}.jsonl"
     with common.written_whole(manifest) as whole:
-        # files after the last block are left over from a longer pool
-        for path in sorted(folder.glob("*.jsonl"))[: number + 1]:
-            with open(path, "rb") as part:
-                part.readline()  # what was skipped
-                for line in part:
-                    whole.write(line)
-                    n_clips, n_pairs = n_clips + 1, n_pairs + len(json.loads(line)["captions"])
+        for i in range(number + 1):  # files of later numbers are left over from a longer pool
+            for line in (folder / f"{i:06d}.jsonl").read_bytes().splitlines(keepends=True):
+                whole.write(line)
+                n_clips, n_pairs = n_clips + 1, n_pairs + len(json.loads(line)["captions"])
     if not n_pairs:
         manifest.unlink()
         raise ValueError(
@@ -1095,34 +941,16 @@ def mine(
     )
 
 
-def write_pairs(path: Path, rows, embeds, errors, captions, text, cfg: Config, device) -> None:
-    """Write a block's pairs: first the errors of unreadable clips, then a line a clip, its captions
-    with the most similar one first.
-    """
-    row, caption, cosine = similar_pairs(embeds, text, cfg.threshold, cfg.top_k, device)
-    of_clip = {}
-    for i, q, value in zip(row.tolist(), caption.tolist(), cosine.tolist()):
-        line = of_clip.setdefault(i, {"captions": [], "similarity": []})
-        line["captions"].append(captions[q])
-        line["similarity"].append(round(value, 4))
-    lines = [{"skipped": errors}]
-    for i, line in of_clip.items():
-        duration = {"duration": rows[i]["duration"]} if "duration" in rows[i] else {}
-        lines.append({"audio": os.path.abspath(rows[i]["audio"]), **duration, **line})
-    common.write_lines(path, [json.dumps(line, ensure_ascii=False) for line in lines])
-
-
 # Thresholds whose yields a dry run reports
-LEVELS = np.round(np.arange(-1.0, 1.0, 0.05), 2)
+LEVELS = np.round(np.arange(-0.2, 1.0, 0.05), 2)
 
 
 def report_domain(prompts, captions, prompt_embeds, text_embeds) -> None:
-    """Print how near captions lie to the class prompts."""
+    """Print how many captions every --ds-threshold would leave, and examples."""
     sim = text_embeds.astype(np.float32) @ prompt_embeds.astype(np.float32).T  # (Q, C)
     nearest = sim.max(1)
     print(f"\nCaptions by their nearest of {len(prompts)} class prompts (--ds-threshold):")
-    histogram(count_levels(nearest))
-    for level in LEVELS[LEVELS >= 0.3]:
+    for level in LEVELS:
         at = np.flatnonzero((nearest >= level) & (nearest < level + 0.05))[:2]
         examples = "".join(
             f"   {captions[q]!r} ({nearest[q]:.2f}, {prompts[sim[q].argmax()]!r})" for q in at
@@ -1131,72 +959,39 @@ def report_domain(prompts, captions, prompt_embeds, text_embeds) -> None:
 
 
 def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embeds) -> None:
-    """Print the similarities of a sample of clips with all captions, what every threshold would
-    give, and examples.
-    """
+    """Print what every --threshold would give, from a sample of clips, and examples."""
     rng = np.random.default_rng(cfg.seed)
     wanted = set(rng.permutation(n_pool)[:SAMPLE_CLIPS].tolist())
-    rows, embeds, number, bad = [], [], 0, []
-    for block, stored in pool_blocks(pool, cfg.block):
-        chosen = [i for i in range(len(block)) if number + i in wanted]
-        number += len(block)
-        if stored is None:
-            of_sample = [block[i] for i in chosen]
-            kept, found, errors = embed_block(model, of_sample, cfg, run, "embedding a sample")
-            chosen = [chosen[i] for i in kept]
-            bad += errors
-        else:
-            found = half(stored[chosen])
-        rows += [block[i] for i in chosen]
-        embeds.append(found)
+    clips = itertools.chain.from_iterable(map(training_clips, pool))
+    sample = [clip for i, clip in enumerate(clips) if i in wanted]
+    kept, embeds, bad = embed_block(model, sample, cfg, run, "embedding a sample")
     if bad:
         print(f"{len(bad)} clips of the sample cannot be used; first: {bad[0]}")
-    if not rows:
+    if not len(kept):
         raise ValueError("no clip of the pool's sample can be read, so there is nothing to compare")
-    embeds, columns = np.concatenate(embeds), text_embeds.astype(np.float32).T
-    counts, best, examples = 0, [], {level: [] for level in LEVELS}
+    columns = text_embeds.astype(np.float32).T  # (D, Q)
+    pairs, clips, examples = 0, 0, {level: [] for level in LEVELS}
     for i in tqdm(rng.permutation(len(embeds)), desc="similarities", unit="clip", leave=False):
         sim = embeds[i].astype(np.float32) @ columns  # (Q,), one clip at a time: bounded memory
-        counts += count_levels(sim)
-        best.append(sim.max())
+        above = (sim >= LEVELS[:, None]).sum(1)  # captions at or above each level
+        pairs, clips = pairs + above, clips + (above > 0)
         for level in LEVELS:
-            near = []
-            if len(examples[level]) < 2:
-                near = np.flatnonzero((sim >= level) & (sim < level + 0.05))
-            if len(near):
-                q = near[int(rng.integers(len(near)))]
-                name = Path(rows[i]["audio"]).name
+            near = np.flatnonzero((sim >= level) & (sim < level + 0.05))
+            if len(near) and len(examples[level]) < 2:
+                q, name = rng.choice(near), Path(sample[kept[i]]["audio"]).name
                 examples[level].append(f"{name}: {captions[q]!r} ({sim[q]:.2f})")
-    share = n_pool / max(1, len(embeds))  # scales the sample's counts to the whole pool
+    share = n_pool / len(embeds)  # scales the sample's counts to the whole pool
     print(
         f"\nCosines of {len(embeds):,} of {n_pool:,} clips of the pool with {len(captions):,} "
-        "captions:"
+        f"captions; pairs and clips of the whole pool{'' if share == 1 else ', estimated'}:\n"
+        f"  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}"
     )
-    histogram(counts)
-    print(
-        f"\n  {'threshold':>9} {'pairs':>14} {'clips':>12} {'captions a clip':>16}   (of the whole "
-        f"pool{'' if share == 1 else ', estimated'})"
-    )
-    for k, level in enumerate(LEVELS):
-        pairs, clips = counts[k:].sum(), (np.array(best) >= level).sum()
-        if pairs and level >= -0.2:
+    for level, n_pairs, n_clips in zip(LEVELS, pairs, clips):
+        if n_pairs:
             print(
-                f"  {level:>9.2f} {round(pairs * share):>14,} {round(clips * share):>12,} "
-                f"{pairs / clips:>16.1f}   {'   '.join(examples[level])}"
+                f"  {level:>9.2f} {round(n_pairs * share):>14,} {round(n_clips * share):>12,} "
+                f"{n_pairs / n_clips:>16.1f}   {'   '.join(examples[level])}"
             )
-
-
-def count_levels(cosines) -> np.ndarray:
-    """Number of cosines between each of LEVELS and the next."""
-    # clipped: rounding may put a cosine just outside [-1, 1], where histogram would drop it
-    return np.histogram(cosines.clip(-1, 1), [*LEVELS, 1.0])[0]
-
-
-def histogram(counts) -> None:
-    """Print a bar of at most 40 characters for each level."""
-    for level, count in zip(LEVELS, counts):
-        if count:
-            print(f"  {level:>5.2f} {count:>14,} {'#' * math.ceil(40 * count / counts.max())}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1241,38 +1036,24 @@ def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> 
     order = np.random.default_rng(0).permutation(n).tolist()
     # full batches only: the loss grows with the number of pairs it is computed over
     size = min(cfg.batch_size, n)
-    readable = common.Readable(dataset, cfg.micro_batch)
-    loader = common.Loader(
-        readable,
-        batch_sampler=[
-            [(0, 0, i) for i in order[start : start + size]]
-            for start in range(0, n - size + 1, size)
-        ],
-        num_workers=cfg.workers,
-        collate_fn=readable.collate,
-        worker_init_fn=common.outlive_signals,
-    )
+    batches = [
+        [(0, 0, i) for i in order[start : start + size]] for start in range(0, n - size + 1, size)
+    ]
     total, chance, count = 0.0, 0.0, 0
     with common.evaluating(model):
-        for parts, names, _ in loader:
+        for parts, names, _ in run.load(dataset, batches):
             if len(names) < 2:  # the loss of a single pair is 0
                 continue
-            parts = common.to_device(parts, run.device)
-            audio_embeds, text_embeds = embeds_of(model, parts, run.autocast)
-            sim, scale = audio_embeds @ text_embeds.T, model.log_scale.exp()
-            logits = scaled(sim, scale, cfg.variant == "official")
-            if teacher is None:
-                loss = contrastive_loss(logits)
-                of_equal = contrastive_loss(torch.zeros_like(logits))
-            else:
-                targets = soft_targets(*embeds_of(teacher, parts, run.autocast), cfg.beta)
-                loss = soft_labelled_loss(logits, *targets)
-                of_equal = soft_labelled_loss(torch.zeros_like(logits), *targets)
+            embeds = embeds_of(model, parts, run.autocast)
+            taught = embeds_of(teacher, parts, run.autocast) if teacher else None
+            loss, _ = training_loss(cfg, *embeds, model.log_scale.exp(), taught)
+            of_equal, _ = training_loss(cfg, *embeds, 0.0, taught)  # all logits are 0
             total += loss.item() * len(names)
             chance += of_equal.item() * len(names)
             count += len(names)
-    # without a readable batch infinity, which never becomes the best
-    return (total / count, chance / count) if count else (math.inf, math.inf)
+    if not count:
+        raise ValueError("no batch of two or more validation pairs can be read")
+    return total / count, chance / count
 
 
 def train(
@@ -1329,8 +1110,10 @@ def train(
     best_file = "teacher.pt" if stage == "teacher" else "best.pt"
     sampler = mixed_batches(sizes, cfg.batch_size, cfg.replay_prob, cfg.seed, run.step, steps)
 
-    def loss_of(*embeds):  # taught: the teacher's embeds of the loop's current batch
-        return training_loss(cfg, *embeds, taught)
+    def loss_of(audio_embeds, text_embeds, scale):
+        # the similarities are between the pairs of all processes (D7)
+        embeds = [common.gather_with_grad(x) for x in (audio_embeds, text_embeds)]
+        return training_loss(cfg, *embeds, scale, taught)  # taught: of the loop's current batch
 
     # Loop
     for parts in run.batches(pairs, sampler):
@@ -1361,11 +1144,6 @@ def train(
     # Result: the best checkpoint on the validation split
     if run.rank > 0 or not corpus["val"]:
         return {}
-    if not (run.path / best_file).exists():
-        raise ValueError(
-            f"no validation loss was finite, so there is no {best_file}; are the validation clips "
-            f"readable ({run.path / 'skipped.txt'})?"
-        )
     model = Model.from_checkpoint(run.path / best_file).to(run.device)
     scores, chance = validate(model, corpus["val"], quiet=False)
     scores["val_loss"] = -run.best["score"]
@@ -1379,28 +1157,30 @@ def student_sets(cfg: Config, folder: Path, corpus: dict) -> list[list[dict]]:
         return [corpus["train"]]
     names = [f"{cfg.curation}.jsonl"]
     if cfg.curation == "ads" and cfg.replay:
-        names.append("ads_replay.jsonl")
+        names = ["ads_replay.jsonl", *names]
+    sets = [corpus["train"]] if cfg.curation == "du" and cfg.replay else []
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name}: no such manifest; run --stage curate --curation {cfg.curation} "
                 f"--name {cfg.name or 'NAME'} first"
             )
-    curated, *replay = [common.read_manifest([str(folder / name)], ("captions",)) for name in names]
-    if cfg.curation == "du" and cfg.replay:
-        replay = [corpus["train"]]
-    return [*replay, curated]
+        sets.append(common.read_manifest([str(folder / name)], ("captions",)))
+    return sets
 
 
 def main(cfg: Config) -> dict:
     """Train -> best_step, n_clips, scores and chance of the best checkpoint on the validation
-    split, as in eval.json; {} without that split.
+    split, as in eval.json; {} without that split and after a dry run. Stage curate -> {"curated":
+    path}.
     """
     run = common.Run(cfg, METHOD)
     checkpoint = run.checkpoint()
     in_student = checkpoint is not None and checkpoint["stage"] == "student"
+    curates = cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student
+    dry = curates and cfg.dry_run
     # a student may follow a teacher in its folder, so only an earlier student is refused here
-    if not cfg.resume and cfg.name and cfg.stage != "teacher" and not cfg.dry_run:
+    if not cfg.resume and cfg.name and cfg.stage != "teacher" and not dry:
         last = run.path / "last.pt"
         if last.exists() and common.read_checkpoint(last, METHOD)["stage"] == "student":
             raise FileExistsError(
@@ -1408,13 +1188,13 @@ def main(cfg: Config) -> dict:
                 "--name"
             )
     corpus, result = read_corpus(cfg), {}
-    curates = cfg.stage in ("all", "curate") and cfg.curation != "none" and not in_student
     if curates:  # missing input is reported now, not after the teacher's training
         n_pool, prompts = count_pool(cfg, corpus), []
         if cfg.curation != "du":
             prompts = [PROMPT.format(name) for name in read_labels(cfg, corpus["train"])]
 
-    if cfg.stage in ("all", "teacher") and not cfg.teacher and not in_student:
+    trains_teacher = cfg.stage == "teacher" or (cfg.stage == "all" and not cfg.teacher)
+    if trains_teacher and not in_student:
         torch.manual_seed(cfg.seed)
         if cfg.resume:
             model = Model.from_checkpoint(run.path / "last.pt")
@@ -1426,7 +1206,7 @@ def main(cfg: Config) -> dict:
         result = train(cfg, run, "teacher", model, None, [corpus["train"]], corpus, checkpoint)
     if curates:
         result = curate(cfg, run, corpus, n_pool, prompts) or result
-        if cfg.dry_run:
+        if dry:
             return {}
     if cfg.stage in ("all", "student"):
         teacher = None
@@ -1458,51 +1238,28 @@ def main(cfg: Config) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 
-def panns_state(weights: dict, source) -> dict:
-    """PANNs' names -> CNN14's. Our front end computes the Fourier transform, so a file's Fourier
-    matrices are only compared with it; a file with other matrices is refused.
+def published_state(weights: dict) -> dict:
+    """PANNs' and MS-CLAP 2022's names -> ours. Unknown names stay, so that strict loading lists
+    them.
     """
-    state = {}
-    window = torch.hann_window(N_FFT, dtype=torch.float64)
-    frequency = torch.arange(N_FFT // 2 + 1, dtype=torch.float64)
-    sample = torch.arange(N_FFT, dtype=torch.float64)
-    angle = 2 * math.pi / N_FFT * torch.outer(frequency, sample)
-    fourier = {"conv_real": angle.cos() * window, "conv_imag": -angle.sin() * window}
-    for key, value in weights.items():
-        part = re.match(r"spectrogram_extractor\.stft\.(conv_real|conv_imag)\.weight$", key)
-        if part is None:
-            state[key.replace("logmel_extractor.melW", "log_mel.mel_scale.fb")] = value
-        elif (
-            value.shape != (N_FFT // 2 + 1, 1, N_FFT)
-            or (value[:, 0].double() - fourier[part[1]]).abs().max() > 1e-4
-        ):
-            raise ValueError(
-                f"{source}: {key} is not a Hann-windowed Fourier transform of {N_FFT} samples, "
-                "which this encoder computes"
-            )
-    return state
-
-
-def ms_clap_state(weights: dict, source) -> dict:
-    """MS-CLAP 2022's names -> ours. Unknown names stay, so that strict loading lists them."""
-    prefix = "audio_encoder.base."
-    audio = panns_state(
-        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, source
+    # our front end computes the Fourier matrices; the first token is taken before BERT's pooler
+    unused = re.compile(
+        r"spectrogram_extractor\.|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)"
     )
-    state = {f"audio_encoder.{k}": v for k, v in audio.items()}
+    state = {}
     for key, value in weights.items():
-        # BERT's pooler is not used: the first token is taken before it
-        if not re.match(
-            re.escape(prefix) + r"|caption_encoder\.base\.(pooler\.|embeddings\.position_ids$)", key
+        if unused.search(key):
+            continue
+        for theirs, ours in (
+            ("logmel_extractor.melW", "log_mel.mel_scale.fb"),
+            ("audio_encoder.base.", "audio_encoder."),
+            ("audio_encoder.projection.", "audio_projection."),
+            ("caption_encoder.projection.", "text_projection."),
+            ("caption_encoder.base.", "text_encoder.model."),
+            ("logit_scale", "log_scale"),
         ):
-            for theirs, ours in (
-                ("audio_encoder.projection.", "audio_projection."),
-                ("caption_encoder.projection.", "text_projection."),
-                ("caption_encoder.base.", "text_encoder.model."),
-                ("logit_scale", "log_scale"),
-            ):
-                key = key.replace(theirs, ours)
-            state[key] = value
+            key = key.replace(theirs, ours)
+        state[key] = value
     return state
 
 

@@ -298,36 +298,40 @@ DIM, CURATE_SIGMA, CURATE_BLOCK = 1024, 0.128, 8192
 
 
 def curate_pool(folder: Path, n_clips: int, n_captions: int, peer: bool) -> dict:
-    """Curate n_clips random clips from a folder of embeddings, block by block; to be run in a
-    process of its own.
+    """Curate n_clips random embeddings of a file, block by block; to be run in a process of its
+    own.
 
     -> seconds of ours and of the matrix products of the same blocks alone, number of pairs, total
     peak memory (GB).
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = curation_clap.half(torch.randn(n_captions, DIM).numpy())
+
+    def half(rows):
+        return curation_clap.half(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+    text = half(torch.randn(n_captions, DIM).numpy())
     captions = [f"caption {q}" for q in range(n_captions)]
-    cfg = curation_clap.Config(data=[], threshold=CURATE_SIGMA, top_k=0)
     columns = torch.from_numpy(text).to(device).float().T
     held = torch.empty(512, n_captions, device=device)
     seconds, pairs = {"ours": 0.0, "peer": 0.0}, 0
     sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    pool = [str(folder / f"pool_{n_clips}")]
-    start = time.perf_counter()
-    for rows, embeds in curation_clap.pool_blocks(pool, CURATE_BLOCK):
-        path, embeds = folder / "pairs.jsonl", curation_clap.half(embeds)
-        curation_clap.write_pairs(path, rows, embeds, [], captions, text, cfg, device)
+    pool = np.load(folder / f"pool_{n_clips}.npy", mmap_mode="r")
+    for first in range(0, n_clips, CURATE_BLOCK):
+        start, embeds = time.perf_counter(), half(pool[first : first + CURATE_BLOCK])
+        found = curation_clap.similar_pairs(embeds, text, CURATE_SIGMA, 0, device)
+        found = zip(*(x.tolist() for x in found))
+        of_block = [({"audio": f"/{first + i:09d}.wav"}, captions[q], c) for i, q, c in found]
+        curation_clap.write_pairs(folder / "pairs.jsonl", of_block)
         sync()
         seconds["ours"] += time.perf_counter() - start
-        pairs += sum(len(json.loads(line).get("captions", [])) for line in open(path))
+        pairs += len(of_block)
         start = time.perf_counter()
         for i in range(0, len(embeds) if peer else 0, 512):
             part = torch.from_numpy(embeds[i : i + 512]).to(device).float()
             torch.mm(part, columns, out=held[: len(part)])
         sync()
         seconds["peer"] += time.perf_counter() - start
-        start = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {**seconds, "pairs": pairs, "peak_GB": peak}
 
@@ -342,12 +346,8 @@ def curate(tiny: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for n in sizes:
-            out = folder / f"pool_{n}"
-            out.mkdir()
-            rng = np.random.default_rng(n)
-            np.save(out / "audio.npy", rng.standard_normal((n, DIM), dtype=np.float32))
-            names = [json.dumps({"audio": f"/pool/{i:09d}.wav"}) for i in range(n)]
-            common.write_lines(out / "audio.jsonl", names)
+            rows = np.random.default_rng(n).standard_normal((n, DIM), dtype=np.float32)
+            np.save(folder / f"pool_{n}.npy", rows)
         for n, peer in ((sizes[0], False), (sizes[1], False), (sizes[1], True)):
             if tiny:
                 results.append(curate_pool(folder, n, n_captions, peer))

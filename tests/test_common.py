@@ -770,12 +770,6 @@ def test_rows_of_a_file_become_one_row():
     assert json.dumps(rows) == before
 
 
-def test_every_batch_comes_once_and_in_order():
-    batches = [(torch.full((2,), i), f"{i}.wav") for i in range(4)]
-    got = list(common.batches_on(torch.device("cpu"), batches))
-    assert [(x.tolist(), name) for x, name in got] == [(x.tolist(), name) for x, name in batches]
-
-
 def test_nested_batches_reach_the_device_and_keep_their_types():
     moved = common.to_device(
         [{"waveform": torch.ones(2), "ids": torch.tensor([3])}, ("a.wav",), None],

@@ -3,7 +3,6 @@ against slow versions.
 """
 
 import hashlib
-import io
 import json
 import math
 import shutil
@@ -149,8 +148,6 @@ def test_soft_labels_are_finite_with_gradients_for_opposite_embeddings_and_a_lar
         and torch.isfinite(audio.grad).all()
         and loss.item() == pytest.approx(2 / 0.007, rel=1e-4)
     )
-    assert curation_clap.scaled(torch.ones(1), 1 / 0.007).item() > 142
-    assert curation_clap.scaled(torch.ones(1), 1 / 0.007, official=True).item() == 100
 
 
 # CNN14
@@ -252,7 +249,7 @@ def test_cnn14_equals_a_plain_version_and_the_mel_of_the_file_is_the_one_used(tm
     ):
         state = panns_names(made, melW)
         loaded = CNN14([4, 6, 8]).eval()
-        common.load_strict(loaded, curation_clap.panns_state(state, "x"), "x")
+        common.load_strict(loaded, curation_clap.published_state(state), "x")
         assert loaded.mel_rate() == told
         assert torch.allclose(
             loaded(waveform), slow_cnn14(state, waveform, 320, 3), rtol=1e-3, atol=1e-4
@@ -282,21 +279,11 @@ def test_panns_names_and_paper_shapes_load_strictly_and_wrong_ones_are_named():
     assert {k: shapes[k] for k in expected} == expected and len(shapes) == 1 + 5 + 6 * 12 + 4
     small = CNN14([2, 3])
     state = panns_names(small)
-    state["spectrogram_extractor.stft.conv_real.weight"] = (
-        state["spectrogram_extractor.stft.conv_real.weight"] * 2
-    )
-    with pytest.raises(
-        ValueError,
-        match="file.pth: spectrogram_extractor.stft.conv_real.weight is not a Hann-windowed "
-        "Fourier transform",
-    ):
-        curation_clap.panns_state(state, "file.pth")
-    state = panns_names(small)
     state["extra"] = state.pop("fc1.bias")
     with pytest.raises(
         ValueError, match=r"missing keys: 1 \(fc1.bias\); unexpected keys: 1 \(extra\)"
     ):
-        common.load_strict(small, curation_clap.panns_state(state, "file.pth"), "file.pth")
+        common.load_strict(small, curation_clap.published_state(state), "file.pth")
 
 
 @torch.no_grad()
@@ -505,7 +492,11 @@ def test_equal_captions_stand_in_their_order_and_blocks_change_no_pair():
     assert equal == [3, *range(400, 600)]
     parts = [curation_clap.similar_pairs(audio[i : i + 77], text, 0.6) for i in range(0, 300, 77)]
     assert np.array_equal(np.concatenate([part[1] for part in parts]), caption)
-    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_embeddings_that_are_not_finite_are_refused():
+    with pytest.raises(FloatingPointError, match="NaN or infinite; the teacher is broken"):
+        curation_clap.half(np.array([[1.0, np.nan]], np.float32))
 
 
 def test_domain_captions_by_the_nearest_prompt():
@@ -521,18 +512,12 @@ def test_domain_captions_by_the_nearest_prompt():
     )
 
 
-def store(folder, audio, names, text=None, captions=()):
-    """A folder as `eval.py embed` writes it."""
-    folder.mkdir()
-    np.save(folder / "audio.npy", audio.numpy())
-    np.save(folder / "text.npy", np.zeros((0, audio.shape[1]), "f4") if text is None else text)
-    common.write_lines(folder / "audio.jsonl", [json.dumps({"audio": name}) for name in names])
-    common.write_lines(folder / "captions.jsonl", [json.dumps(line) for line in captions])
+ORDER = [q for i in range(40) for q in ([i, i + 40] if i < 20 else [i])]  # captions, by clip
 
 
 @pytest.fixture(scope="module")
 def embeds(tmp_path_factory):
-    """A pool and captions as `eval.py embed` writes them, and a teacher of their dimension."""
+    """A teacher, a pool and captioned clips, all without audio, and embeddings for both."""
     folder = tmp_path_factory.mktemp("embeds")
     model = small_model()
     common.save_checkpoint(
@@ -545,41 +530,63 @@ def embeds(tmp_path_factory):
             "text_encoder": model.text_encoder.description(),
         },
     )
-    store(folder / "pool", unit(500, 16, 3), [f"/pool/{i}.wav" for i in range(500)])
-    texts = [f"caption number {i}" for i in range(60)] + ["caption number 3"]
-    store(
-        folder / "captions",
-        unit(40, 16, 4),
-        [f"/told/{i}.wav" for i in range(40)],
-        unit(61, 16, 5),
-        [{"caption": text, "owner": i % 40} for i, text in enumerate(texts)],
-    )
+    np.save(folder / "audio.npy", unit(520, 16, 3).numpy())
+    np.save(folder / "text.npy", unit(62, 16, 5).numpy())
+    # clips and captions of the other splits are never curated
+    splits = ["train"] * 500 + ["val"] * 10 + ["test"] * 10
+    rows = [{"audio": f"/pool/{i}.wav", "split": split} for i, split in enumerate(splits)]
+    common.write_lines(folder / "pool.jsonl", map(json.dumps, rows))
+    told = [[i, i + 40] if i < 20 else [i, 3] if i == 20 else [i] for i in range(40)]
+    rows = [
+        {
+            "audio": f"/told/{i}.wav",
+            "captions": [f"caption number {q}" for q in of_clip],
+            "split": "train" if i < 40 else ["val", "test"][i - 40],
+        }
+        for i, of_clip in enumerate([*told, [60], [61]])
+    ]
+    common.write_lines(folder / "told.jsonl", map(json.dumps, rows))
     (folder / "classes.txt").write_text("Dog_bark\nrain/storm\n")
     return folder
 
 
-def curated(embeds, corpus, runs, name, **overrides):
+def curated(embeds, runs, name, **overrides):
+    """Curate without audio: the embedding of a clip or caption is the one of its number."""
+    audio, text = np.load(embeds / "audio.npy"), np.load(embeds / "text.npy")
+    embed_texts = common.embed_texts
+
+    def of_block(model, rows, *_):
+        numbers = [int(Path(row["audio"]).stem) for row in rows]
+        return np.arange(len(rows)), curation_clap.half(audio[numbers]), []
+
+    def of_texts(model, texts):
+        if not texts[0].startswith("caption number"):
+            return embed_texts(model, texts)  # of the prompts
+        return text[[int(caption.split()[-1]) for caption in texts]]
+
     flags = dict(
         stage="curate",
         name=name,
         teacher=str(embeds / "teacher.pt"),
-        pool=[str(embeds / "pool")],
-        captions=[str(embeds / "captions")],
+        pool=[str(embeds / "pool.jsonl")],
         labels=[str(embeds / "classes.txt")],
         top_k=0,
         ds_top_k=0,
         threshold=0.4,
         ds_threshold=0.1,
     )
-    curation_clap.main(config("curation_clap", corpus, runs, **{**flags, **overrides}))
-    return (runs / name / f"{overrides.get('curation', 'ads')}.jsonl").read_bytes()
+    cfg = config("curation_clap", embeds / "told.jsonl", runs, **{**flags, **overrides})
+    with (
+        mock.patch.object(curation_clap, "embed_block", of_block),
+        mock.patch.object(common, "embed_texts", of_texts),
+    ):
+        curation_clap.main(cfg)
+    return None if cfg.dry_run else (runs / name / f"{cfg.curation}.jsonl").read_bytes()
 
 
-def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
-    embeds, corpus, tmp_path, capsys
-):
-    audio = curation_clap.half(np.load(embeds / "pool/audio.npy"))
-    text = curation_clap.half(np.load(embeds / "captions/text.npy")[:60])
+def test_du_ds_and_ads_equal_a_slow_version(embeds, tmp_path, capsys):
+    audio = curation_clap.half(np.load(embeds / "audio.npy")[:500])
+    text = curation_clap.half(np.load(embeds / "text.npy")[ORDER])
     model = curation_clap.Model.from_checkpoint(embeds / "teacher.pt")
     prompts = curation_clap.half(
         model.embed_text(["this is a sound of dog bark", "this is a sound of rain storm"]).numpy()
@@ -595,31 +602,28 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
             for c, s in zip(r["captions"], r["similarity"])
         ]
 
-    def caption(q):
-        return f"caption number {q}"
+    def caption(place):
+        return f"caption number {ORDER[place]}"
 
-    du = read(curated(embeds, corpus, tmp_path, "du", curation="du"))
+    du = read(curated(embeds, tmp_path, "du", curation="du"))
     assert du == [
         (f"/pool/{i}.wav", caption(q), round(c, 4)) for i, q, c in slow_pairs(audio, text, 0.4, 0)
     ]
-    ads = read(curated(embeds, corpus, tmp_path, "ads"))
+    ads = read(curated(embeds, tmp_path, "ads"))
     assert ads == [
         (f"/pool/{i}.wav", caption(domain[q]), round(c, 4))
         for i, q, c in slow_pairs(audio, text[domain], 0.4, 0)
     ]
-    top = read(curated(embeds, corpus, tmp_path, "top", curation="du", top_k=3))
+    top = read(curated(embeds, tmp_path, "top", curation="du", top_k=3))
     assert top == [
         (f"/pool/{i}.wav", caption(q), round(c, 4)) for i, q, c in slow_pairs(audio, text, 0, 3)
     ]
-    ds = read(curated(embeds, corpus, tmp_path, "ds", curation="ds"))
+    ds = read(curated(embeds, tmp_path, "ds", curation="ds"))
+    owners = [(q % 40, place) for place, q in enumerate(ORDER)] + [(20, ORDER.index(3))]
     expected = [
-        (
-            f"/told/{i % 40}.wav",
-            caption(q if i < 60 else 3),
-            round(float(near[q if i < 60 else 3]), 4),
-        )
-        for i, q in enumerate([*range(60), 3])
-        if near[q] >= 0.1
+        (f"/told/{clip}.wav", caption(place), round(float(near[place]), 4))
+        for clip, place in owners
+        if near[place] >= 0.1
     ]
     assert sorted(ds) == sorted(expected) and ds == read(
         (tmp_path / "ads/ads_replay.jsonl").read_bytes()
@@ -628,68 +632,59 @@ def test_du_ds_and_ads_from_files_of_embeddings_equal_a_slow_version(
         "similarity"
     ]  # a key of the contract
     capsys.readouterr()
-    curation_clap.main(
-        config(
-            "curation_clap",
-            corpus,
-            tmp_path,
-            stage="curate",
-            dry_run=True,
-            name="dry",
-            teacher=str(embeds / "teacher.pt"),
-            pool=[str(embeds / "pool")],
-            captions=[str(embeds / "captions")],
-            labels=[str(embeds / "classes.txt")],
-            top_k=0,
-            ds_top_k=0,
-            ds_threshold=0.1,
-        )
-    )
+    curated(embeds, tmp_path, "dry", dry_run=True)
     out = capsys.readouterr().out
-    row = next(line.split() for line in out.splitlines() if line.startswith("       0.40"))
+    row = next(line.split() for line in out.splitlines() if line.startswith("       0.40 "))
     sim = audio.astype(np.float32) @ text[domain].astype(np.float32).T
     assert row[1] == f"{(sim >= 0.4).sum():,}" and row[2] == f"{(sim >= 0.4).any(1).sum():,}"
     assert not (tmp_path / "dry/ads.jsonl").exists() and "class prompts" in out
 
 
-def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(
-    embeds, corpus, tmp_path, monkeypatch
-):
-    whole = curated(embeds, corpus, tmp_path, "whole", block=8192)
-    assert curated(embeds, corpus, tmp_path, "small", block=32) == whole
-    write, calls = curation_clap.write_pairs, []
+def test_the_manifest_does_not_depend_on_block_processes_or_a_kill(embeds, tmp_path, monkeypatch):
+    whole = curated(embeds, tmp_path, "whole", block=8192)
+    assert curated(embeds, tmp_path, "small", block=32) == whole
+    write, calls, runs = curation_clap.write_pairs, [], tmp_path / "other"
 
-    def stops(path, *args):
+    def stops(path, pairs):
         calls.append(path)
-        if len(calls) == 5:
+        if len(calls) == 6:  # the replay's pairs, four blocks, and half of the next one
             path.with_name(path.name + ".tmp").write_text("half a bl")
             raise KeyboardInterrupt
-        write(path, *args)
+        write(path, pairs)
 
     monkeypatch.setattr(curation_clap, "write_pairs", stops)
     with pytest.raises(KeyboardInterrupt):
-        curated(embeds, corpus, tmp_path, "killed", block=32)
-    assert curated(embeds, corpus, tmp_path, "killed", block=32) == whole
-    # 500 clips in blocks of 32: only the one that was cut is done again
-    assert len(calls) == 16 + 1
-    assert curated(embeds, corpus, tmp_path, "killed", block=32) == whole and len(calls) == 17
-    # other settings: curated anew
-    assert curated(embeds, corpus, tmp_path, "killed", block=32, threshold=0.5) != whole
-    assert len(calls) == 17 + 16
+        curated(embeds, runs, "killed", block=32)
+    held = {path: path.stat().st_mtime_ns for path in (runs / "embeds").glob("*.npz")}
+    assert len(held) == 5
+    assert curated(embeds, runs, "killed", block=32) == whole
+    now = {path: path.stat().st_mtime_ns for path in (runs / "embeds").glob("*.npz")}
+    # 500 clips in blocks of 32; no block is embedded twice
+    assert len(now) == 16 and held.items() <= now.items()
+    # other settings, the first ones again, and a smaller pool: nothing is left of another curation
+    assert curated(embeds, runs, "killed", block=32, threshold=0.5) != whole
+    assert curated(embeds, runs, "killed", block=32) == whole
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join((embeds / "pool.jsonl").read_text().splitlines(True)[:100]))
+    few = curated(embeds, runs, "killed", block=32, pool=[str(pool)])
+    lines = whole.splitlines(True)
+    assert few.splitlines(True) == [
+        x for x in lines if int(Path(json.loads(x)["audio"]).stem) < 100
+    ]
 
 
 TWO_CURATIONS = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from pathlib import Path
 import test_equations_curation_clap as tests
-tests.curated(Path({embeds!r}), {corpus!r}, {runs!r}, "two", block=32)
+tests.curated(Path({embeds!r}), Path({runs!r}), "two", block=32)
 """
 
 
-def test_two_processes_take_the_blocks_in_turn(embeds, corpus, tmp_path):
-    whole = curated(embeds, corpus, tmp_path, "whole")
+def test_two_processes_take_the_blocks_in_turn(embeds, tmp_path):
+    whole = curated(embeds, tmp_path, "whole")
     script = tmp_path / "two.py"
-    given = dict(root=str(ROOT), embeds=str(embeds), corpus=str(corpus), runs=str(tmp_path))
+    given = dict(root=str(ROOT), embeds=str(embeds), runs=str(tmp_path))
     script.write_text(TWO_CURATIONS.format(**given))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
@@ -775,28 +770,15 @@ def test_audio_is_embedded_once_and_unreadable_clips_are_counted(
             dict(ds_threshold=0.9999),
             "--ds-threshold 0.9999: no caption is that near to a class prompt",
         ),
-        (dict(pool=["NARROW"]), "--pool: embeddings of 8 dimensions, the captions' have 16"),
-        (
-            dict(captions=["NARROW"]),
-            "--captions: embeddings of 8 dimensions, the teacher's have 16",
-        ),
         (dict(pool=["gone"]), "gone: no such manifest"),
-        (dict(captions=["POOL"]), r"0 lines in captions.jsonl, 0 rows in text.npy"),
         (dict(labels=["gone.txt"]), "--labels gone.txt: no such file; expected one class a line"),
         (dict(pool=[], pool_share=0.0), "pairs captions with unlabelled audio; give --pool"),
         (dict(beta=1.5), "--beta 1.5: expected"),
     ],
 )
-def test_bad_input_is_one_sentence(embeds, corpus, tmp_path, overrides, message):
-    captions = [{"caption": text, "owner": i} for i, text in enumerate("xyz")]
-    store(tmp_path / "narrow", unit(3, 8), ["a", "b", "c"], unit(3, 8), captions)
-    places = {"NARROW": str(tmp_path / "narrow"), "POOL": str(embeds / "pool")}
-    overrides = {
-        k: [places.get(item, item) for item in v] if isinstance(v, list) else v
-        for k, v in overrides.items()
-    }
+def test_bad_input_is_one_sentence(embeds, tmp_path, overrides, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        curated(embeds, corpus, tmp_path, "x", **overrides)
+        curated(embeds, tmp_path, "x", **overrides)
 
 
 @pytest.mark.parametrize(
@@ -830,8 +812,9 @@ def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs
                 curation="du",
             )
         )
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        curation_clap.main(config("curation_clap", corpus, folder.parent, name="a", stage="curate"))
+    for flags in (dict(stage="curate"), dict(stage="student", dry_run=True)):
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            curation_clap.main(config("curation_clap", corpus, folder.parent, name="a", **flags))
     assert [(folder / name).stat().st_mtime_ns for name in names] == before
     # a student never learns from the pairs of another curation
     student = dict(name="a", stage="student", curation="du")
@@ -894,6 +877,10 @@ def test_chance_of_the_validation_loss_is_what_equal_cosines_give(corpus, runs_o
     assert result["chance"]["val_loss"] == pytest.approx(
         divergence, rel=1e-4
     ) and divergence > math.log(n)
+    one = [{**rows[0], "captions": rows[0]["captions"][:1]}]
+    one = curation_clap.Pairs([one], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
+    with pytest.raises(ValueError, match="no batch of two or more validation pairs"):
+        curation_clap.validation_loss(cfg, run, model, None, one)
 
 
 def test_a_block_without_a_readable_clip_is_counted_and_a_dry_run_may_draw_none(
@@ -907,6 +894,15 @@ def test_a_block_without_a_readable_clip_is_counted_and_a_dry_run_may_draw_none(
     curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
     assert len(common.read_manifest([str(tmp_path / "a/ads.jsonl")])) == 11
     assert "train11.wav: file not found" in (tmp_path / "a/skipped.txt").read_text()
+    # equal blocks of missing files are not taken for one another
+    for i in (0, 1, 4, 5):
+        (data / f"audio/train{i}.wav").unlink()
+    curation_clap.main(config("curation_clap", corpus, tmp_path, **flags | dict(name="b", block=2)))
+    errors = (tmp_path / "b/skipped.txt").read_text().splitlines()
+    missing = sorted(Path(line.split(":")[0]).stem for line in errors)
+    assert missing == [f"train{i}" for i in (0, 1, 11, 4, 5)]
+    for i in (0, 1, 4, 5):
+        shutil.copy(corpus / f"audio/train{i}.wav", data / "audio")
     monkeypatch.setattr(curation_clap, "SAMPLE_CLIPS", 1)
     flags |= dict(name="dry", block=2, dry_run=True)
     curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
@@ -915,110 +911,6 @@ def test_a_block_without_a_readable_clip_is_counted_and_a_dry_run_may_draw_none(
     with pytest.raises(ValueError, match="no clip of the pool's sample can be read"):
         curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
     assert "1 clips of the sample cannot be used; first: " in capsys.readouterr().out
-
-
-def test_stored_clips_and_captions_of_val_and_test_are_not_curated(embeds, corpus, tmp_path):
-    every = [json.loads(line) for line in curated(embeds, corpus, tmp_path, "every").splitlines()]
-    for name, first in (("pool", 100), ("captions", 0)):
-        shutil.copytree(embeds / name, tmp_path / name)
-        path = tmp_path / name / "audio.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        splits = ["train" if i >= first else "test" for i in range(len(rows))]
-        lines = [json.dumps(row | {"split": split}) for row, split in zip(rows, splits)]
-        common.write_lines(path, lines)
-    given = dict(pool=[str(tmp_path / "pool")], captions=[str(tmp_path / "captions")])
-    left = [json.loads(x) for x in curated(embeds, corpus, tmp_path, "left", **given).splitlines()]
-    wanted = [row for row in every if int(Path(row["audio"]).stem) >= 100]
-    assert left == wanted and len(left) < len(every)
-    path = tmp_path / "captions/audio.jsonl"
-    path.write_text(path.read_text().replace('"train"', '"val"'))
-    with pytest.raises(ValueError, match="no caption of a training clip"):
-        curated(embeds, corpus, tmp_path, "none", **given)
-
-
-def test_moved_sounds_of_stored_embeddings_are_noticed_and_a_line_separator_is_no_line(
-    embeds, corpus, tmp_path
-):
-    folder = tmp_path / "pool"
-    store(folder, unit(500, 16, 3), [f"/old/{i}.wav" for i in range(500)])
-    first = curated(embeds, corpus, tmp_path, "moved", pool=[str(folder)])
-    names = [json.dumps({"audio": f"/new/{i}.wav"}) for i in range(500)]
-    common.write_lines(folder / "audio.jsonl", names)
-    assert curated(embeds, corpus, tmp_path, "moved", pool=[str(folder)]) == first.replace(
-        b"/old/", b"/new/"
-    )
-    captions = [{"caption": "a dog\u2028barks", "owner": 0}, {"caption": "rain", "owner": 1}]
-    told = tmp_path / "told"
-    store(told, unit(2, 16), ["a.wav", "b.wav"], unit(2, 16), [])
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in captions)
-    (told / "captions.jsonl").write_text(text, encoding="utf-8")
-    rows = [{"audio": "a.wav"}, {"audio": "b.wav"}]
-    read = [caption for caption, _ in curation_clap.stored_captions(told, rows)]
-    assert read == ["a dog\u2028barks", "rain"]
-
-
-def hostile(folder):
-    """What may stand in a folder that claims to be one of eval.py embed: file -> bytes."""
-    held = io.BytesIO()
-    np.save(held, np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
-    objects, rows = held.getvalue(), unit(500, 16, 3).numpy()
-
-    def saved(array):
-        held = io.BytesIO()
-        np.save(held, array)
-        return held.getvalue()
-
-    return {
-        "object array": ("audio.npy", objects),
-        "no array": ("audio.npy", b"not an array"),
-        "empty": ("audio.npy", b""),
-        "cut off": ("audio.npy", saved(rows)[:-100]),
-        "too few rows": ("audio.npy", saved(rows[:400])),
-        "too many rows": ("audio.npy", saved(np.concatenate([rows, rows]))),
-        "columns first": ("audio.npy", saved(np.asfortranarray(rows))),
-        "whole numbers": ("audio.npy", saved(np.ones((500, 16), int))),
-        "one dimension": ("audio.npy", saved(rows[:, 0].copy())),
-        "nan": ("audio.npy", saved(rows * np.nan)),
-        "absurd shape": (
-            "audio.npy",
-            saved(rows).replace(b"(500, 16)", b"(10**9, 16)").replace(b"(500,", b"(5000000000,"),
-        ),
-        "names cut": ("audio.jsonl", b'{"audio": "a.wav"}\n{"audio"'),
-        "names of another type": ("audio.jsonl", b'{"audio": 7}\n'),
-    }
-
-
-@pytest.mark.parametrize("how", hostile(None))
-def test_a_hostile_folder_of_embeddings_is_refused_in_one_sentence(embeds, corpus, tmp_path, how):
-    folder = tmp_path / "pool"
-    shutil.copytree(embeds / "pool", folder)
-    name, content = hostile(None)[how]
-    (folder / name).write_bytes(content)
-    with pytest.raises((ValueError, FloatingPointError)) as error:
-        curated(embeds, corpus, tmp_path, "x", pool=[str(folder)])
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
-
-
-@pytest.mark.parametrize(
-    "line, sentence",
-    [
-        ('{"caption": "x"}', "captions.jsonl:1: expected"),
-        ("[1]", "captions.jsonl:1: expected"),
-        ("{", "captions.jsonl:1: expected"),
-        ('{"caption": "x", "owner": 40}', "owner 40; expected a line of audio.jsonl, 0 to 39"),
-        ('{"caption": "x", "owner": -1}', "owner -1; expected a line"),
-        ('{"caption": "x", "owner": true}', "owner True; expected a line"),
-        ('{"caption": "", "owner": 0}', "captions.jsonl:1: the caption is empty"),
-        (None, "60 lines in captions.jsonl, 61 rows in text.npy"),
-    ],
-)
-def test_hostile_captions_are_refused_in_one_sentence(embeds, corpus, tmp_path, line, sentence):
-    folder = tmp_path / "captions"
-    shutil.copytree(embeds / "captions", folder)
-    lines = (folder / "captions.jsonl").read_text().splitlines()
-    common.write_lines(folder / "captions.jsonl", lines[1:] if line is None else [line, *lines[1:]])
-    with pytest.raises(ValueError, match=sentence):
-        curated(embeds, corpus, tmp_path, "x", captions=[str(folder)])
 
 
 # Stages
@@ -1093,6 +985,13 @@ def test_every_student_goes_on_from_a_given_teacher(corpus, tmp_path, runs_of, o
                 **overrides,
             )
         )
+
+
+def test_stage_teacher_trains_one_even_where_another_is_named(corpus, tmp_path, runs_of):
+    other = runs_of("curation_clap")[0] / "teacher.pt"
+    flags = dict(name="t", stage="teacher", teacher=str(other), teacher_epochs=1)
+    result = curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
+    assert result["stage"] == "teacher" and (tmp_path / "t/teacher.pt").exists()
 
 
 def test_a_tenth_of_the_clips_and_the_forgotten_ones(corpus):

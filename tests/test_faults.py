@@ -180,13 +180,14 @@ import os, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch, common
 import torch.utils.data._utils.worker as worker
+more = {{}}
 set_num_threads = torch.set_num_threads
 def slow(n):
     while not os.path.exists({str(tmp_path / "sent")!r}):
         time.sleep(0.05)
     set_num_threads(n)
 worker.torch.set_num_threads = slow  # called before a worker's `worker_init_fn`
-batches = iter(common.Loader(range(8), 2, num_workers=2, worker_init_fn=common.outlive_signals))
+batches = iter(common.Loader(range(8), 2, num_workers=2, **more))
 subprocess.run(["kill", "-TERM", *[str(process.pid) for process in batches._workers]])
 open({str(tmp_path / "sent")!r}, "w").close()
 print([batch.tolist() for batch in batches])
@@ -197,6 +198,7 @@ print([batch.tolist() for batch in batches])
     assert done.stdout == "[[0, 1], [2, 3], [4, 5], [6, 7]]\n", done.stderr[-2000:]
     (tmp_path / "sent").unlink()
     plain = source.replace("common.Loader", "torch.utils.data.DataLoader")
+    plain = plain.replace("more = {}", "more = dict(worker_init_fn=common.outlive_signals)")
     killed = subprocess.run(
         [sys.executable, "-c", plain], capture_output=True, text=True, timeout=100
     )
@@ -208,26 +210,27 @@ def test_sigterm_in_a_curation_keeps_the_finished_blocks(
 ):
     script = SCRIPTS["curation_clap"]
     monkeypatch.setattr(script, "EMBED_BATCH", 2)
-    mined, write_pairs = [], script.write_pairs
+    embedded, embed_block = [], script.embed_block
 
-    def writes(path, *args):
-        mined.append(path.name)
-        write_pairs(path, *args)
-        if len(mined) == 2:
+    def embeds(model, rows, *args):
+        embedded.extend(row["audio"] for row in rows)
+        if len(embedded) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
+        return embed_block(model, rows, *args)
 
-    monkeypatch.setattr(script, "write_pairs", writes)
+    monkeypatch.setattr(script, "embed_block", embeds)
     with pytest.raises(SystemExit) as stopped:
         common.run_entry(
             script.main, lambda: config_of("curation_clap", corpus, tmp_path, name="a", block=2)
         )
     assert (
         stopped.value.code == 143
-        and "SIGTERM: saved the pairs of 2 blocks" in capsys.readouterr().out
+        and "SIGTERM: saved the embeddings of 2 blocks; continue with --resume --name a"
+        in capsys.readouterr().out
     )
     common.END_SIGNALS.clear()
     script.main(common.configure(script.Config, resume=True, name="a", runs=str(tmp_path)))
-    assert len(mined) == len(set(mined)) > 2  # none twice
+    assert len(embedded) == len(set(embedded)) > 4  # none twice
 
     def of(path):
         return [

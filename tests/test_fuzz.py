@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import common
-import curation_clap
 from test_scripts import SCRIPTS
 
 CASES = int(os.environ.get("FUZZ_CASES", 200))  # the same ones every time; more are drawn at random
@@ -296,38 +295,6 @@ def test_any_setting(data):
         config_class(**{"data": ["x"], name: data.draw(absurd | anything)})
     except ValueError as error:
         assert str(error).startswith(("--", "the setting")) and "\n" not in str(error)[:100]
-
-
-# Arrays of embeddings
-def saved(array) -> bytes:
-    held = io.BytesIO()
-    np.save(held, array)
-    return held.getvalue()
-
-
-ARRAYS = [
-    saved(np.ones((6, 4), kind)) for kind in ("f4", "f2", "f8", ">f4", "i4", "c8", "U3", "?")
-] + [saved(np.ones(shape, "f4")) for shape in ((24,), (6, 2, 2), (0, 4), (5, 4), (7, 4))]
-
-
-@cases
-@given(which=st.integers(0, len(ARRAYS) - 1), changes=edits, cut=st.just(0) | st.integers(0, 100))
-def test_any_array(place, which, changes, cut):
-    folder = place / "embeds"
-    folder.mkdir(exist_ok=True)
-    common.write_lines(folder / "audio.jsonl", [f'{{"audio": "{i}.wav"}}' for i in range(6)])
-    content = bytearray(ARRAYS[which])
-    for start, new in changes:
-        start %= len(content)
-        content[start : start + len(new)] = new
-    (folder / "audio.npy").write_bytes(bytes(content[: max(0, len(content) - cut)]))
-    try:
-        blocks = list(curation_clap.pool_blocks([str(folder)], 4))
-    except ValueError as error:
-        one_sentence(error, folder)
-        return
-    assert [len(rows) for rows, _ in blocks] == [4, 2]
-    assert all(embeds.dtype.kind == "f" and embeds.ndim == 2 for _, embeds in blocks)
 
 
 @pytest.mark.slow

@@ -232,7 +232,5 @@ def test_every_loss_copied_alone_needs_only_losses_of_its_section(method):
             torch.utils._pytree.tree_leaves(getattr(module, name)(*given)),
         ):
             assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs)), name
-    uncalled = (
-        set(names) - set(cases) - {"sam_backward", "match_greedy", "soft_divergence", "scaled"}
-    )
+    uncalled = set(names) - set(cases) - {"sam_backward", "match_greedy", "soft_divergence"}
     assert not uncalled  # each loss has a case here, or is called by one that has
