@@ -66,11 +66,6 @@ def write_lines(path: Path, lines) -> None:
             file.write(f"{line}\n".encode())  # as bytes: UTF-8 and \n also on Windows
 
 
-def this_process() -> str:
-    # processes of two nodes that share a disk may have the same process id
-    return f"{os.environ.get('RANK', '')}_{os.getpid()}"
-
-
 @contextlib.contextmanager
 def written_whole(path: Path, who: str = ""):
     """Open a file for writing bytes under a temporary name and rename it at the end: if the process
@@ -409,9 +404,9 @@ def make_scene(rng, draw_sound, rate: int, scene_s: float = 10.0):
     n, size = len(sounds), int(scene_s * rate)
     lengths = np.array([len(s[2]) for s in sounds])
     together = n == 2 and rng.random() < 0.3
-    # the second sound starts within the first half of the first, or earlier where it would run past
-    # the end of the scene
     if together:
+        # the second sound starts within the first half of the first, or earlier where it would run
+        # past the end of the scene
         first = int(rng.integers(0, size - lengths[0] + 1))
         second = min(first + int(rng.integers(0, lengths[0] // 2 + 1)), size - lengths[1])
         onsets, swapped = [first, second], None
@@ -573,22 +568,18 @@ MANIFEST_KEYS = {
 }
 
 
-def read_manifest(
-    data: list[str], need: tuple[str, ...] = (), split: str | None = None
-) -> list[dict]:
+def read_manifest(data: list[str]) -> list[dict]:
     """Read manifests (JSON Lines) into one list of rows; audio paths get the manifest's folder.
 
     Args
         data: manifests, folders that hold a manifest.jsonl, or the word "demo".
-        need: keys every returned row must have.
-        split: keep rows of this split; a row without a "split" belongs to every split.
     Raises
         FileNotFoundError, ValueError: naming file, line and key.
     """
-    return list(iter_manifest(data, need, split))
+    return list(iter_manifest(data))
 
 
-def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None = None):
+def iter_manifest(data: list[str]):
     """`read_manifest`, row by row: for manifests that do not fit into memory."""
     for item in [data] if isinstance(data, str) else data:
         path = manifest_path(item)
@@ -598,10 +589,7 @@ def iter_manifest(data: list[str], need: tuple[str, ...] = (), split: str | None
                 if not line.strip():
                     continue
                 row = _parse_row(line, f"{path}:{number}")
-                found += 1  # counted before the filter by split, which may leave none
-                if split and row.get("split", split) != split:
-                    continue
-                require([row], *need)
+                found += 1
                 for key in ("audio", "image", "swapped_audio"):
                     if key in row:
                         # pathlib drops the left side where the right one is an absolute path
@@ -632,24 +620,20 @@ def manifest_path(item) -> Path:
             f"{path}: no such manifest; expected a .jsonl file, a folder that holds "
             "manifest.jsonl, or the word demo (python -m tools.datasets makes manifests)"
         )
+    if path.suffix in (".csv", ".tsv"):
+        raise ValueError(
+            f"{path}: a table, not a manifest; make one first: python -m tools.datasets csv {path} "
+            "--audio COLUMN --caption COLUMN --out FOLDER"
+        )
     return path
 
 
 def _parse_row(line: bytes, where: str) -> dict:
     """Parse one line of a manifest and check all that later code relies on -> its row."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        if where.endswith((".csv:1", ".tsv:1")):
-            raise ValueError(
-                f"{where}: a table, not a manifest; make one first: python -m tools.datasets csv "
-                f"{where[:-2]} --audio COLUMN --caption COLUMN --out FOLDER"
-            ) from None
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: not UTF-8 text; expected JSON Lines saved as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
-        raise ValueError(f"{where}: not JSON that can be read ({error})") from None
+        row = json.loads(line.decode("utf-8-sig"))  # Windows' editors begin a file with a mark
+    except (ValueError, RecursionError) as error:  # RecursionError: endless nesting
+        raise ValueError(f"{where}: not valid JSON in UTF-8 ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     for key, value in row.items():
@@ -1020,15 +1004,10 @@ def save_checkpoint(path: Path, payload: dict) -> None:
     """
     if path.name != "last.pt":
         payload = {key: value for key, value in payload.items() if key != "optimiser"}
+    held = io.BytesIO()  # in memory first: torch's error would not say that the disk is full
+    torch.save(payload, held)
     with written_whole(path) as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:
-            # after a failed write torch closes its file, which fails again with another message
-            first = error.__context__ or error
-            if not re.search("inline_container|PytorchStreamWriter", str(first)):
-                raise first from None
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        file.write(held.getbuffer())
 
 
 def versions() -> dict:
@@ -1153,24 +1132,20 @@ MODEL_SETTINGS = ("audio_dim", "audio_depths", "joint_dim", "codewords")
 def load_strict(module: nn.Module, state: dict, source) -> None:
     """load_state_dict with one error message that names missing, unexpected and misshapen keys."""
     own = module.state_dict()
-    shared = own.keys() & state.keys()
-    no_tensors = sorted(str(k) for k, value in state.items() if not torch.is_tensor(value))
-    shapes = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in sorted(shared)
-        if torch.is_tensor(state[k]) and state[k].shape != own[k].shape
-    ]
     found = {
-        "missing keys:": sorted(own.keys() - state.keys()),
-        "unexpected keys:": sorted(map(str, state.keys() - own.keys())),
-        "wrong shapes:": shapes,
-        "not tensors:": no_tensors,
+        "missing keys": [key for key in own if key not in state],
+        "unexpected keys": [str(key) for key in state if key not in own],
+        "wrong shapes": [
+            f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+            for key in own
+            if torch.is_tensor(state.get(key)) and state[key].shape != own[key].shape
+        ],
+        "not tensors": [str(key) for key in state if not torch.is_tensor(state[key])],
     }
-    problems = []
-    for text, names in found.items():
-        if names:
-            more = ", ..." if len(names) > 4 else ""  # load_state_dict would list every key
-            problems.append(f"{text} {len(names)} ({', '.join(names[:4])}{more})")
+    # load_state_dict would list every key
+    problems = [
+        f"{kind}: {len(names)} ({', '.join(names[:4])})" for kind, names in found.items() if names
+    ]
     if problems:
         raise ValueError(f"{source}: these are not weights of this model; " + "; ".join(problems))
     module.load_state_dict(state)
@@ -1200,10 +1175,11 @@ def from_hub(what: str):
     try:
         yield quiet_transformers()
     except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{what} not a model folder and not to be had from the hub "
-            f"({str(error).strip().splitlines()[0]}); give a folder that holds config.json and "
-            "weights (of a text encoder its tokenizer, too), or connect to a network"
+            f"({reason}); give a folder that holds config.json and weights (of a text encoder its "
+            "tokenizer, too), or connect to a network"
         ) from None
 
 
@@ -1686,88 +1662,53 @@ def sparsemax(z):
 # ------------------------------------------------------------------------------------------------
 
 
-def retrieval_ranks(
-    sim, owner: np.ndarray, n_clips: int | None = None, block: int = 512, text=None
-) -> dict:
+def retrieval_ranks(sim: np.ndarray, owner: np.ndarray, text=None) -> dict:
     """Ranks (0 = best) in both directions; a tie counts against the right answer.
 
-    Args: sim (N, Q) numpy cosine, audio in rows, or a function from a slice of clips to those rows
-        (needs n_clips; called twice for every block, so only one block is in memory); owner (Q,),
-        the clip of each caption, any number of captions a clip, in any order; text (Q,): captions
-        with the same number have the same text, and every clip with such a caption is a right
-        answer for them. None: a caption belongs to its own clip alone.
+    Args: sim (N, Q) cosine, audio in rows; owner (Q,), the clip of each caption, any number of
+        captions a clip, in any order; text (Q,): captions with the same number have the same text,
+        and every clip with such a caption is a right answer for them. None: a caption belongs to
+        its own clip alone.
     Returns
         t2a (Q,): rank of the best of the caption's clips among N, one query a caption.
         a2t (N,): rank of the best of the clip's captions among all Q.
         t2a_ap10 (Q,), a2t_ap10 (N,): sum of i / (r_i + 1) over the right answers in the top 10 (the
             i-th has rank r_i), divided by the number of right answers.
     Clips without a caption are only distractors for t2a and are left out of a2t.
-    Copied alone, needs own_captions.
+    Copied alone, needs right_answers, ranks_of_right.
     """
-    rows = sim if callable(sim) else lambda part: sim[part]
-    N = n_clips if callable(sim) else len(sim)
-    blocks = [slice(start, min(start + block, N)) for start in range(0, N, block)]
-    captions_of, right, a2t, ap10 = own_captions(owner, N, text), [], [], []
-    for part in tqdm(blocks, desc="ranks, audio to text", unit="block", leave=False, delay=2):
-        scores = rows(part)  # (clips of the block, Q)
-        if not np.isfinite(scores).all():
-            raise FloatingPointError(
-                "some similarities are NaN or infinite; the model's weights are broken"
-            )
-        for clip, row in zip(range(part.start, part.stop), scores):
-            mine = captions_of[clip]
-            if not len(mine):
-                continue
-            right.append((mine, row[mine]))
-            best_first = -np.sort(-row[mine])
-            # captions that score at least as high, minus the clip's own ones among them
-            above = [(row >= s).sum() - (best_first >= s).sum() for s in best_first]
-            # i own captions rank before the i-th best own one
-            ranks = np.array(above) + np.arange(len(mine))
-            a2t.append(ranks[0])
-            ap10.append(sum((i + 1) / (r + 1) for i, r in enumerate(ranks) if r < 10) / len(mine))
-    # Every pair of a caption and one of its clips, the captions in order, the best clip first
-    caption, score = (np.concatenate(parts) for parts in zip(*right))  # (pairs,) each
-    order = np.lexsort((-score, caption))  # lexsort's last key, the caption, counts first
-    caption, score = caption[order], score[order]
-    above, at = np.zeros(len(caption), int), np.arange(len(caption))
-    for part in tqdm(blocks, desc="ranks, text to audio", unit="block", leave=False, delay=2):
-        above += (rows(part)[:, caption] >= score).sum(0)  # (clips of the block, pairs) -> (pairs,)
-    is_first = np.append(True, np.diff(caption) != 0)
-    place = at - np.maximum.accumulate(np.where(is_first, at, 0))  # among the caption's clips
-    # clips that score at least as high, minus the caption's own ones among them
-    # `last`: where each run of equal scores of one caption ends
-    last = np.flatnonzero(np.append((np.diff(caption) != 0) | (np.diff(score) != 0), True))
-    own = place + last[np.searchsorted(last, at)] - at + 1
-    ranks = above - own + place
-    gain = np.where(ranks < 10, (place + 1) / (ranks + 1), 0)
-    return {
-        "t2a": ranks[is_first],
-        "t2a_ap10": np.bincount(caption, gain) / np.bincount(caption),
-        "a2t": np.array(a2t),
-        "a2t_ap10": np.array(ap10),
-    }
+    if not np.isfinite(sim).all():
+        raise FloatingPointError(
+            "some similarities are NaN or infinite; the model's weights are broken"
+        )
+    captions_of, clips_of = right_answers(owner, len(sim), text)
+    found = {}
+    for way, scores, right in (("t2a", sim.T, clips_of), ("a2t", sim, captions_of)):
+        queries = tqdm(zip(scores, right), "ranks", len(right), leave=False, delay=2)
+        ranks = [ranks_of_right(of_query, of) for of_query, of in queries if len(of)]
+        found[way] = np.array([best[0] for best in ranks])
+        found[f"{way}_ap10"] = np.array(
+            [(np.arange(1, len(r) + 1) / (r + 1))[r < 10].sum() / len(r) for r in ranks]
+        )
+    return found
 
 
-def own_captions(owner: np.ndarray, n_clips: int, text=None) -> list[np.ndarray]:
-    """The numbers of each clip's captions; with `text` also those of all captions with an equal
-    text.
+def ranks_of_right(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Ranks of one query's right answers, best first. scores (n,), right: their indices."""
+    best_first = -np.sort(-scores[right])
+    wrong = np.sort(np.delete(scores, right))
+    # wrong answers that score at least as high, and the right ones that rank before
+    return len(wrong) - np.searchsorted(wrong, best_first) + np.arange(len(right))
+
+
+def right_answers(owner: np.ndarray, n_clips: int, text=None) -> tuple[list, list]:
+    """The captions of each clip, with `text` also those of other clips that have an equal text, and
+    the clips of each caption; all as index arrays.
     """
-
-    def groups(number, n):
-        # np.split takes the n - 1 borders between the groups
-        ends = np.cumsum(np.bincount(number, minlength=n))[:-1]
-        return np.split(np.argsort(number, kind="stable"), ends)
-
-    captions_of = groups(owner, n_clips)
-    if text is None:
-        return captions_of
-    equal = groups(text, text.max() + 1)
-    return [
-        # unique, so that a text's captions are not counted twice
-        np.concatenate([equal[k] for k in np.unique(text[mine])]) if len(mine) else mine
-        for mine in captions_of
-    ]
+    text = np.arange(len(owner)) if text is None else text
+    captions_of = [np.flatnonzero(np.isin(text, text[owner == clip])) for clip in range(n_clips)]
+    clips_of = [np.unique(owner[text == number]) for number in text]
+    return captions_of, clips_of
 
 
 def retrieval_scores(ranks: dict) -> dict:
@@ -1787,25 +1728,20 @@ def retrieval_scores(ranks: dict) -> dict:
 
 
 def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
-    """The chance levels of `retrieval_scores`: its metrics for random scores; args as in
-    `retrieval_ranks`.
+    """The chance levels of `retrieval_scores`: its metrics for random scores (of the median rank
+    the median over the queries); args as in `retrieval_ranks`.
     """
-    captions_of = own_captions(owner, n_clips, text)
-    # (Q,) number of right clips of each caption
-    clips_of = np.bincount(np.concatenate(captions_of), minlength=len(owner))
-    per_clip = [len(mine) for mine in captions_of if len(mine)]
+    captions_of, clips_of = right_answers(owner, n_clips, text)
     chance = {}
-    for way, n_right, n in (("t2a", clips_of, n_clips), ("a2t", per_clip, len(owner))):
-        # queries with equally many right answers have the same chance
-        count = collections.Counter(np.asarray(n_right).tolist())
-        of = {m: chance_of_best(m, n) for m in count}
-        for name in of[next(iter(of))]:
-            values = [of[m][name] for m, times in count.items() for _ in range(times)]
-            middle = np.median(values) if name == "median_rank" else np.mean(values)
-            chance[f"{way}_{name}"] = float(middle)
+    for way, right, n in (("t2a", clips_of, n_clips), ("a2t", captions_of, len(owner))):
+        levels = [chance_of_best(len(answers), n) for answers in right if len(answers)]
+        for name in levels[0]:
+            middle = np.median if name == "median_rank" else np.mean
+            chance[f"{way}_{name}"] = float(middle([of_query[name] for of_query in levels]))
     return chance
 
 
+@functools.cache  # most queries have equally many right answers
 def chance_of_best(m: int, n: int) -> dict:
     """The metrics of one query with m right answers among n, all in random order."""
     # survival[r]: no right answer among the first r, C(n - m, r) / C(n, r)
@@ -1897,13 +1833,6 @@ def frame_average_precisions(
     )
     # random scores have an AP of about the share of positives
     return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
-
-
-def print_scores(title: str, scores: dict, chance: dict) -> None:
-    """A table of scores, each beside its chance level."""
-    print(f"\n{title}\n  {'score':<22}{'value':>9}{'chance':>9}")
-    for key, value in scores.items():
-        print(f"  {key:<22}{value:>9.3f}{chance[key]:>9.3f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2237,11 +2166,9 @@ class RunConfig:
         unknown = sorted(set(given) - set(names))
         if unknown:
             raise ValueError(f"no such setting: {', '.join(unknown)}; there are {', '.join(names)}")
+        chosen |= given
         for field in dataclasses.fields(self):
-            if field.name in given or field.name in chosen:
-                value = given.get(field.name, chosen.get(field.name))
-            else:
-                value = default_of(field)
+            value = chosen.get(field.name, default_of(field))
             if value is dataclasses.MISSING:
                 raise ValueError(f"the setting {field.name} is missing")
             setattr(self, field.name, value)
@@ -2316,8 +2243,9 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
     )
     comments = field_comments(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    kinds = typing.get_type_hints(config_class)  # without ranges, which `check_settings` checks
     groups = {}
-    for name, kind in settings_of(config_class).items():
+    for name in settings_of(config_class):
         flag, default = "--" + name.replace("_", "-"), default_of(fields[name])
         if default is dataclasses.MISSING:
             default = "required"
@@ -2326,17 +2254,13 @@ def cli(config_class, doc: str, argv: list[str] | None = None):
         text = f"{text} [{shown}]".replace("%", "%%")  # argparse formats help with %
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        group = groups[section]
-        if typing.get_origin(kind) is Annotated:
-            kind = typing.get_args(kind)[0]  # `check_settings` checks the range
+        group, kind = groups[section], kinds[name]
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is Literal:
             group.add_argument(flag, choices=typing.get_args(kind), help=text)
         elif typing.get_origin(kind) is list:
             inner = typing.get_args(kind)[0]
-            if typing.get_origin(inner) is Annotated:
-                inner = typing.get_args(inner)[0]
             group.add_argument(flag, nargs="+", type=inner, metavar="X", help=text)
         else:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
@@ -2468,7 +2392,7 @@ def run_entry(main, parse, *given):
     """Run `main(parse(*given))` as a script. An error that the user can fix becomes one line on
     stderr and exit code 1 (TRACEBACK=1: a traceback); SIGTERM and Ctrl-C let a training save first.
     """
-    settings, before = None, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     streams = sys.stdout, sys.stderr
     if None not in streams:  # pythonw has none
         sys.stdout, sys.stderr = map(UntilClosed, streams)
@@ -2481,8 +2405,9 @@ def run_entry(main, parse, *given):
         main(settings)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sentence = str(error)
-        if isinstance(error, RuntimeError):  # raised by torch; some kinds are not bugs of ours
-            sentence = what_torch_says(error, settings)
+        # raised by torch; some kinds are not bugs of ours
+        if isinstance(error, (RuntimeError, ConnectionError)):
+            sentence = what_torch_says(error)
         if sentence is None or os.environ.get("TRACEBACK"):
             raise
         if not dist.is_initialized():
@@ -2502,7 +2427,7 @@ def run_entry(main, parse, *given):
             signal.signal(number, handler or signal.SIG_DFL)  # None: a handler not set from Python
 
 
-def what_torch_says(error: RuntimeError, settings) -> str | None:
+def what_torch_says(error: Exception) -> str | None:
     """An error message for too little memory, a killed loader or a lost process; None for any other
     error.
     """
@@ -2510,15 +2435,13 @@ def what_torch_says(error: RuntimeError, settings) -> str | None:
     # torch has a type for a full GPU, but only messages for full main memory; the last is oneDNN's
     full = re.search("can't allocate memory|could not create a (primitive|memory)", text)
     if isinstance(error, torch.OutOfMemoryError) or full:
-        size = getattr(settings, "batch_size", None)
-        where = f" at --batch-size {size}" if size else ""
-        smaller = "a smaller --batch-size"
-        if hasattr(settings, "mae_batch_size"):  # either may be the one in use
-            where, smaller = "", smaller + " (stage 1: --mae-batch-size)"
-        if hasattr(settings, "micro_batch"):
-            smaller = "--micro-batch (gradient caching, the same gradients), " + smaller
-        return f"out of memory{where}; try {smaller}, or --precision bf16 ({first_line})"
-    if re.search(r"DataLoader worker .* (killed|exited)", text):
+        return (
+            "out of memory; try a smaller --batch-size, in a training --micro-batch (gradient "
+            f"caching, the same gradients), or --precision bf16 ({first_line})"
+        )
+    # the connection is that to a worker
+    killed = re.search(r"DataLoader worker .* (killed|exited)", text)
+    if killed or isinstance(error, ConnectionError):
         return (
             "a process that reads audio was killed, as systems do when memory runs out; try fewer "
             f"--workers, then continue with --resume ({first_line})"
@@ -2733,13 +2656,12 @@ def check_resume(cfg, stored: dict) -> None:
     """A flag given beside --resume that contradicts the stored settings is an error, not
     ignored.
     """
-    # settings that may change on --resume
-    free = (
-        "resume name runs workers device log_steps save_steps eval_epochs eval_steps max_bad data"
+    may_change = (
+        "resume name runs workers device log_steps save_steps eval_epochs eval_steps max_bad data "
+        "compile micro_batch"
     )
-    free = {*free.split(), "compile", "micro_batch"}
     for key, value in stored.items():
-        if key not in free and getattr(cfg, key) != value:
+        if key not in may_change.split() and getattr(cfg, key) != value:
             raise ValueError(
                 f"--resume: --{key.replace('_', '-')} is {getattr(cfg, key)} but the run was "
                 f"started with {value}; leave the flag out or start a new --name"
@@ -2893,8 +2815,12 @@ class Run:
                 if fcntl and self.path not in Run.locks:  # a second stage already holds the lock
                     Run.locks.clear()  # earlier runs of this process are over
                     held = open(self.path / "lock", "w")
-                    # the system releases the lock of a killed process
-                    fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    try:  # the system releases the lock of a killed process
+                        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except OSError as error:
+                        # some network file systems have no locks
+                        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                            raise
                     Run.locks[self.path] = held
                 if not continues:
                     (self.path / "log.jsonl").write_text("")
@@ -2943,6 +2869,7 @@ class Run:
         self.open_folder(n_clips, continues)
         self.model, self.optimiser, self.scheduler, self.shape = model, optimiser, scheduler, shape
         self.stage, self.total_steps = stage, total_steps
+        self.title = f"{self.method}, {stage}" if stage else self.method
         self.step, self.best, self.validated = 0, {"score": -math.inf, "step": 0}, 0
         if checkpoint:
             try:
@@ -2959,7 +2886,7 @@ class Run:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         locked = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
         self.say(
-            f"{self.method}{stage and ', ' + stage}: {summary}; {trained:.1f} M parameters"
+            f"{self.title}: {summary}; {trained:.1f} M parameters"
             + (f" and {locked:.1f} M locked ones" if locked >= 0.05 else "")
             + f"; {total_steps} steps on {self.world} x {self.device.type}; writing to {self.path}"
         )
@@ -3024,8 +2951,7 @@ class Run:
         check_finite(self.recent, self)
         self.settle_skipped(self.unreadable)
         self.unreadable.clear()
-        line = {"stage": self.stage} if self.stage else {}
-        line |= {"step": self.step, "loss": loss.item()}
+        line = {"step": self.step, "loss": loss.item()}
         if sim is not None:
             right = sim.argmax(1) == torch.arange(len(sim), device=sim.device)
             # ln B is the InfoNCE loss of one direction if all similarities are equal
@@ -3058,8 +2984,7 @@ class Run:
     def log_scores(self, scores: dict) -> None:
         """Write a validation's scores to log.jsonl and print them."""
         if scores:
-            line = {"stage": self.stage} if self.stage else {}
-            self.log(line | {"step": self.step, "validation": scores})
+            self.log({"step": self.step, "validation": scores})
             hidden = ("R@10", "MRR", "median_rank")
             words = " ".join(f"{k} {v:.3f}" for k, v in scores.items() if not k.endswith(hidden))
             when = f"step {self.step}" if self.step else "before the first step"
@@ -3116,10 +3041,10 @@ class Run:
         result |= {"best_step": self.best["step"], "n_clips": n_clips}
         result |= {"scores": scores, "chance": chance}
         write_lines(self.path / "eval.json", [json.dumps(result, indent=1)])
-        name = f"{self.method}{self.stage and ', ' + self.stage}"
-        print_scores(
-            f"{name} on {n_clips} validation clips (step {self.best['step']})", scores, chance
-        )
+        title = f"{self.title} on {n_clips} validation clips (step {self.best['step']})"
+        print(f"\n{title}\n  {'score':<22}{'value':>9}{'chance':>9}")
+        for key, value in scores.items():
+            print(f"  {key:<22}{value:>9.3f}{chance[key]:>9.3f}")
         return result
 
     def say_next(self, why: str, scored_with: str = "", **changed) -> None:
@@ -3162,6 +3087,7 @@ class Run:
         write_lines(path, lines)
 
     def log(self, line: dict) -> None:
+        line = ({"stage": self.stage} if self.stage else {}) | line
         if self.rank == 0:
             with open(self.path / "log.jsonl", "a") as f:  # closed at once, so a kill loses no line
                 f.write(json.dumps(line) + "\n")

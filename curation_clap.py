@@ -754,7 +754,7 @@ def stored_block(model: Model, rows, cfg: Config, run: common.Run, teacher: str,
         path.parent.mkdir(parents=True, exist_ok=True)
         kept, embeds, bad = embed_block(model, rows, cfg, run, f"embedding block {number}")
         # runs/embeds is shared: another curation may write the same block at the same time
-        with common.written_whole(path, common.this_process()) as file:
+        with common.written_whole(path, f"_{run.rank}_{os.getpid()}") as file:
             np.savez(file, kept=kept, embeds=embeds, bad=np.array(bad, dtype=str))
     with np.load(path, allow_pickle=False) as held:
         return [rows[i] for i in held["kept"]], held["embeds"], held["bad"].tolist()
@@ -1165,7 +1165,8 @@ def student_sets(cfg: Config, folder: Path, corpus: dict) -> list[list[dict]]:
                 f"{folder / name}: no such manifest; run --stage curate --curation {cfg.curation} "
                 f"--name {cfg.name or 'NAME'} first"
             )
-        sets.append(common.read_manifest([str(folder / name)], ("captions",)))
+        sets.append(common.read_manifest([str(folder / name)]))
+        common.require(sets[-1], "captions")
     return sets
 
 

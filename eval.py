@@ -93,20 +93,11 @@ def retrieval(model, clips, classes, settings) -> dict:
     captions = [(i, model.clean_caption(c)) for i, row in enumerate(rows) for c in row["captions"]]
     owner = np.array([i for i, _ in captions])
     texts, n = [c for _, c in captions], len(rows)
-    if getattr(model, "pairwise", False):  # its scores are not a product of two embeddings
-        matrix = common.similarities(model, None, clips["frame_embeds"], texts)
-    else:
-        text_embeds = common.embed_texts(model, texts)
-
-    def sim(part):  # of two-vector models only a block of the N x Q cosines is in memory at a time
-        if getattr(model, "pairwise", False):
-            return matrix[part]
-        return clips["audio_embeds"][part] @ text_embeds.T
-
+    sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], texts)
     # `equal`: captions with the same text have the same number
     distinct, equal = np.unique(texts, return_inverse=True)
-    own = common.retrieval_ranks(sim, owner, n)
-    by_text = common.retrieval_ranks(sim, owner, n, text=equal)
+    own = common.retrieval_ranks(sim, owner)
+    by_text = common.retrieval_ranks(sim, owner, equal)
     chance, captioned = common.retrieval_chance(owner, n), np.unique(owner)
     by_chance = common.retrieval_chance(owner, n, equal)
     chance |= {f"{name}_text": value for name, value in by_chance.items()}

@@ -257,7 +257,7 @@ def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("captions", ["one", "five", "unequal"])
-def test_ranks_equal_brute_force_in_blocks_with_ties_and_any_order(captions):
+def test_ranks_equal_brute_force_with_ties_and_any_order(captions):
     rng = np.random.default_rng(0)
     per_clip = {"one": [1] * 30, "five": [5] * 30, "unequal": rng.integers(0, 7, 30).tolist()}[
         captions
@@ -265,29 +265,6 @@ def test_ranks_equal_brute_force_in_blocks_with_ties_and_any_order(captions):
     owner = rng.permutation(np.repeat(np.arange(30), per_clip))
     sim = rng.normal(size=(30, len(owner))).round(1).astype(np.float32)  # many ties
     t2a, a2t, ap10 = brute_force_ranks(sim, owner)
-    for block in (7, 512):
-        for got in (
-            common.retrieval_ranks(sim, owner, block=block),
-            common.retrieval_ranks(lambda part: sim[part], owner, 30, block),
-        ):
-            assert got["t2a"].tolist() == t2a and got["a2t"].tolist() == a2t
-            assert np.allclose(got["a2t_ap10"], ap10)
-
-
-@pytest.mark.slow
-def test_ten_thousand_clips_and_fifty_thousand_captions_stay_in_a_block():
-    import resource
-
-    rng = np.random.default_rng(0)
-    audio = rng.normal(size=(10000, 64)).astype(np.float32)
-    owner = np.repeat(np.arange(10000), 5)
-    text = (audio[owner] + 3 * rng.normal(size=(50000, 64))).astype(np.float32)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ranks = common.retrieval_ranks(lambda part: audio[part] @ text.T, owner, 10000)
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    ) / 2**20 < 0.6  # GB; the whole matrix is 2
-    some = rng.choice(50000, 20, replace=False)
-    for q in some:
-        scores = audio @ text[q]
-        assert abs(ranks["t2a"][q] - ((scores > scores[owner[q]]).sum())) <= 1
+    got = common.retrieval_ranks(sim, owner)
+    assert got["t2a"].tolist() == t2a and got["a2t"].tolist() == a2t
+    assert np.allclose(got["a2t_ap10"], ap10)

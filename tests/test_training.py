@@ -184,7 +184,7 @@ def test_the_scale_never_exceeds_100(method, name, corpus, tmp_path, monkeypatch
     monkeypatch.setattr(
         script, "validate", lambda *_, **__: ({"t2a_mAP@10": 0, "a2t_mAP@10": 0}, {})
     )
-    monkeypatch.setattr(common, "print_scores", lambda *_: None)
+    monkeypatch.setattr(common.Run, "finish", lambda *_: {})
     script.main(config(method, corpus, tmp_path, name="a", steps=1, eval_steps=1))
     stored = torch.load(tmp_path / "a/last.pt", weights_only=True)["model"][name]
     assert stored.exp().item() == pytest.approx(100, rel=1e-5)

@@ -732,9 +732,8 @@ def image(model, clips, classes, settings) -> dict:
         clips["audio_embeds"][[index[k] for k in kept]],
     )
     n = len(rows)
-    ranks = common.retrieval_ranks(
-        lambda part: audio_embeds[part] @ image_embeds.T, np.arange(n), n
-    )  # images take the place of captions
+    # images take the place of captions
+    ranks = common.retrieval_ranks(audio_embeds @ image_embeds.T, np.arange(n))
 
     def named(scores):
         return {
