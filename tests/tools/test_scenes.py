@@ -44,9 +44,8 @@ def test_one_folder_per_class(class_folders, tmp_path, capsys):
     flags = ["--sounds", class_folders, "--train", 12, "--val", 4, "--test", 12, "--rate", 16000]
     out = build(*flags, "--out", tmp_path / "a", "--workers", 2)
     assert len(out["left_out"]) == 1 and "left out: " in capsys.readouterr().out
-    rows = common.read_manifest(
-        [str(tmp_path / "a")], need=("captions", "events", "phrases", "labels")
-    )
+    rows = common.read_manifest([str(tmp_path / "a")])
+    common.require(rows, "captions", "events", "phrases", "labels")
     assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [12, 4, 12]
     assert (tmp_path / "a/classes.txt").read_text().split() == ["bell", "dog_bark", "siren"]
     text = json.dumps([r["captions"] for r in rows])
@@ -117,9 +116,8 @@ def test_esc_mixed_up_is_two_recordings_in_order_with_the_swapped_caption_and_au
         8,
     ]
     build(*flags, "--out", tmp_path / "m")
-    rows = common.read_manifest(
-        [str(tmp_path / "m")], need=("captions", "negatives", "events", "labels")
-    )
+    rows = common.read_manifest([str(tmp_path / "m")])
+    common.require(rows, "captions", "negatives", "events", "labels")
     assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [20, 4, 8]
     connectives = set()
     for row in rows:
