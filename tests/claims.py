@@ -24,9 +24,9 @@ results/runs.jsonl holds one line per run:
   method, changed (the settings that the study names), start, trained (false: the start itself was
   scored), data, seed, split                 identify the run; no two lines agree in all of these
   scores, chance, n_clips, seconds (of the training; null: it was interrupted, or there was none),
-  start_hash (of the weights it started from), data_hash (of the manifests), machine, commit (when
-  the training began; null like seconds; in lines up to those of order_12 when it ended), said
-  (ten captions), curve (of Cacophony: [step, training loss, validation loss])
+  start_hash (of the weights it started from), data_hash (of the manifests), machine
+  commit (when the training began; up to the lines of order_12 when it ended; null like seconds)
+  said (ten captions), curve ([step, training loss, validation loss]): of Cacophony
 If a preset changes, its old value is written into the studies and lines that relied on it.
 """
 
