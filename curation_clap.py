@@ -97,8 +97,8 @@ Deviations from the paper, what it leaves open, and --variant official
 
 Run:  python curation_clap.py --data demo                              (two CPU cores, all stages)
       python curation_clap.py --stage teacher --data fsd50k_told clotho audiocaps macs --name full
-      python curation_clap.py --stage curate --dry-run --name full --data ... --pool ...
       python curation_clap.py --stage curate --name full --data ... --pool ... --labels ...
+      (with --dry-run first, to choose the thresholds)
       torchrun --nproc-per-node 8 curation_clap.py --stage student --name full --data ...
       python eval.py runs/full/best.pt --data esc50 --protocol classification --prompt curation_clap
 DS and ADS need one curation and one student for each data set of an evaluation (--labels).
@@ -144,7 +144,7 @@ class Config(common.RunConfig):
     # unlabelled audio: manifests (captions and labels are not read; D22)
     pool: list[str] = field(default_factory=list)
     # without --pool: share of the training clips that lose their captions and form the pool (ours;
-    # the demo has no other pool)
+    # the demo has no other pool); give --pool in all stages or in none
     pool_share: Annotated[float, "[0, 1)"] = 0.0
     # classes of the domain (DS, ADS): a .txt, one a line, or manifests; none: those of --data
     labels: list[str] = field(default_factory=list)
@@ -216,11 +216,21 @@ class Config(common.RunConfig):
         # every block of CNN14 but the last halves the spectrogram
         frames = int(self.window_s * SAMPLE_RATE) // self.hop + 1
         least = 2 ** (len(self.audio_channels) - 1)
-        if frames < least:
+        if min(frames, N_MELS) < least:
             raise ValueError(
-                f"--window-s {self.window_s} --hop {self.hop}: {frames} spectrogram frames; "
-                f"{len(self.audio_channels)} --audio-channels need at least {least}"
+                f"--window-s {self.window_s} --hop {self.hop}: {frames} spectrogram frames of "
+                f"{N_MELS} mel bins; {len(self.audio_channels)} --audio-channels need at least "
+                f"{least} of both"
             )
+        if self.stage == "teacher" and self.teacher:
+            raise ValueError(
+                "--stage teacher trains a teacher: --weights is what it starts from; --teacher is "
+                "for the other stages"
+            )
+        if self.curation == "none" and (self.stage == "curate" or self.dry_run):
+            raise ValueError("--curation none: there is nothing to curate; choose du, ds or ads")
+        if self.dry_run and self.stage not in ("all", "curate"):
+            raise ValueError(f"--dry-run is for --stage curate, not {self.stage}")
 
 
 # Random weights need a larger learning rate, less dropout and a higher temperature; coarser frames
@@ -843,19 +853,21 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
         if cfg.dry_run and run.rank == 0:
             report_domain(prompts, captions, prompt_embeds, text_embeds)
         chosen, nearness = near_labels(prompt_embeds, text_embeds, cfg.ds_threshold, cfg.ds_top_k)
-        if not len(chosen):
+        if not len(chosen) and not cfg.dry_run:
             nearest = similar_pairs(prompt_embeds, text_embeds, 0.0, top_k=1)[2].max()
             raise ValueError(
                 f"--ds-threshold {cfg.ds_threshold}: no caption is that near to a class prompt "
                 f"(the nearest: {nearest:.3f}); choose a lower one with --dry-run"
             )
+        rule = f"top-k {cfg.ds_top_k}" if cfg.ds_top_k else f"threshold {cfg.ds_threshold}"
         run.say(
-            f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes"
+            f"{len(chosen):,} of {len(captions):,} captions lie near one of {len(prompts)} classes "
+            f"(--ds-{rule})"
         )
         described = [described[q] for q in chosen]
         captions, text_embeds = [captions[q] for q in chosen], text_embeds[chosen]
     if cfg.dry_run:
-        if cfg.curation != "ds" and run.rank == 0:
+        if cfg.curation != "ds" and captions and run.rank == 0:
             report_pool(cfg, run, model, corpus["pool"], n_pool, captions, text_embeds)
         common.barrier()
         return {}
@@ -935,14 +947,15 @@ def mine(
         )
     counts = {"captions": len(captions), "pool": n_pool, "clips": n_clips, "pairs": n_pairs}
     run.log({"stage": "curate", "step": 0, **counts, "skipped": len(run.skipped)})
+    rule = f"top-k {cfg.top_k}" if cfg.top_k else f"threshold {cfg.threshold}"
     run.say(
-        f"{cfg.curation.upper()}: {n_pairs:,} pairs of {n_clips:,} of {n_pool:,} clips in "
-        f"{manifest}"
+        f"{cfg.curation.upper()}: {n_pairs:,} pairs of {n_clips:,} of {n_pool:,} clips (--{rule}) "
+        f"in {manifest}"
     )
 
 
 # Thresholds whose yields a dry run reports
-LEVELS = np.round(np.arange(-0.2, 1.0, 0.05), 2)
+LEVELS = np.round(np.arange(-0.2, 1.0, 0.05), 2) + 0.0  # + 0.0: not -0.00
 
 
 def report_domain(prompts, captions, prompt_embeds, text_embeds) -> None:
@@ -1071,6 +1084,8 @@ def train(
 
     sets: rows of the pairs to learn from; if there are two sets, the first is the replay.
     """
+    if sum(len(row["captions"]) for row in corpus["val"]) == 1:
+        raise ValueError("the validation split has one pair; its loss needs two")
     sizes = [sum(len(row["captions"]) for row in rows) for rows in sets]
     common.check_batch(cfg, min(cfg.batch_size, *sizes), min(sizes), "pair")
     model.to(run.device)
@@ -1220,15 +1235,18 @@ def main(cfg: Config) -> dict:
         sets = student_sets(cfg, run.path, corpus)
         of_student = checkpoint if in_student else None
         result = train(cfg, run, "student", model, teacher, sets, corpus, of_student)
+    # the command printed next curates, also after a stage that was given no pool
+    no_pool = cfg.curation in ("du", "ads") and not cfg.pool and not cfg.pool_share
+    pool = ["POOL"] if no_pool else cfg.pool
     if cfg.stage == "teacher":
-        flags = common.flags_of(cfg, name=run.name, stage="curate", dry_run=True)
-        run.say(f"\nNext:\n  python curation_clap.py {flags}     (to choose --threshold)")
+        flags = common.flags_of(cfg, name=run.name, stage="curate", dry_run=True, pool=pool)
+        run.say(f"\nNext:\n  python curation_clap.py {flags}     (to choose a threshold)")
     elif cfg.stage == "curate":
         flags = common.flags_of(cfg, name=run.name, stage="student")
         run.say(f"\nNext:\n  python curation_clap.py {flags}")
     else:
         teacher_file = cfg.teacher or str(run.path / "teacher.pt")
-        other = dict(stage="all", teacher=teacher_file, soft_labels=not cfg.soft_labels)
+        other = dict(stage="all", teacher=teacher_file, soft_labels=not cfg.soft_labels, pool=pool)
         how = "hard" if cfg.soft_labels else "soft"
         run.say_next(f"a student with {how} labels", "--prompt curation_clap", **other)
     return result

@@ -812,7 +812,7 @@ def test_a_finished_run_is_refused_before_its_manifests_are_touched(corpus, runs
                 curation="du",
             )
         )
-    for flags in (dict(stage="curate"), dict(stage="student", dry_run=True)):
+    for flags in (dict(stage="curate"), dict(stage="student")):
         with pytest.raises(FileExistsError, match="already holds a run"):
             curation_clap.main(config("curation_clap", corpus, folder.parent, name="a", **flags))
     assert [(folder / name).stat().st_mtime_ns for name in names] == before
@@ -987,11 +987,30 @@ def test_every_student_goes_on_from_a_given_teacher(corpus, tmp_path, runs_of, o
         )
 
 
-def test_stage_teacher_trains_one_even_where_another_is_named(corpus, tmp_path, runs_of):
-    other = runs_of("curation_clap")[0] / "teacher.pt"
-    flags = dict(name="t", stage="teacher", teacher=str(other), teacher_epochs=1)
-    result = curation_clap.main(config("curation_clap", corpus, tmp_path, **flags))
-    assert result["stage"] == "teacher" and (tmp_path / "t/teacher.pt").exists()
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(stage="teacher", teacher="t.pt"), "--weights is what it starts from"),
+        (dict(stage="curate", curation="none"), "there is nothing to curate"),
+        (dict(dry_run=True, curation="none"), "there is nothing to curate"),
+        (dict(dry_run=True, stage="student"), "--dry-run is for --stage curate"),
+        (dict(audio_channels=[2] * 8, hop=64), "64 mel bins; 8 --audio-channels need at least 128"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        config("curation_clap", "x", "y", **flags)
+
+
+def test_a_single_validation_pair_is_refused_before_the_training(corpus, tmp_path):
+    rows = common.read_manifest([str(corpus)])
+    train = [{**row, "split": "train"} for row in rows[:6]]
+    alone = {"audio": rows[6]["audio"], "captions": ["rain"], "split": "val"}
+    lines = [json.dumps(row) for row in (*train, alone)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    flags = dict(name="t", stage="teacher", pool_share=0.0)
+    with pytest.raises(ValueError, match="one pair; its loss needs two"):
+        curation_clap.main(config("curation_clap", tmp_path, tmp_path, **flags))
 
 
 def test_a_tenth_of_the_clips_and_the_forgotten_ones(corpus):
