@@ -106,9 +106,9 @@ Run:  python cacophony.py --data demo                                 (two CPU c
       python cacophony.py --stage contrastive --name full --micro-batch 256 --data audiocaps clotho
       torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-Stage 1 starts near 1 (patches are normalised) and soon has the loss of each band's mean; the small
-model needs about 1,000 steps to leave it. Eq. (1) starts near 2 ln B, Eq. (2) near the logarithm of
-the vocabulary's size.
+Stage 1 starts near 4/3 (1 for normalised patches, 1/3 for a new head) and soon has the loss of each
+band's mean, a little below 1; the small model needs about 1,000 steps to leave it. Eq. (1) starts
+near 2 ln B, Eq. (2) near the logarithm of the vocabulary's size (jax, official: less, D5).
 """
 
 import math
@@ -299,7 +299,7 @@ def tf_mel_filters():
 
 class MagnitudeMel(nn.Module):
     """Waveform (B, S) at 16 kHz -> features (B, ceil(S / 160), 128): 0.2 ln(mel + 1e-5) + 0.9,
-    about -1.4 to 1.
+    -1.4 (silence) to about 2.
 
     Frames of 25 ms start every 10 ms; beyond the clip's end they see zeros. Source: Sec. IV-A and
     the JAX code (D1).
@@ -339,11 +339,11 @@ class MagnitudeMel(nn.Module):
 
 
 def n_steps(n_samples):
-    """Number of whole time steps of 16 frames in n_samples (an int or a tensor), at least 1; the
-    remainder is dropped.
+    """Number of whole time steps of 16 frames in n_samples (B,), at least 1; the remainder is
+    dropped.
     """
-    steps = (n_samples + HOP - 1) // HOP // PATCH  # frames are rounded up, steps down
-    return steps.clamp(min=1) if torch.is_tensor(steps) else max(1, steps)
+    # frames are rounded up, steps down
+    return ((n_samples + HOP - 1) // HOP // PATCH).clamp(min=1)
 
 
 def to_patches(features):
@@ -1097,6 +1097,7 @@ def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
         checkpoint,
         stage="mae",
         shape=audio_shape(cfg),
+        warmup_steps=cfg.warmup_steps,
     )
     sampler = common.training_batches(
         len(train_rows), batch_size, cfg.seed, run.step, cfg.mae_steps
@@ -1142,15 +1143,21 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
     chance["loss_con"] = 2 * math.log(len(rows))
     if model.decoder:
         of_first = [{**row, "captions": [of[0]], "synthetic": []} for row, of in zip(rows, texts)]
-        dataset, nll = Clips(of_first, cfg, model.text_encoder.tokenize), []
+        dataset, nll, shares = Clips(of_first, cfg, model.text_encoder.tokenize), [], []
         with common.evaluating(model):
             for i in range(0, len(rows), 32):
                 # epoch 0 at every validation, so that the draws are the same
                 items = [dataset[0, j] for j in range(i, min(i + 32, len(rows)))]
                 batch = common.to_device(dataset.collate(items), model.log_scale.device)
                 nll += model(**batch)[2].tolist()
+                tokens = batch["attention_mask"][:, 1:].sum(1)
+                most = model.text_encoder.max_tokens - 1  # the divisor of jax and official (D5)
+                shares += (
+                    tokens / (tokens if model.shape["variant"] == "paper" else most)
+                ).tolist()
         scores["loss_cap"] = float(np.mean(nll))
-        chance["loss_cap"] = math.log(model.text_encoder.model.config.vocab_size)
+        vocab_size = model.text_encoder.model.config.vocab_size
+        chance["loss_cap"] = math.log(vocab_size) * float(np.mean(shares))
     return scores, chance
 
 
@@ -1189,6 +1196,7 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
         stage="contrastive",
         shape=model.shape,
         continues=not run.opened and mae_is_finished(run.path / "last.pt"),
+        warmup_steps=cfg.warmup_steps,
     )
     if not checkpoint:
         run.save("last.pt")  # from here on --resume continues in this stage

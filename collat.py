@@ -343,7 +343,6 @@ class LockedText(nn.Module):
         self.encoder, model = encoder, encoder.model
         self.is_clip = hasattr(model, "text_model")  # CLIPTextModelWithProjection
         self.dim = encoder.out_dim
-        self.joint_dim = model.text_projection.out_features if self.is_clip else self.dim
         self.requires_grad_(False)
 
     def train(self, mode=True):
@@ -755,7 +754,7 @@ def validate(model: Model, rows: list[dict], quiet=True) -> tuple[dict, dict]:
         prompts = common.embed_texts(model, [label_prompt([c]) for c in classes])
         sim = audio_embeds[labelled] @ prompts.T
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
-        chance["tagging_mAP"] = float(targets.mean())
+        chance["tagging_mAP"] = common.chance_of_mean_ap(targets)
     captions = [row.get("captions", []) for row in rows]
     if any(captions):
         retrieval = common.caption_retrieval(model, audio_embeds, None, captions)
@@ -810,6 +809,7 @@ def main(cfg: Config) -> dict:
         f"ln B = {math.log(batch_size):.2f}",
         checkpoint,
         shape=model.shape,
+        warmup_steps=cfg.warmup_steps,
     )
     if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:
         run.log_scores(validate(model, val_rows)[0])  # before fine-tuning

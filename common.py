@@ -1728,22 +1728,29 @@ def retrieval_scores(ranks: dict) -> dict:
 
 
 def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
-    """The chance levels of `retrieval_scores`: its metrics for random scores (of the median rank
-    the median over the queries); args as in `retrieval_ranks`.
+    """The chance levels of `retrieval_scores`, its metrics for random scores; args as in
+    `retrieval_ranks`.
     """
     captions_of, clips_of = right_answers(owner, n_clips, text)
     chance = {}
     for way, right, n in (("t2a", clips_of, n_clips), ("a2t", captions_of, len(owner))):
-        levels = [chance_of_best(len(answers), n) for answers in right if len(answers)]
+        # most queries have equally many right answers
+        sizes, times = np.unique([len(of) for of in right if len(of)], return_counts=True)
+        share = times / times.sum()
+        levels, survival = zip(*[chance_of_best(int(m), n) for m in sizes])
         for name in levels[0]:
-            middle = np.median if name == "median_rank" else np.mean
-            chance[f"{way}_{name}"] = float(middle([of_query[name] for of_query in levels]))
+            chance[f"{way}_{name}"] = float(share @ [of_size[name] for of_size in levels])
+        # where half of the best answers of all queries are found; between two ranks if exactly half
+        survival = share @ np.array(survival)
+        median = int(np.argmax(survival < 0.5 + 1e-9))
+        chance[f"{way}_median_rank"] = median + 0.5 * (survival[median] > 0.5 - 1e-9)
     return chance
 
 
-@functools.cache  # most queries have equally many right answers
-def chance_of_best(m: int, n: int) -> dict:
-    """The metrics of one query with m right answers among n, all in random order."""
+def chance_of_best(m: int, n: int) -> tuple[dict, np.ndarray]:
+    """Metrics of one query with m right answers among n, all in random order, but the median rank;
+    (n + 1,) the chance that no right answer is among the first r.
+    """
     # survival[r]: no right answer among the first r, C(n - m, r) / C(n, r)
     steps = [max(0, n - m - r) / (n - r) for r in range(n)]
     survival = np.concatenate([[1.0], np.cumprod(steps)])
@@ -1754,8 +1761,7 @@ def chance_of_best(m: int, n: int) -> dict:
     chance["mAP@10"] = sum(gains) / n
     # -diff(survival)[r]: the chance that the best answer is at rank r
     chance["MRR"] = (-np.diff(survival) / np.arange(1, n + 1)).sum()
-    chance["median_rank"] = (n + 1) / 2 if m == 1 else np.argmax(survival <= 0.5)
-    return chance
+    return chance, survival
 
 
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
@@ -1778,6 +1784,19 @@ def class_average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndar
     np.nanmean of it. Copied alone, needs average_precision.
     """
     return np.array([average_precision(s, t) for s, t in zip(scores.T, targets.T)])
+
+
+def chance_of_mean_ap(targets: np.ndarray) -> float:
+    """Expected mean AP of random scores over the classes of targets (N, C) bool with a positive.
+
+    A positive at rank r (from 0, each with probability 1 / N) has a precision of
+    (1 + r (m - 1) / (N - 1)) / (r + 1), m positives: for large N their share, for small N more.
+    Copied alone, needs nothing else.
+    """
+    n, positives = len(targets), targets.sum(0)[targets.any(0)]
+    harmonic = (1 / np.arange(1, n + 1)).sum()
+    others = (positives - 1) / max(1, n - 1)
+    return float(((harmonic + others * (n - harmonic)) / n).mean())
 
 
 def label_targets(rows: list[dict], classes: list[str]) -> np.ndarray:
@@ -1821,8 +1840,9 @@ def frame_average_precisions(
         frame_s: seconds per frame.
         centred: subtract each frame's mean over classes from its scores. Raw cosines (the papers'
             protocol) also compare frames by how much they resemble any class at all.
-    Returns: AP (C,), NaN for a class without a frame; chance level (mean prevalence).
-    Copied alone, needs class_average_precisions, average_precision, frame_targets.
+    Returns: AP (C,), NaN for a class without a frame; chance level of their mean.
+    Copied alone, needs class_average_precisions, average_precision, frame_targets,
+    chance_of_mean_ap.
     """
     scores = np.concatenate(frame_embeds) @ class_embeds.T  # (frames, C)
     if centred:
@@ -1831,8 +1851,7 @@ def frame_average_precisions(
     targets = np.concatenate(
         [frame_targets(row, classes, len(f), frame_s) for row, f in zip(rows, frame_embeds)]
     )
-    # random scores have an AP of about the share of positives
-    return class_average_precisions(scores, targets), float(targets.mean(0)[targets.any(0)].mean())
+    return class_average_precisions(scores, targets), chance_of_mean_ap(targets)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2081,7 +2100,7 @@ def file_key(row: dict) -> str:
 
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
-    """(Q, D) float32; equal texts are embedded once, so their scores tie exactly."""
+    """(Q, D) float32; equal texts are embedded once."""
     unique = sorted(set(texts))  # np.unique would pad every text to the length of the longest
     place = {text: i for i, text in enumerate(unique)}
     parts = [
@@ -2093,11 +2112,15 @@ def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
 
 def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndarray:
     """(N, Q) similarity of clips and texts: cosines, or the scores of a model that compares every
-    pair.
+    pair. Equal texts are scored once, so that they tie exactly.
     """
+    unique = sorted(set(texts))
+    place = {text: i for i, text in enumerate(unique)}
     if getattr(model, "pairwise", False):
-        return model.pair_scores(frame_embeds, texts)
-    return audio_embeds @ embed_texts(model, texts).T
+        scores = model.pair_scores(frame_embeds, unique)
+    else:
+        scores = audio_embeds @ embed_texts(model, unique).T
+    return scores[:, [place[text] for text in texts]]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2525,8 +2548,9 @@ def cached_backward(
 
     Args
         model: called as model(**part) under `autocast` -> tuple of float tensors, each (B, ...) or
-            0-dim and equal in every part; may be wrapped for several processes. A single part is
-            run in one ordinary pass.
+            0-dim: a scale that is equal in every part, or a mean that is only reported (over the
+            parts). It may be wrapped for several processes. A single part is run in one ordinary
+            pass.
         loss_of: joint outputs -> (loss, anything else ...), which is returned.
         reseed: called with the number of a part before each of its passes, so that both draw the
             same masks.
@@ -2853,6 +2877,7 @@ class Run:
         shape: dict | None = None,
         scheduler=None,
         continues: bool = False,
+        warmup_steps: int = 0,
     ):
         """Open the folder and restore the checkpoint -> what the loop calls in place of `model`.
 
@@ -2864,6 +2889,7 @@ class Run:
             shape: what is needed beside the settings to rebuild the model; stored in checkpoints.
             scheduler: anything with a state_dict, stored beside the optimiser's.
             continues: the folder may already hold the run of an earlier stage.
+            warmup_steps: of the learning rate; told if the training ends before them.
         """
         continues = continues or checkpoint is not None
         self.open_folder(n_clips, continues)
@@ -2890,6 +2916,8 @@ class Run:
             + (f" and {locked:.1f} M locked ones" if locked >= 0.05 else "")
             + f"; {total_steps} steps on {self.world} x {self.device.type}; writing to {self.path}"
         )
+        if warmup_steps >= total_steps > 0:
+            self.say(f"the learning rate rises to the last step: warm-up of {warmup_steps} steps")
         return wrap(model, self.device, self.cfg.compile, self.cfg.micro_batch)
 
     def load(self, dataset, batch_sampler):

@@ -98,18 +98,16 @@ def retrieval(model, clips, classes, settings) -> dict:
     distinct, equal = np.unique(texts, return_inverse=True)
     own = common.retrieval_ranks(sim, owner)
     by_text = common.retrieval_ranks(sim, owner, equal)
-    chance, captioned = common.retrieval_chance(owner, n), np.unique(owner)
+    chance = common.retrieval_chance(owner, n)
     by_chance = common.retrieval_chance(owner, n, equal)
     chance |= {f"{name}_text": value for name, value in by_chance.items()}
 
     def score(chosen):
         # a draw repeats queries; each keeps its rank among all clips, so copies cause no ties
         times, scores = np.bincount(chosen, minlength=n), {}
-        # a2t has ranks only for clips with a caption, hence `captioned`
-        at = np.repeat(np.arange(len(captioned)), times[captioned])
         for suffix, ranks in (("", own), ("_text", by_text)):
             drawn = {
-                name: np.repeat(r, times[owner]) if name.startswith("t2a") else r[at]
+                name: np.repeat(r, times[owner]) if name.startswith("t2a") else r[chosen]
                 for name, r in ranks.items()
             }
             for name, value in common.retrieval_scores(drawn).items():
@@ -123,7 +121,7 @@ def retrieval(model, clips, classes, settings) -> dict:
         ],
         "a2t": [
             {"clip": rows[i]["audio"], "rank": int(k) + 1, "rank_text": int(e) + 1}
-            for i, k, e in zip(captioned, own["a2t"], by_text["a2t"])
+            for i, (k, e) in enumerate(zip(own["a2t"], by_text["a2t"]))
         ],
     }
     return result(
@@ -201,15 +199,15 @@ def tagging(model, clips, classes, settings) -> dict:
 
     def score(chosen):
         precisions = common.class_average_precisions(sim[chosen], targets[chosen])
-        # NaN marks a class without a positive clip in this draw
-        return {"mAP": float(np.nanmean(precisions))}
+        # NaN marks a class without a positive clip in this draw, which may have none of any class
+        known = np.isfinite(precisions).any()
+        return {"mAP": float(np.nanmean(precisions)) if known else float("nan")}
 
     return result(
         "tagging",
         score,
         len(sim),
-        # random scores have an AP of about the share of positives
-        {"mAP": float(targets.mean(0)[targets.any(0)].mean())},
+        {"mAP": common.chance_of_mean_ap(targets)},
         settings,
         details={"AP": per_class(classes, common.class_average_precisions(sim, targets))},
         n_classes=int(targets.any(0).sum()),
@@ -232,15 +230,15 @@ def frames(model, clips, classes, settings) -> dict:
     if not any(row["events"] for row in rows):
         raise ValueError("frames needs 'events' in the manifest, which has none")
     class_embeds = common.embed_texts(model, class_prompts(classes, settings))
-    occurring = set(classes) & {event["label"] for row in rows for event in row.get("events", [])}
-    if not occurring:
+    if not set(classes) & {event["label"] for row in rows for event in row["events"]}:
         raise ValueError(
             "frames: no event's label is in the class list (classes.txt beside the manifest)"
         )
-    if not any(
-        common.frame_targets(row, classes, len(f), model.frame_s).any()
+    covered = [
+        common.frame_targets(row, classes, len(f), model.frame_s).any(0)
         for row, f in zip(rows, frame_embeds)
-    ):
+    ]
+    if not np.any(covered):
         raise ValueError(
             f"frames: no event covers the centre of a frame ({model.frame_s:g} s each); are the "
             "times seconds?"
@@ -274,7 +272,7 @@ def frames(model, clips, classes, settings) -> dict:
         len(rows),
         chance,
         settings,
-        n_classes=len(occurring),
+        n_classes=int(np.any(covered, axis=0).sum()),
         details=details,
         prompt=settings.prompt,
         tie_rule="equal scores are one threshold",
@@ -313,7 +311,10 @@ def sed(model, clips, classes, settings) -> dict:
             "sed: no event's label is in the class list (classes.txt beside the manifest)"
         )
     frame_s, width = model.frame_s, median_frames(settings.median_s, model.frame_s)
-    rows = [with_duration(clips["rows"][i], clips["frame_embeds"][i], model) for i in index]
+    rows = [
+        with_duration(clips["rows"][i], clips["frame_embeds"][i], model, settings.crop)
+        for i in index
+    ]
     occurring = [c for c in classes if any(e["label"] == c for row in rows for e in row["events"])]
     columns = [classes.index(c) for c in occurring]
     class_embeds = common.embed_texts(model, class_prompts(classes, settings))
@@ -374,13 +375,13 @@ def grounding(model, clips, classes, settings) -> dict:
     """Text-to-audio grounding: when does a phrase sound? Every phrase of every clip is one query.
 
     PSDSm: the sigmoid of frame-phrase cosines is binarised at the 50 thresholds 0.01, 0.03, ...
-    0.99 and median-filtered, gaps of at most 0.5 s are closed; then PSDS with dtc = gtc = 0.5, one
-    class, at most 800 false positives an hour (the paper prints no definition; its code and numbers
-    allow this one). PSDS_exact: the same settings over all thresholds, on median-filtered cosines,
-    without closing gaps. centred: minus the frame's mean over all phrases of the data. Phrases
-    without a segment are left out; each of the others adds its clip's duration to the hours.
-    chance: random scores. Source: MGA-CLAP Table 4 (TAG; the paper names neither version nor split,
-    here AudioGrounding v2, test).
+    0.99 and median-filtered, gaps of at most 0.5 s (rounded up to whole frames) are closed; then
+    PSDS with dtc = gtc = 0.5, one class, at most 800 false positives an hour (the paper prints no
+    definition; its code and numbers allow this one). PSDS_exact: the same settings over all
+    thresholds, on median-filtered cosines, without closing gaps. centred: minus the frame's mean
+    over all phrases of the data. Phrases without a segment are left out; each of the others adds
+    its clip's duration to the hours. chance: random scores. Source: MGA-CLAP Table 4 (TAG; the
+    paper names neither version nor split, here AudioGrounding v2, test).
     """
     common.require(clips["rows"], "phrases")
     # a segment [0, 0] means that the phrase is not in the clip
@@ -406,7 +407,8 @@ def grounding(model, clips, classes, settings) -> dict:
         random.append(rng.uniform(-1, 1, len(frame_embeds)))
         # all phrases share one class, as in the authors' code
         events = [{"label": "phrase", "onset": on, "offset": off} for on, off in segments]
-        rows.append(with_duration({**clips["rows"][i], "events": events}, frame_embeds, model))
+        row = {**clips["rows"][i], "events": events}
+        rows.append(with_duration(row, frame_embeds, model, settings.crop))
         of_clip[i].append(k)
 
     def points_and_filtered(values):
@@ -469,8 +471,7 @@ def t_classify(model, clips, classes, settings) -> dict:
     connective alone, so that shortcuts ("first", commas) show, and every pair's margin. Source:
     T-CLAP Table 3 (AudioCaps, Clotho and ESC-mixed-up test; a2t ESC-mixed-up).
     """
-    # swapped: clip -> (embed, frames) of its reordered audio
-    rows, swapped = clips["rows"], clips["swapped"]
+    rows = clips["rows"]
     pairs = [
         (i, caption, negative)
         for i, row in enumerate(rows)
@@ -479,6 +480,8 @@ def t_classify(model, clips, classes, settings) -> dict:
     ]
     if not pairs:
         raise ValueError("t_classify: no caption of the manifest has a negative")
+    # clip -> (embed, frames) of its reordered audio, of clips with a pair
+    swapped = {i: audio for i, audio in clips["swapped"].items() if i in {i for i, _, _ in pairs}}
     texts = sorted({model.clean_caption(text) for _, *two in pairs for text in two})
     column = {text: k for k, text in enumerate(texts)}
     sim = common.similarities(model, clips["audio_embeds"], clips["frame_embeds"], texts)
@@ -544,7 +547,7 @@ def t_classify(model, clips, classes, settings) -> dict:
 
 def connective_of(caption: str) -> str:
     for word in CONNECTIVES:
-        if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption.lower()):
+        if re.search("," if word == "," else rf"\b{word}\b", caption.lower()):
             return word
     return "other"
 
@@ -573,11 +576,21 @@ PROTOCOLS = {
 # ------------------------------------------------------------------------------------------------
 
 
-def with_duration(row: dict, frame_embeds, model) -> dict:
-    """The row with its scored duration: the clip's, or the window's where clips are repeated."""
+def with_duration(row: dict, frame_embeds, model, crop="all") -> dict:
+    """The row with its scored duration: the clip's, or the window's where clips are repeated. With
+    crop "first" duration and events end with the first window.
+    """
     duration = row.get("duration") or len(frame_embeds) * model.frame_s
     if getattr(model, "repeats_short_clips", False):
         duration = max(duration, model.window_s)
+    if crop == "first":
+        duration = min(duration, len(frame_embeds) * model.frame_s)
+        events = [
+            {**event, "offset": min(event["offset"], duration)}
+            for event in row["events"]
+            if event["onset"] < duration
+        ]
+        row = {**row, "events": events}
     return {**row, "duration": duration}
 
 
@@ -821,7 +834,6 @@ def psd_roc(
     cttc: float | None = None,
     alpha_ct: float = 0.0,
     max_efpr: float | None = 100.0,
-    desc="PSDS",
 ) -> list:
     """True positive ratio against effective false positives an hour, over all thresholds.
 
@@ -859,7 +871,7 @@ def psd_roc(
         per_hour = np.array([0.0 if h == 0 else 1 / h for h in event_hours])
         weight = alpha_ct / max(len(columns) - 1, 1) * per_hour
     roc = []
-    for c, column in enumerate(tqdm(columns, desc=desc, unit="class", leave=False, delay=2)):
+    for c, column in enumerate(tqdm(columns, desc="PSDS", unit="class", leave=False, delay=2)):
         flat = class_timeline(scores, column, begin)
         if np.isnan(flat).any():
             raise FloatingPointError(
@@ -909,7 +921,10 @@ def event_coverage(events: list, begin, edges) -> list[dict]:
     """For each class {clip: seconds of its events before each edge of the clip (T_i + 1,)}."""
     covered = [{} for _ in events]
     for of_class, cover in zip(events, covered):
-        for i, on, off in of_class:
+        until = {}  # clip -> end of its events so far, since overlapping events cover a time once
+        for i, on, off in sorted(of_class):
+            on = max(on, until.get(i, on))
+            off = until[i] = max(on, off)
             seconds = np.clip(edges[begin[i] : begin[i + 1]] - on, 0, off - on)
             cover[i] = cover.get(i, 0) + seconds
     return covered
@@ -1025,8 +1040,7 @@ def result(
             raise ValueError(f"{protocol}: {name} has no value on these clips")
     # the draws take ten minutes at most; fewer than twenty of them give no interval
     n_draws = min(settings.bootstrap, int(600 / (time.perf_counter() - start)))
-    if n_draws < min(settings.bootstrap, 20):
-        n_draws = 0
+    n_draws = n_draws if n_draws >= 20 else 0
     rng, draws = np.random.default_rng(0), []
     for _ in tqdm(range(n_draws), desc=f"{protocol}: bootstrap", unit="draw", leave=False):
         draws.append(score(rng.integers(0, n_clips, n_clips)))
@@ -1062,7 +1076,7 @@ def result(
 def crop_text(settings) -> str:
     """What was done with clips that are not as long as the model's window."""
     if settings.crop_rule and settings.crop == "first":
-        return f"the first {settings.window_s:g} s only"
+        return f"cut to the first {settings.window_s:g} s, then: {settings.crop_rule}"
     if settings.crop_rule:
         return settings.crop_rule
     windows = "all consecutive windows, averaged by their seconds"

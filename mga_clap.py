@@ -33,7 +33,7 @@ Deviations from the paper (and what --variant official does)
   D1  Eq. (1) and (7) are sums over the batch and both directions. Ours are means over both, so that
       they can be compared with ln B. Adam's step does not depend on the scale of the loss.
   D2  The paper gives neither eta ("a scaling term") nor the initial codewords. Ours are the code's:
-      eta = sqrt(D) * 1000, codewords from N(0, 1). With 256 codewords eta is sqrt(D) * 70 (README).
+      eta = sqrt(D) * 1000, codewords from N(0, 1). --size tiny: sqrt(D) * 70 for 256 codewords.
       Sec. 1 speaks of the "maximum cosine similarity", but Eq. (2) is an inner product. We and the
       code follow Eq. (2): frames, words and codewords are not normalised.
   D3  The paper does not mention masking. Here the maximum of Eq. (2) excludes [SEP] and the padding
@@ -54,8 +54,8 @@ Deviations from the paper (and what --variant official does)
   D8  Official: clips are padded to the longest clip of the batch, and HTS-AT stretches them to
       10 s; with several processes, to the longest of each process's share. We pad to 10 s, as the
       paper does.
-  D9  Official: 10 epochs (paper 15). The schedule (warm-up of 2 epochs, cosine) is the code's; the
-      paper names none.
+  D9  Official, if --variant says so (--weights does not change them): 10 epochs (paper 15). The
+      schedule (warm-up of 2 epochs, cosine) is the code's; the paper names none.
   D10 bf16 autocast (code: fp16 with loss scaling; the paper names no precision). Clips of "similar
       durations are grouped within a batch". Pairs left over from a duration group form mixed
       batches here, so fewer than B pairs, drawn anew every epoch, are left out
@@ -541,18 +541,15 @@ class Model(nn.Module):
         """
         similarity, device = PAIRWISE[self.cfg.aggregator], self.temperature.device
         with common.evaluating(self):
-            tokens = common.to_device(self.text_encoder.tokenize(texts), device)
-            words = unit_words(
-                self.word_feats(tokens["input_ids"], tokens["attention_mask"]),
-                tokens["word_mask"][:, 1:],
-            )
-            frames = nn.utils.rnn.pad_sequence(
-                [torch.from_numpy(f).to(device) for f in frame_embeds], True
-            )
-            rows = []
-            for f in frames.split(64):  # 64 x 64 pairs at a time: bounded memory
-                row = [similarity(f, w, self.temperature) for w in words.split(64)]
-                rows.append(torch.cat(row, 1))
+            words, rows = [], []
+            for i in range(0, len(texts), 64):  # 64 x 64 pairs at a time: bounded memory
+                tokens = common.to_device(self.text_encoder.tokenize(texts[i : i + 64]), device)
+                feats = self.word_feats(tokens["input_ids"], tokens["attention_mask"])
+                words.append(unit_words(feats, tokens["word_mask"][:, 1:]))
+            for i in range(0, len(frame_embeds), 64):
+                part = [torch.from_numpy(f).to(device) for f in frame_embeds[i : i + 64]]
+                frames = nn.utils.rnn.pad_sequence(part, True)
+                rows.append(torch.cat([similarity(frames, w, self.temperature) for w in words], 1))
             return torch.cat(rows).cpu().numpy()
 
     @classmethod
@@ -762,7 +759,7 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
         targets = common.label_targets([rows[i] for i in tagged], classes)
         sim = common.similarities(model, audio_embeds, frame_embeds, names)[tagged]
         scores["tagging_mAP"] = float(np.nanmean(common.class_average_precisions(sim, targets)))
-        chance["tagging_mAP"] = float(targets.mean(0)[targets.any(0)].mean())
+        chance["tagging_mAP"] = common.chance_of_mean_ap(targets)
         if frames and any(row.get("events") for row in rows):
             class_embeds = common.embed_texts(model, names)
             timed = common.annotated(rows, "events")
@@ -820,6 +817,7 @@ def main(cfg: Config) -> dict:
         f"{len(train_rows)} clips, {len(captions)} pairs for training, {len(val_rows)} clips for "
         f"validation; batches of {batch_size}, ln B = {math.log(batch_size):.2f}",
         checkpoint,
+        warmup_steps=warmup_steps,
     )
     common.say_if_few(run, "--epochs", cfg.epochs, total_steps, captions)
     if cfg.weights != "none" and val_rows and run.rank == 0 and not checkpoint:

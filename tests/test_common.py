@@ -547,6 +547,25 @@ def test_chance_levels_by_simulation():
         for _ in range(400)
     ]
     check_means(runs, common.retrieval_chance(owner, 30, texts))
+    # forty texts of one clip and six of ten: most queries have few right answers, some many
+    owner, texts = np.arange(100), np.append(np.arange(40), 40 + np.arange(60) // 10)
+    runs = [
+        common.retrieval_scores(common.retrieval_ranks(rng.random((100, 100)), owner, text=texts))
+        for _ in range(200)
+    ]
+    check_means(runs, common.retrieval_chance(owner, 100, texts))
+
+
+@pytest.mark.parametrize("n, positives", [(20, (1, 5)), (60, (3,)), (7, (7, 1))])
+def test_chance_of_the_mean_ap_by_simulation(n, positives):
+    targets = np.arange(n)[:, None] < np.array([*positives, 0])  # a class without a positive
+    rng = np.random.default_rng(0)
+    runs = [
+        np.nanmean(common.class_average_precisions(rng.random(targets.shape), targets))
+        for _ in range(4000)
+    ]
+    error = 4 * np.std(runs) / math.sqrt(len(runs))
+    assert common.chance_of_mean_ap(targets) == pytest.approx(np.mean(runs), abs=error)
 
 
 @pytest.mark.parametrize("digits", [1, 8])
@@ -578,7 +597,8 @@ def test_frame_targets_and_centred_scores_by_hand():
     centred, _ = common.frame_average_precisions(
         frames, classes, [row], ["a", "b"], 0.5, centred=True
     )
-    assert raw[0] == 0.5 and centred[0] == 1.0 and math.isnan(raw[1]) and chance == 0.5
+    assert raw[0] == 0.5 and centred[0] == 1.0 and math.isnan(raw[1])
+    assert chance == 0.75  # one positive of two frames: an AP of 1 or of 1 / 2
 
 
 def test_labels_outside_the_class_list_do_not_count():

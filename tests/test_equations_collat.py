@@ -688,7 +688,7 @@ def test_a_clip_text_encoder_goes_through_training_and_checkpoint(corpus, tmp_pa
     again = collat.Model.from_checkpoint(tmp_path / "c/best.pt")
     assert (
         again.text.is_clip
-        and again.text.joint_dim == 24
+        and again.text.encoder.model.text_projection.out_features == 24
         and np.isfinite(result["scores"]["tagging_mAP"])
     )
     ids = again.text_encoder.tokenize(["a bell"])

@@ -103,6 +103,9 @@ def test_training_loss_is_the_weighted_sum_and_the_contrastive_part_never_sees_n
     parts = t_clap.training_loss(cfg, AUDIO, TEXT, NEGATIVE, torch.tensor(10.0))[2]
     by_hand = (math.log1p(math.exp(-3 * 0.6)) + math.log1p(math.exp(3 * 0.8))) / 2
     assert parts["loss_t"].item() == pytest.approx(by_hand, abs=1e-6)
+    cfg = t_clap.Config(data=[], lt_weight=0.0)
+    parts = t_clap.training_loss(cfg, AUDIO, TEXT, NEGATIVE, torch.tensor(10.0))[2]
+    assert set(parts) == {"loss_c"}  # what is not trained is not reported as 0
 
 
 # Gradient caching
@@ -455,7 +458,7 @@ def test_bad_settings_are_one_clear_sentence(corpus, tmp_path, overrides, messag
 
 
 def test_data_without_negatives_says_how_to_make_them_and_trains_without_the_temporal_loss(
-    corpus, tmp_path
+    corpus, tmp_path, capsys
 ):
     rows = [
         {k: v for k, v in r.items() if k != "negatives"}
@@ -466,9 +469,14 @@ def test_data_without_negatives_says_how_to_make_them_and_trains_without_the_tem
         ValueError, match="no training row has a negative.*rewrite --task negatives"
     ):
         t_clap.main(config("t_clap", tmp_path / "plain.jsonl", tmp_path))
+    capsys.readouterr()
     result = t_clap.main(
         config("t_clap", tmp_path / "plain.jsonl", tmp_path, lt_weight=0.0, steps=2, name="p")
     )
+    said = capsys.readouterr().out
+    assert "the learning rate rises to the last step: warm-up of 200 steps" in said
+    again = said.splitlines()[-1]
+    assert " --seed 1 " in again and again.endswith("(another seed, to compare)")
     assert "t_classify_t2a" not in result["scores"] and np.isfinite(result["scores"]["t2a_R@1"])
 
 

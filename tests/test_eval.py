@@ -220,6 +220,48 @@ def test_crop_first_uses_the_first_window_only(mga_run, tmp_path, corpus):
     assert np.abs(embed("long.wav", "all") - embed("short.wav", "all")).max() > 1e-3
 
 
+def test_crop_first_scores_detection_in_the_first_window_only():
+    model = types.SimpleNamespace(
+        frame_s=1.0,
+        window_s=10.0,
+        embed_text=lambda texts: torch.eye(2)[[("dog", "cat").index(t) for t in texts]],
+    )
+    heard = {"label": "dog", "onset": 2.0, "offset": 6.0}
+    later = {"label": "dog", "onset": 30.0, "offset": 40.0}
+    frames = np.tile(np.array([0.0, 0.5], np.float32), (10, 1))
+    frames[2:6, 0] = 1.0
+    row = {"duration": 60.0, "events": [heard, later], "where": "x"}
+    given = settings()
+    given.crop, given.median_s = "first", 1.0
+    clips = {"rows": [row], "frame_embeds": [frames]}
+    out = evaluate.sed(model, clips, ["dog", "cat"], given)
+    assert {name: out["scores"][name]["value"] for name in ("PSDS1", "collar_F1")} == {
+        "PSDS1": 1.0,
+        "collar_F1": 1.0,
+    }
+    scored = evaluate.with_duration(row, frames, model, "first")
+    assert scored["duration"] == 10.0 and scored["events"] == [heard]
+
+
+def test_equal_texts_tie_exactly():
+    rng = np.random.default_rng(0)
+    audio = rng.normal(size=(7, 512)).astype(np.float32)
+    vectors = torch.from_numpy(rng.normal(size=(2, 512)).astype(np.float32))
+    texts = ["b", *["a"] * 33]
+    by_vectors = types.SimpleNamespace(
+        embed_text=lambda texts: vectors[["ab".index(t) for t in texts]]
+    )
+    # one that compares pairs, and to which a text's place matters as rounding would
+    by_pairs = types.SimpleNamespace(
+        pairwise=True,
+        pair_scores=lambda frames, texts: np.arange(7 * len(texts)).reshape(7, len(texts)) * 1.0,
+    )
+    for model in (by_vectors, by_pairs):
+        sim = common.similarities(model, audio, None, texts)
+        assert sim.shape == (7, 34) and (sim[:, 1:] == sim[:, 1:2]).all()
+        assert (sim[:, 0] != sim[:, 1]).all()
+
+
 def test_prompt_reaches_the_text_encoder(results, mga_run, corpus):
     (out,) = run(
         mga_run[0] / "best.pt",
@@ -247,6 +289,8 @@ def test_bootstrap_interval_covers_the_truth_about_95_times_in_100():
         )["scores"]["a"]
         covered += s["low"] <= 0.3 <= s["high"]
     assert 178 <= covered <= 200
+    few = evaluate.result("x", lambda chosen: {"a": 0.5}, 80, {"a": 0}, settings(bootstrap=19))
+    assert few["scores"]["a"] == {"value": 0.5, "low": None, "high": None}
 
 
 def test_multi_label_clips_are_left_out_of_classification_and_ties_are_misses():
@@ -584,6 +628,11 @@ def test_t_classify_by_hand_and_on_files(results, mga_run, corpus):
         "set b.jsonl"
     ] == {"value": 0.5, "pairs": 2}
     assert out["details"]["a2t"]["connective 'followed by'"]["value"] == 1.0
+    assert out["details"]["t2a"]["connective ','"] == {"value": 0.0, "pairs": 1}
+    # swapped audio of a clip without a negative leaves the other direction's score
+    rows[1]["negatives"] = [None] * 3
+    out = evaluate.t_classify(Model, clips, [], given)
+    assert set(out["scores"]) == {"t2a"} and out["scores"]["t2a"]["value"] == 0.5
 
     model, scenes, audio, *_ = embeddings(mga_run, corpus)
     hits, back = [], []

@@ -189,6 +189,14 @@ def test_same_class_events_may_overlap():
     scores = [np.where(np.arange(32) < 24, 1.0, 0.0)[:, None]]
     ((efpr, tpr),) = evaluator.psd_roc(scores, rows, ["dog"], FRAME_S, 0.7, 0.7)
     assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]
+    # two events at the same time cover it once: 1.4 s of a detection of 4 s are too few
+    event = {"label": "dog", "onset": 0.0, "offset": 1.4}
+    rows = [{"duration": 10.0, "events": [event, event]}]
+    scores = [np.where(np.arange(10) < 4, 1.0, 0.0)[:, None]]
+    ((efpr, tpr),) = evaluator.psd_roc(scores, rows, ["dog"], 1.0, 0.3, 0.7)
+    assert efpr.tolist() == [0.0] and tpr.tolist() == [1.0]  # 0.35 of it is enough for dtc 0.3
+    ((efpr, tpr),) = evaluator.psd_roc(scores, rows, ["dog"], 1.0, 0.7, 0.7)
+    assert tpr.tolist() == [0.0]
 
 
 def test_collar_and_segment_f1_equal_sed_scores_eval():

@@ -320,6 +320,7 @@ def test_a_training_of_few_steps_says_what_would_be_enough(corpus, tmp_path, cap
     said = capsys.readouterr().out  # 12 clips of 2 captions in batches of 6: 4 steps an epoch
     assert "only 4 steps: random weights need some 200 (--epochs 50)" in said
     assert "of 24 captions are distinct" in said
+    assert "the learning rate rises to the last step" not in said  # one epoch is all warm-up
     run = common.Run(common.RunConfig(), "x")
     common.say_if_few(run, "--epochs", 15, 200, ["a"])
     assert "only" not in capsys.readouterr().out

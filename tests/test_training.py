@@ -218,6 +218,14 @@ def test_cacophony_s_validation_losses_are_those_of_whole_clips_and_first_captio
     with torch.no_grad():
         nll = model(**dataset.collate([dataset[0, i] for i in range(4)]))[2]
     assert scores["loss_cap"] == pytest.approx(nll.mean().item(), rel=1e-4)
+    # chance: equal logits, under the jax variant divided by the padded length
+    ignorance = math.log(model.text_encoder.model.config.vocab_size)
+    assert cacophony.validate(model, rows, cfg)[1]["loss_cap"] == pytest.approx(ignorance)
+    model.shape = model.shape | {"variant": "jax"}
+    tokenize, most = model.text_encoder.tokenize, model.text_encoder.max_tokens - 1
+    tokens = [tokenize(row["captions"][:1])["input_ids"].shape[1] - 1 for row in rows]
+    expected = ignorance * np.mean(tokens) / most
+    assert cacophony.validate(model, rows, cfg)[1]["loss_cap"] == pytest.approx(expected)
 
 
 def test_curation_hears_the_first_60_s(runs_of, corpus, tmp_path):

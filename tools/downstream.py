@@ -369,7 +369,7 @@ def label_chance(kind: str, train_targets, test_targets) -> float:
     """Accuracy of the commonest training class, or the mean share of clips with a class."""
     if kind == "multiclass":
         return float((test_targets == np.bincount(train_targets).argmax()).mean())
-    return float(test_targets.mean(0)[test_targets.any(0)].mean())
+    return common.chance_of_mean_ap(test_targets)
 
 
 def join_inputs(parts: list[dict]) -> dict:
@@ -601,7 +601,7 @@ def noise(model, clips, classes, settings) -> dict:
     metric, level = METRIC_OF[kind], 1 / len(classes)
     if kind == "multilabel":
         targets = targets[counted]
-        level = float(targets.mean(0)[targets.any(0)].mean())
+        level = common.chance_of_mean_ap(targets)
 
     def score(chosen):
         return {f"{metric}_{name}": label_score(kind, of[chosen]) for name, of in evidence.items()}
