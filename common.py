@@ -1743,7 +1743,7 @@ def retrieval_chance(owner: np.ndarray, n_clips: int, text=None) -> dict:
         # where half of the best answers of all queries are found; between two ranks if exactly half
         survival = share @ np.array(survival)
         median = int(np.argmax(survival < 0.5 + 1e-9))
-        chance[f"{way}_median_rank"] = median + 0.5 * (survival[median] > 0.5 - 1e-9)
+        chance[f"{way}_median_rank"] = median + (0.5 if survival[median] > 0.5 - 1e-9 else 0.0)
     return chance
 
 

@@ -23,7 +23,8 @@ Exceptions to rule 2 are listed in results/README.md.
 results/runs.jsonl holds one line per run:
   method, changed (the settings that the study names), start, trained (false: the start itself was
   scored), data, seed, split                 identify the run; no two lines agree in all of these
-  scores, chance, n_clips, seconds (of the training; null: it was interrupted, or there was none),
+  scores, chance (of mAP in lines before commit 5606a61: the share of positives, up to .02 less),
+  n_clips, seconds (of the training; null: it was interrupted, or there was none),
   start_hash (of the weights it started from), data_hash (of the manifests), machine
   commit (when the training began; up to the lines of order_12 when it ended; null like seconds)
   said (ten captions), curve ([step, training loss, validation loss]): of Cacophony

@@ -366,7 +366,7 @@ def label_score(kind: str, evidence: np.ndarray) -> float:
 
 
 def label_chance(kind: str, train_targets, test_targets) -> float:
-    """Accuracy of the commonest training class, or the mean share of clips with a class."""
+    """Accuracy of the commonest training class, or the mean AP of random scores."""
     if kind == "multiclass":
         return float((test_targets == np.bincount(train_targets).argmax()).mean())
     return common.chance_of_mean_ap(test_targets)
