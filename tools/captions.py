@@ -38,7 +38,8 @@ from tools.datasets import (
 CONNECTIVE = re.compile(
     r"(?:,? (?:and |but )?(?:then )?(after which|(?<=and )later|(?<!then )then),?"
     r"|,? (?:then )?(?:shortly |soon |closely |immediately )?(followed by)"
-    r"|(?<! and) (?:just |right |shortly |soon |immediately |directly )?(before|after)) "
+    r"|(?<! and) (?:just |right |shortly |soon |immediately |directly |not long |long |well )?"
+    r"(?:even )?(before|after)) "
 )
 OPPOSITE = {"before": "after", "after": "before"}
 # Events with one of these words are not reordered: the word refers to an earlier event, states a
@@ -119,7 +120,7 @@ def reverse_order(caption: str) -> tuple[str | None, str]:
     if len(matches) != 1:
         return None, "several orders" if matches else "no ordering connective"
     joint, name = matches[0][0], matches[0][matches[0].lastindex]
-    left, right = body.split(joint)
+    left, right = body[: matches[0].start()], body[matches[0].end() :]
     first, second = left.split(), right.split()
     if re.search(r"[^\w '-]", left + right) or not first or not second:
         return None, "commas or other signs within an event"
@@ -222,8 +223,8 @@ def check_order(caption: str, answer: str) -> tuple[str | None, str | None]:
     consonant are cut). Other order: either these words stand in another order, or before and after
     are exchanged. Both together give the same order again.
     """
-    answer = answer.strip().strip('"“”').strip()
-    if re.fullmatch(r"none\W*", answer, re.I):
+    answer = bare(answer)
+    if re.match(NONE, answer, re.I):
         return None, None
     if not re.search(r"\w", answer):
         return None, "empty"
@@ -234,9 +235,21 @@ def check_order(caption: str, answer: str) -> tuple[str | None, str | None]:
     own, new = content(caption.split()), content(answer.split())
     if collections.Counter(own) != collections.Counter(new):
         return None, "other events"
+    if re.search(r"\b(while|as)\b", caption.lower()) and not re.search(ORDERED, caption.lower()):
+        return None, "events at the same time"
     if (own != new) == (tells_backwards(caption) != tells_backwards(answer)):
         return None, "same order"
     return answer, None
+
+
+NONE = r"none\b\W*(?:$|[:(.,-])"  # also with an explanation after it
+ORDERED = r"\b(then|before|after|followed|preceded|later|first)\b"
+
+
+def bare(answer: str) -> str:
+    """A model's answer without the quotes, asterisks and label that it may stand in."""
+    answer = answer.strip(' \n\t*"“”')
+    return re.sub(r"^(caption|answer)\s*:", "", answer, flags=re.I).strip(' \n\t*"“”')
 
 
 def same_text(a: str, b: str) -> bool:
@@ -361,7 +374,6 @@ def ask_llm(
     field="caption",
     versions=1,
     temperature=0.0,
-    max_new_tokens: int = 96,
 ) -> dict:
     """{(text, version): answer} of args.llm to `prompt`, which holds {caption}; answers in `cache`
     are reused.
@@ -388,7 +400,7 @@ def ask_llm(
         for version in range(versions)
         for i in range(0, len(ordered), args.batch_size)
     ]
-    todo = [batch for batch in batches if not set(batch) <= set(answers)]
+    todo = [batch for batch in batches if not set(batch) <= answers.keys()]
     n_todo = sum(map(len, todo))
     print(f"{cache}: {len(asked) - n_todo:,} of {len(asked):,} questions answered before")
     if todo:
@@ -402,7 +414,7 @@ def ask_llm(
                 made = generate(
                     llm,
                     [prompt.replace("{caption}", text) for text, _ in batch],
-                    max_new_tokens,
+                    96,  # tokens: a caption is shorter
                     temperature,
                 )
                 store_answers(file, key, field, dict(zip(batch, made)))
@@ -745,6 +757,7 @@ LEFT_OVER = {
     for name, pattern in {  # none of these belongs in a caption
         "refusal": r"\bI(?: a|['’])m (?:sorry|unable)|\bI can(?:no|['’])t\b|\bas an "
         r"AI\b|\blanguage model\b",
+        "preamble": r"^here(?: is|['’]s)\b.*:",
         "address": r"https?:|www\.|\S@\S|\w\.(?:com|org|net)\b",
         "file name": r"\w\.(?:wav|aiff?|flac|ogg|mp3|m4a)\b|\w_\w",
         "date": r"\b\d{1,4}[./-]\d{1,2}[./-]\d{2,4}\b|\b(?:19|20)\d\d\b",
@@ -780,7 +793,7 @@ def check_caption(description: str, answer: str) -> tuple[str | None, str | None
     matches it. It shares a `content` word with the description or its tags; one that shares none is
     invented (or a translation, which is lost).
     """
-    answer = answer.strip().strip('"“”').strip()
+    answer = bare(answer)
 
     def words(text):
         return set(
@@ -791,7 +804,7 @@ def check_caption(description: str, answer: str) -> tuple[str | None, str | None
 
     if not re.search(r"\w", answer):
         return None, "empty"
-    if re.fullmatch(r"none\W*", answer, re.I):
+    if re.match(NONE, answer, re.I):
         return None, "NONE: no sound is told of"
     for reason, pattern in LEFT_OVER.items():
         if pattern.search(answer):

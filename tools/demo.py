@@ -1,4 +1,4 @@
-"""A web page that searches a folder of sounds by a sentence and captions an uploaded sound.
+"""A web page that searches a folder of sounds by a sentence, and given captions by a sound.
 
   python -m tools.demo runs/mga_clap-1/best.pt --audio sounds
   python -m tools.demo CLAP_weights_2022.pth --audio sounds --captions captions.txt
@@ -71,6 +71,8 @@ class Sounds:
         plt, rate = figures.pyplot(), self.model.sample_rate
         waveform = torch.from_numpy(common.read_audio(path, rate))[None]
         seconds = waveform.shape[1] / rate
+        # a very short sound is padded to a spectrogram frame
+        waveform = torch.nn.functional.pad(waveform, (0, max(0, 1024 - waveform.shape[1])))
         log_mel = common.LogMel(rate, 1024, rate // 100, 64, 50, min(14000, rate / 2))(waveform)[0]
         figure, axis = plt.subplots(figsize=(8, 2.2), dpi=100, layout="constrained")
         place = dict(origin="lower", aspect="auto", extent=(0, seconds, 0, 64))

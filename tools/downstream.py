@@ -70,7 +70,9 @@ def train_probe(
         (torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in (train, val)
     )
     vectors = inputs.flatten(0, -2)  # (N, D), of tokens (N L, D)
-    mean, deviation = (vectors.mean(0), vectors.std(0).clamp(min=1e-6)) if standardise else (0, 1)
+    mean, deviation = (
+        (vectors.mean(0), vectors.std(0, correction=0).clamp(min=1e-6)) if standardise else (0, 1)
+    )
     sizes = [inputs.shape[-1]] + [width] * (layers - 1) + [n_classes]
     if network is None:
         linear = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
@@ -138,15 +140,18 @@ def probe_loss(logits, targets):
 
 
 def embed_splits(model, clips, settings, key: str, what: str, tokens: bool = False) -> dict:
-    """Embeddings of the scored split, and of the rows of train and val that have `key`.
+    """Embeddings of the scored split, and of the rows of train and val that have `key` (of
+    "labels": that are annotated, as in the scored split).
 
     Returns: split -> rows (one per file), audio_embeds (N, D), prompt embeddings (N, L, D') if
     `tokens`, else None.
     """
+
+    def usable(row):
+        return row.get(key) or (key == "labels" and common.annotated([row], "labels", "events"))
+
     trainable = {
-        split: [
-            row for row in settings.manifest if row.get("split", "train") == split and row.get(key)
-        ]
+        split: [r for r in settings.manifest if r.get("split", "train") == split and usable(r)]
         for split in ("train", "val")
     }
     if settings.split in ("train", "all rows") or not trainable["train"]:
@@ -698,7 +703,9 @@ def embed_images(encoder, processor, rows: list[dict], batch_size: int):
                 .numpy()
             )
     if not kept:
-        raise ValueError(f"image: none of {len(rows)} images could be read; first: {bad[0]}")
+        raise ValueError(
+            f"image: none of {len(rows)} images could be read" + f"; first: {bad[0]}" * bool(bad)
+        )
     return kept, np.concatenate(embeds), bad
 
 
@@ -965,12 +972,9 @@ def decoded_captions(model, clips, settings):
             : MOST_TOKENS - 1
         ]
 
+    train_rows = splits["train"][0]
     captions = {
-        split: [
-            (i, ids_of(text)) for i, row in enumerate(splits[split][0]) for text in row["captions"]
-        ]
-        for split in splits
-        if split == "train"
+        "train": [(i, ids_of(t)) for i, row in enumerate(train_rows) for t in row["captions"]]
     }
     if "val" in splits and settings.split != "val":
         captions["val"] = [

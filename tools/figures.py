@@ -385,7 +385,8 @@ def plot_learning(checkpoint: Path, folder: Path) -> list[Path]:
 
 @torch.no_grad()
 def last_block_maps(model, waveform):
-    """Frame-to-frame maps of the encoder's last block, computed as for ordinary attention.
+    """Frame-to-frame maps of the encoder's last block, computed as for ordinary attention (without
+    HTS-AT's position bias).
 
     waveform (1, S) -> query-key attention (T, T), mean over heads; value-value cosine (T, T), mean
     over heads. HTS-AT's two halves of the frequency band are averaged.
@@ -499,10 +500,8 @@ def plot_maps(model, row: dict, class_names: list[str], folder: Path) -> list[Pa
 
 
 @torch.no_grad()
-def plot_reconstructions(
-    model: cacophony.MAE, dataset: cacophony.Clips, path: Path, clips: int = 2
-) -> Path:
-    """Plot the first `clips` at least as loud as the median of the first twenty readable ones:
+def plot_reconstructions(model: cacophony.MAE, dataset: cacophony.Clips, path: Path) -> Path:
+    """Plot the first two clips at least as loud as the median of the first twenty readable ones:
     spectrogram, visible patches, target (each patch normalised) and reconstruction.
     """
     plt = pyplot()
@@ -510,7 +509,7 @@ def plot_reconstructions(
     items = [readable[0, i] for i in range(min(20, len(dataset.rows)))]
     items = [item for item in items if not isinstance(item, common.AudioError)]
     levels = [float(dataset.collate([item])["patches"].mean()) for item in items]
-    items = [item for item, level in zip(items, levels) if level >= np.median(levels)][:clips]
+    items = [item for item, level in zip(items, levels) if level >= np.median(levels)][:2]
     figure, axes = plt.subplots(
         4, len(items), figsize=(5.5 * len(items), 9), squeeze=False, layout="constrained"
     )
@@ -743,7 +742,7 @@ def draw_model(model, rows: list[dict], settings, names, folder: Path) -> list[P
         prompts, best = class_prompts(classes, settings), 0
         if with_frames:
             class_embeds = common.embed_texts(model, prompts)
-            best = clip_order(clips, class_embeds, classes, model.frame_s)[0]
+            best = next(iter(clip_order(clips, class_embeds, classes, model.frame_s)), 0)
         paths += plot_maps(model, clips["rows"][best], prompts, folder)
     return paths
 
@@ -755,7 +754,7 @@ def seed_of(settings) -> str:
     return f"seed {config['seed']}" if "seed" in config else ""
 
 
-def draw_stage_1(path: Path, rows: list[dict], folder: Path, **given) -> Path:
+def draw_stage_1(path: Path, rows: list[dict], folder: Path) -> Path:
     """The reconstructions of Cacophony's masked autoencoder in a run's mae.pt or last.pt."""
     content = common.read_checkpoint(path, "cacophony")
     known = {field.name for field in dataclasses.fields(cacophony.Config)}
@@ -763,9 +762,7 @@ def draw_stage_1(path: Path, rows: list[dict], folder: Path, **given) -> Path:
     eps = cacophony.VARIANTS[cfg.variant]["eps"]
     model = cacophony.MAE(content["shape"], cfg.mae_layers, cfg.mask_ratio, eps).eval()
     common.load_strict(model, content["model"], path)
-    return plot_reconstructions(
-        model, cacophony.Clips(rows, cfg), folder / "reconstructions.png", **given
-    )
+    return plot_reconstructions(model, cacophony.Clips(rows, cfg), folder / "reconstructions.png")
 
 
 def of_models(flags) -> list[Path]:
@@ -794,6 +791,10 @@ def of_models(flags) -> list[Path]:
         elif set(names) - {"learning", "reconstructions"}:
             model, settings = evaluation.open_model(checkpoint, flags, split, manifest)
             paths += draw_model(model, rows, settings, names, folder)
+    if not paths:
+        raise ValueError(
+            f"no picture was made: model and manifest support none of {', '.join(names)}"
+        )
     return paths
 
 

@@ -82,6 +82,8 @@ def test_a_model_without_frames_draws_the_spectrogram_alone(runs_of, folder):
     sounds = demo.Sounds(model, folder, [])
     pixels = sounds.picture(sounds.files[0], "rain")
     assert (pixels[..., 0] == pixels[..., 1]).all()  # grey: no red curve
+    sf.write(folder / "click.wav", np.ones(300), 44100)  # less than a spectrogram frame
+    assert sounds.picture(str(folder / "click.wav"), "rain").shape == pixels.shape
 
 
 def test_captions_come_from_the_folder_a_table_or_a_manifest(corpus, folder, tmp_path):

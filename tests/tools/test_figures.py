@@ -133,7 +133,8 @@ def test_the_picture_of_attention(tmp_path, draw, capsys):
 
 def test_noise_is_drawn_if_it_is_named(tmp_path, draw):
     model, data = Recorder(), noisy_clips(tmp_path / "d")
-    assert draw(model, data, "--out", tmp_path / "pictures") == []
+    with pytest.raises(ValueError, match="no picture was made"):
+        draw(model, data, "--out", tmp_path / "pictures")
     (path,) = draw(model, data, "--only", "noise", "--out", tmp_path / "pictures")
     assert 5_000 < path.stat().st_size < 200_000 and path.name == "noise.png"
 
@@ -203,6 +204,11 @@ def test_pictures_are_drawn_and_their_numbers_are_right(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pictures need matplotlib; install it"):
         figures.main(figures.parse(flags))
+
+
+def test_a_picture_that_cannot_be_made_is_said(tmp_path, draw):
+    with pytest.raises(ValueError, match="support none of attention"):
+        draw(Recorder(), noisy_clips(tmp_path / "d"), "--only", "attention", "--out", tmp_path)
 
 
 def test_the_command_says_what_is_missing(tmp_path):

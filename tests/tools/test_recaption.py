@@ -196,6 +196,8 @@ def test_a_killed_run_asks_for_what_is_missing_and_more_versions_for_those_alone
         ("  ", "empty"),
         ("...", "empty"),
         ("none.", "NONE: no sound is told of"),
+        ("NONE (the dog is not heard)", "NONE: no sound is told of"),
+        ("Here is the caption: A dog barks", "preamble"),
         ("As an AI I hear nothing", "refusal"),
         ("I can’t say what the dog does", "refusal"),
         ("A dog barks, see www.dogs", "address"),
@@ -218,6 +220,11 @@ def test_a_killed_run_asks_for_what_is_missing_and_more_versions_for_those_alone
 def test_answers_are_checked(answer, reason):
     text, found = tool.check_caption("Graz_dog_01.wav barked in the yard", answer)
     assert found == reason and text == (None if reason else answer.strip().strip('" '))
+
+
+def test_the_label_of_the_prompt_and_markdown_are_no_caption():
+    for answer in ("Caption: A dog barks", "**A dog barks**", '*Caption:* "A dog barks"'):
+        assert tool.check_caption("a dog", answer) == ("A dog barks", None)
 
 
 def test_our_examples_pass_the_check_and_their_descriptions_do_not():
