@@ -91,8 +91,8 @@ SIGNS = {
         r"segment_id\tstart_time|filename\tonset\toffset\tevent_label",
     ),
     "desed": (
-        ("", "metadata", "dataset/metadata"),
-        ("train/*.tsv", "validation/*.tsv", "eval/*.tsv"),
+        ("", "metadata", "dataset/metadata", "audio"),
+        ("train/*.tsv", "validation/*.tsv", "eval/*.tsv", "*/synthetic*/soundscapes.tsv"),
         "filename",
     ),
     "audiogrounding": (
@@ -312,13 +312,14 @@ FREESOUND = re.compile(r"\d-(\d+)-[A-Z](?:-\d+)?|(\d+)-\d-\d+-\d+")
 def youtube_id(stem: str, sure: bool = False) -> str | None:
     """The id in a name such as id, Yid, id_30, id_000030, Yid_30.000_40.000.
 
-    Unless `sure`, a name without a capital letter is taken for words (train_00003); about one id in
-    300 has no capital.
+    Unless `sure`, a name without a capital letter, or a word with a number (train_00003,
+    Sound_00001), is taken for words; about one id in 300 is such a name.
     """
     found = YOUTUBE.fullmatch(stem)
     if not found or FREESOUND.fullmatch(stem):
         return None
-    return found[1] if sure or re.search("[A-Z]", found[1]) else None
+    words = not re.search("[A-Z]", found[1]) or re.fullmatch(r"[A-Za-z]+[_-]?\d{3,}", found[1])
+    return found[1] if sure or not words else None
 
 
 def youtube_names(name: str, start_s: float) -> list[str]:
@@ -339,6 +340,14 @@ def youtube_names(name: str, start_s: float) -> list[str]:
         f"Y{name}",
         name,
     ]
+
+
+# Splits and sources of one data set whose files may have the same names
+SIBLINGS = (
+    ("train", "val", "test"),
+    ("development", "validation", "evaluation"),
+    ("AudioSet_SL", "BBC_Sound_Effects", "FreeSound", "SoundBible"),
+)
 
 
 class AudioTree:
@@ -375,11 +384,22 @@ class AudioTree:
                 elif suffix in VIDEO_SUFFIXES:
                     self.videos.append(os.path.join(parent, name))
 
+    def named(self, path: str, words) -> bool:
+        """Is one of the words in the path from the tree's folder on? As a whole: "development" is
+        in clotho_audio_development, "val" is not in eval.
+        """
+        below = os.path.relpath(path, self.folder.absolute().parent)
+        pattern = "|".join(map(re.escape, words))
+        return bool(words) and bool(
+            re.search(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", below)
+        )
+
     def find(self, names, inside=None, written=None) -> str | None:
         """The file with the first of `names` that exists, or None.
 
         inside: search only below a folder of this name, or one that contains it (names repeat
-        across splits). written: the path in a table. If several folders hold the name, but not the
+        across splits); without such a folder, below those that do not name another split or
+        source. written: the path in a table. If several folders hold the name, but not the
         folder in the table, the result is None, noted in `unsure`. A file found in another folder
         than the table's is noted in `elsewhere`.
         """
@@ -388,10 +408,10 @@ class AudioTree:
             if inside in self.folders:
                 paths = [p for p in paths if inside in Path(os.path.relpath(p, self.folder)).parts]
             elif paths and inside and not written:
-                # as a word of it: "development" in clotho_audio_development, "val" not in eval
-                word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(inside)}(?![A-Za-z0-9])")
-                near = [p for p in paths if word.search(os.path.relpath(p, self.folder))]
-                paths = near or paths
+                near = [p for p in paths if self.named(p, [inside])]
+                others = next((group for group in SIBLINGS if inside in group), ())
+                others = [name for name in others if name != inside]
+                paths = near or [p for p in paths if not self.named(p, others)]
                 if len({os.path.dirname(p) for p in paths}) > 1:
                     places = [os.path.relpath(p, self.folder) for p in sorted(paths)[:3]]
                     self.unsure.append(f"{inside}/{name} ({' or '.join(places)})")
@@ -573,6 +593,13 @@ def convert(args) -> dict:
     if not rows:
         raise tree.nothing_found(tried, sum(listed.values()))
     rows, unreadable = with_durations(rows, args.workers)
+    onsets = [(row, event["onset"]) for row in rows for event in row.get("events", [])]
+    far = [onset for row, onset in onsets if onset > 10 * row["duration"]]
+    if 2 * len(far) > len(onsets):
+        raise ValueError(
+            f"{args.path}: {len(far):,} of {len(onsets):,} events begin long after their file ends "
+            f"(one at {far[0]:g}); expected seconds, are these milliseconds?"
+        )
     outside = sum(drop_outside(row) for row in rows)
     rows = exclude(rows, args.exclude)
     report = {"manifest": str(out), "splits": {}, "missing": missing, "unreadable": unreadable}
@@ -615,7 +642,7 @@ def convert(args) -> dict:
     if shared:
         print(
             f"{shared:,} clips share their file with another one: its name does not tell the start "
-            "time"
+            "time, or the table names it more than once"
         )
     if outside:
         print(
@@ -694,7 +721,7 @@ def drop_outside(row: dict) -> int:
 
 def sentences(texts) -> list[str]:
     """Stripped captions that contain a word. Duplicates stay: two people may write the same one."""
-    return [text.strip() for text in texts if text and re.search(r"\w", text)]
+    return [str(text).strip() for text in texts if text and re.search(r"\w", str(text))]
 
 
 def check_labels(path, labels, classes) -> None:
@@ -1030,7 +1057,7 @@ def fsd50k(path: Path, args):
                     "names": [row["fname"]],
                     "inside": f"FSD50K.{part}_audio",
                     **captions,
-                    "labels": row["labels"].split(","),
+                    "labels": [label for label in row["labels"].split(",") if label],
                     "id": row["fname"],
                     "split": SPLITS[row["split"]] if part == "dev" else "test",
                 }
@@ -1558,10 +1585,11 @@ def clotho_aqa(path: Path, args):
                 qa = [
                     {
                         "question": q,
-                        "answer": collections.Counter(a).most_common(1)[0][0],
+                        "answer": collections.Counter(filter(None, a)).most_common(1)[0][0],
                         "answers": a,
                     }
                     for q, a in questions.items()
+                    if any(a)
                 ]
                 yield {
                     "names": [stem_of(name), html.unescape(stem_of(name))],
@@ -1593,7 +1621,16 @@ def music_avqa(path: Path, args):
         for split in ("train", "val", "test"):
             table, videos = folder / f"avqa-{split}.json", collections.defaultdict(list)
             for record in read_json(table) if table.is_file() else []:
-                values = iter(json.loads(record["templ_values"]))
+                try:
+                    values = iter(json.loads(record["templ_values"]))
+                    kind = json.loads(record["type"])
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{table}: question {record.get('question_id')}: type or templ_values is "
+                        f"not valid JSON ({error.msg})"
+                    ) from None
+                if not record["anser"]:
+                    continue
                 question = re.sub(
                     r"<\w+>", lambda hole: str(next(values, hole[0])), record["question_content"]
                 ).strip()
@@ -1601,7 +1638,7 @@ def music_avqa(path: Path, args):
                     {
                         "question": question,
                         "answer": record["anser"],
-                        "type": json.loads(record["type"]),
+                        "type": kind,
                     }
                 )
             yield from (
@@ -1629,7 +1666,7 @@ def records_of(file: Path, args, need=()) -> list[dict]:
     """A table, JSON Lines, a JSON list, {"data": list} or {column: {row: value}} (pandas) as a list
     of dictionaries.
     """
-    if file.suffix in (".jsonl", ".ndjson"):
+    if file.suffix.lower() in (".jsonl", ".ndjson"):
         records = []
         for row, line in enumerate(
             read_text(file).split("\n"), 1
@@ -1638,7 +1675,7 @@ def records_of(file: Path, args, need=()) -> list[dict]:
                 records += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}:{row}: not valid JSON ({error.msg})") from None
-    elif file.suffix == ".json":
+    elif file.suffix.lower() == ".json":
         records = read_json(file)
         if isinstance(records, dict) and isinstance(records.get("data"), list):
             records = records["data"]
@@ -1688,7 +1725,9 @@ def any_table(path: Path, args):
     files = (
         [path]
         if path.is_file()
-        else [f for f in files_below(path) if f.suffix in (".txt", ".csv", ".tsv", ".jsonl")]
+        else [
+            f for f in files_below(path) if f.suffix.lower() in (".txt", ".csv", ".tsv", ".jsonl")
+        ]
     )
     if not files:
         raise FileNotFoundError(f"{path}: a folder without .txt, .csv, .tsv or .jsonl tables")
@@ -1728,8 +1767,9 @@ def any_table(path: Path, args):
             raise ValueError(
                 f"{file}: no column '{absent[0]}' (columns there: {', '.join(sorted(known))})"
             )
-        for record in records or [about] * bool(about):  # an empty table: a clip without events
-            add_record(clips, record, literal, file, args)
+        # an empty table: a clip without events
+        for row, record in enumerate(records or [about] * bool(about), 1):
+            add_record(clips, record, literal, file, row, args)
     classes = sorted({label for clip in clips.values() for label in clip.get("labels", [])}) or None
 
     def entries():  # a generator: a dozen names for each of two million clips fill the memory
@@ -1753,15 +1793,15 @@ def any_table(path: Path, args):
     return entries(), classes, {}
 
 
-def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
+def add_record(clips: dict, record: dict, literal, file: Path, row: int, args) -> None:
     """Merge one row of a table into the clip of its audio file."""
-    name = str(record.get(args.audio) or "")
+    name, where = str(record.get(args.audio) or ""), f"{file}, row {row}"
     if not name:
-        raise ValueError(f"{file}: a row has nothing in column '{args.audio}': {record}")
-    split = literal or (str(record[args.split] or "") if args.split else None)
+        raise ValueError(f"{where}: nothing in column '{args.audio}': {record}")
+    split = literal or (str(record.get(args.split) or "") if args.split else None)
     if split and split.lower() not in SPLITS:
         raise ValueError(
-            f"{file}: '{split}' in column '{args.split}' is no split; known: {', '.join(SPLITS)}"
+            f"{where}: '{split}' in column '{args.split}' is no split; known: {', '.join(SPLITS)}"
         )
     stem, texts = stem_of(name), [record.get(column) for column in args.caption]
     clip = clips.setdefault(
@@ -1776,10 +1816,11 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
         },
     )
     told = str(record[args.id]) if args.id and record.get(args.id) not in (None, "") else None
+    told = re.sub(r"^(\d+)\.0$", r"\1", told) if told else None  # pandas writes 345515.0
     own = youtube_id(stem_of(told), sure=True) or told if told else youtube_id(stem)
     clip |= {"id": own} if own else {}
-    if args.fold:
-        fold = str(record[args.fold]).removesuffix(".0")  # pandas writes 1.0
+    if args.fold and record.get(args.fold) not in (None, ""):
+        fold = str(record[args.fold]).removesuffix(".0")
         clip["fold"] = int(fold) if fold.isdigit() else fold
     if args.caption:
         new = sentences(itertools.chain(*(t if isinstance(t, list) else [t] for t in texts)))
@@ -1797,18 +1838,18 @@ def add_record(clips: dict, record: dict, literal, file: Path, args) -> None:
     clip.get("labels", []).extend(x for x in dict.fromkeys(labels) if x not in clip["labels"])
     if args.onset and labels:
         clip["events"] += [
-            event_of(file, x, record.get(args.onset), record.get(args.offset)) for x in labels
+            event_of(where, x, record.get(args.onset), record.get(args.offset)) for x in labels
         ]
-    if args.phrase and str(record[args.phrase] or "").strip():
-        segments = record[args.segments]
+    if args.phrase and re.search(r"\w", str(record.get(args.phrase) or "")):
+        segments = record.get(args.segments)
         try:
             real = real_segments(json.loads(segments) if isinstance(segments, str) else segments)
         except (ValueError, TypeError):
             raise ValueError(
-                f"{file}: {segments!r} in column '{args.segments}'; expected [[onset, offset], "
+                f"{where}: {segments!r} in column '{args.segments}'; expected [[onset, offset], "
                 "...] in seconds"
             ) from None
-        clip["phrases"].append({"phrase": record[args.phrase], "segments": real})
+        clip["phrases"].append({"phrase": str(record[args.phrase]), "segments": real})
 
 
 def folders(path: Path, args):
@@ -1817,10 +1858,24 @@ def folders(path: Path, args):
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
-    files = [f for f in files_below(path) if f.suffix.lower() in AUDIO_SUFFIXES]
+    below = files_below(path)
+    files = [f for f in below if f.suffix.lower() in AUDIO_SUFFIXES]
+    others = [f for f in below if f.suffix.lower() in (*VIDEO_SUFFIXES, ".opus")]
+    if others:
+        print(
+            f"left out, not {', '.join(sorted(AUDIO_SUFFIXES))}: {len(others):,}, such as "
+            f"{str(others[0])!r}"
+        )
     parts = [f.relative_to(path).parts for f in files]
     by_split = bool(files) and all(len(p) == 3 and p[0].lower() in SPLITS for p in parts)
+    if len({p[0] for p in parts}) > 1 and all(
+        len(p) == 2 and p[0].lower() in SPLITS for p in parts
+    ):
+        raise ValueError(f"{path}: its folders are splits without class folders in them")
     if not files or not (by_split or all(len(p) == 2 for p in parts)):
+        unknown = next((p[0] for p in parts if len(p) == 3 and p[0].lower() not in SPLITS), None)
+        if unknown and any(p[0].lower() in SPLITS for p in parts):
+            raise ValueError(f"{path}: '{unknown}' is no split; known: {', '.join(SPLITS)}")
         strange = next((f for f, p in zip(files, parts) if len(p) != 2), "no sound file")
         raise ValueError(
             f"{path}: expected CLASS/file or SPLIT/CLASS/file, found {strange}; give the folder "

@@ -25,6 +25,7 @@ from tools.datasets import (
     check_output,
     exclude,
     in_processes,
+    keys_of,
     number,
     read_table,
 )
@@ -34,7 +35,7 @@ def list_sounds(folder: Path) -> list[dict]:
     """Single-label recordings as {audio, label, recording, fold or None}.
 
     ESC-50 layout (meta/esc50.csv and audio/, folds given), or one folder of files per class. A
-    recording (ESC-50's src_file, else the file) must not occur in two splits.
+    recording (ESC-50's src_file, else what the file's name tells) must not occur in two splits.
     """
     table = folder / "meta" / "esc50.csv"
     if table.is_file():
@@ -51,7 +52,12 @@ def list_sounds(folder: Path) -> list[dict]:
     if not folder.is_dir():
         raise FileNotFoundError(f"--sounds {folder}: no such folder")
     sounds = [
-        {"audio": str(path), "label": path.parent.name, "recording": str(path), "fold": None}
+        {
+            "audio": str(path),
+            "label": path.parent.name,
+            "recording": next(iter(keys_of({"audio": str(path)})), str(path)),
+            "fold": None,
+        }
         for path in sorted(folder.glob("*/*"))
         if path.suffix.lower() in AUDIO_SUFFIXES
     ]
@@ -94,6 +100,11 @@ def split_sounds(sounds, train_folds, test_folds, val_fraction: float, seed: int
         splits["test"] += test
         splits["val"] += [s for s in rest if s["recording"] in val]
         splits["train"] += [s for s in rest if s["recording"] not in val]
+    # ESC-50 has recordings of two classes in two folds
+    taken = set()
+    for split in ("test", "val", "train"):
+        splits[split] = [s for s in splits[split] if s["recording"] not in taken]
+        taken |= {s["recording"] for s in splits[split]}
     return splits
 
 
@@ -208,6 +219,12 @@ def scenes(args) -> dict:
         raise ValueError(
             f"--overlay {args.overlay}: expected a share between 0 and 1, with --preset "
             "esc-mixed-up"
+        )
+    counts = (args.train, args.val, args.test)
+    if min(counts) < 0 or not any(counts) or not 0 <= args.val_fraction < 1:
+        raise ValueError(
+            f"--train, --val, --test {counts}: expected numbers of clips, not all 0; "
+            f"--val-fraction {args.val_fraction}: expected a share of at least 0 and below 1"
         )
     found = exclude(list_sounds(Path(args.sounds)), args.exclude)
     if not found:

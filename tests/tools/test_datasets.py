@@ -549,6 +549,17 @@ def test_split_folders_of_another_name_are_never_mixed(tmp_path, capsys):
     assert "development/Bus (one/Bus.wav or two/Bus.wav)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_split_without_its_folder_takes_no_other_split_s_file(tmp_path, inside):
+    header = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+    for split in ("development", "evaluation"):
+        text(tmp_path / f"clotho_captions_{split}.csv", header + f"Bus.wav,{split},b,c,d,e\n")
+    wav(tmp_path / "evaluation/Bus.wav")
+    flags = () if inside else ("--audio", tmp_path / "evaluation")
+    report, rows, _ = convert("clotho", tmp_path, tmp_path / "m", *flags)
+    assert [row["split"] for row in rows] == ["test"] and report["missing"] == ["Bus"]
+
+
 @real
 def test_wavcaps(tmp_path, capsys):
     name, path, _ = make_wavcaps(tmp_path)
@@ -1386,6 +1397,22 @@ def test_folders(tmp_path):
     assert [r["split"] for r in rows] == ["train", "val"]
     with pytest.raises(ValueError, match="expected CLASS/file or SPLIT/CLASS/file"):
         convert("folders", tmp_path, tmp_path / "m3")
+    wav(tmp_path / "two/zdev/dog/c.wav")
+    with pytest.raises(ValueError, match="'zdev' is no split; known: train, "):
+        convert("folders", tmp_path / "two", tmp_path / "m3")
+    wav(tmp_path / "flat/train/a.wav"), wav(tmp_path / "flat/test/b.wav")
+    with pytest.raises(ValueError, match="its folders are splits without class folders"):
+        convert("folders", tmp_path / "flat", tmp_path / "m3")
+
+
+def test_files_of_other_types_are_named(tmp_path, capsys):
+    (
+        wav(tmp_path / "s/cat/a.wav"),
+        text(tmp_path / "s/cat/b.m4a", ""),
+        text(tmp_path / "s/c.opus", ""),
+    )
+    convert("folders", tmp_path / "s", tmp_path / "m")
+    assert "not .aif, .aiff, .flac, .mp3, .ogg, .wav: 2, such as" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1476,12 +1503,12 @@ def test_out_that_is_a_file_is_said_before_the_work(tmp_path, monkeypatch):
         (
             "a,l,on,off\nx.wav,dog,soon,2\n",
             ["--audio", "a", "--label", "l", "--onset", "on", "--offset", "off"],
-            "t.csv: found 'soon' where a number is expected",
+            "t.csv, row 1: found 'soon' where a number is expected",
         ),
         (
             "a,l,on,off\nx.wav,dog,3,2\n",
             ["--audio", "a", "--label", "l", "--onset", "on", "--offset", "off"],
-            "t.csv: an event of 'dog' from 3 to 2 s; expected 0 <= onset <= offset",
+            "t.csv, row 1: an event of 'dog' from 3 to 2 s; expected 0 <= onset <= offset",
         ),
         (
             "a,b\nx.wav,Rain, heavy\n",
@@ -1552,6 +1579,26 @@ def test_events_that_the_file_does_not_hold_are_left_out(tmp_path, capsys):
     )
 
 
+def test_times_in_milliseconds_are_refused(tmp_path):
+    wav(tmp_path / "x.wav", 2.0), wav(tmp_path / "y.wav", 2.0)
+    text(tmp_path / "t.csv", "a,l,on,off\nx.wav,dog,0,1500\nx.wav,cat,700,1900\ny.wav,cat,90,95\n")
+    flags = ("--audio", "a", "--label", "l", "--onset", "on", "--offset", "off")
+    with pytest.raises(ValueError, match="2 of 3 events .*one at 700.*milliseconds"):
+        convert("csv", tmp_path / "t.csv", tmp_path / "m", *flags)
+
+
+def test_what_a_table_leaves_empty(tmp_path):
+    """An empty fold is none; pandas' 345515.0 is the id 345515; a phrase needs a word."""
+    wav(tmp_path / "x.wav"), wav(tmp_path / "y.wav")
+    rows = 'x.wav,345515.0,1.0,-,"[[0, 0.2]]"\ny.wav,,,rain,"[[0, 0.2]]"\n'
+    text(tmp_path / "t.csv", "a,i,f,p,s\n" + rows)
+    flags = ("--audio", "a", "--id", "i", "--fold", "f", "--phrase", "p", "--segments", "s")
+    found = convert("csv", tmp_path / "t.csv", tmp_path / "m", *flags)[1]
+    assert [row.get("id") for row in found] == ["345515", None]
+    assert [row.get("fold") for row in found] == [1, None]
+    assert [[p["phrase"] for p in row["phrases"]] for row in found] == [[], ["rain"]]
+
+
 def test_command_line_ends_in_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tools.datasets", "clotho", tmp_path, "--out", tmp_path / "m"],
@@ -1571,9 +1618,12 @@ def test_json_of_another_form_is_one_sentence(tmp_path):
     text(tmp_path / "test/label.json", json.dumps([{"phrases": [], "audio": 1}]))
     with pytest.raises(ValueError, match="a record does not have the form described under --help"):
         convert("audiogrounding", tmp_path, tmp_path / "m")
+    # a record without the split's key is a row without a split, as an empty cell is
     text(tmp_path / "t.jsonl", '{"a": "x", "s": "train"}\n{"a": "y"}\n')
-    with pytest.raises(ValueError, match="a record does not have the form"):
-        convert("csv", tmp_path / "t.jsonl", tmp_path / "m", "--audio", "a", "--split", "s")
+    wav(tmp_path / "x.wav"), wav(tmp_path / "y.wav")
+    flags = ("--audio", "a", "--split", "s")
+    rows = convert("csv", tmp_path / "t.jsonl", tmp_path / "m2", *flags)[1]
+    assert [row.get("split") for row in rows] == ["train", None]
     text(tmp_path / "p.jsonl", '{"a": "x", "p": "rain", "s": [[1]]}\n')
     with pytest.raises(
         ValueError, match=r"\[\[1\]\] in column 's'; expected \[\[onset, offset\], ...\] in seconds"
@@ -1840,6 +1890,7 @@ def test_check_of_many_rows(tmp_path):
         ("_bCdefgh_jk_000030", "_bCdefgh_jk"),
         ("Yabcdefghijk", None),
         ("train_00003", None),
+        ("Sound_00001", None),
         ("AbCdefghijk", "AbCdefghijk"),
         ("2219", None),
         ("1-30226-A-0", None),  # 11 characters, of ESC-50

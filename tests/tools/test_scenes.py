@@ -92,6 +92,21 @@ def test_no_recording_is_in_two_splits():
             assert {s["fold"] for s in splits["test"]} == {5} and {
                 s["fold"] for s in splits["train"] + splits["val"]
             } == {1, 2, 3}
+    # one recording cut into two classes, in a training and a test fold, as ESC-50's 234879
+    shared = {**sounds[0], "audio": "shared", "label": "d", "recording": "b4"}  # of fold 5
+    splits = scenes.split_sounds([*sounds, shared], [1, 2, 3], [5], 0.2, seed=0)
+    assert "shared" not in {s["audio"] for s in splits["train"] + splits["val"]}
+
+
+def test_takes_of_a_recording_are_known_by_their_names(tmp_path):
+    (tmp_path / "rain").mkdir()
+    for name in ("1-234-A-0.wav", "1-234-B-0.wav", "rain.wav"):
+        tone(tmp_path / "rain" / name, 300)
+    assert [s["recording"] for s in scenes.list_sounds(tmp_path)] == [
+        "234",
+        "234",
+        str(tmp_path / "rain/rain.wav"),
+    ]
 
 
 def test_active_part_trims_silence():
@@ -295,6 +310,14 @@ def test_recordings_of_other_manifests_are_left_out(class_folders, tmp_path, cap
             "found neither meta/esc50.csv nor folders",
         ),
         ([scenes, "--sounds", "ONE", "--out", "OUT"], "no recording is left for the"),
+        (
+            [scenes, "--sounds", "ONE", "--out", "OUT", "--train", "-4"],
+            "--train, --val, --test (-4, 150, 300): expected numbers",
+        ),
+        (
+            [scenes, "--sounds", "ONE", "--out", "OUT", "--val-fraction", "nan"],
+            "--val-fraction nan: expected a share",
+        ),
         ([datasets, "check", "nowhere"], "nowhere: no such manifest"),
     ],
 )
