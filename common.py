@@ -247,6 +247,10 @@ def read_audio(
             native_hz, total = f.samplerate, len(f)
             if total <= 0:
                 raise AudioError(f"{path}: holds no samples")
+            if total == 2**63 - 1:
+                raise AudioError(
+                    f"{path}: no length in its header (a streamed FLAC); encode it anew"
+                )
             # libsndfile reads a cut Ogg file as a shorter one, without an error
             if (expected_s and total / native_hz < 0.9 * expected_s - 0.1) or (
                 f.format == "OGG" and _ogg_is_cut(path)
@@ -265,19 +269,18 @@ def read_audio(
             f.seek(start)
             waveform = np.concatenate(list(_pieces(f, wanted)) or [np.zeros(0, np.float32)])  # (S,)
             if len(waveform) < wanted:
-                raise AudioError(f"{path}: truncated, {len(waveform)} of {wanted} samples decoded")
+                # without numbers that depend on the crop: a file is counted once for each text
+                raise AudioError(f"{path}: truncated, its end cannot be decoded")
             if not waveform.any():
                 f.seek(0)  # a silent crop of a file with sound in it is a legitimate draw
                 if not any(piece.any() for piece in _pieces(f, total)):
                     raise AudioError(f"{path}: silent, every sample is 0")
-    except (sf.SoundFileRuntimeError, OSError) as error:
+    except (sf.SoundFileRuntimeError, TypeError, OSError) as error:  # TypeError: a name in .raw
         raise AudioError(f"{path}: cannot be read as audio ({str(error).rstrip('.')})") from None
     if not np.isfinite(waveform).all():  # possible in files of floats
         raise AudioError(f"{path}: holds NaN or infinite samples")
     if np.abs(waveform).max() > LOUDEST:
-        raise AudioError(
-            f"{path}: samples up to {np.abs(waveform).max():.1e}; expected values in [-1, 1]"
-        )
+        raise AudioError(f"{path}: samples above {LOUDEST:g}; expected values in [-1, 1]")
     waveform = resample(waveform, native_hz, sample_rate)
     # `wanted` was rounded up, so there may be one sample too many
     return waveform if length_s is None else waveform[: round(length_s * sample_rate)]
@@ -760,10 +763,9 @@ def read_classes(data: list[str], rows: list[dict]) -> list[str]:
     return sorted(labels | {event["label"] for row in rows for event in row.get("events", [])})
 
 
-def split_train_val(
-    rows: list[dict], seed: int = 0, most: int = 1000
-) -> tuple[list[dict], list[dict]]:
-    """Rows for training (split "train" or none) and validation (split "val", else 5 % held out).
+def split_train_val(rows: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """Rows for training (split "train" or none) and validation (split "val"; without such rows 5 %
+    of the files are held out, at least 2 and at most 1,000, and none of three files or fewer).
 
     Rows of one file are merged. Copied alone, needs merge_rows, negatives_of.
     """
@@ -771,7 +773,7 @@ def split_train_val(
     val = [row for row in rows if row.get("split") == "val"]
     audio = sorted({row["audio"] for row in train})  # a set's order changes from run to run
     if not val and len(audio) > 3:
-        n_held = min(most, max(2, len(audio) // 20))  # with 1, retrieval is trivial
+        n_held = min(1000, max(2, len(audio) // 20))  # with 1, retrieval is trivial
         held = {audio[i] for i in np.random.default_rng(seed).permutation(len(audio))[:n_held]}
         val = [row for row in train if row["audio"] in held]
         train = [row for row in train if row["audio"] not in held]
@@ -794,10 +796,10 @@ def merge_rows(rows: list[dict]) -> list[dict]:
         one = merged[row["audio"]] = {**first}  # the caller's rows stay as they are
         if first.get("negatives") or row.get("negatives"):  # one entry a caption
             one["negatives"] = negatives_of(first) + negatives_of(row)
-        for key in ("captions", "synthetic", "similarity", "labels", "events", "phrases", "qa"):
+        for key in ("captions", "synthetic", "labels", "events", "phrases", "qa"):
             old, new = first.get(key, []), row.get(key, [])
             # equal captions stay: two people may write the same
-            if key not in ("captions", "synthetic", "similarity"):
+            if key not in ("captions", "synthetic"):
                 new = [x for x in new if x not in old]
             if key in first or key in row:
                 one[key] = old + new
@@ -1052,7 +1054,7 @@ def read_weights(path) -> dict:
 def read_encoder_weights(path) -> dict:
     """Read the file of --audio-weights, which must hold an encoder, not a whole model."""
     content = read_weights(path)
-    keys = [str(key) for key in (*content, *content.get("model", ()))]
+    keys = [str(key) for key in (*content, *(content.get("model") or ()))]
     if any(key in ("method", "codebook") or key.startswith("caption_encoder.") for key in keys):
         raise ValueError(f"--audio-weights {path}: a whole model; give it as --weights")
     return content
@@ -1085,7 +1087,7 @@ def check_keys(path, weights: dict, prefix: str, kind: str) -> None:
     """ValueError for a file that is not of this kind, before its tokenizer is fetched from the
     hub.
     """
-    if not any(key.startswith(prefix) for key in weights):
+    if not any(str(key).startswith(prefix) for key in weights):
         raise ValueError(
             f"{path}: neither a checkpoint of this script nor {kind} (keys: "
             f"{', '.join(repr(key)[:40] for key in list(weights)[:5])})"
@@ -1456,7 +1458,7 @@ def load_htsat(encoder: HTSAT, path: str) -> None:
     state dict.
     """
     folder = Path(path)
-    if folder.is_dir() or not folder.suffix:  # a folder, or a hub id
+    if folder.is_dir() or not (folder.suffix or folder.is_file()):  # a folder, or a hub id
         weights = transformers_weights(path)
         weights = {
             k: v
@@ -1466,8 +1468,8 @@ def load_htsat(encoder: HTSAT, path: str) -> None:
     else:
         weights = read_encoder_weights(path)
         weights = weights.get("state_dict", weights)  # Lightning nests them
-        if any(key.startswith("sed_model.") for key in weights):
-            weights = {k: v for k, v in weights.items() if k.startswith("sed_model.")}
+        if any(str(key).startswith("sed_model.") for key in weights):
+            weights = {k: v for k, v in weights.items() if str(k).startswith("sed_model.")}
     load_strict(encoder, htsat_state(weights), path)
 
 
@@ -1879,13 +1881,14 @@ def outlive_signals(_worker: int) -> None:
 
 
 class Loader(torch.utils.data.DataLoader):
-    """A DataLoader whose workers start with both signals blocked: otherwise a new worker could be
-    killed before `outlive_signals` has run in it, and the training would end without saving.
+    """A DataLoader whose workers have both signals blocked from their start, so that none is killed
+    and the training can save. Windows cannot block them; there `outlive_signals` ignores them.
     """
 
     def __init__(self, *given, num_workers=0, **more):
-        # torch warns of more workers than cores, which gain nothing
-        workers = min(num_workers, os.cpu_count() or 1)
+        # torch warns of more workers than the cores it may use, which gain nothing
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        workers = min(num_workers, len(affinity(0)) if affinity else os.cpu_count() or 1)
         super().__init__(*given, num_workers=workers, worker_init_fn=outlive_signals, **more)
 
     def __iter__(self):
@@ -1954,6 +1957,14 @@ def collate_audio(items):
     return [i for i, _ in good], waveform, n_samples, bad
 
 
+def header_seconds(path) -> float:
+    """A file's duration; 30 s for a file that cannot be read, which is left out later."""
+    try:
+        return sf.info(path).duration
+    except (sf.SoundFileRuntimeError, TypeError, OSError):
+        return 30.0
+
+
 def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
     """Loader of all files in batches of similar length, as `collate_audio` returns them.
 
@@ -1963,7 +1974,8 @@ def file_batches(model, rows: list[dict], batch_size=32, workers=0, crop="all"):
     length_s = None if isinstance(crop, str) else crop
     if crop == "first" and math.isfinite(model.window_s):
         length_s = model.window_s
-    seconds = [min(row.get("duration") or 30.0, length_s or math.inf) for row in rows]
+    durations = [row.get("duration") or header_seconds(row["audio"]) for row in rows]
+    seconds = [min(duration, length_s or math.inf) for duration in durations]
     batches = [[]]
     # in order of length: little padding, and bounded memory
     for i in np.argsort(seconds, kind="stable").tolist():
@@ -2000,8 +2012,8 @@ def embed_files(
         crop: "all": every consecutive window; "first": the first window only; a number: the windows
             of the first so many seconds.
         frames: the name of the model's method that gives them (True: embed_frames), or False.
-        autocast: around the model alone; none_is_fine: if no file can be read, return None in place
-            of arrays instead of raising an error.
+        autocast: around embed_audio alone.
+        none_is_fine: if no file can be read, return None in place of arrays, not an error.
     Returns
         kept: indices into rows; audio_embeds (N, D) float32; frame_embeds: list of (T_i, D), padded
             frames cut off, or None; bad: error texts of the files left out.
@@ -2135,7 +2147,7 @@ Whole = Annotated[int, "[0, 1e9]"]
 
 Layers = Annotated[int, "[1, 200]"]
 
-Tokens = Annotated[int, "[3, 512]"]  # two are special tokens; text encoders have 512 positions
+Tokens = Annotated[int, "[3, 512]"]  # two are special tokens; BERT has 512 positions
 
 Positive = Annotated[float, "(0, inf)"]
 
@@ -2555,8 +2567,8 @@ def cached_backward(
         reseed: called with the number of a part before each of its passes, so that both draw the
             same masks.
         micro_batch: not 0 where processes may have different numbers of parts; then every process
-            runs its parts twice, even a single one: DistributedDataParallel communicates in every
-            pass, and would wait forever for a process that skips one.
+            runs its parts twice, even a single one: DistributedDataParallel exchanges messages in
+            passes with gradients, and an ordinary single pass would not meet the others'.
     Copied alone, needs rank_and_world.
     """
 
@@ -2696,7 +2708,7 @@ def check_finite(recent: list, run, model=None) -> None:
     """Stop on a non-finite loss among `recent` [(step, loss, file names)], or on broken weights;
     empties `recent`.
 
-    It waits for the GPU, so it is called at log and save steps only.
+    It waits for the GPU, so it is called at log, save and validation steps only.
     """
     advice = "the last checkpoint is from before; try a smaller --lr or --precision fp32"
     for step, loss, names in recent:
@@ -2851,7 +2863,8 @@ class Run:
                     (self.path / "skipped.txt").write_text("")
             except BlockingIOError:
                 raise FileExistsError(
-                    f"{self.path} is being written by another process; choose another --name"
+                    f"{self.path} is held by another process (one that writes to it, or a notebook "
+                    "that did); choose another --name"
                 ) from None
             except OSError as error:
                 raise PermissionError(
@@ -2966,7 +2979,7 @@ class Run:
     def step_done(self, loss, sim=None, **values) -> None:
         """Count a step; every --log-steps write its line to log.jsonl, with `values`.
 
-        Only logging, validating and saving wait for the GPU.
+        In one process only logging, validating and saving wait for the GPU.
         """
         # detached, and its value is read later, so that this line does not wait for the GPU
         self.recent.append((self.step, loss.detach(), self.names))
@@ -3139,6 +3152,6 @@ class Run:
         if len(self.skipped) > self.cfg.max_bad * self.n_clips:
             raise ValueError(
                 f"{len(self.skipped)} of {self.n_clips} clips could not be used, more than "
-                f"--max-bad {self.cfg.max_bad:.0%}; first: {sorted(self.skipped)[0]} (all in "
+                f"--max-bad {100 * self.cfg.max_bad:g}%; first: {sorted(self.skipped)[0]} (all in "
                 f"{self.path / 'skipped.txt'}); mend or remove them, or raise --max-bad"
             )

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -194,11 +195,46 @@ def test_a_table_instead_of_a_manifest_names_the_command(tmp_path):
 def test_a_file_of_absurd_amplitude_is_unusable_and_named(tmp_path):
     for name, peak in (("loud", 1e29), ("integers", 32767.0)):
         sf.write(tmp_path / f"{name}.wav", np.full(800, peak, np.float32), 8000, subtype="FLOAT")
-    message = r"loud.wav: samples up to 1.0e\+29; expected values in \[-1, 1\]"
+    message = r"loud.wav: samples above 1e\+06; expected values in \[-1, 1\]"
     with pytest.raises(common.AudioError, match=message):
         common.read_audio(tmp_path / "loud.wav", 8000)
+    # one text a file, whatever the crop: --max-bad counts texts
+    loud = np.where(np.arange(8000) % 2000 == 0, 1e29 * (1 + np.arange(8000)), 0.1)
+    sf.write(tmp_path / "spikes.wav", loud.astype(np.float32), 8000, subtype="FLOAT")
+    texts = set()
+    for seed in range(20):
+        try:
+            common.read_audio(tmp_path / "spikes.wav", 8000, 0.1, np.random.default_rng(seed))
+        except common.AudioError as error:
+            texts.add(str(error))
+    assert len(texts) == 1
     # 16-bit integers saved as floats are read
     assert common.read_audio(tmp_path / "integers.wav", 8000).max() == 32767
+
+
+def test_a_file_named_raw_and_a_flac_without_a_length_are_unusable(tmp_path):
+    sf.write(tmp_path / "a.flac", np.full(8000, 0.1), 8000)
+    shutil.copy(tmp_path / "a.flac", tmp_path / "a.raw")
+    with pytest.raises(common.AudioError, match="a.raw: cannot be read as audio"):
+        common.read_audio(tmp_path / "a.raw", 8000)
+    streamed = bytearray((tmp_path / "a.flac").read_bytes())
+    streamed[21] &= 0xF0  # the 36 bits of STREAMINFO that hold the number of samples
+    streamed[22:26] = bytes(4)
+    (tmp_path / "streamed.flac").write_bytes(streamed)
+    with pytest.raises(common.AudioError, match="no length in its header"):
+        common.read_audio(tmp_path / "streamed.flac", 8000)
+
+
+def test_files_without_a_declared_duration_are_batched_by_their_headers(tmp_path):
+    rows = []
+    for i, seconds in enumerate((60, *[1] * 7)):
+        sf.write(tmp_path / f"{i}.wav", np.full(seconds * 8000, 0.1), 8000)
+        rows.append({"audio": str(tmp_path / f"{i}.wav")})
+    rows.append({"audio": str(tmp_path / "gone.wav")})
+    model = types.SimpleNamespace(sample_rate=8000, window_s=10.0)
+    loader = common.file_batches(model, rows, batch_size=8)
+    # the unreadable file counts as 30 s
+    assert loader.batch_sampler == [[1, 2, 3, 4, 5, 6, 7, 8], [0]]
 
 
 def test_manifest_missing_empty_and_duplicate_classes(tmp_path):

@@ -374,10 +374,10 @@ time.sleep(600)"""
         assert process.stdout.readline() == "held\n"
         with pytest.raises(
             FileExistsError,
-            match=f"{tmp_path}/a is being written by another process; choose another --name",
+            match=f"{tmp_path}/a is held by another process",
         ):
             opened(tmp_path, continues=True)
-        with pytest.raises(FileExistsError, match="is being written by another process"):
+        with pytest.raises(FileExistsError, match="is held by another process"):
             opened(tmp_path)  # a second attempt, as a notebook's user makes it
         opened(tmp_path, "b")
     finally:
