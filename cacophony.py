@@ -106,9 +106,9 @@ Run:  python cacophony.py --data demo                                 (two CPU c
       python cacophony.py --stage contrastive --name full --micro-batch 256 --data audiocaps clotho
       torchrun --nproc-per-node 8 cacophony.py --data ...             (one node, 8 GPUs)
       python eval.py runs/NAME/best.pt --data MANIFEST --protocol all
-Stage 1 starts near 4/3 (1 for normalised patches, 1/3 for a new head) and soon has the loss of each
-band's mean, a little below 1; the small model needs about 1,000 steps to leave it. Eq. (1) starts
-near 2 ln B, Eq. (2) near the logarithm of the vocabulary's size (jax, official: less, D5).
+Stage 1 starts near 4/3 (variance 1 of the target, 1/3 of a new head's output) and soon has the loss
+of each band's mean, a little below 1; the small model needs about 1,000 steps to leave it. Eq. (1)
+starts near 2 ln B, Eq. (2) near the logarithm of the vocabulary's size (jax, official: less, D5).
 """
 
 import math
@@ -139,7 +139,8 @@ class Config(common.RunConfig):
     # ablation: the smaller audio encoder of the paper's ablations (Sec. VI); tiny: a small model
     # from random weights
     size: Literal["paper", "ablation", "tiny"] = "paper"
-    # details as in the authors' JAX code (jax) or their torch port (official) (D1-D3, D5)
+    # details as in the authors' JAX code (jax) or their torch port, slips included (official)
+    # (D1-D3, D5)
     variant: Literal["paper", "jax", "official"] = "paper"
     # masked autoencoder, contrastive captioning, or both in order
     stage: Literal["all", "mae", "contrastive"] = "all"
@@ -347,7 +348,7 @@ def n_steps(n_samples):
 
 
 def to_patches(features):
-    """(B, T_mel, 128) -> (B, N, 256): patch number t * 8 + f, each 16 frames by 16 mel bins,
+    """(B, T_mel, 128) -> (B, N, 256): patch t * 8 + f, each 16 frames by 16 mel bins,
     flattened row by row.
     """
     B, T_mel, _ = features.shape
@@ -399,26 +400,26 @@ class PatchTransformer(nn.Module):
         self.layers = nn.ModuleList(AudioLayer(dim, heads, mlp, eps) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=eps)
 
-    def positions(self, number):
-        """Patch numbers (B, N) -> (B, N, dim): sines and cosines of the time step, plus a learnt
+    def positions(self, index):
+        """Patch indices (B, N) -> (B, N, dim): sines and cosines of the time step, plus a learnt
         embedding of the band.
         """
         dim = self.freq_embedding.shape[1]
-        rate = 10000 ** (-torch.arange(dim // 2, device=number.device) * 2 / dim)
-        angle = (number // N_FREQ)[..., None] * rate  # (B, N, dim / 2)
+        rate = 10000 ** (-torch.arange(dim // 2, device=index.device) * 2 / dim)
+        angle = (index // N_FREQ)[..., None] * rate  # (B, N, dim / 2)
         # sines first, then cosines, not in turn: the released weights need this order
-        return torch.cat([angle.sin(), angle.cos()], -1) + self.freq_embedding[number % N_FREQ]
+        return torch.cat([angle.sin(), angle.cos()], -1) + self.freq_embedding[index % N_FREQ]
 
     def transform(self, x, valid_mask):
         for layer in self.layers:
             x = layer(x, valid_mask)
         return self.norm(x)
 
-    def forward(self, patches, number, valid_mask):
-        """patches (B, N, input_dim), their numbers (B, N), valid_mask (B, N) bool, True = a real
+    def forward(self, patches, index, valid_mask):
+        """patches (B, N, input_dim), their indices (B, N), valid_mask (B, N) bool, True = a real
         patch -> (B, N, dim).
         """
-        return self.transform(self.input_proj(patches) + self.positions(number), valid_mask)
+        return self.transform(self.input_proj(patches) + self.positions(index), valid_mask)
 
 
 class MAE(nn.Module):
@@ -439,7 +440,7 @@ class MAE(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(audio["dim"]) * 0.02)
         self.head = nn.Linear(audio["dim"], PATCH * PATCH)
 
-    def paint(self, patches, number, valid_mask):
+    def paint(self, patches, index, valid_mask):
         """-> painted (B, N, 256), predictions of every patch's normalised values; visible_mask (B,
         N) bool.
         """
@@ -456,11 +457,11 @@ class MAE(nn.Module):
             return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
 
         # the encoder never sees a masked patch: patches that only fill a row up to V are not keys
-        encoded = self.audio_encoder(take(patches), number.gather(1, chosen), seen)
+        encoded = self.audio_encoder(take(patches), index.gather(1, chosen), seen)
         encoded = self.decoder.input_proj(encoded)  # (B, V, dim)
 
         visible_mask = torch.zeros_like(valid_mask).scatter(1, chosen, seen)
-        # Sec. III-A appends the mask tokens; in their places they give the same set, in order
+        # Sec. III-A appends the mask tokens; attention ignores order, so here each is in its place
         tokens = self.mask_token.to(encoded.dtype).expand(B, N, -1)
         tokens = tokens.scatter(
             1,
@@ -468,16 +469,17 @@ class MAE(nn.Module):
             torch.where(seen[..., None], encoded, self.mask_token.to(encoded.dtype)),
         )
         # the decoder has a band embedding of its own (D6)
-        tokens = self.decoder.transform(tokens + self.decoder.positions(number), valid_mask)
+        tokens = self.decoder.transform(tokens + self.decoder.positions(index), valid_mask)
         return self.head(tokens), visible_mask
 
-    def forward(self, patches, number, valid_mask):
-        """-> tuple of one: each clip's mean squared error (B,) over its masked patches (D4).
+    def forward(self, patches, index, valid_mask):
+        """-> (each clip's mean squared error (B,) over its masked patches (D4),); a tuple for
+        common.cached_backward.
 
-        patches (B, N, 256) of `to_patches`; number (B, N) = t * 8 + band; valid_mask (B, N) bool,
+        patches (B, N, 256) of `to_patches`; index (B, N) = t * 8 + band; valid_mask (B, N) bool,
         True = a real patch.
         """
-        painted, visible_mask = self.paint(patches, number, valid_mask)
+        painted, visible_mask = self.paint(patches, index, valid_mask)
         masked = (valid_mask & ~visible_mask).float()
         error = (painted.float() - normalised(patches)).square().mean(-1)  # (B, N)
         # at a small mask ratio a short clip may have no masked patch
@@ -606,7 +608,7 @@ class Model(nn.Module):
         self.log_mel = MagnitudeMel(variant["window"])
         self.audio_encoder = PatchTransformer(PATCH * PATCH, **shape["audio"], eps=variant["eps"])
         self.text_encoder = make_causal(text_encoder)
-        self.audio_pool = AttentionPool(
+        self.audio_pool = AttentionPool(  # D2
             shape["audio"]["dim"],
             min(variant["heads"][0], shape["audio"]["heads"]),
             shape["joint_dim"],
@@ -658,13 +660,13 @@ class Model(nn.Module):
         # keys and values of each layer, (B, heads, N, C / heads); caption() computes them once
         return [layer.crossattention.keys_values(audio_states) for layer in self.decoder]
 
-    def forward(self, patches, number, valid_mask, input_ids, attention_mask):
+    def forward(self, patches, index, valid_mask, input_ids, attention_mask):
         """One training batch -> audio_embeds, text_embeds (B, D), caption nll (B,), scale.
 
-        Shapes: patches (B, N, 256), number and valid_mask (B, N), input_ids and attention_mask (B,
+        Shapes: patches (B, N, 256), index and valid_mask (B, N), input_ids and attention_mask (B,
         L).
         """
-        audio_states = self.audio_encoder(patches, number, valid_mask)
+        audio_states = self.audio_encoder(patches, index, valid_mask)
         text_states = self.text_states(input_ids, attention_mask)
         audio_embeds = F.normalize(self.audio_pool(audio_states, valid_mask).float(), dim=-1)
         text_embeds = F.normalize(
@@ -690,23 +692,23 @@ class Model(nn.Module):
         steps = n_steps(torch.tensor(lengths))
         # a few pieces at a time: bounded memory
         patches = torch.cat([to_patches(self.log_mel(part)) for part in pieces.split(8)])
-        number = torch.arange(patches.shape[1], device=waveform.device)[None].expand(
+        index = torch.arange(patches.shape[1], device=waveform.device)[None].expand(
             len(patches), -1
         )
-        valid_mask = number < (N_FREQ * steps.to(waveform.device))[:, None]  # (pieces, N)
+        valid_mask = index < (N_FREQ * steps.to(waveform.device))[:, None]  # (pieces, N)
         states = torch.cat(
             [
                 self.audio_encoder(*part)
-                for part in zip(patches.split(8), number.split(8), valid_mask.split(8))
+                for part in zip(patches.split(8), index.split(8), valid_mask.split(8))
             ]
         )
         if len(pieces) == len(waveform):  # no clip was cut
             return states, valid_mask
         # for each clip (its real patches, C), piece after piece
         of_clip = [states[owner == b][valid_mask[owner == b]] for b in range(len(waveform))]
-        lengths = torch.tensor([len(x) for x in of_clip], device=waveform.device)
+        n_patches = torch.tensor([len(x) for x in of_clip], device=waveform.device)
         states = nn.utils.rnn.pad_sequence(of_clip, batch_first=True)
-        return states, torch.arange(states.shape[1], device=waveform.device) < lengths[:, None]
+        return states, torch.arange(states.shape[1], device=waveform.device) < n_patches[:, None]
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
@@ -861,7 +863,7 @@ def audio_shape(cfg: Config) -> dict:
     )
 
 
-def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
+def start_model(cfg: Config, captions: list[str], mae_file: Path) -> Model:
     """The model of --weights, or a new one: the audio encoder from stage 1, the text encoder from
     --text-model, the rest random.
     """
@@ -887,12 +889,12 @@ def start_model(cfg: Config, captions: list[str], mae: Path) -> Model:
     )
     model = Model(shape, text_encoder)
     if cfg.audio_weights != "none":
-        if not cfg.audio_weights and not mae.is_file():
+        if not cfg.audio_weights and not mae_file.is_file():
             raise FileNotFoundError(
-                f"{mae}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or give "
-                "--audio-weights (a run's mae.pt, the authors' torch file, or none)"
+                f"{mae_file}: no such file; run --stage mae --name {cfg.name or 'NAME'} first, or "
+                "give --audio-weights (a run's mae.pt, the authors' torch file, or none)"
             )
-        audio_start(model.audio_encoder, cfg.audio_weights or mae, cfg)
+        load_audio_encoder(model.audio_encoder, cfg.audio_weights or mae_file, cfg)
     return model
 
 
@@ -923,7 +925,7 @@ def caption_nll(logits, targets, target_mask, n_most: int | None = None):
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
-    """Outputs of Model.forward in this process -> loss, sim (B, B), the parts, over all processes.
+    """Outputs of Model.forward in this process -> loss, sim (B, B), losses, over all processes.
 
     Source: Eq. (3).
     """
@@ -934,8 +936,8 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, nll, scale):
     contrastive, captioning = contrastive_loss(sim, scale), nll.mean()  # over captions (D5)
     loss = contrastive + cfg.caption_weight * captioning  # Eq. (3)
     gap = modality_gap(audio_embeds.detach(), text_embeds.detach())  # logged, not minimised
-    parts = {"loss_con": contrastive, "loss_cap": captioning, "modality_gap": gap}
-    return loss, sim.detach(), parts
+    losses = {"loss_con": contrastive, "loss_cap": captioning, "modality_gap": gap}
+    return loss, sim.detach(), losses
 
 
 def modality_gap(audio_embeds, text_embeds):
@@ -962,19 +964,19 @@ def sam_backward(parameters: list, backward, rho: float):
     result = backward()
     if rho == 0:
         return result
-    held = [p for p in parameters if p.grad is not None]
+    moved = [p for p in parameters if p.grad is not None]
     with torch.no_grad():
         # copies, since adding and subtracting a step would not restore the same bits
-        kept = [p.clone() for p in held]
-        norm = torch.stack([p.grad.float().norm() for p in held]).norm()  # one over all (D7)
-        scale = rho / (norm + 1e-12)  # D7
-        for p in held:
-            p.add_(p.grad * scale)  # Eq. (5): the weights are now moved by the step
+        before = [p.clone() for p in moved]
+        norm = torch.stack([p.grad.float().norm() for p in moved]).norm()  # one over all (D7)
+        factor = rho / (norm + 1e-12)  # D7
+        for p in moved:
+            p.add_(p.grad * factor)  # Eq. (5): the weights are now moved by the step
             p.grad = None  # the second pass would add to it
     # Eq. (4): what backward() computes now is the loss at the worst case, to first order
     backward()  # Eq. (6): its gradient
     with torch.no_grad():
-        for p, value in zip(held, kept):
+        for p, value in zip(moved, before):
             # the weights are back; p.grad is still that of the moved ones
             p.copy_(value)
     return result
@@ -987,7 +989,7 @@ def sam_backward(parameters: list, backward, rho: float):
 
 class Clips(Dataset):
     """Patches of clips, with one caption each in stage 2. An item's key is (epoch, index), which
-    seeds all draws.
+    seeds all draws; its last entry is the file's name (common.Readable).
 
     Patches are computed here on the CPU: of a clip of 5 minutes (D8) only 512 of 15,000 patches go
     to the GPU.
@@ -1007,13 +1009,13 @@ class Clips(Dataset):
             row["audio"], SAMPLE_RATE, self.crop_s, rng, expected_s=row.get("duration")
         )
         patches = to_patches(self.log_mel(torch.from_numpy(waveform)[None]))[0]  # (N, 256)
-        number = torch.arange(len(patches))
+        index = torch.arange(len(patches))
         if self.tokenize and len(patches) > self.cfg.patches:
             # from the full sequence, as PaSST does (Sec. IV-A)
             drawn = rng.choice(len(patches), self.cfg.patches, replace=False)
-            number = torch.from_numpy(np.sort(drawn))
+            index = torch.from_numpy(np.sort(drawn))
         caption = self.draw_caption(row, rng) if self.tokenize else None
-        return patches[number], number, caption, row["audio"]
+        return patches[index], index, caption, row["audio"]
 
     def draw_caption(self, row: dict, rng) -> str:
         """Draw a synthetic caption, if there is one, in the set share of the draws, else one of the
@@ -1031,11 +1033,11 @@ class Clips(Dataset):
 
     def collate(self, items) -> dict:
         """-> what the model's forward takes."""
-        patches, numbers, captions, _ = zip(*items)
+        patches, indices, captions, _ = zip(*items)
         lengths = torch.tensor([len(p) for p in patches])
         batch = {
             "patches": nn.utils.rnn.pad_sequence(patches, True),  # (B, N, 256)
-            "number": nn.utils.rnn.pad_sequence(numbers, True),  # (B, N), 0 where padded
+            "index": nn.utils.rnn.pad_sequence(indices, True),  # (B, N), 0 where padded
             "valid_mask": torch.arange(int(lengths.max())) < lengths[:, None],
         }
         if self.tokenize:
@@ -1106,25 +1108,20 @@ def train_mae(cfg: Config, run: common.Run, checkpoint: dict | None) -> None:
     def loss_of(of_clips):
         return (common.gather_with_grad(of_clips).mean(),)
 
-    # Loop
+    # Loop; parts: the micro-batches of a batch, usually one
     for parts in run.batches(Clips(train_rows, cfg), sampler):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(cfg, cfg.mae_lr, run.step, cfg.mae_steps)
 
         optimiser.zero_grad(set_to_none=True)
-        (loss,) = common.cached_backward(
-            forward,
-            parts,
-            loss_of,
-            run.reseed,
-            run.autocast,  # D12
-            cfg.micro_batch,
+        (loss,) = common.cached_backward(  # D12
+            forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
         )
         optimiser.step()
 
         run.step_done(loss)
         run.save_if_due()
-    run.save("mae.pt")
+    run.save("mae.pt")  # D11
     common.barrier()  # stage 2 reads mae.pt in every process
 
 
@@ -1150,8 +1147,9 @@ def validate(model: Model, rows: list[dict], cfg: Config, quiet=True) -> tuple[d
                 items = [dataset[0, j] for j in range(i, min(i + 32, len(rows)))]
                 batch = common.to_device(dataset.collate(items), model.log_scale.device)
                 nll += model(**batch)[2].tolist()
+                # a guess costs log(vocabulary) a token; jax and official divide by `most` (D5)
                 tokens = batch["attention_mask"][:, 1:].sum(1)
-                most = model.text_encoder.max_tokens - 1  # the divisor of jax and official (D5)
+                most = model.text_encoder.max_tokens - 1
                 shares += (
                     tokens / (tokens if model.shape["variant"] == "paper" else most)
                 ).tolist()
@@ -1208,20 +1206,15 @@ def train_contrastive(cfg: Config, run: common.Run, checkpoint: dict | None) -> 
     def loss_of(*outputs):
         return training_loss(cfg, *outputs)
 
-    # Loop
+    # Loop; parts: the micro-batches of a batch, usually one
     for parts in run.batches(clips, sampler):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(cfg, cfg.lr, run.step, cfg.steps)
 
         # called twice by SAM; reseed gives both passes the same dropout masks (D7)
         def backward():
-            return common.cached_backward(
-                forward,
-                parts,
-                loss_of,
-                run.reseed,
-                run.autocast,  # D12
-                cfg.micro_batch,
+            return common.cached_backward(  # D12
+                forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
             )
 
         optimiser.zero_grad(set_to_none=True)
@@ -1363,7 +1356,7 @@ def port_size(state: dict) -> tuple:
     )
 
 
-def audio_start(encoder: PatchTransformer, path, cfg: Config) -> None:
+def load_audio_encoder(encoder: PatchTransformer, path, cfg: Config) -> None:
     """Load stage 1's encoder (a run's mae.pt), or the audio encoder in the authors' torch file."""
     content = common.read_weights(path)
     if content.get("method") == METHOD:

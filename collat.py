@@ -49,17 +49,16 @@ Deviations from the paper, and what it leaves open
       times the mean. Not stated: how clips are averaged. Ours: Eq. (1) is the mean over the values
       of all real tokens of the batch together, so long prompts weigh more; Eq. (3) is the mean over
       values, slots and clips. With the paper's weights the first two terms of Eq. (4) then differ
-      by a factor of about ten in value and five in gradient (first 120 steps of the demo, weighted:
-      values 0.02 to 0.03 and 0.2 to 0.3, gradients 0.2 to 0.5 and 0.7 to 2.2). With sums over 77
-      tokens at such distances Eq. (2) would be less than a thousandth of the loss. So we keep the
-      paper's weights, but if its losses are sums, our three terms have other proportions. With
-      weight 0.01 the gradient of Eq. (3) is three to four orders of magnitude below the others
-      (0.0001 in the same steps), so it has little effect. --token-weight 59136 --uni-weight 591
-      weight the means as sums over all 77 slots of 768; over its real tokens alone, the sum of
-      Eq. (1) is smaller.
-  D7  Eq. (2) is printed without its minus sign. tau is "a temperature parameter". Not stated: its
-      value and whether embeddings are normalised. Ours are normalised. As in CLIP, tau starts at
-      1 / 0.07 and is learnt; it stays between 1 (ours) and 100 (CLIP).
+      by a factor of about ten in value and five in gradient (first 120 steps of the demo). With
+      sums over 77 tokens at such distances Eq. (2) would be less than a thousandth of the loss. So
+      we keep the paper's weights, but if its losses are sums, our three terms have other
+      proportions. With weight 0.01 the gradient of Eq. (3) is three to four orders of magnitude
+      below the others, so it has little effect. --token-weight 59136 --uni-weight 591 weight the
+      means as sums over all 77 slots of 768; over its real tokens alone, the sum of Eq. (1) is
+      smaller.
+  D7  Eq. (2) is printed without its minus sign. tau, "a temperature parameter", multiplies cosines
+      (scale). Not stated: its value and whether embeddings are normalised. Ours are normalised. As
+      in CLIP, tau starts at 1 / 0.07 and is learnt; it stays between 1 (ours) and 100 (CLIP).
   D8  Eq. (3) adds "a Gaussian noise" to x^a, the log-mel. Not stated: its standard deviation. Ours:
       0.1 on the normalised log-mel; the paper prints 0.1 for the noisy clips of its evaluation
       (Sec. 5.1). White noise 20 dB below a clip changes that log-mel by 0.17 (root mean square over
@@ -261,14 +260,8 @@ class AST(nn.Module):
         x = (
             self.patch_embed["proj"](log_mel.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)
         )  # (B, P, dim)
-        x = (
-            torch.cat(
-                [self.cls_token.expand(len(x), -1, -1), self.dist_token.expand(len(x), -1, -1), x],
-                1,
-            )
-            + self.pos_embed
-        )
-        # (B, 2 + P, dim), class tokens first
+        first = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token)]
+        x = torch.cat([*first, x], 1) + self.pos_embed  # (B, 2 + P, dim), class tokens first
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -293,9 +286,9 @@ class CrossBlock(nn.Module):
                 2, 0, 3, 1, 4
             )
 
-        return *split(self.query(self.norm1(slots))), *split(
-            self.key_value(audio)
-        )  # (B, heads, N or 2 + P, dim / heads) each
+        # (B, heads, N or 2 + P, dim / heads) each
+        (q,), (k, v) = split(self.query(self.norm1(slots))), split(self.key_value(audio))
+        return q, k, v
 
     def forward(self, slots, audio):
         """slots (B, N, dim), audio states (B, 2 + P, dim) -> slots."""
@@ -433,27 +426,28 @@ class Model(nn.Module):
         if noisy:
             views = torch.cat([log_mel, log_mel + noise_std * torch.randn_like(log_mel)])  # D8
         slots = slots.repeat(len(views) // B, 1, 1)  # both views have the same slots
-        predicted = self.interaction(slots, self.audio_encoder(views))  # (B or 2 B, N, C)
+        # h^(a-t) = f_a-t(f_a(x^a)), (B or 2 B, N, C)
+        predicted = self.interaction(slots, self.audio_encoder(views))
         with torch.no_grad():
-            text = self.text.token_embeds(input_ids)  # h^t (B, L, C)
-            text_states = self.text.states(text, attention_mask)
+            h_t = self.text.token_embeds(input_ids)  # h^t (B, L, C)
+            text_states = self.text.states(h_t, attention_mask)
             text_embeds = F.normalize(
                 self.text.pool(text_states[-1], attention_mask).float(), dim=-1
             )
         states = self.text.states(predicted[:B])  # of the clean view, slots in their own order (D5)
         audio_embeds = F.normalize(self.text.pool(states[-1]).float(), dim=-1)
+        clean, noised = predicted[:B], predicted[B:]  # without a noisy view the second is empty
         if token_layer:  # the ablation of Fig. 4a
-            text, compared = text_states[token_layer], states[token_layer]
-            other = self.text.states(predicted[B:])[token_layer] if noisy else None
-        else:
-            compared, other = predicted[:B], predicted[B:] if noisy else None
-        # g of Sec. 3.2, computed before the weights are updated; no gradient (D5)
-        matched = match(compared.detach(), text, attention_mask)
-        token_sums, token_counts = cross_token_loss(compared, text, attention_mask, matched)
-        uni = uni_token_loss(compared, other) if noisy else token_sums.new_zeros(B)
+            h_t, clean = text_states[token_layer], states[token_layer]
+            noised = self.text.states(noised)[token_layer] if noisy else noised
+        # g of Sec. 3.2, computed before the weights are updated; no gradient (D5). The token losses
+        # are taken here, so that only numbers are gathered from all processes
+        matched = match(clean.detach(), h_t, attention_mask)
+        token_sums, token_counts = cross_token_loss(clean, h_t, attention_mask, matched)
+        uni = uni_token_loss(clean, noised) if noisy else token_sums.new_zeros(B)
         return audio_embeds, text_embeds, token_sums, token_counts, uni, self.log_scale.exp()
 
-    def first_window(self, waveform, n_samples=None):
+    def log_mel_of(self, waveform, n_samples=None):
         """waveform (B, S), n_samples (B,) -> log-mel (B, 1024, 128) of each clip's first
         10.24 s.
         """
@@ -476,7 +470,7 @@ class Model(nn.Module):
             embeds = []
             # at most 32 windows at a time: bounded memory
             for part, n in zip(windows.split(32), torch.tensor(lengths).split(32)):
-                tokens = self._tokens(self.first_window(part, n))
+                tokens = self._tokens(self.log_mel_of(part, n))
                 embeds.append(
                     F.normalize(self.text.pool(self.text.states(tokens)[-1]).float(), dim=-1)
                 )
@@ -489,23 +483,22 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def token_embeds(self, waveform, n_samples=None):
-        """h^(a-t) (B, N, C) of the first 10.24 s, to use instead of the text encoder's static token
-        embeddings.
+        """h^(a-t) (B, N, C) of the first 10.24 s (D13), to use instead of the text encoder's static
+        token embeddings.
         """
         with common.evaluating(self):
-            return self._tokens(self.first_window(waveform, n_samples)).float()
+            return self._tokens(self.log_mel_of(waveform, n_samples)).float()
 
     @torch.no_grad()
     def prompt_embeds(self, waveform, n_samples=None):
-        """The text encoder's last states (B, N, C) for the first 10.24 s, in place of a prompt's.
+        """The text encoder's last states (B, N, C) for the first 10.24 s (D13), in place of a
+        prompt's.
 
         For diffusers: pipeline(prompt_embeds=model.prompt_embeds(waveform)), where the pipeline is
         built on this text encoder (Stable Diffusion 1.x on CLIP ViT-L/14).
         """
         with common.evaluating(self):
-            return self.text.states(self._tokens(self.first_window(waveform, n_samples)))[
-                -1
-            ].float()
+            return self.text.states(self._tokens(self.log_mel_of(waveform, n_samples)))[-1].float()
 
     @torch.no_grad()
     def token_attention(self, waveform, texts: list[str]):
@@ -516,7 +509,7 @@ class Model(nn.Module):
         """
         with common.evaluating(self):
             ids = common.to_device(self.text_encoder.tokenize(texts), self.slots.device)
-            audio = self.audio_encoder(self.first_window(waveform))
+            audio = self.audio_encoder(self.log_mel_of(waveform))
             slots = self.slots.expand(len(audio), -1, -1)
             matched = match(
                 self.interaction(slots, audio),
@@ -635,11 +628,11 @@ def match_greedy(distance, real):
     B, L, N = distance.shape
     taken, matched = torch.zeros(B, N, dtype=torch.bool, device=distance.device), []
     for column in range(L - 1, -1, -1):  # from the right-most token on (Sec. 3.2)
-        nearest = distance[:, column].masked_fill(taken, math.inf).argmin(1, keepdim=True)  # (B, 1)
+        nearest = distance[:, column].masked_fill(taken, math.inf).argmin(1)  # (B,)
         # a padding token does not occupy a slot
-        taken = taken.scatter(1, nearest, taken.gather(1, nearest) | real[:, column, None])
+        taken = taken | (F.one_hot(nearest, N).bool() & real[:, column, None])
         matched.append(nearest)
-    return torch.cat(matched[::-1], 1)  # (B, L), in the text's order again
+    return torch.stack(matched[::-1], 1)  # (B, L), in the text's order again
 
 
 def cross_token_loss(predicted, text, attention_mask, matched):
@@ -678,12 +671,11 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_coun
     processes.
     """
     audio_embeds, text_embeds, token_sums, token_counts, uni = (
-        # separate sums and counts, so that the mean is over all tokens of the batch (D6)
         common.gather_with_grad(x)
         for x in (audio_embeds, text_embeds, token_sums, token_counts, uni)
     )
     sim = audio_embeds @ text_embeds.T  # (B, B)
-    token = token_sums.sum() / token_counts.sum()
+    token = token_sums.sum() / token_counts.sum()  # Eq. (1): mean over all tokens (D6)
     of_global = cross_global_loss(sim, scale)
     uni = uni.mean()
     # Eq. (4)
@@ -703,13 +695,13 @@ def label_prompt(labels: list[str]) -> str:
     )
 
 
-def texts_of(row: dict) -> list[str]:
+def texts_of_row(row: dict) -> list[str]:
     return [label_prompt(row["labels"])] if row.get("labels") else row["captions"]  # D10
 
 
 class Clips(Dataset):
     """One item per clip, with its text. A key is (epoch, index), which seeds the crop and the
-    choice of the caption.
+    choice of the caption. An item's last entry is the file's name (common.Readable).
     """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
@@ -721,7 +713,7 @@ class Clips(Dataset):
         waveform = common.read_audio(  # D13
             row["audio"], SAMPLE_RATE, WINDOW_S, rng, expected_s=row.get("duration")
         )
-        texts = texts_of(row)
+        texts = texts_of_row(row)
         return fbank(torch.from_numpy(waveform)), texts[int(rng.integers(len(texts)))], row["audio"]
 
     def collate(self, items) -> dict:
@@ -785,7 +777,9 @@ def main(cfg: Config) -> dict:
         model = Model.from_checkpoint(run.path / "last.pt")
     else:
         classes = sorted({label for row in train_rows for label in row.get("labels", [])})
-        texts = [text for row in train_rows for text in (*texts_of(row), *row.get("captions", []))]
+        texts = [
+            text for row in train_rows for text in (*texts_of_row(row), *row.get("captions", []))
+        ]
         model = start_model(cfg, texts + classes)
         if cfg.weights != "none":
             cfg = run.starts_from(max_tokens=model.text_encoder.max_tokens)
@@ -820,9 +814,9 @@ def main(cfg: Config) -> dict:
     def loss_of(*outputs):
         return training_loss(cfg, *outputs)
 
-    # Loop
+    # Loop; parts: the micro-batches of a batch, usually one
     for parts in run.batches(clips, sampler):
-        parts = [part | options for part in parts]
+        parts = [part | options for part in parts]  # the arguments of Model.forward
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * common.warmup_cosine(
                 run.step, cfg.warmup_steps, cfg.steps

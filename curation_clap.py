@@ -27,7 +27,8 @@ curation (the paper's N is B). beta 0.3, tau temperature, sigma threshold.
 Clips are in rows and captions in columns: the transpose of the paper's C = t a'. In Eq. (2) a and t
 are the teacher's, with a tilde in the paper.
 
-Deviations from the paper, what it leaves open, and --variant official
+Deviations from the paper, and what it leaves open (official: what --variant official does; code:
+what no flag does)
   D1  The projection is MS-CLAP's (residual, LayerNorm), so that its file loads. The paper: "a
       two-layer MLP".
   D2  tau starts at 0.007 (paper). official: 0.07, and logits are cut off above 100.
@@ -205,8 +206,7 @@ class Config(common.RunConfig):
     epoch_steps: common.Whole = 0
     batch_size: common.Count = 128  # pairs over all processes (Sec. 3.2: 64 on each of 2 GPUs; D7)
     lr: common.Positive = 1e-4  # Adam's learning rate (code; D7)
-    # epochs without a smaller validation loss after which one more lets the learning rate drop to
-    # a tenth; counted from this epoch on (code; D7)
+    # ReduceLROnPlateau's patience in epochs, and the first epoch that it sees (code; D7)
     patience: common.Whole = 10
     clip: common.Positive = 5.0  # largest norm of the gradient (code; D7)
     replay: bool = True  # batches of annotated pairs between the curated ones (Sec. 3.2; D9)
@@ -362,11 +362,13 @@ class Projection(nn.Module):
 
 def repeat_to(waveform, length: int):
     """waveform (S,), S <= length -> (length,): repeated, the last repeat cut (D4)."""
-    return waveform.repeat(-(-length // len(waveform)))[:length]
+    return waveform.repeat(math.ceil(length / len(waveform)))[:length]
 
 
 def clean_caption(text: str) -> str:
-    """Remove commas, links, dollar signs, asterisks and line breaks; underscores become spaces."""
+    """Remove commas, links, dollar signs, asterisks and line breaks; underscores become spaces
+    (D21).
+    """
     cleaned = re.sub(r"<a\b.*?</a>|[,$*]", "", text, flags=re.S)
     cleaned = re.sub(r"[\s_]+", " ", cleaned).strip()
     # a caption of which no word is left stays as it was, since every text needs a token
@@ -418,11 +420,8 @@ class Model(nn.Module):
 
     def forward(self, waveform, input_ids, attention_mask):
         """One training batch -> audio_embeds, text_embeds (B, D), scale."""
-        return (
-            self.clip_embeds(waveform),
-            self.caption_embeds(input_ids, attention_mask),
-            self.log_scale.exp(),
-        )
+        audio_embeds = self.clip_embeds(waveform)
+        return audio_embeds, self.caption_embeds(input_ids, attention_mask), self.log_scale.exp()
 
     @torch.no_grad()
     def embed_audio(self, waveform, n_samples=None):
@@ -567,7 +566,7 @@ def soft_labelled_loss(logits, target_a2t, target_t2a):
     return (soft_divergence(logits, target_a2t) + soft_divergence(logits.T, target_t2a)) / 2
 
 
-def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
+def training_loss(cfg: Config, audio_embeds, text_embeds, scale, of_teacher=None):
     """Embeds (B, D) of Model.forward and the teacher's (or None), both of all processes -> loss,
     sim (B, B).
     """
@@ -575,9 +574,9 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, scale, taught=None):
     logits = sim * scale
     if cfg.variant == "official":
         logits = logits.clamp(max=100)  # D2
-    if taught is None:
+    if of_teacher is None:
         return contrastive_loss(logits), sim.detach()
-    return soft_labelled_loss(logits, *soft_targets(*taught, cfg.beta)), sim.detach()
+    return soft_labelled_loss(logits, *soft_targets(*of_teacher, cfg.beta)), sim.detach()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -591,8 +590,10 @@ def read_corpus(cfg: Config) -> dict:
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
     pool = cfg.pool
     if not pool and cfg.pool_share:
-        train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
-        pool = [forgotten]  # its captions are not read (`training_clips`)
+        train_rows, forgotten = split_clips(
+            train_rows, 1 - cfg.pool_share, (cfg.seed, 1)
+        )  # 1 to 4: independent draws
+        pool = [forgotten]  # its captions are not read (`pool_clips`)
     train_rows, _ = split_clips(train_rows, cfg.teacher_fraction, (cfg.seed, 2))
     common.require(train_rows + val_rows, "captions")
     return {"train": train_rows, "val": val_rows, "pool": pool}
@@ -616,20 +617,18 @@ class Centre:
 
 class Pairs(Dataset):
     """The (clip, caption) pairs of one or two sets. An item's key is (set, epoch, index), which
-    seeds the crop.
+    seeds the crop; its last entry is the file's name (common.Readable).
     """
 
     def __init__(
         self, sets: list[list[dict]], cfg: Config, tokenize, window_s: float, centre: bool = False
     ):
-        self.sets = [
-            [(row, k) for row in rows for k in range(len(row["captions"]))] for rows in sets
-        ]
+        self.sets = [[(row, text) for row in rows for text in row["captions"]] for rows in sets]
         self.cfg, self.tokenize, self.window_s, self.centre = cfg, tokenize, window_s, centre
 
     def __getitem__(self, key):
         group, epoch, index = key
-        row, k = self.sets[group][index]
+        row, caption = self.sets[group][index]
         rng = Centre if self.centre else np.random.default_rng((self.cfg.seed, *key))
         waveform = common.read_audio(
             row["audio"], SAMPLE_RATE, self.window_s, rng, expected_s=row.get("duration")
@@ -637,7 +636,7 @@ class Pairs(Dataset):
         free = round(self.window_s * SAMPLE_RATE) - len(waveform)
         before = int(rng.integers(0, free + 1)) if self.cfg.variant == "official" else 0  # D3
         waveform = np.pad(waveform, (before, free - before))
-        return waveform, clean_caption(row["captions"][k]), row["audio"]
+        return waveform, clean_caption(caption), row["audio"]
 
     def collate(self, items) -> dict:
         """-> what Model.forward takes."""
@@ -663,7 +662,8 @@ def mixed_batches(
     # the set of every step, drawn for all steps at once, so that a resumed run draws the same
     chosen = np.zeros(total_steps, int)
     if len(sizes) > 1:
-        chosen += np.random.default_rng((seed, 3)).random(total_steps) >= replay_prob
+        draws = np.random.default_rng((seed, 3)).random(total_steps)
+        chosen = (draws >= replay_prob).astype(int)
     orders = {}  # set -> epoch, order
     for step in range(start, total_steps):
         group = int(chosen[step])
@@ -693,7 +693,8 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
     """Every pair of a row of embeds (n, D) and a caption of text_embeds (Q, D) whose cosine is at
     least `threshold`, or each row's top_k captions. Both numpy fp16, of length 1.
 
-    -> row, caption (P,) int, cosine (P,) fp32; by row, the most similar caption first. Sec. 2.2.
+    -> i (row), q (caption) (P,) int, cosine (P,) fp32; by row, the most similar caption first.
+    Source: Sec. 2.2.
     """
     text = torch.from_numpy(text_embeds).to(device).float().T  # (D, Q)
     # rows whose cosines are in memory at a time: few enough for a CPU's caches
@@ -703,28 +704,28 @@ def similar_pairs(embeds, text_embeds, threshold: float, top_k: int = 0, device=
         part = torch.from_numpy(embeds[start : start + n_rows]).to(device).float()
         sim = part @ text  # (rows, Q)
         if top_k:
-            cosine, caption = sim.topk(min(top_k, len(text_embeds)))  # (rows, top_k)
-            row = torch.arange(len(sim), device=device)[:, None].expand_as(caption)
+            cosine, q = sim.topk(min(top_k, len(text_embeds)))  # (rows, top_k)
+            i = torch.arange(len(sim), device=device)[:, None].expand_as(q)
         else:
-            row, caption = (sim >= threshold).nonzero(as_tuple=True)
-            cosine = sim[row, caption]
-        found.append([x.flatten().cpu().numpy() for x in (row + start, caption, cosine)])
-    row, caption, cosine = (np.concatenate(x) for x in zip(*found))
+            i, q = (sim >= threshold).nonzero(as_tuple=True)
+            cosine = sim[i, q]
+        found.append([x.flatten().cpu().numpy() for x in (i + start, q, cosine)])
+    i, q, cosine = (np.concatenate(x) for x in zip(*found))
     # equal cosines in the order of the captions, so that devices and block sizes agree; which of
     # equal captions top_k keeps is torch's choice
-    order = np.lexsort((caption, -cosine, row))
-    return row[order], caption[order], cosine[order]
+    order = np.lexsort((q, -cosine, i))
+    return i[order], q[order], cosine[order]
 
 
 def pool_blocks(pool: list, size: int):
     """Yield the pool's clips in blocks of at most `size`; only one block is in memory at a time."""
     for item in pool:
-        clips = training_clips(item)
+        clips = pool_clips(item)
         while block := list(itertools.islice(clips, size)):
             yield block
 
 
-def training_clips(item):
+def pool_clips(item):
     """Audio and duration of a manifest's training rows (or of given rows), one a clip."""
     last = None  # only adjacent rows of a clip are merged: a pool's names may not fit into memory
     for row in item if isinstance(item, list) else common.iter_manifest([item]):
@@ -743,7 +744,7 @@ def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, de
         CURATION_S,  # D4
         desc=desc,
         quiet=run.rank > 0,
-        autocast=run.autocast,
+        autocast=run.autocast,  # D12
         none_is_fine=True,  # --max-bad decides, over the whole pool
     )
     if not kept:
@@ -751,13 +752,13 @@ def embed_block(model: Model, rows: list[dict], cfg: Config, run: common.Run, de
     return np.array(kept, int), half(embeds), bad
 
 
-def stored_block(model: Model, rows, cfg: Config, run: common.Run, teacher: str, number: int):
+def stored_block(model: Model, rows, cfg: Config, run: common.Run, teacher_key: str, number: int):
     """embed_block with its result kept in runs/embeds, under a key of the teacher and of every
     file's size and time, so that later and resumed curations do not embed the block again.
     """
     # precision and device change embeddings; the key of a missing file is empty
     files = [[row["audio"], common.file_key(row)] for row in rows]
-    told = [teacher, cfg.precision, run.device.type, files]
+    told = [teacher_key, cfg.precision, run.device.type, files]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     path = Path(cfg.runs) / "embeds" / f"{key}.npz"
     if not path.exists():
@@ -807,10 +808,10 @@ def near_labels(prompt_embeds, text_embeds, threshold: float, top_k: int):
     """Captions near the domain (Sec. 2.2.2) -> their numbers in ascending order, and the largest
     cosine of each to a class prompt that chose it. Copied alone, needs similar_pairs.
     """
-    _, caption, cosine = similar_pairs(prompt_embeds, text_embeds, threshold, top_k)
+    _, q, cosine = similar_pairs(prompt_embeds, text_embeds, threshold, top_k)
     nearness = np.full(len(text_embeds), -np.inf, np.float32)
-    np.maximum.at(nearness, caption, cosine)
-    chosen = np.flatnonzero(np.isfinite(nearness))
+    np.maximum.at(nearness, q, cosine)
+    chosen = np.unique(q)
     return chosen, nearness[chosen]
 
 
@@ -823,7 +824,7 @@ def count_pool(cfg: Config, corpus: dict) -> int:
             f"--curation {cfg.curation} pairs captions with unlabelled audio; give --pool "
             "(manifests)"
         )
-    n_pool = sum(1 for item in corpus["pool"] for _ in training_clips(item))
+    n_pool = sum(1 for item in corpus["pool"] for _ in pool_clips(item))
     if not n_pool:
         raise ValueError(
             "the pool (--pool, or --pool-share of --data) has no training row; rows of split val "
@@ -880,8 +881,9 @@ def curate(cfg: Config, run: common.Run, corpus: dict, n_pool: int, prompts: lis
             f"DS: {len(pairs):,} pairs of {len({c['audio'] for c, *_ in pairs}):,} clips in {path}"
         )
     if cfg.curation != "ds":
-        teacher = common.file_key({"audio": str(teacher_path)})
-        mine(cfg, run, model, teacher, corpus["pool"], n_pool, captions, text_embeds)
+        # DU: Sec. 2.2.1, all captions; ADS: Sec. 2.2.2, those near the domain
+        teacher_key = common.file_key({"audio": str(teacher_path)})
+        mine(cfg, run, model, teacher_key, corpus["pool"], n_pool, captions, text_embeds)
     common.barrier()
     return {"curated": str(run.path / f"{cfg.curation}.jsonl")}
 
@@ -899,13 +901,13 @@ def write_pairs(path: Path, pairs) -> None:
 
 
 def mine(
-    cfg: Config, run: common.Run, model: Model, teacher: str, pool, n_pool: int, captions, text
+    cfg: Config, run: common.Run, model: Model, teacher_key: str, pool, n_pool: int, captions, text
 ) -> None:
     """Pair the pool's audio with captions (Q,), their embeds text (Q, D) fp16 -> runs/NAME/du.jsonl
     or ads.jsonl, one line a clip.
 
-    The processes take blocks in turn: memory depends on the captions and one block. teacher: a key
-    of its file.
+    The processes take blocks in turn: memory depends on the captions and one block. teacher_key: of
+    its file.
     """
     folder = run.path / "curation"
     folder.mkdir(exist_ok=True)
@@ -913,7 +915,7 @@ def mine(
     bad, number = [], -1
     for number, block in enumerate(pool_blocks(pool, cfg.block)):
         if number % run.world == run.rank:
-            rows, embeds, errors = stored_block(model, block, cfg, run, teacher, number)
+            rows, embeds, errors = stored_block(model, block, cfg, run, teacher_key, number)
             found = similar_pairs(embeds, text, cfg.threshold, cfg.top_k, run.device)
             pairs = zip(*(x.tolist() for x in found))
             write_pairs(
@@ -975,7 +977,7 @@ def report_pool(cfg: Config, run, model, pool, n_pool: int, captions, text_embed
     """Print what every --threshold would give, from a sample of clips, and examples."""
     rng = np.random.default_rng(cfg.seed)
     wanted = set(rng.permutation(n_pool)[:SAMPLE_CLIPS].tolist())
-    clips = itertools.chain.from_iterable(map(training_clips, pool))
+    clips = itertools.chain.from_iterable(map(pool_clips, pool))
     sample = [clip for i, clip in enumerate(clips) if i in wanted]
     kept, embeds, bad = embed_block(model, sample, cfg, run, "embedding a sample")
     if bad:
@@ -1027,7 +1029,7 @@ def embeds_of(model, parts: list[dict], autocast) -> list:
     return [torch.cat(column) for column in zip(*embeds)]
 
 
-def teach(teacher, parts: list[dict], autocast):
+def teacher_embeds_of(teacher, parts: list[dict], autocast):
     """The teacher's embeds of the whole batch, over all processes, without dropout; None without a
     teacher.
     """
@@ -1058,9 +1060,9 @@ def validation_loss(cfg: Config, run, model: Model, teacher, dataset: Pairs) -> 
             if len(names) < 2:  # the loss of a single pair is 0
                 continue
             embeds = embeds_of(model, parts, run.autocast)
-            taught = embeds_of(teacher, parts, run.autocast) if teacher else None
-            loss, _ = training_loss(cfg, *embeds, model.log_scale.exp(), taught)
-            of_equal, _ = training_loss(cfg, *embeds, 0.0, taught)  # all logits are 0
+            of_teacher = embeds_of(teacher, parts, run.autocast) if teacher else None
+            loss, _ = training_loss(cfg, *embeds, model.log_scale.exp(), of_teacher)
+            of_equal, _ = training_loss(cfg, *embeds, 0.0, of_teacher)  # all logits are 0
             total += loss.item() * len(names)
             chance += of_equal.item() * len(names)
             count += len(names)
@@ -1092,9 +1094,11 @@ def train(
     pairs = Pairs(sets, cfg, model.text_encoder.tokenize, model.window_s)
     held_out = Pairs([corpus["val"]], cfg, model.text_encoder.tokenize, model.window_s, centre=True)
     # the smaller of two sets may not fill a batch
-    of_batch = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))
+    batch_sizes = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
-    epoch_steps = cfg.epoch_steps or sizes[0] // of_batch[0]  # of the replay, if there is one (D7)
+    epoch_steps = (
+        cfg.epoch_steps or sizes[0] // batch_sizes[0]
+    )  # of the replay, if there is one (D7)
     steps = epochs * epoch_steps
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
@@ -1109,8 +1113,8 @@ def train(
         f"{' + '.join(f'{n:,}' for n in sizes)} "
         f"pairs{' (replay + curated)' if len(sizes) > 1 else ''}, {len(corpus['val'])} clips for "
         f"validation; mel matrix {model.audio_encoder.mel_rate()}; {epochs} epochs of "
-        f"{epoch_steps} steps; batches of {' or '.join(map(str, of_batch))}, ln B = "
-        f"{' or '.join(f'{math.log(n):.2f}' for n in of_batch)}",
+        f"{epoch_steps} steps; batches of {' or '.join(map(str, batch_sizes))}, ln B = "
+        f"{' or '.join(f'{math.log(n):.2f}' for n in batch_sizes)}",
         checkpoint,
         stage=stage,
         shape=model.shape,
@@ -1128,11 +1132,12 @@ def train(
     def loss_of(audio_embeds, text_embeds, scale):
         # the similarities are between the pairs of all processes (D7)
         embeds = [common.gather_with_grad(x) for x in (audio_embeds, text_embeds)]
-        return training_loss(cfg, *embeds, scale, taught)  # taught: of the loop's current batch
+        # of_teacher: the teacher's embeds of the loop's current batch
+        return training_loss(cfg, *embeds, scale, of_teacher)
 
-    # Loop
+    # Loop; parts: the micro-batches of a batch, usually one
     for parts in run.batches(pairs, sampler):
-        taught = teach(teacher, parts, run.autocast)
+        of_teacher = teacher_embeds_of(teacher, parts, run.autocast)
 
         optimiser.zero_grad(set_to_none=True)
         loss, sim = common.cached_backward(  # D12, D13
@@ -1151,7 +1156,7 @@ def train(
             # D7: epochs before epoch `patience` do not count
             if corpus["val"] and run.step >= cfg.patience * epoch_steps:
                 scheduler.step(value[0])
-            # without validation clips the last epoch is the best
+            # D8; without validation clips the last epoch is the best
             score = -value[0] if corpus["val"] else run.step
             run.keep_best(score, {"val_loss": value[0]} if corpus["val"] else {}, best_file)
         run.save_if_due()

@@ -2,15 +2,14 @@
 
 Yiming Li, Zhifang Guo, Xiangdong Wang, Hong Liu: "Advancing Multi-grained Alignment for Contrastive
 Language-Audio Pre-training", ACM Multimedia 2024, arXiv:2408.07919v1. Official code:
-github.com/Ming-er/MGA-CLAP (HTS-AT only), called "the code" below.
-
-The idea: plain CLAP pools the frames into one vector and the words into another, and aligns only
-these two. A single frame need not match a single word. Three changes make frames match words
-without frame labels. (1) Both modalities share a codebook. Every frame (or word) is compared with
-every codeword, and each codeword keeps its largest value over the frames. Sparsemax turns these K
-values into weights, most of them 0. The embedding is the weighted sum of the codewords. (2) The
-encoder's last block mixes nothing over time, so a frame stays local. (3) Negatives that lie close
-to the clip (or caption) weigh more.
+github.com/Ming-er/MGA-CLAP (HTS-AT only), called "the code" below. The idea: plain CLAP pools the
+frames into one vector and the words into another, and aligns only these two. A single frame need
+not match a single word. Three changes make frames match words without frame labels. (1) Both
+modalities share a codebook. Every frame (or word) is compared with every codeword, and each
+codeword keeps its largest value over the frames. Sparsemax turns these K values into weights, most
+of them 0. The embedding is the weighted sum of the codewords. (2) The last block of the audio
+encoder mixes no positions, so it blurs frames no further. (3) Negatives that lie close to the clip
+(or caption) weigh more.
 
 Equations (paper) -> code
   Eq. (1)  symmetric contrastive loss (plain CLAP)           clap_loss
@@ -25,11 +24,11 @@ Equations (paper) -> code
   Eq. (8)  its weights alpha and beta                        hard_negative_loss
   Table 4  compared methods UACA, WSTAG, PACL                *_similarity
 
-Letters (the paper's in brackets): B pairs, S samples, T frames (HTS-AT: 32 of 0.3125 s in 10 s),
-L words [N], D joint dimension 1024, K codewords [M] 4096, M mel bins, gamma 0.15, temperature
-[tau], eta affinity divisor.
+Letters (the paper's in brackets): B pairs, S samples, T frames (HTS-AT: 32 of 0.3125 s in 10 s), L
+tokens (L - 1 words [N]), D joint dimension 1024, K codewords [M] 4096, M mel bins, gamma 0.15,
+temperature [tau], eta affinity divisor.
 
-Deviations from the paper (and what --variant official does)
+Deviations from the paper (official: what --variant official does; the code: what no flag does)
   D1  Eq. (1) and (7) are sums over the batch and both directions. Ours are means over both, so that
       they can be compared with ln B. Adam's step does not depend on the scale of the loss.
   D2  The paper gives neither eta ("a scaling term") nor the initial codewords. Ours are the code's:
@@ -44,8 +43,7 @@ Deviations from the paper (and what --variant official does)
       row). Official: soft targets over all captions of the clip.
   D5  Official: weights (B - 1) E_ij / (S_j - E_ij) with E_ij = e^(gamma (<p_i, q_j> / tau - m_i)),
       where m_i is the maximum of row i of <p, q> / tau. By mistake S_j is the sum over row j of E,
-      not row i. Positives
-      have weight 1, and 1e-7 is added inside the log.
+      not row i. Positives have weight 1, and 1e-7 is added inside the log.
   D6  The block "removes the q-k attention", "with other components unchanged". Ours keeps the
       output projection after V, the residuals, the LayerNorms and the feed-forward. Official: no
       feed-forward (common.Block).
@@ -54,7 +52,7 @@ Deviations from the paper (and what --variant official does)
   D8  Official: clips are padded to the longest clip of the batch, and HTS-AT stretches them to
       10 s; with several processes, to the longest of each process's share. We pad to 10 s, as the
       paper does.
-  D9  Official, if --variant says so (--weights does not change them): 10 epochs (paper 15). The
+  D9  Official, if --variant says so (from --weights alone: still 15): 10 epochs (paper 15). The
       schedule (warm-up of 2 epochs, cosine) is the code's; the paper names none.
   D10 bf16 autocast (code: fp16 with loss scaling; the paper names no precision). Clips of "similar
       durations are grouped within a batch". Pairs left over from a duration group form mixed
@@ -207,7 +205,7 @@ class Config(common.RunConfig):
             )
 
 
-# Random weights need a higher learning rate, larger patches and a smaller eta (D2).
+# Random weights need a higher learning rate, a CPU larger patches, 256 codewords a smaller eta (D2)
 TINY = dict(
     audio_weights="none",
     text_model="none",
@@ -440,24 +438,24 @@ class Model(nn.Module):
 
         Source: Sec. 3.2.2; without a codebook Sec. 3.2.1, mean pooling.
         """
-        if self.cfg.aggregator != "codebook":
-            # plain CLAP, and the clip and class vectors of the pairwise methods (D21)
-            valid = torch.ones_like(feats[..., :1]) if valid_mask is None else valid_mask[..., None]
-            feats = F.normalize(feats.float(), dim=-1) if self.pairwise else feats.float()
-            pooled = (feats * valid).sum(1) / valid.sum(1)
-            return F.normalize(pooled, dim=-1), pooled.new_zeros(())
-        weights = codebook_weights(
-            feats,
-            self.codebook,
-            self.eta,
-            valid_mask,
-            self.cfg.affinity,
-            self.cfg.sparsity,
-            0.0 if self.cfg.variant == "official" else float("-inf"),
-        )
-        with torch.autocast(weights.device.type, enabled=False):
-            mixture = weights @ self.codebook  # Sec. 3.2.2
-        return F.normalize(mixture, dim=-1), (weights > 0).sum(1).float().mean()  # D14
+        if self.cfg.aggregator == "codebook":
+            weights = codebook_weights(
+                feats,
+                self.codebook,
+                self.eta,
+                valid_mask,
+                self.cfg.affinity,
+                self.cfg.sparsity,
+                0.0 if self.cfg.variant == "official" else float("-inf"),
+            )
+            with torch.autocast(weights.device.type, enabled=False):  # fp32, unlike the affinities
+                mixture = weights @ self.codebook  # Sec. 3.2.2
+            return F.normalize(mixture, dim=-1), (weights > 0).sum(1).float().mean()  # D14
+        # plain CLAP, and the clip and class vectors of the pairwise methods (D21)
+        valid = torch.ones_like(feats[..., :1]) if valid_mask is None else valid_mask[..., None]
+        feats = F.normalize(feats.float(), dim=-1) if self.pairwise else feats.float()
+        pooled = (feats * valid).sum(1) / valid.sum(1)
+        return F.normalize(pooled, dim=-1), pooled.new_zeros(())
 
     def frame_feats(self, waveform):
         """waveform (B, S) of at most one window -> projected frames (B, T, D)."""
@@ -479,7 +477,7 @@ class Model(nn.Module):
             words = unit_words(words, word_mask[:, 1:])
             # gathering needs the same shape on all processes
             words = F.pad(words, (0, 0, 0, self.cfg.max_tokens - 1 - words.shape[1]))
-            # official batches are as long as their longest clip
+            # official: with ATST, T follows the batch's longest clip
             frames = F.pad(frames, (0, 0, 0, self.audio_encoder.n_frames - frames.shape[1]))
             return F.normalize(frames.float(), dim=-1), words, self.temperature, words.new_zeros(())
         audio_embeds, audio_active = self.aggregate(frames)  # no mask: padding counts (D3)
@@ -639,7 +637,7 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
     diagonal = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     twin = same_clip & ~diagonal  # D4
 
-    def one_way(logits, twin):
+    def one_way(logits):
         # logarithm of alpha_ij = B e^(gamma <p_i, q_j> / tau) / sum over k of
         # e^(gamma <p_i, q_k> / tau); for the transposed matrix it is that of beta
         gamma_logits = (gamma * logits).masked_fill(twin, float("-inf"))
@@ -650,26 +648,26 @@ def hard_negative_loss(sim, temperature, gamma: float, same_clip):
         return (torch.logsumexp(logits + log_alpha, 1) - logits.diagonal()).mean()  # Eq. (7), D1
 
     logits = sim / temperature
-    return (one_way(logits, twin) + one_way(logits.T, twin.T)) / 2
+    return (one_way(logits) + one_way(logits.T)) / 2  # twin is symmetric
 
 
 def official_loss(sim, temperature, gamma: float, same_clip, hard_negatives: bool = True):
     """What the released code computes: D4, D5."""
-    targets = same_clip / same_clip.sum(1, keepdim=True)  # D4
+    targets = same_clip / same_clip.sum(1, keepdim=True)  # D4; symmetric
 
-    def one_way(logits, targets):
+    def one_way(logits):
         logits = logits - logits.amax(1, keepdim=True).detach()
-        hard = torch.exp(gamma * logits)
+        E = torch.exp(gamma * logits)  # as in D5
         # the code's mistake: without keepdim, column j gets the sum of row j, not i (D5); clamped,
         # because the difference is 0 for a single pair
-        others = (hard.sum(1) - hard).clamp(min=1e-30)
-        weight = (len(sim) - 1) * hard / others  # D5
-        weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(hard)
+        others = (E.sum(1) - E).clamp(min=1e-30)
+        weight = (len(sim) - 1) * E / others  # D5
+        weight = weight.masked_fill(targets > 0, 1.0) if hard_negatives else torch.ones_like(E)
         log_prob = logits - torch.log((weight * logits.exp()).sum(1, keepdim=True) + 1e-7)
         return -(targets * log_prob).sum(1).mean()
 
     logits = sim / temperature
-    return (one_way(logits, targets) + one_way(logits.T, targets.T)) / 2
+    return (one_way(logits) + one_way(logits.T)) / 2
 
 
 def embedding_regulariser(embeds):
@@ -703,7 +701,9 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, temperature, clip_ids)
 
 
 class Pairs(Dataset):
-    """One item per (clip, caption) pair. A key is (epoch, index), which seeds the random crop."""
+    """One item per (clip, caption) pair. A key is (epoch, index), which seeds the random crop. An
+    item's last entry is the file's name (common.Readable).
+    """
 
     def __init__(self, rows: list[dict], cfg: Config, tokenize):
         self.pairs = [(i, row, text) for i, row in enumerate(rows) for text in row["captions"]]
@@ -763,11 +763,11 @@ def validate(model: Model, rows: list[dict], classes: list[str], quiet=True) -> 
         if frames and any(row.get("events") for row in rows):
             class_embeds = common.embed_texts(model, names)
             timed = common.annotated(rows, "events")
-            of_timed = [[of[i] for i in timed] for of in (frame_embeds, rows)]
+            timed_frames, timed_rows = [frame_embeds[i] for i in timed], [rows[i] for i in timed]
             # centred: each frame's mean over the classes is subtracted
             for name, centred in (("frame_mAP_raw", False), ("frame_mAP_centred", True)):
                 per_class, chance[name] = common.frame_average_precisions(
-                    of_timed[0], class_embeds, of_timed[1], classes, model.frame_s, centred
+                    timed_frames, class_embeds, timed_rows, classes, model.frame_s, centred
                 )
                 scores[name] = float(np.nanmean(per_class))
     return scores, chance
@@ -840,17 +840,17 @@ def main(cfg: Config) -> dict:
         )
         return loss, sim.detach(), active
 
-    # Loop
+    # Loop; parts: the micro-batches of a batch, usually one
     for parts in run.batches(pairs, sampler):
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(run.step, warmup_steps, total_steps)
-        # parts: the micro-batches of a batch, usually one; clip_ids go to the loss, not the model
+        # clip_ids go to the loss, not to the model
         clip_ids = common.gather_with_grad(torch.cat([part.pop("clip_ids") for part in parts]))
         for part, waveform in zip(parts, same_length([part["waveform"] for part in parts])):
             part["waveform"] = waveform  # D8
 
         optimiser.zero_grad(set_to_none=True)
-        loss, sim, active = common.cached_backward(  # D24
+        loss, sim, active = common.cached_backward(  # D10, D24
             forward, parts, loss_of, run.reseed, run.autocast, cfg.micro_batch
         )
         optimiser.step()

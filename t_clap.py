@@ -58,7 +58,7 @@ Deviations from the paper, and what it leaves open
   D11 The paper does not print L_c ("original contrastive loss", Fig. 2). Ours is LAION's: the mean
       of the cross-entropies of both directions, with cosines times a learnt scale as logits. The
       scale starts at the weight file's (1 / 0.07 with --weights none), clamped to 1 to 100.
-  D12 Not stated: the length of the embeddings E of Eq. (3). Ours is 1, so its products are cosines.
+  D12 Not stated: the norm of the embeddings E of Eq. (3). Ours is 1, so its products are cosines.
   D13 L_c uses the captions of all sets and no negative. The paper calls Auto-ACD "the primary
       database for the contrastive loss", adds the other three sets to each batch, and does not say
       whether L_c uses their captions.
@@ -222,20 +222,10 @@ class Model(nn.Module):
     ):
         super().__init__()
         # LAION's settings (D17); a transformers folder brings its own
-        mel = {
-            "sample_rate": 48000,
-            "n_fft": 1024,
-            "hop": 480,
-            "n_mels": 64,
-            "fmin_hz": 50,
-            "fmax_hz": 14000,
-            **(mel or {}),
-        }
-        self.shape = {
-            "audio": dict(audio),
-            "joint_dim": joint_dim,
-            "mel": mel,
-        }  # kept in checkpoints; rebuilds the model, with the text encoder
+        laion = dict(sample_rate=48000, n_fft=1024, hop=480, n_mels=64, fmin_hz=50, fmax_hz=14000)
+        mel = laion | (mel or {})
+        # arguments of __init__, kept in checkpoints; they rebuild the model, with the text encoder
+        self.shape = {"audio": dict(audio), "joint_dim": joint_dim, "mel": mel}
         self.sample_rate, self.log_mel = mel["sample_rate"], common.LogMel(**mel)
         self.audio_encoder, self.text_encoder = common.HTSAT(**audio), text_encoder
         self.frame_s = WINDOW_S / self.audio_encoder.n_frames
@@ -253,7 +243,7 @@ class Model(nn.Module):
         self.logit_scale_t = nn.Parameter(torch.tensor(1 / 0.07).log(), requires_grad=False)
 
     def clip_feats(self, waveform):
-        """waveform (B, S) of one window, tiled, no int16 (D1) -> projected clips (B, D)."""
+        """waveform (B, S) of one window, tiled -> projected clips (B, D)."""
         # (B, S) -> log-mel (B, T_mel, 64) -> frames (B, T, C) -> mean (B, C) -> (B, D)
         return self.audio_projection(self.audio_encoder(self.log_mel(waveform)).mean(1))
 
@@ -413,7 +403,7 @@ def start_model(cfg: Config, captions: list[str]) -> Model:
 @torch.no_grad()
 def feel_order(model: Model, text: bool) -> None:
     """Enlarge the initial weights of new encoders, so that embeddings depend on the order of events
-    (D10).
+    (D10). text: the text encoder is new, too.
 
     L_t compares a clip with two captions. If swapping the events changes neither the clip's
     embedding nor the caption's, the gradient of L_t is almost zero and nothing is learnt. So the
@@ -425,13 +415,15 @@ def feel_order(model: Model, text: bool) -> None:
     """
     for name, parameter in model.audio_encoder.named_parameters():
         if "bias_tables" in name:
-            parameter *= 2.0 / 0.02  # makes attention depend on relative position
+            parameter *= (
+                2.0 / 0.02
+            )  # new deviation / old; makes attention depend on relative position
         elif name.endswith("weight") and parameter.dim() == 2:
             parameter *= 0.05 / 0.02
-    for module in model.text_encoder.model.modules() if text else ():
-        if isinstance(module, nn.Linear):
-            module.weight *= 1 / math.sqrt(module.in_features) / 0.02
     if text:
+        for module in model.text_encoder.model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight *= 1 / math.sqrt(module.in_features) / 0.02
         model.text_encoder.model.embeddings.position_embeddings.weight *= 2.0
 
 
@@ -458,16 +450,16 @@ def temporal_loss(audio_embeds, text_embeds, negative_embeds, lt_scale: float = 
     -log(exp(a.t) / (exp(a.t) + exp(a.n))); share of these clips with a.t > a.n. All vectors have
     length 1 (D12). Source: Eq. (3), which has no factor lt_scale (D10).
     """
-    ordered = negative_embeds.detach().any(-1).float()  # (B,)
+    told = negative_embeds.detach().any(-1).float()  # (B,), 1 for a clip with a negative
     margin = (audio_embeds * (text_embeds - negative_embeds)).sum(-1)  # (B,)
-    n = ordered.sum().clamp(min=1)  # without an ordered clip the loss is 0, not 0 / 0
-    loss = (F.softplus(-lt_scale * margin) * ordered).sum() / n  # Eq. (3)
+    n = told.sum().clamp(min=1)  # without such a clip the loss is 0, not 0 / 0
+    loss = (F.softplus(-lt_scale * margin) * told).sum() / n  # Eq. (3)
     # T-Classify asks for s > s', so a tie is wrong (Sec. 3.3)
-    return loss, ((margin.detach() > 0) * ordered).sum() / n
+    return loss, ((margin.detach() > 0) * told).sum() / n
 
 
 def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale):
-    """Outputs of Model.forward in this process -> loss, sim (B, B), parts, over all processes.
+    """Outputs of Model.forward in this process -> loss, sim (B, B), losses, over all processes.
 
     Source: Eq. (1), whose division by the norms is in Model.forward, and Eq. (2).
     """
@@ -478,10 +470,10 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, negative_embeds, scale
     contrastive = contrastive_loss(sim, scale)  # positives only, of all sets (D13)
     temporal, order = temporal_loss(audio_embeds, text_embeds, negative_embeds, cfg.lt_scale)
     loss = contrastive + cfg.lt_weight * temporal  # Eq. (2)
-    parts = {"loss_c": contrastive}
+    losses = {"loss_c": contrastive}
     if cfg.lt_weight:
-        parts |= {"loss_t": temporal, "order_accuracy": order}
-    return loss, sim.detach(), parts
+        losses |= {"loss_t": temporal, "order_accuracy": order}
+    return loss, sim.detach(), losses
 
 
 # ------------------------------------------------------------------------------------------------
@@ -504,7 +496,8 @@ def texts_of(rows: list[dict]) -> list[str]:
 def split_sets(rows: list[dict], as_read: list[dict] | None = None) -> list[list[dict]]:
     """-> rows of the manifests with negatives, rows of the manifests without.
 
-    as_read: the manifests' rows, of which `rows` are a part, one a file (default: rows).
+    as_read: the training rows before split_train_val merged them by file and held some out
+    (default: rows).
     """
 
     def manifest(row):
@@ -517,7 +510,7 @@ def split_sets(rows: list[dict], as_read: list[dict] | None = None) -> list[list
     return [first, second]
 
 
-def shares(sizes: list[int], batch_size: int, mix: float) -> list[int]:
+def clip_counts(sizes: list[int], batch_size: int, mix: float) -> list[int]:
     """Number of clips per batch from each of the two groups: 1 : mix, or all from the non-empty
     group if one is empty (D6).
     """
@@ -553,7 +546,7 @@ def mixed_batches(sizes, counts, seed: int, start_step: int, total_steps: int):
 
 class Clips(Dataset):
     """One item per clip, with one of its captions. A key is (group, epoch, index), which seeds the
-    crop and the choice of the caption.
+    crop and the choice of the caption. An item's last entry is the file's name (common.Readable).
     """
 
     def __init__(self, groups: list[list[dict]], cfg: Config, tokenize, sample_rate: int):
@@ -566,7 +559,7 @@ class Clips(Dataset):
         chosen = int(rng.integers(len(row["captions"])))  # D7
         negatives = row.get("negatives", []) if self.cfg.lt_weight else []
         negative = negatives[chosen] if chosen < len(negatives) else None  # D14
-        waveform = common.read_audio(
+        waveform = common.read_audio(  # D1, D2
             row["audio"], self.rate, WINDOW_S, rng, expected_s=row.get("duration")
         )
         return waveform, row["captions"][chosen], negative, row["audio"]
@@ -630,7 +623,7 @@ def main(cfg: Config) -> dict:
             "them with python -m tools.captions rewrite --task negatives, or give --lt-weight 0 "
             "for plain contrastive training"
         )
-    counts = shares(sizes, cfg.batch_size, cfg.mix)
+    counts = clip_counts(sizes, cfg.batch_size, cfg.mix)
     common.check_batch(cfg, sum(counts), len(train_rows), "clip")
 
     # Model
@@ -664,10 +657,10 @@ def main(cfg: Config) -> dict:
         run.log_scores(validate(model, val_rows)[0])  # before fine-tuning
     sampler = mixed_batches(sizes, counts, cfg.seed, run.step, cfg.steps)
 
-    def loss_of(*embeds):
-        return training_loss(cfg, *embeds)
+    def loss_of(*outputs):
+        return training_loss(cfg, *outputs)
 
-    # Loop
+    # Loop; parts: the micro-batches of a batch, usually one
     for parts in run.batches(clips, sampler):
         for group in optimiser.param_groups:
             group["lr"] = cfg.lr * common.warmup_cosine(run.step, cfg.warmup_steps, cfg.steps)

@@ -544,7 +544,7 @@ def paper_step(method: str, tiny: bool, device) -> tuple:
         def batch(B):
             return {
                 "patches": torch.randn(B, N, 256, device=device),
-                "number": torch.arange(N, device=device).expand(B, N),
+                "index": torch.arange(N, device=device).expand(B, N),
                 "valid_mask": torch.ones(B, N, dtype=torch.bool, device=device),
                 **token_batch(B, L, words, device),
             }

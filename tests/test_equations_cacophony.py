@@ -47,7 +47,7 @@ def batch_of(model, n=6, steps=4, seed=0):
     tokens = model.text_encoder.tokenize([CAPTIONS[i % 3] for i in range(n)])
     return {
         "patches": torch.randn(n, 8 * steps, 256, generator=generator),
-        "number": number,
+        "index": number,
         "valid_mask": valid_mask,
         "input_ids": tokens["input_ids"],
         "attention_mask": tokens["attention_mask"],
@@ -559,7 +559,7 @@ def test_decoder_equals_transformers_layers_under_the_port_s_names(tmp_path):
     ):
         cacophony.Model.from_published(tmp_path / "bad.pt", str(tmp_path / "roberta"))
     encoder = cacophony.PatchTransformer(256, 96, 2, 1, 192)
-    cacophony.audio_start(encoder, tmp_path / "port.pt", cacophony.Config(data=[]))
+    cacophony.load_audio_encoder(encoder, tmp_path / "port.pt", cacophony.Config(data=[]))
     assert torch.equal(encoder.layers[1].fc2.weight, port["audio_module.layers.1.mlp.fc2.weight"])
 
 
@@ -888,7 +888,7 @@ def test_stage_2_takes_the_encoder_of_the_other_paper_variant(corpus, tmp_path, 
     mae = runs_of("cacophony")[0] / "mae.pt"
     cfg = config("cacophony", corpus, tmp_path, audio_weights=str(mae), stage="contrastive")
     encoder = cacophony.PatchTransformer(256, **cacophony.audio_shape(cfg))
-    cacophony.audio_start(encoder, mae, dataclasses.replace(cfg, variant="jax"))
+    cacophony.load_audio_encoder(encoder, mae, dataclasses.replace(cfg, variant="jax"))
     stored = torch.load(mae, weights_only=True)["model"]
     assert torch.equal(encoder.state_dict()["norm.weight"], stored["audio_encoder.norm.weight"])
 

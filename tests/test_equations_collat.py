@@ -520,11 +520,11 @@ def test_label_prompts_by_the_paper_s_template():
     assert collat.label_prompt(["dog"]) == "This is a sound of dog"
     assert collat.label_prompt(["dog", "rain"]) == "This is a sound of dog, and rain"
     assert collat.label_prompt(["dog", "rain", "wind"]) == "This is a sound of dog, rain, and wind"
-    assert collat.texts_of({"labels": ["dog"], "captions": ["x"]}) == ["This is a sound of dog"]
+    assert collat.texts_of_row({"labels": ["dog"], "captions": ["x"]}) == ["This is a sound of dog"]
     assert (
-        collat.texts_of({"captions": ["x", "y"]})
+        collat.texts_of_row({"captions": ["x", "y"]})
         == ["x", "y"]
-        == collat.texts_of({"captions": ["x", "y"], "labels": []})
+        == collat.texts_of_row({"captions": ["x", "y"], "labels": []})
     )
 
 
@@ -551,7 +551,7 @@ def test_a_run_logs_its_losses_locks_the_text_and_embeds_alike_from_call_to_call
     train = common.split_train_val(common.read_manifest([str(corpus)]))[0]
     classes = sorted({label for row in train for label in row["labels"]})
     start = collat.start_model(
-        cfg, [t for row in train for t in (*collat.texts_of(row), *row["captions"])] + classes
+        cfg, [t for row in train for t in (*collat.texts_of_row(row), *row["captions"])] + classes
     ).eval()
     assert all(
         torch.equal(v, start.text.state_dict()[k]) for k, v in model.text.state_dict().items()
@@ -622,7 +622,7 @@ def test_attention_of_a_token_is_that_of_its_slot_and_names_the_token():
     assert [m.shape for m in maps] == [
         (len(t), *model.audio_encoder.grid) for t in tokens
     ] and model.patch_s == 0.48
-    audio = model.audio_encoder(model.first_window(x))
+    audio = model.audio_encoder(model.log_mel_of(x))
     shares = model.interaction.attention(model.slots.expand(3, -1, -1), audio)
     assert torch.allclose(shares.sum(-1), torch.ones(3, 20), atol=1e-5)
     ids = model.text_encoder.tokenize(TEXTS)

@@ -1025,5 +1025,5 @@ def test_a_tenth_of_the_clips_and_the_forgotten_ones(corpus):
     found = curation_clap.read_corpus(cfg)
     assert len(found["train"]) == 3 and len(found["pool"][0]) == 6
     # of the forgotten clips no caption is read
-    clips = list(curation_clap.training_clips(found["pool"][0]))
+    clips = list(curation_clap.pool_clips(found["pool"][0]))
     assert len(clips) == 6 and set(clips[0]) == {"audio", "duration"}

@@ -226,12 +226,15 @@ def test_sets_with_negatives_are_told_from_sets_without_by_manifest():
 
 
 def test_a_batch_of_512_has_102_clips_of_sets_with_negatives_and_410_of_the_others():
-    assert t_clap.shares([10000, 100000], 512, 4.0) == [102, 410]
-    assert t_clap.shares([10000, 0], 512, 4.0) == [512, 0] and t_clap.shares(
+    assert t_clap.clip_counts([10000, 100000], 512, 4.0) == [102, 410]
+    assert t_clap.clip_counts([10000, 0], 512, 4.0) == [512, 0] and t_clap.clip_counts(
         [0, 300], 512, 4.0
     ) == [0, 300]
-    assert t_clap.shares([10000, 100000], 512, 1.0) == [256, 256]
-    assert t_clap.shares([10000, 100000], 512, 1e6) == [1, 511]  # never without an ordered clip
+    assert t_clap.clip_counts([10000, 100000], 512, 1.0) == [256, 256]
+    assert t_clap.clip_counts([10000, 100000], 512, 1e6) == [
+        1,
+        511,
+    ]  # never without an ordered clip
 
 
 def test_batches_mix_the_sets_visit_every_clip_and_continue_from_any_step(monkeypatch):

@@ -86,7 +86,7 @@ def test_cacophony_s_forward_token_by_token(variant, runs_of, corpus):
     clips, n_samples = common.pad_batch(waveforms)
     assert (audio - model.embed_audio(clips, n_samples)).abs().max() < 1e-4
     with torch.no_grad():
-        states = model.audio_encoder(batch["patches"], batch["number"], batch["valid_mask"])
+        states = model.audio_encoder(batch["patches"], batch["index"], batch["valid_mask"])
         for b in range(3):
             ids = batch["input_ids"][b][batch["attention_mask"][b].bool()]
             kv = model.audio_keys_values(states[b : b + 1])
