@@ -675,7 +675,7 @@ def training_loss(cfg: Config, audio_embeds, text_embeds, token_sums, token_coun
         for x in (audio_embeds, text_embeds, token_sums, token_counts, uni)
     )
     sim = audio_embeds @ text_embeds.T  # (B, B)
-    token = token_sums.sum() / token_counts.sum()  # Eq. (1): mean over all tokens (D6)
+    token = token_sums.sum() / token_counts.sum()  # the mean over all tokens (D6)
     of_global = cross_global_loss(sim, scale)
     uni = uni.mean()
     # Eq. (4)
