@@ -497,6 +497,20 @@ def brute_force_ranks(sim, owner):
     return t2a, a2t, ap
 
 
+@pytest.mark.parametrize("captions", ["one", "five", "unequal"])
+def test_ranks_equal_brute_force_with_ties_and_any_order(captions):
+    rng = np.random.default_rng(0)
+    per_clip = {"one": [1] * 30, "five": [5] * 30, "unequal": rng.integers(0, 7, 30).tolist()}[
+        captions
+    ]
+    owner = rng.permutation(np.repeat(np.arange(30), per_clip))
+    sim = rng.normal(size=(30, len(owner))).round(1).astype(np.float32)  # many ties
+    t2a, a2t, ap10 = brute_force_ranks(sim, owner)
+    got = common.retrieval_ranks(sim, owner)
+    assert got["t2a"].tolist() == t2a and got["a2t"].tolist() == a2t
+    assert np.allclose(got["a2t_ap10"], ap10)
+
+
 def slow_ranks_by_text(sim, owner, texts):
     """One query after the other: what is right is every clip, or caption, of an equal text."""
     clips = sorted(set(owner.tolist()))

@@ -476,9 +476,6 @@ def test_selection_equals_a_slow_version(threshold, top_k):
     row, caption, cosine = curation_clap.similar_pairs(audio, text, threshold, top_k)
     assert list(zip(row.tolist(), caption.tolist())) == [(i, q) for i, q, _ in expected]
     assert cosine == pytest.approx([c for _, _, c in expected], abs=1e-6)
-    assert len(expected) == {(0.3, 0): len(expected), (-1.1, 0): 37 * 90, (0.0, 999): 37 * 90}.get(
-        (threshold, top_k), 37 * top_k
-    )
 
 
 def test_equal_captions_stand_in_their_order_and_blocks_change_no_pair():

@@ -131,11 +131,14 @@ def test_training_loss_is_the_one_that_the_settings_ask_for(twins):
     assert core != pytest.approx(mga_clap.official_loss(sim, tau, 0.5, same).item(), abs=1e-3)
 
 
-def test_mean_aggregator_ignores_padding():
-    model = tiny_model(aggregator="mean")
+@pytest.mark.parametrize("aggregator", ["mean", "wstag"])
+def test_mean_aggregator_ignores_padding(aggregator):
+    model = tiny_model(aggregator=aggregator)
     feats = torch.randn(2, 5, 16)
     valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    expected = F.normalize(feats[0, :3].mean(0), dim=0)
+    # a pairwise method's vectors are means of unit vectors (D21)
+    rows = feats[0, :3] if aggregator == "mean" else F.normalize(feats[0, :3], dim=-1)
+    expected = F.normalize(rows.mean(0), dim=0)
     assert torch.allclose(model.aggregate(feats, valid)[0][0], expected, atol=1e-6)
 
 

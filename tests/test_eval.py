@@ -141,7 +141,8 @@ def test_scores_equal_a_slow_computation(results, mga_run, corpus):
 
 def test_detection_and_grounding_equal_an_oracle_on_slow_scores(results, mga_run, corpus):
     """sed_scores_eval with DCASE's two scenarios written out; 3 frames of median, gaps of 2."""
-    oracle = pytest.importorskip("sed_scores_eval").intersection_based
+    scoring = pytest.importorskip("sed_scores_eval")
+    oracle = scoring.intersection_based
     model, rows, _, frames, classes, class_embeds = embeddings(mga_run, corpus)
 
     def filtered(scores):
@@ -161,6 +162,16 @@ def test_detection_and_grounding_equal_an_oracle_on_slow_scores(results, mga_run
             for st, alpha_st in (("", 1.0), ("_st0", 0.0)):
                 value = oracle.psds(*given, **scenario, alpha_st=alpha_st, max_efpr=100.0)[0]
                 assert found[name + st + suffix] == pytest.approx(value, abs=1e-6), name
+        collar = scoring.collar_based.best_fscore(
+            *given[:2], onset_collar=0.2, offset_collar=0.2, offset_collar_rate=0.2
+        )[0]
+        segment = scoring.segment_based.best_fscore(*given, segment_length=1.0)[0]
+        for name, of in (("collar_F1", collar), ("segment_F1", segment)):
+            of_class = {c: of[c] for c in classes if c in of}
+            details = results["sed"]["details"][name + suffix]
+            assert details == pytest.approx({c: of_class[c] for c in details}, abs=1e-6)
+            mean = np.mean(list(details.values()))
+            assert found[name + suffix] == pytest.approx(mean, abs=1e-6)
 
     assert results["grounding"]["settings"]["gap"] == "2 frames"
     asked = [(row, clip, p) for row, clip in zip(rows, frames) for p in row["phrases"]]
@@ -177,6 +188,67 @@ def test_detection_and_grounding_equal_an_oracle_on_slow_scores(results, mga_run
         curve = evaluate.staircase(right / sum(map(len, events)), false / hours, 800.0)
         value = results["grounding"]["scores"]["PSDSm" + suffix]["value"]
         assert value == pytest.approx(evaluate.psds([curve], 0.0, 800.0), abs=1e-6)
+        tables = as_tables([filtered(v[:, None]) for v in values], queries, ["x"])
+        half = dict(dtc_threshold=0.5, gtc_threshold=0.5, cttc_threshold=None, alpha_ct=0.0)
+        exact = oracle.psds(*tables, **half, alpha_st=0.0, max_efpr=800.0)[0]
+        value = results["grounding"]["scores"]["PSDS_exact" + suffix]["value"]
+        assert value == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize("protocol", ["classification", "tagging", "frames", "sed", "t_classify"])
+def test_a_bootstrap_draw_is_the_score_of_its_clips(protocol, mga_run, corpus):
+    """Each draw scored once more as a data set of the drawn clips, with repeats."""
+    model, rows, audio, frames, classes, class_embeds = embeddings(mga_run, corpus)
+    audio = np.random.default_rng(1).normal(size=audio.shape).astype(np.float32)
+    if protocol == "classification":  # whose clips have one label; every second one is right
+        rows = [{**row, "labels": row["labels"][:1], "events": []} for row in rows]
+        audio[::2] = [class_embeds[classes.index(row["labels"][0])] for row in rows[::2]]
+    if protocol == "t_classify":  # every draw needs a pair
+        rows = [{**row, "negatives": row["captions"][::-1]} for row in rows]
+    given, rng = settings(bootstrap=20), np.random.default_rng(0)
+    given.median_s, given.prompt = 0.94, "{}"
+    swapped = {i: (a[::-1].copy(), None) for i, a in enumerate(audio)}
+
+    def score(chosen, bootstrap):
+        given.bootstrap = bootstrap
+        clips = {
+            "rows": [rows[i] for i in chosen],
+            "audio_embeds": audio[chosen],
+            "frame_embeds": [frames[i] for i in chosen],
+            "swapped": {k: swapped[i] for k, i in enumerate(chosen)},
+        }
+        return evaluate.PROTOCOLS[protocol].score(model, clips, classes, given)
+
+    whole = score(np.arange(len(rows)), 20)
+    assert whole["n_clips"] == len(rows) and len(whole["draws"]) == 20
+    differ = 0
+    for draw in whole["draws"]:
+        chosen = rng.integers(0, len(rows), len(rows))
+        again = score(chosen, 0)["scores"]
+        assert {name: s["value"] for name, s in again.items()} == pytest.approx(draw, abs=1e-6)
+        differ += draw != whole["draws"][0]
+    assert differ > 5
+
+
+def test_a_bootstrap_draw_of_retrieval_keeps_the_ranks_among_all_clips(mga_run, corpus):
+    model, rows, audio, *_ = embeddings(mga_run, corpus)
+    clips = {"rows": rows, "audio_embeds": audio, "frame_embeds": None}
+    r, rng = evaluate.retrieval(model, clips, [], settings(bootstrap=20)), np.random.default_rng(0)
+    ranks = {}  # clip -> ranks of its captions
+    for query in r["details"]["t2a"]:
+        ranks.setdefault(query["clip"], []).append((query["rank"], query["rank_text"]))
+    ranks = list(ranks.values())
+    for draw in r["draws"]:
+        drawn = [q for i in rng.integers(0, len(ranks), len(ranks)) for q in ranks[i]]
+        assert draw["t2a_R@1"] == pytest.approx(np.mean([rank == 1 for rank, _ in drawn]))
+        assert draw["t2a_MRR_text"] == pytest.approx(np.mean([1 / rank for _, rank in drawn]))
+
+
+def test_median_and_crop_of_the_command_reach_the_protocols(mga_run, corpus):
+    flags = ("--protocol", "sed", "--bootstrap", 0, "--median-s", 0, "--crop", "first")
+    (out,) = run(mga_run[0] / "best.pt", corpus, *flags)
+    assert out["settings"]["median"].startswith("1 frames")
+    assert out["settings"]["crop"].endswith("first window only")
 
 
 def test_order_of_files_batch_size_and_workers_never_change_a_score(
@@ -811,8 +883,7 @@ def test_f1_draws_leave_absent_classes_out():
     ],
 )
 def test_bad_flags_are_said_before_any_work(mga_run, corpus, tmp_path, flags, message):
-    (tmp_path / "file").write_text("x")
-    flags = [{"FOLDER": str(tmp_path), "FILE": str(tmp_path / "file")}.get(f, f) for f in flags]
+    flags = [str(tmp_path) if f == "FOLDER" else f for f in flags]
     with pytest.raises((ValueError, PermissionError), match=message):
         run(mga_run[0] / "best.pt", corpus, "--bootstrap", 0, *flags)
 

@@ -11,7 +11,6 @@ import common
 import eval as evaluator
 import t_clap
 from conftest import CLAP_AUDIO, CLAP_TEXT
-from test_common import brute_force_ranks
 
 
 def test_embeddings_and_retrieval_equal_transformers(clap_folder):
@@ -254,17 +253,3 @@ def test_embed_writes_what_the_scores_are_made_of(mga_run, corpus, tmp_path):
         with pytest.raises(FileExistsError, match=f"holds {held} already; give another folder"):
             evaluator.main(evaluator.parse(given))
         assert (folder / held).read_bytes() == before
-
-
-@pytest.mark.parametrize("captions", ["one", "five", "unequal"])
-def test_ranks_equal_brute_force_with_ties_and_any_order(captions):
-    rng = np.random.default_rng(0)
-    per_clip = {"one": [1] * 30, "five": [5] * 30, "unequal": rng.integers(0, 7, 30).tolist()}[
-        captions
-    ]
-    owner = rng.permutation(np.repeat(np.arange(30), per_clip))
-    sim = rng.normal(size=(30, len(owner))).round(1).astype(np.float32)  # many ties
-    t2a, a2t, ap10 = brute_force_ranks(sim, owner)
-    got = common.retrieval_ranks(sim, owner)
-    assert got["t2a"].tolist() == t2a and got["a2t"].tolist() == a2t
-    assert np.allclose(got["a2t_ap10"], ap10)

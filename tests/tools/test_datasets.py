@@ -1990,15 +1990,7 @@ def test_native_files_to_a_printed_score(make, protocol, mga_run, tmp_path, caps
             ]
         )
     )
-    rows = [
-        r
-        for r in common.read_manifest([str(tmp_path / "m")])
-        if make not in (make_audiocaps,) or r["split"] == "test"
-    ]
-    assert results[0]["protocol"] == protocol and results[0]["n_clips"] > 0 and rows
-    assert all(
-        np.isfinite(score["value"]) for score in results[0]["scores"].values()
-    ) or protocol in ("sed", "grounding")
+    assert results[0]["protocol"] == protocol and results[0]["n_clips"] > 0
     assert f"{protocol}: {results[0]['n_clips']} clips" in capsys.readouterr().out
 
 
