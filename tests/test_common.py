@@ -588,13 +588,13 @@ def test_chance_levels_by_simulation():
     rng, owner = np.random.default_rng(0), np.repeat(np.arange(30), 3)
     runs = [
         common.retrieval_scores(common.retrieval_ranks(rng.random((30, 90)), owner))
-        for _ in range(400)
+        for _ in range(200)
     ]
     check_means(runs, common.retrieval_chance(owner, 30))
     texts = rng.integers(0, 20, 90)
     runs = [
         common.retrieval_scores(common.retrieval_ranks(rng.random((30, 90)), owner, text=texts))
-        for _ in range(400)
+        for _ in range(200)
     ]
     check_means(runs, common.retrieval_chance(owner, 30, texts))
     # forty texts of one clip and six of ten: most queries have few right answers, some many
