@@ -2113,26 +2113,31 @@ def file_key(row: dict) -> str:
 
 def embed_texts(model, texts: list[str], batch_size=256) -> np.ndarray:
     """(Q, D) float32; equal texts are embedded once."""
-    unique = sorted(set(texts))  # np.unique would pad every text to the length of the longest
-    place = {text: i for i, text in enumerate(unique)}
+    unique, places = each_once(texts)
     parts = [
         model.embed_text(unique[i : i + batch_size]).cpu().numpy()
         for i in range(0, len(unique), batch_size)
     ]
-    return np.concatenate(parts)[[place[text] for text in texts]]
+    return np.concatenate(parts)[places]
+
+
+def each_once(texts: list[str]) -> tuple[list[str], list[int]]:
+    """The distinct texts, and the place of each text among them."""
+    unique = sorted(set(texts))  # np.unique would pad every text to the length of the longest
+    place = {text: i for i, text in enumerate(unique)}
+    return unique, [place[text] for text in texts]
 
 
 def similarities(model, audio_embeds, frame_embeds, texts: list[str]) -> np.ndarray:
     """(N, Q) similarity of clips and texts: cosines, or the scores of a model that compares every
     pair. Equal texts are scored once, so that they tie exactly.
     """
-    unique = sorted(set(texts))
-    place = {text: i for i, text in enumerate(unique)}
+    unique, places = each_once(texts)
     if getattr(model, "pairwise", False):
         scores = model.pair_scores(frame_embeds, unique)
     else:
         scores = audio_embeds @ embed_texts(model, unique).T
-    return scores[:, [place[text] for text in texts]]
+    return scores[:, places]
 
 
 # ------------------------------------------------------------------------------------------------

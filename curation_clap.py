@@ -590,9 +590,8 @@ def read_corpus(cfg: Config) -> dict:
     train_rows, val_rows = common.split_train_val(common.read_manifest(cfg.data), cfg.seed)
     pool = cfg.pool
     if not pool and cfg.pool_share:
-        train_rows, forgotten = split_clips(
-            train_rows, 1 - cfg.pool_share, (cfg.seed, 1)
-        )  # 1 to 4: independent draws
+        # 1 here, 2 to 4 below: independent draws
+        train_rows, forgotten = split_clips(train_rows, 1 - cfg.pool_share, (cfg.seed, 1))
         pool = [forgotten]  # its captions are not read (`pool_clips`)
     train_rows, _ = split_clips(train_rows, cfg.teacher_fraction, (cfg.seed, 2))
     common.require(train_rows + val_rows, "captions")
@@ -1096,9 +1095,8 @@ def train(
     # the smaller of two sets may not fill a batch
     batch_sizes = list(dict.fromkeys(min(cfg.batch_size, size) for size in sizes))
     epochs = cfg.teacher_epochs if stage == "teacher" else cfg.student_epochs
-    epoch_steps = (
-        cfg.epoch_steps or sizes[0] // batch_sizes[0]
-    )  # of the replay, if there is one (D7)
+    # one pass over the pairs, of the replay if there is one (D7)
+    epoch_steps = cfg.epoch_steps or sizes[0] // batch_sizes[0]
     steps = epochs * epoch_steps
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)

@@ -703,9 +703,8 @@ def embed_images(encoder, processor, rows: list[dict], batch_size: int):
                 .numpy()
             )
     if not kept:
-        raise ValueError(
-            f"image: none of {len(rows)} images could be read" + f"; first: {bad[0]}" * bool(bad)
-        )
+        first = bad[0] if bad else "no readable clip has one"
+        raise ValueError(f"image: none of {len(rows)} images could be read; first: {first}")
     return kept, np.concatenate(embeds), bad
 
 

@@ -490,6 +490,11 @@ def test_ranks_of_pictures_by_hand_with_ties(tmp_path, run, monkeypatch):
     assert r["scores"]["i2a_MRR"]["value"] == pytest.approx((1 / 2 + 1 / 3 + 1) / 3)
 
 
+def test_no_readable_clip_with_a_picture_is_a_sentence():
+    with pytest.raises(ValueError, match="none of 0 images .* no readable clip has one"):
+        downstream.embed_images(torch.nn.Linear(1, 1), None, [], 8)
+
+
 def test_without_pillow_there_is_a_sentence(tmp_path, run, monkeypatch, clip_folder):
     import sys
 
