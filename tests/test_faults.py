@@ -510,8 +510,18 @@ common.run_entry""",
     ), done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@every_script
+COMPILED = [(method, backend) for method in SCRIPTS for backend in ("aot_eager", "inductor")]
+
+
+@pytest.mark.parametrize(
+    "method, backend",
+    [
+        one
+        if one in (("mga_clap", "aot_eager"), ("cacophony", "aot_eager"))
+        else pytest.param(*one, marks=pytest.mark.slow)
+        for one in COMPILED
+    ],
+)
 def test_compiled_training_takes_the_same_steps(
     corpus, tmp_path, monkeypatch, runs_of, method, backend
 ):
