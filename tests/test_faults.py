@@ -510,16 +510,12 @@ common.run_entry""",
     ), done.stderr[-3000:]
 
 
-COMPILED = [(method, backend) for method in SCRIPTS for backend in ("aot_eager", "inductor")]
-
-
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "method, backend",
+    "method",
     [
-        one
-        if one in (("mga_clap", "aot_eager"), ("cacophony", "aot_eager"))
-        else pytest.param(*one, marks=pytest.mark.slow)
-        for one in COMPILED
+        name if name in ("mga_clap", "cacophony") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SCRIPTS
     ],
 )
 def test_compiled_training_takes_the_same_steps(
